@@ -1,0 +1,1 @@
+"""One host, one module: recipe + distiller + the host."""

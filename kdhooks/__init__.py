@@ -1,0 +1,36 @@
+"""Knowledge distillation hooks and losses for existing face recognition trainers."""
+
+from kdhooks.declarations import (
+    ClassifierShare,
+    EmbeddingTap,
+    FeatureTap,
+    Model,
+    ParameterTap,
+    Stage,
+)
+from kdhooks.discovery import methods
+from kdhooks.distiller import Distiller
+from kdhooks.errors import KDHooksError
+from kdhooks.hookspecs import hookimpl
+from kdhooks.prototypes import class_means
+from kdhooks.recipe import build
+from kdhooks.shards import ClassShard
+from kdhooks.teacher import InputTransform, Teacher
+
+__all__ = [
+    "ClassShard",
+    "ClassifierShare",
+    "Distiller",
+    "EmbeddingTap",
+    "FeatureTap",
+    "InputTransform",
+    "KDHooksError",
+    "Model",
+    "ParameterTap",
+    "Stage",
+    "Teacher",
+    "build",
+    "class_means",
+    "hookimpl",
+    "methods",
+]

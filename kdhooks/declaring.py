@@ -1,0 +1,170 @@
+"""Asking the methods, once, what they declare; and probing the models so that they can answer."""
+
+from collections.abc import Sequence
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Stage, Tap
+from kdhooks.discovery import create
+from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.hookspecs import Specs
+from kdhooks.taps import Taps, evaluating, find
+from kdhooks.teacher import Teacher
+
+_COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
+
+
+class Declarations:
+    """The methods of one run behind one fresh plugin manager."""
+
+    def __init__(self, methods: Sequence[object], plugins: Sequence[object]) -> None:
+        """methods: names, tables or objects; plugins: objects that answer `model_stages`."""
+        if not methods or isinstance(methods, str | dict):
+            raise KDHooksError(f"methods must be a list of at least one method; found {methods!r}")
+        self._manager = pluggy.PluginManager("kdhooks")
+        self._manager.add_hookspecs(Specs)
+        self._methods = [create(method) for method in methods]
+        for plugin in (*plugins, *self._methods):
+            self._register(plugin)
+        adapting = [m for m in self._methods if "adapt_teacher" in self._hooks_of(m)]
+        if len(adapting) > 1:
+            names = " and ".join(type(m).__name__ for m in adapting)
+            raise KDHooksError(f"one method at most may adapt the teacher; found {names}")
+
+    def _register(self, plugin: object) -> None:
+        who = type(plugin).__name__
+        try:
+            self._manager.register(plugin)
+            self._manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise KDHooksError(f"{who} does not fit the hook specifications: {error}") from error
+        if not self._hooks_of(plugin):
+            raise KDHooksError(
+                f"{who} declares nothing: mark at least one of "
+                f"{', '.join(_COLLECTED)} with @hookimpl"
+            )
+
+    def _hooks_of(self, plugin: object) -> list[str]:
+        return [caller.name for caller in self._manager.get_hookcallers(plugin) or ()]
+
+    def stages(self, model: nn.Module | None, paths: Sequence[str] | None) -> tuple[str, ...]:
+        """The paths given, or what a plugin knows of this backbone."""
+        if paths is None and model is not None:
+            paths = self._manager.hook.model_stages(model=model)
+        return tuple(paths or ())
+
+    def taps(self, student: Model, teacher: Model) -> tuple[Tap, ...]:
+        """Every method's taps, in the order of the methods, checked against both models."""
+        taps: list[Tap] = []
+        for method in self._methods:
+            declared = self._declared_by(method, student, teacher)
+            if not declared and "adapt_teacher" not in self._hooks_of(method):
+                raise KDHooksError(f"{type(method).__name__} declares nothing for these models")
+            taps.extend(declared)
+        names = [tap.name for tap in taps]
+        for name in names:
+            if names.count(name) > 1:
+                raise KDHooksError(f"two terms are named '{name}'; each method may run once")
+        for tap in taps:
+            _check(tap, student, teacher)
+        return tuple(taps)
+
+    def _declared_by(self, method: object, student: Model, teacher: Model) -> list[Tap]:
+        others = [plugin for plugin in self._manager.get_plugins() if plugin is not method]
+        taps: list[Tap] = []
+        for name in _COLLECTED:
+            caller = self._manager.subset_hook_caller(name, others)
+            sides = {"student": student}
+            if name != "parameter_tap":
+                sides["teacher"] = teacher
+            for tap in caller(**sides):
+                if not isinstance(tap, Tap):
+                    raise KDHooksError(
+                        f"{type(method).__name__}.{name} must return a declaration or None; "
+                        f"found {type(tap).__name__}"
+                    )
+                taps.append(tap)
+        return taps
+
+    def teacher_adapter(self, teacher: Model) -> nn.Module | None:
+        adapter: nn.Module | None = self._manager.hook.adapt_teacher(teacher=teacher)
+        if adapter is None or teacher.module is None:
+            return None
+        frozen = {id(parameter) for parameter in teacher.module.parameters()}
+        if any(id(parameter) in frozen for parameter in adapter.parameters()):
+            raise KDHooksError(
+                f"{type(adapter).__name__} holds the teacher as a child, which would train and "
+                "save it; take the teacher as the first argument of forward instead"
+            )
+        return adapter
+
+
+def _check(tap: Tap, student: Model, teacher: Model) -> None:
+    if isinstance(tap, FeatureTap):
+        assert student.module is not None
+        for path in tap.student:
+            find(student.module, path, f"{tap.name}: student")
+        if teacher.module is not None:
+            for path in tap.teacher:
+                find(teacher.module, path, f"{tap.name}: teacher")
+    if isinstance(tap, ClassifierShare) and teacher.classifier is None:
+        raise KDHooksError(
+            f"{tap.name} shares the teacher's classifier, and none is given; set "
+            "teacher.classifier to checkpoint_gpu_*.pt shards, a tensor file (c e), or class "
+            "means made with kdhooks.class_means"
+        )
+    if isinstance(tap, ParameterTap):
+        own_parameters(student, tap)
+
+
+def own_parameters(student: Model, tap: ParameterTap) -> list[nn.Parameter]:
+    """The student's parameters that a tap names, each of them trained."""
+    assert student.module is not None
+    known = dict(student.module.named_parameters())
+    for name in tap.parameters:
+        if name not in known:
+            raise KDHooksError(
+                f"{tap.name}: student has no parameter '{name}'; {near_miss(name, known)}"
+                f"it has {len(known)}"
+            )
+        if not known[name].requires_grad:
+            raise KDHooksError(f"{tap.name}: student parameter '{name}' is frozen; leave it out")
+    return [known[name] for name in tap.parameters]
+
+
+def probe_student(
+    module: nn.Module, embedding: str, stages: Sequence[str], images: Tensor
+) -> Model:
+    """One forward in eval mode without grad, which leaves no trace in the module."""
+    taps = Taps(module, [embedding, *stages], "student")
+    try:
+        with evaluating(module), torch.no_grad():
+            taps.open()
+            module(images)
+            outputs = taps.take()
+    finally:
+        taps.remove()
+    found = outputs[embedding]
+    if found.ndim != 2:
+        raise KDHooksError(
+            f"student embedding '{embedding or 'output'}' must be (b d); found shape "
+            f"{tuple(found.shape)}; name the submodule that puts it out as taps.student.embedding"
+        )
+    shapes = tuple(Stage(path, tuple(outputs[path].shape[1:])) for path in stages)
+    return Model(module, found.shape[1], shapes)
+
+
+def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
+    teacher.tap(stages)
+    output = teacher(images)
+    shapes = tuple(Stage(path, tuple(output.features[path].shape[1:])) for path in stages)
+    dim = output.embedding.shape[1]
+    rows = teacher.classifier
+    if rows is not None and rows.dim != dim:
+        raise KDHooksError(
+            f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "
+            "they are of different networks"
+        )
+    return Model(teacher.module, dim, shapes, rows)

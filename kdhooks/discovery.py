@@ -1,0 +1,119 @@
+"""Which methods are installed: entry points of group `kdhooks`, looked up lazily."""
+
+import ast
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+
+GROUP = "kdhooks"
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """An installed method: what `kdhooks methods` prints. Nothing of it was imported."""
+
+    name: str
+    paper: str  # the first line of its module's docstring
+    package: str  # "distribution version"
+
+
+def methods() -> list[MethodInfo]:
+    """The installed methods by name, with paper and package, without importing them."""
+    return sorted(
+        (MethodInfo(e.name, _paper(e), _package(e)) for e in entry_points(group=GROUP)),
+        key=lambda info: (info.name, info.package),
+    )
+
+
+def load(name: str) -> type:
+    """The class of an installed method."""
+    found = [e for e in entry_points(group=GROUP) if e.name == name]
+    if not found:
+        installed = sorted({e.name for e in entry_points(group=GROUP)})
+        raise KDHooksError(
+            f"no method '{name}' is installed; {near_miss(name, installed)}"
+            f"installed: {listed(installed)}"
+        )
+    if len({(e.value, _package(e)) for e in found}) > 1:
+        owners = " and ".join(f"{_package(e)} ({e.value})" for e in found)
+        raise KDHooksError(f"method '{name}' is declared twice, by {owners}; uninstall one")
+    try:
+        method = found[0].load()
+    except Exception as error:
+        raise KDHooksError(
+            f"method '{name}' of {_package(found[0])} can't be imported from "
+            f"'{found[0].value}': {type(error).__name__}: {error}"
+        ) from error
+    if not inspect.isclass(method):
+        raise KDHooksError(
+            f"method '{name}': its entry point must name a class; '{found[0].value}' is "
+            f"{type(method).__name__}"
+        )
+    return method
+
+
+def create(method: object) -> object:
+    """A method from its name, a table {"name": …, options}, or an object that is one already."""
+    if isinstance(method, str):
+        return create({"name": method})
+    if inspect.isclass(method):
+        raise KDHooksError(f"method {method.__name__} is a class; give an object, with its ()")
+    if not isinstance(method, Mapping):
+        return method
+    options = dict(method)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}")
+    made = load(name)
+    _check_options(name, made, options)
+    return made(**options)
+
+
+def _check_options(name: str, made: type, options: Mapping[str, object]) -> None:
+    known = [p for p in inspect.signature(made).parameters.values() if p.kind != p.VAR_KEYWORD]
+    for option in options:
+        if option not in {p.name for p in known}:
+            raise KDHooksError(
+                f"method '{name}' has no option '{option}'; "
+                f"{near_miss(option, [p.name for p in known])}"
+                f"its options are: {listed(p.name for p in known)}"
+            )
+    for parameter in known:
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise KDHooksError(f"method '{name}' needs its option '{parameter.name}'")
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
+
+
+def _paper(entry: EntryPoint) -> str:
+    """The docstring's first line, read from the source file."""
+    source = _source(entry.module)
+    if source is None:
+        return ""
+    try:
+        doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+    except (SyntaxError, OSError):
+        return ""
+    return (doc or "").split("\n", 1)[0]
+
+
+def _source(module: str) -> Path | None:
+    """Where a module's source is; unlike importlib.util.find_spec, imports no parent package."""
+    locations = None
+    spec = None
+    for end in range(1, module.count(".") + 2):
+        name = ".".join(module.split(".")[:end])
+        spec = next(
+            (s for f in sys.meta_path if (s := f.find_spec(name, locations)) is not None), None
+        )
+        if spec is None:
+            return None
+        locations = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.origin else None

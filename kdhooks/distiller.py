@@ -1,0 +1,243 @@
+"""Declare once; then, each step: taps -> teacher -> losses."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdhooks.checks import check_class_order, check_teacher, check_terms
+from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
+from kdhooks.declaring import Declarations, own_parameters, probe_student, probe_teacher
+from kdhooks.errors import KDHooksError
+from kdhooks.shards import ClassShard
+from kdhooks.taps import StudentTaps, unwrap
+from kdhooks.teacher import Teacher, TeacherOutput
+
+
+class Distiller(nn.Module):
+    """The losses of one or more methods between a student in training and a frozen teacher.
+
+    It owns the losses, not the models: `parameters()` is what must be optimised besides the
+    student; `state_dict()` holds the losses' parameters and state, and the step, no teacher.
+
+        with Distiller(student, teacher, ["fcd"]) as kd:
+            for images, labels in loader:
+                task_loss = criterion(student(images), labels)
+                loss = sum(kd(images, labels).values(), start=task_loss)
+    """
+
+    teacher_rows: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | Callable[[Tensor], Tensor],
+        methods: Sequence[object],
+        *,
+        student_embedding: str = "",
+        student_stages: Sequence[str] | None = None,
+        teacher_stages: Sequence[str] | None = None,
+        head: ClassShard | None = None,
+        input_shape: tuple[int, int, int] = (3, 112, 112),
+        plugins: Sequence[object] = (),
+        seed: int = 0,
+    ) -> None:
+        """
+        methods: names, tables {"name": …, options} or objects; their terms keep this order.
+        student_embedding: path of the submodule that puts out (b d); "" is the model's output.
+        head: this rank's shard of the student's own classifier, for methods that compare logits;
+            the teacher's rows are split as it is.
+        plugins: objects that answer `model_stages`.
+        seed: of the losses' initial weights; the global generators are left as they were.
+        """
+        super().__init__()
+        student = unwrap(student)
+        self._teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        self._embedding = student_embedding
+        self._head = head
+        self._step = 0
+        self._checked = False
+        self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
+        self.accumulation = 1  # forwards per optimiser step, where the host sums their gradients
+        self.metrics: dict[str, Tensor] = {}  # of the last step, detached
+        first = next(student.parameters())
+        with _undisturbed_generators(seed, first.device):
+            images = torch.rand(2, *input_shape, device=first.device, dtype=first.dtype) * 2 - 1
+            asked = Declarations(methods, plugins)
+            ours = probe_student(
+                student, student_embedding, asked.stages(student, student_stages), images
+            )
+            theirs = probe_teacher(
+                self._teacher, asked.stages(self._teacher.module, teacher_stages), images
+            )
+            self.taps = asked.taps(ours, theirs)
+            self.adapter = self._teacher.adapter = asked.teacher_adapter(theirs)
+        self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
+        self._take_rows(theirs)
+        self._connect(ours)
+        self.to(first.device)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> Tensor | None:
+        """The images of the student's last forward in training, until their losses are taken."""
+        return self._student.images
+
+    @property
+    def fired(self) -> bool:
+        """Whether the student's hooks ever ran."""
+        return self._student.fired
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken; schedules count in these."""
+        return self._step
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
+
+        images are what the teacher sees: as a rule those that the student saw.
+        """
+        if len(images) != len(labels):
+            raise KDHooksError(
+                f"images and labels must be of the same samples; found {len(images)} and "
+                f"{len(labels)}"
+            )
+        features = {path: _full(tensor) for path, tensor in self._student.take().items()}
+        teacher = self._teach(images, labels)
+        step = Step(
+            student=features[self._embedding],
+            student_features=features,
+            teacher=teacher.embedding if teacher else None,
+            teacher_features=teacher.features if teacher else {},
+            labels=labels,
+            parameters=self._own,
+            classifier=self._classifier(),
+            head=self._head,
+        )
+        with torch.autocast(images.device.type, enabled=False):
+            values = {tap.name: self._value(tap, step) for tap in self.taps}
+        if not self._checked:
+            check_terms(values)
+            self._checked = True
+        weighted = {tap.name: values[tap.name] * self.weight(tap) for tap in self.taps}
+        self._step += 1
+        return weighted
+
+    def weight(self, tap: Tap) -> float:
+        """A term's factor in the step at hand."""
+        factor = tap.weight(self._step) if callable(tap.weight) else tap.weight
+        return factor / self.accumulation if isinstance(tap, ParameterTap) else factor
+
+    def _teach(self, images: Tensor, labels: Tensor) -> TeacherOutput | None:
+        if self._checked and not self._needs_teacher:
+            return None
+        output = self._teacher(images)
+        if not self._checked:
+            check_teacher(output, images)
+            if self._teacher.classifier is not None:
+                check_class_order(self._teacher.classifier, output.embedding, labels)
+        return output
+
+    def _value(self, tap: Tap, step: Step) -> Tensor:
+        result = self.losses[tap.name](*tap.arguments(step))
+        value: Tensor = result[0] if isinstance(result, tuple) else result
+        notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
+        if value.ndim or not value.requires_grad:
+            raise KDHooksError(
+                f"{tap.name}: a loss must be a scalar with a gradient; found shape "
+                f"{tuple(value.shape)}, requires_grad {value.requires_grad}"
+            )
+        self.metrics[tap.name] = value.detach()
+        self.metrics.update({f"{tap.name}/{key}": note.detach() for key, note in notes.items()})
+        return value
+
+    # --- set-up and end ----------------------------------------------------------------------
+
+    def _take_rows(self, teacher: Model) -> None:
+        """This rank's rows of the teacher's classifier, split as the student's own are."""
+        rows, head = teacher.classifier, self._head
+        if rows is None:
+            return
+        if head is not None and head.total != rows.total:
+            raise KDHooksError(
+                f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
+                "be the same classes in the same order"
+            )
+        if any(isinstance(tap, ClassifierShare) for tap in self.taps):
+            start, count = (head.offset, len(head.weight)) if head else (0, rows.total)
+            self.register_buffer("teacher_rows", rows.slice(start, start + count), persistent=False)
+            self._split = start, rows.total, head.group if head else None
+
+    def _classifier(self) -> ClassShard | None:
+        if self._split is None:
+            return None
+        return ClassShard(self.teacher_rows, *self._split)
+
+    def _connect(self, student: Model) -> None:
+        """Hook the paths that the taps name, on both sides."""
+        assert student.module is not None
+        own = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
+        self._own = {tap.name: own_parameters(student, tap) for tap in own}
+        features = [tap for tap in self.taps if isinstance(tap, FeatureTap)]
+        self._teacher.tap([path for tap in features for path in tap.teacher])
+        ours = [path for tap in features for path in tap.student]
+        self._student = StudentTaps(student.module, [self._embedding, *ours])
+
+    @property
+    def _needs_teacher(self) -> bool:
+        """False where all losses do without: the teacher then runs in the first step alone."""
+        return any(
+            tap.needs_teacher if isinstance(tap, ClassifierShare) else True
+            for tap in self.taps
+            if not isinstance(tap, ParameterTap)
+        )
+
+    def hand_over(self, tap: ClassifierShare) -> Tensor:
+        """This rank's teacher rows (c e), for a host whose own head computes this term itself."""
+        if tap.host_conflict or any(True for _ in tap.loss.parameters()):
+            reason = tap.host_conflict or "it has trainable parts of its own"
+            raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
+        self.taps = tuple(other for other in self.taps if other is not tap)
+        del self.losses[tap.name]
+        return self.teacher_rows
+
+    def remove(self) -> None:
+        """Take every hook off both models."""
+        self._student.remove()
+        self._teacher.remove()
+
+    def __enter__(self) -> "Distiller":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._step = int(state)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@contextmanager
+def _undisturbed_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """A seed of our own inside; torch's, numpy's and Python's generators unchanged outside."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

@@ -1,0 +1,21 @@
+"""The one error a caller can fix, and the near miss that helps to fix it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KDHooksError(Exception):
+    """Something the caller can fix; the message says subject, rule, value found, way out."""
+
+
+KDHooksError.__module__ = "kdhooks"
+
+
+def near_miss(found: str, known: Iterable[str]) -> str:
+    """ "did you mean 'layer3'? " for an unknown name, or nothing when no known one is close."""
+    close = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,202 @@
+"""A checked description of a distillation, the same in every host, becomes a Distiller."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.discovery import create
+from kdhooks.distiller import Distiller
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.onnx_models import OnnxModel, insightface_model
+from kdhooks.onnx_to_torch import to_torch
+from kdhooks.shards import ClassShard
+from kdhooks.teacher import InputTransform, Teacher, load_checkpoint, load_strictly
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
+"""A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
+
+_KEYS = ("teacher", "methods", "taps", "input_shape", "seed")
+_SOURCES = ("module", "network", "onnx", "insightface")
+_TEACHER_KEYS = (
+    *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
+    "convert",
+)  # fmt: skip
+_INPUT_KEYS = ("size", "order", "mean", "std")
+_TAP_KEYS = ("embedding", "stages")
+_DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says, checked as far as it can be without the models."""
+
+    teacher: Mapping[str, Any]
+    methods: Sequence[object]
+    taps: Mapping[str, Mapping[str, Any]]
+    input_shape: tuple[int, int, int] = (3, 112, 112)
+    seed: int = 0
+
+    @classmethod
+    def read(cls, source: "Recipe | Mapping[str, Any] | str | Path") -> "Recipe":
+        """From a dict, or a TOML file, whose relative paths start at the file's folder."""
+        if isinstance(source, Recipe):
+            return source
+        folder = Path()
+        if isinstance(source, str | Path):
+            folder, source = Path(source).expanduser().parent, _read_toml(Path(source))
+        _only(source, _KEYS, "recipe")
+        for key in ("teacher", "methods"):
+            if key not in source:
+                raise KDHooksError(f"recipe needs '{key}'; found {listed(map(str, source))}")
+        methods = source["methods"]
+        if not isinstance(methods, Sequence) or isinstance(methods, str) or not methods:
+            raise KDHooksError(f"recipe: methods must be a list of at least one; found {methods!r}")
+        taps = source.get("taps", {})
+        _only(taps, ("student", "teacher"), "recipe: taps")
+        for side, table in taps.items():
+            _only(table, _TAP_KEYS, f"recipe: taps.{side}")
+        return cls(
+            teacher=_checked_teacher(source["teacher"], folder),
+            methods=[create(method) for method in methods],
+            taps=taps,
+            input_shape=tuple(source.get("input_shape", (3, 112, 112))),
+            seed=source.get("seed", 0),
+        )
+
+    def stages(self, side: str) -> Sequence[str] | None:
+        stages: Sequence[str] | None = self.taps.get(side, {}).get("stages")
+        return stages
+
+    def embedding(self, side: str) -> str:
+        return str(self.taps.get(side, {}).get("embedding", ""))
+
+
+def build(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    student: nn.Module,
+    *,
+    network: NetworkFactory | None = None,
+    head: ClassShard | None = None,
+    plugins: Sequence[object] = (),
+) -> Distiller:
+    """The Distiller that a recipe describes.
+
+    network: the host's factory for `teacher.network`; head, plugins: see `Distiller`.
+    """
+    recipe = Recipe.read(recipe)
+    return Distiller(
+        student,
+        build_teacher(recipe, network),
+        recipe.methods,
+        student_embedding=recipe.embedding("student"),
+        student_stages=recipe.stages("student"),
+        teacher_stages=recipe.stages("teacher"),
+        head=head,
+        input_shape=recipe.input_shape,
+        plugins=plugins,
+        seed=recipe.seed,
+    )
+
+
+def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teacher:
+    """The teacher alone, as `kdhooks.class_means` takes it."""
+    spec = recipe.teacher
+    transform = InputTransform()
+    model: nn.Module | Callable[[Tensor], Tensor]
+    if "module" in spec:
+        model = spec["module"]
+    elif "network" in spec:
+        model = _from_checkpoint(spec, network)
+    else:
+        path = spec.get("onnx") or insightface_model(
+            spec["insightface"], spec.get("root", "~/.insightface")
+        )
+        session = OnnxModel(path)
+        transform = InputTransform(size=session.size, mean=session.mean, std=session.std)
+        model = to_torch(path) if spec.get("convert") else session
+    return Teacher(
+        model,
+        transform=replace(transform, **spec.get("input", {})),
+        classifier=spec.get("classifier"),
+        embedding=recipe.embedding("teacher"),
+        dtype=_DTYPES[spec.get("dtype", "float32")],
+        channels_last=spec.get("channels_last", False),
+        compile=spec.get("compile", False),
+    )
+
+
+def _from_checkpoint(spec: Mapping[str, Any], network: NetworkFactory | None) -> nn.Module:
+    if network is None:
+        raise KDHooksError(
+            f"teacher network {spec['network']!r} is built by a host's own factory, and there is "
+            "none here; give the module itself as teacher, or kdhooks.build(…, network=factory)"
+        )
+    state = load_checkpoint(spec["checkpoint"])
+    return load_strictly(network(spec["network"], state), state, spec["checkpoint"])
+
+
+def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
+    """The teacher's table, with one source and paths that exist."""
+    if not isinstance(teacher, Mapping):
+        teacher = {"module": teacher}
+    _only(teacher, _TEACHER_KEYS, "recipe: teacher")
+    sources = [key for key in _SOURCES if key in teacher]
+    if len(sources) != 1:
+        raise KDHooksError(
+            f"recipe: teacher needs exactly one of {', '.join(_SOURCES)}; found {listed(sources)}"
+        )
+    if ("checkpoint" in teacher) != ("network" in teacher):
+        raise KDHooksError(
+            "recipe: teacher.network and teacher.checkpoint go together, for a network without a "
+            f"checkpoint knows nothing; found {listed(map(str, teacher))}"
+        )
+    if "module" in teacher and not callable(teacher["module"]):
+        raise KDHooksError(
+            "recipe: teacher must be a table, a module or a function; found "
+            f"{type(teacher['module']).__name__}"
+        )
+    _only(teacher.get("input", {}), _INPUT_KEYS, "recipe: teacher.input")
+    if teacher.get("dtype", "float32") not in _DTYPES:
+        raise KDHooksError(
+            f"recipe: teacher.dtype must be one of {listed(_DTYPES)}; found '{teacher['dtype']}'"
+        )
+    checked = dict(teacher)
+    for key in ("checkpoint", "onnx", "classifier"):
+        value = teacher.get(key)
+        if isinstance(value, str | Path):
+            path = folder / Path(value).expanduser()
+            if key != "classifier" and not path.is_file():
+                raise KDHooksError(f"recipe: teacher.{key}: there is no file '{path}'")
+            checked[key] = path
+    return checked
+
+
+def _only(table: object, known: Sequence[str], where: str) -> None:
+    if not isinstance(table, Mapping):
+        raise KDHooksError(f"{where} must be a table; found {type(table).__name__}")
+    for key in table:
+        if key not in known:
+            raise KDHooksError(
+                f"{where} has no key '{key}'; {near_miss(str(key), known)}"
+                f"its keys are: {listed(known)}"
+            )
+
+
+def _read_toml(path: Path) -> Mapping[str, Any]:
+    path = path.expanduser()
+    if not path.is_file():
+        raise KDHooksError(f"recipe: there is no file '{path}'")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise KDHooksError(f"recipe: '{path}' is not TOML: {error}") from error

@@ -1,0 +1,209 @@
+"""Classifiers whose classes are split over ranks: rows on disk, one rank's shard, its softmax.
+
+The convention of every collective here: each rank ends up with the same loss of the global
+batch, and `torch.distributed.nn` differentiates the sum over ranks, so that the mean that DDP
+takes of the gradients is the gradient of that loss, with factor exactly 1.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError
+
+
+class Rows:
+    """The rows (c e) of a teacher's classifier, or its class means; read by slice.
+
+    Files are memory-mapped, so a rank that needs only its own classes never holds the others.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = list(parts)
+        self.total = sum(len(part) for part in self._parts)
+        self.dim = int(self._parts[0].shape[1])
+
+    @classmethod
+    def open(cls, source: "Tensor | str | Path | Rows") -> "Rows":
+        """From a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards."""
+        if isinstance(source, Rows):
+            return source
+        if isinstance(source, Tensor):
+            return cls([_checked(source, "the tensor given")])
+        paths = _in_rank_order(str(source))
+        parts = [_read(path) for path in paths]
+        _check_one_run(parts, paths)
+        return cls(parts)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """(stop-start e) in float32, a copy."""
+        pieces, offset = [], 0
+        for part in self._parts:
+            low, high = max(start - offset, 0), min(stop - offset, len(part))
+            if low < high:
+                pieces.append(part[low:high].float())
+            offset += len(part)
+        return torch.cat(pieces) if pieces else torch.empty(0, self.dim)
+
+    def chunks(self, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
+        """(offset, (<=size e)) over all rows, unit length."""
+        for start in range(0, self.total, size):
+            yield start, F.normalize(self.slice(start, min(start + size, self.total)))
+
+    def nearest(self, embedding: Tensor) -> Tensor:
+        """(b e) -> (b): the class whose row has the largest cosine with each embedding."""
+        best = embedding.new_full((len(embedding),), -2.0)
+        winner = torch.zeros(len(embedding), dtype=torch.long, device=embedding.device)
+        unit = F.normalize(embedding)
+        for start, rows in self.chunks():
+            value, index = (unit @ rows.to(unit).T).max(dim=1)
+            winner = torch.where(value > best, index + start, winner)
+            best = torch.maximum(best, value)
+        return winner
+
+
+def _in_rank_order(pattern: str) -> list[Path]:
+    paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()))]
+    if not paths:
+        raise KDHooksError(
+            f"teacher classifier: no file matches '{pattern}'; name a tensor file (c e), or the "
+            "trainer's shards as …/checkpoint_gpu_*.pt (config.save_all_states writes them)"
+        )
+    if len(paths) == 1:
+        return paths
+    ranks = {_rank(path): path for path in paths}
+    if sorted(ranks) != list(range(len(paths))):
+        found = ", ".join(path.name for path in sorted(paths))
+        raise KDHooksError(
+            f"teacher classifier: shards must be numbered 0 to {len(paths) - 1} without a gap; "
+            f"found {found}"
+        )
+    return [ranks[rank] for rank in range(len(paths))]
+
+
+def _rank(path: Path) -> int:
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers else -1
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise KDHooksError(
+            f"teacher classifier: '{path}' is not a file that torch.save wrote ({error})"
+        ) from error
+    if isinstance(content, dict):
+        content = content.get("state_dict_softmax_fc", content)
+        content = content.get("weight", content)
+    if not isinstance(content, Tensor):
+        raise KDHooksError(
+            f"teacher classifier: '{path}' holds no rows; expected a tensor (c e), a state dict "
+            "with 'weight', or arcface_torch's checkpoint_gpu_{rank}.pt"
+        )
+    return _checked(content, f"'{path}'")
+
+
+def _checked(rows: Tensor, where: str) -> Tensor:
+    if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
+        raise KDHooksError(
+            f"teacher classifier: rows must be a floating point matrix (c e); {where} has shape "
+            f"{tuple(rows.shape)} and dtype {rows.dtype}"
+        )
+    return rows.detach()
+
+
+def _check_one_run(parts: Sequence[Tensor], paths: Sequence[Path]) -> None:
+    """Contiguous splits of one classifier: the first ranks own one row more, widths agree."""
+    sizes = [len(part) for part in parts]
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1 or sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
+        shapes = ", ".join(
+            f"{path.name} {tuple(part.shape)}" for path, part in zip(paths, parts, strict=True)
+        )
+        raise KDHooksError(
+            f"teacher classifier: shards of one run differ by one row at most; found {shapes}"
+        )
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """This rank's rows (c e) of a classifier with `total` classes, split over `group`.
+
+    One process is the case with one shard and no group. Every method takes and returns the
+    *global* batch: call `gather` first.
+    """
+
+    weight: Tensor
+    offset: int
+    total: int
+    group: "dist.ProcessGroup | None" = None
+
+    def gather(self, embedding: Tensor) -> Tensor:
+        """(b d) -> (w·b d): the batches of all ranks, differentiable."""
+        return gather(embedding, self.group)
+
+    def cosines(self, embedding: Tensor) -> Tensor:
+        """(b e) -> (b c): margin-free cosines with this rank's rows."""
+        return F.normalize(embedding) @ F.normalize(self.weight.to(embedding.dtype)).T
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """(b c) -> (b c): over all classes, of which this rank holds some."""
+        peak = logits.detach().amax(dim=1, keepdim=True)
+        if self.group is not None:
+            dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
+        shifted = logits - peak
+        return shifted - self.sum(shifted.exp()).log()[:, None]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(b c) -> (b): over all classes."""
+        return self._reduced(values.sum(dim=1))
+
+    def pick(self, values: Tensor, labels: Tensor) -> Tensor:
+        """(b c), (b) -> (b): each sample's value at its own class, whichever rank holds it."""
+        index, mine = self._local(labels, values)
+        own = values.gather(1, index[:, None])[:, 0]
+        return self._reduced(own * mine)
+
+    def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
+        """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
+        index, mine = self._local(labels, values)
+        return values.scatter_add(1, index[:, None], (amount * mine)[:, None])
+
+    def _local(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Own class as a column here, and whether this rank holds it."""
+        local = labels - self.offset
+        columns = values.shape[1]
+        return local.clamp(0, columns - 1), (local >= 0) & (local < columns)
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        if self.group is None:
+            return values
+        reduced: Tensor = differentiable.all_reduce(values, dist.ReduceOp.SUM, self.group)
+        return reduced
+
+
+def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
+    if group is None:
+        return x
+    if not x.requires_grad:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts)
+    return torch.cat(differentiable.all_gather(x.contiguous(), group))
+
+
+def world() -> "dist.ProcessGroup | None":
+    """All ranks, for state that every rank must agree on; None where there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None

@@ -1,0 +1,212 @@
+"""Recording what named modules put out, and refusing what would train the wrong thing."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+
+_WRAPPERS = ("module", "_orig_mod")  # DDP, DataParallel and torch.compile put these in front
+
+
+class Removable(Protocol):
+    """What every torch hook registration returns."""
+
+    def remove(self) -> None: ...
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile, in any nesting."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        inner: object = getattr(
+            model, "module" if isinstance(model, wrappers) else "_orig_mod", None
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def find(model: nn.Module, path: str, side: str) -> nn.Module:
+    """The submodule at a path, whatever wrappers stand in front of it or in between."""
+    if path == "":
+        return model
+    known = {_without_wrappers(name): module for name, module in model.named_modules() if name}
+    module = known.get(_without_wrappers(path))
+    if module is None:
+        children = [_without_wrappers(name) for name, _ in model.named_children()]
+        raise KDHooksError(
+            f"{side} has no submodule '{path}'; {near_miss(path, known)}"
+            f"its children are: {listed(children)}"
+        )
+    return module
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or path
+
+
+class _Taken(NamedTuple):
+    tensor: Tensor
+    version: int
+
+
+class Taps:
+    """Keeps the outputs of named modules between `open` and `close`, until they are taken."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
+        self._side = side
+        self._open = False
+        self._records: dict[str, _Taken] = {}
+        self.fired = False
+        self._paths = list(dict.fromkeys(paths))
+        self._handles: list[Removable] = [
+            find(model, path, side).register_forward_hook(_Record(self, path))
+            for path in self._paths
+        ]
+
+    def open(self) -> None:
+        self._records.clear()
+        self._open = True
+
+    def close(self) -> None:
+        self._open = False
+
+    def record(self, path: str, output: object) -> None:
+        if not self._open:
+            return
+        if not isinstance(output, Tensor):
+            raise KDHooksError(
+                f"{self._side} tap '{path or 'output'}' must put out a tensor; "
+                f"found {type(output).__name__}; name a submodule that returns one tensor"
+            )
+        self.fired = True
+        # An inference tensor has no version; nothing can be written into it outside of its mode.
+        version = -1 if output.is_inference() else output._version
+        self._records[path] = _Taken(output, version)
+
+    def take(self) -> dict[str, Tensor]:
+        """Each path's output of the last forward; they are let go of here."""
+        records, self._records = self._records, {}
+        missing = [path for path in self._paths if path not in records]
+        if missing:
+            raise KDHooksError(self._never_fired(missing, bool(records)))
+        for path, (tensor, version) in records.items():
+            if version >= 0 and tensor._version != version:
+                raise KDHooksError(
+                    f"{self._side} tap '{path}' was overwritten in place after it was recorded "
+                    "(an in-place ReLU, dropout or residual sum follows it); tap the module that "
+                    "overwrites it, or the block around both"
+                )
+        return {path: tensor for path, (tensor, _) in records.items()}
+
+    def _never_fired(self, missing: list[str], others_fired: bool) -> str:
+        names = ", ".join(f"'{path or 'output'}'" for path in missing)
+        if others_fired:
+            return f"{self._side} tap {names} did not run in this forward; tap a module that does"
+        return (
+            f"{self._side} tap {names} recorded nothing; run the {self._side} in training mode "
+            "with grad before each call, and attach before the first call of a compiled model "
+            "(torch.compile ignores hooks that come later)"
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._records.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
+        return _disarmed()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _disarmed, ()
+
+
+def _disarmed() -> Taps:
+    """What a copy or a pickle of a tapped model carries: taps that keep nothing."""
+    return Taps(nn.Identity(), (), "copy")
+
+
+class _Record:
+    def __init__(self, taps: Taps, path: str) -> None:
+        self.taps, self.path = taps, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.taps.record(self.path, output)
+
+
+class StudentTaps:
+    """Taps of a model in training: each forward with grad records; `take` checks and lets go.
+
+    A forward opens at the model's entrance and closes at its exit, so that neither evaluation
+    nor the recomputation of activation checkpointing is recorded.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self.images: Tensor | None = None
+        self._taps = Taps(model, paths, "student")
+        self._handles: list[Removable] = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave),
+        ]
+
+    @property
+    def fired(self) -> bool:
+        """Whether any tap ever ran in training."""
+        return self._taps.fired
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._handles and model.training and torch.is_grad_enabled():
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self.images = next(tensors, None)
+            self._taps.open()
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._taps.close()
+
+    def take(self) -> dict[str, Tensor]:
+        self.images = None
+        outputs = self._taps.take()
+        for path, tensor in outputs.items():
+            if not tensor.requires_grad:
+                raise KDHooksError(
+                    f"student tap '{path or 'output'}' carries no gradient, so its loss would "
+                    "train nothing (it lies inside a checkpointed block, or is frozen); "
+                    "tap the checkpointed block itself, or a later module"
+                )
+        return outputs
+
+    def remove(self) -> None:
+        self.images = None
+        self._taps.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StudentTaps":
+        return _no_student_taps()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_student_taps, ()
+
+
+def _no_student_taps() -> StudentTaps:
+    taps = StudentTaps(nn.Identity(), ())
+    taps.remove()
+    return taps
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, each submodule's own mode put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,226 @@
+"""Loading a teacher that is surely the one meant, and running it frozen."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.shards import Rows
+from kdhooks.taps import Taps, unwrap
+
+log = logging.getLogger("kdhooks")
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """From the trainer's images to what the teacher expects.
+
+    The trainer gives RGB, (pixel - 127.5) / 127.5. The teacher gets `order` channels at `size`
+    (height, width), (pixel - mean) / std with pixels in 0..255.
+    """
+
+    size: tuple[int, int] | None = None
+    order: str = "rgb"
+    mean: float = 127.5
+    std: float = 127.5
+
+    def __post_init__(self) -> None:
+        if self.order not in ("rgb", "bgr"):
+            raise KDHooksError(f"teacher input: order must be 'rgb' or 'bgr'; found '{self.order}'")
+        if self.std <= 0:
+            raise KDHooksError(f"teacher input: std must be positive; found {self.std}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b 3 h w)."""
+        if self.size is not None and tuple(images.shape[-2:]) != tuple(self.size):
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        if (self.mean, self.std) != (127.5, 127.5):
+            images = images * (127.5 / self.std) + (127.5 - self.mean) / self.std
+        return images.flip(1) if self.order == "bgr" else images
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """embedding (b e) and the tapped features, both detached unless the teacher is adapted."""
+
+    embedding: Tensor
+    features: dict[str, Tensor]
+
+
+class Teacher:
+    """A frozen model in eval mode, run without grad. Not an nn.Module, so nobody's child.
+
+    Neither the student's checkpoint nor its optimizer, `.train()`, deepcopy or pickle can reach
+    it. `model` is a torch module, or any function (b 3 h w) -> (b e).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[Tensor], Tensor],
+        *,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        classifier: "Tensor | str | Path | Rows | None" = None,
+        embedding: str = "",
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        """embedding: path of the submodule that puts it out; dtype: of its own autocast."""
+        self.module = unwrap(model).eval() if isinstance(model, nn.Module) else None
+        if self.module is not None:
+            self.module.requires_grad_(False)
+            refuse_untrained(self.module)
+            if channels_last:
+                self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._run = torch.compile(self.module) if compile and self.module else self.module or model
+        self._transform = transform or InputTransform()
+        self._dtype = dtype
+        self._channels_last = channels_last
+        self._taps: Taps | None = None
+        self._device: torch.device | None = None
+        self.embedding_path = embedding
+        self.classifier = None if classifier is None else Rows.open(classifier)
+        self.adapter: nn.Module | None = None
+
+    def tap(self, paths: Sequence[str]) -> None:
+        """Record these submodules' outputs in every call from now on."""
+        wanted = [*paths, *([self.embedding_path] if self.embedding_path else [])]
+        if wanted and self.module is None:
+            raise KDHooksError(
+                f"teacher has no submodules to tap ({', '.join(wanted)}): it is a function or an "
+                "ONNX session; kdhooks.onnx_to_torch turns an ONNX file into a module"
+            )
+        self.remove()
+        if self.module is not None:
+            self._taps = Taps(self.module, wanted, "teacher")
+
+    def __call__(self, images: Tensor) -> TeacherOutput:
+        """(b 3 h w), the trainer's images."""
+        self._prepare(images)
+        grad = nullcontext() if self.adapter else torch.no_grad()
+        cast = torch.autocast(
+            images.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
+        )
+        if self._taps:
+            self._taps.open()
+        with grad, cast:
+            images = self._transform(images)
+            if self._channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            output = self.adapter(self.module, images) if self.adapter else self._run(images)
+        features: dict[str, Tensor] = {}
+        if self._taps:
+            self._taps.close()
+            features = {path: _full(tensor) for path, tensor in self._taps.take().items()}
+        if self.embedding_path:
+            output = features[self.embedding_path]
+        return TeacherOutput(_full(_embedding(output)), features)
+
+    def _prepare(self, images: Tensor) -> None:
+        if self.module is None:
+            return
+        if self.module.training:
+            self.module.eval()
+        if self._device != images.device:
+            self.module.to(images.device)
+            self._device = images.device
+
+    def remove(self) -> None:
+        if self._taps:
+            self._taps.remove()
+        self._taps = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, ()
+
+
+def _unpickled() -> Callable[[Tensor], TeacherOutput]:
+    def absent(images: Tensor) -> TeacherOutput:
+        raise KDHooksError("teacher was left out when this model was pickled; build it anew")
+
+    return absent
+
+
+def _embedding(output: object) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise KDHooksError(
+            f"teacher embedding must be a tensor (b e); found {found}; name the submodule that "
+            "puts it out as taps.teacher.embedding"
+        )
+    return output
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In float32 at least, and usable in a loss."""
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def refuse_untrained(module: nn.Module) -> None:
+    """A network whose every BatchNorm is still as it was made never saw a face."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracked = [m for m in norms if m.running_mean is not None and m.running_var is not None]
+    if tracked and not any(_has_statistics(norm) for norm in tracked):
+        raise KDHooksError(
+            f"teacher was never trained: the running statistics of all {len(tracked)} BatchNorm "
+            "layers are at their initial values; load a checkpoint into it first"
+        )
+
+
+def _has_statistics(norm: "nn.modules.batchnorm._BatchNorm") -> bool:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The backbone's state dict of `model.pt` or `checkpoint_gpu_{rank}.pt`; its hash is logged."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise KDHooksError(f"teacher checkpoint: there is no file '{path}'")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise KDHooksError(
+            f"teacher checkpoint: '{path}' can't be read as tensors alone ({error}); save "
+            "model.state_dict() with torch.save"
+        ) from error
+    for key in ("state_dict_backbone", "state_dict"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise KDHooksError(f"teacher checkpoint: '{path}' holds no state dict")
+    log.info("teacher %s sha256 %s", path, _sha256(path))
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """Every weight of the module comes from the file, and every weight of the file is used."""
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise KDHooksError(
+            f"teacher checkpoint: '{path}' does not fit the network named for it; {error}"
+        ) from error
+    return module
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

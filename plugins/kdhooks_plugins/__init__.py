@@ -1,0 +1,1 @@
+"""One paper, one module. `kdhooks methods` lists them."""

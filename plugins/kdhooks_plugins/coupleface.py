@@ -1,0 +1,223 @@
+"""CoupleFace, Liu et al., ECCV 2022, arXiv:2204.05502.
+
+Feature consistency, and the mutual relations of a sample with the classes nearest to its own.
+Reconstruction: only the paper's abstract could be read. From it are the mining of informative
+relations and the relation-aware loss; the one-sided hinge, its slack q, k, the weights and what
+stands for the other class (a frozen prototype, or a bank of the latest embeddings) are ours.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
+
+from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks.shards import Rows, gather, world
+
+log = logging.getLogger("kdhooks")
+
+
+class MutualRelations(nn.Module):
+    """FCD + alpha · RAD over each sample's k mined relations."""
+
+    prototypes: Tensor
+    neighbours: Tensor
+    student_bank: Tensor
+    teacher_bank: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        prototypes: Tensor,
+        neighbours: Tensor,
+        *,
+        alpha: float = 1.0,
+        q: float = 0.03,
+        two_sided: bool = False,
+        warmup_steps: int = 0,
+        bank_momentum: float | None = None,
+        projector: nn.Module | None = None,
+    ) -> None:
+        """prototypes (c e), unit rows; neighbours (c k), -1 where dropped."""
+        super().__init__()
+        self.alpha, self.q, self.two_sided = alpha, q, two_sided
+        self.warmup_steps = warmup_steps
+        self.bank_momentum = bank_momentum
+        self.projector = projector or nn.Identity()
+        self.register_buffer("prototypes", prototypes)
+        self.register_buffer("neighbours", neighbours)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        if bank_momentum is not None:
+            self.register_buffer("student_bank", torch.zeros_like(prototypes))
+            self.register_buffer("teacher_bank", torch.zeros_like(prototypes))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b) -> ()."""
+        s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
+        fcd = (s - t).square().sum(dim=1).mean()
+        rad, active = self._rad(s, t, labels)
+        if self.training:
+            self._advance(s.detach(), t, labels)
+        return fcd + self.alpha * rad, {"fcd": fcd, "rad": rad, "active": active}
+
+    def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean hinge of the relations' excess, and the share of them that is active."""
+        index = self.neighbours[labels.clamp(min=0)]
+        valid = (index >= 0) & (labels >= 0)[:, None]
+        index = index.clamp(min=0)
+        ours, theirs = self.prototypes[index], self.prototypes[index]
+        if self.bank_momentum is not None:
+            ours, theirs = self.student_bank[index], self.teacher_bank[index]
+            valid = valid & (theirs != 0).any(dim=2)  # rows not met yet
+        ours, theirs = ours.to(s), theirs.to(s)
+        relation_s = einsum(s, ours, "b e, b k e -> b k")
+        relation_t = einsum(t, theirs, "b e, b k e -> b k")
+        excess = relation_s - relation_t
+        hinge = excess.abs() if self.two_sided else (excess + self.q).relu()
+        count = valid.sum().clamp(min=1)
+        active = ((hinge > 0) & valid).sum() / count
+        return self._ramp() * (hinge * valid).sum() / count, active
+
+    def _ramp(self) -> Tensor | float:
+        return (self.steps / self.warmup_steps).clamp(max=1.0) if self.warmup_steps else 1.0
+
+    @torch.no_grad()
+    def _advance(self, s: Tensor, t: Tensor, labels: Tensor) -> None:
+        self.steps += 1
+        if self.bank_momentum is None:
+            return
+        s, t, labels = gather(s, world()), gather(t, world()), gather(labels, world())
+        known = labels >= 0
+        for bank, embedding in ((self.student_bank, s), (self.teacher_bank, t)):
+            _update(bank, embedding[known].to(bank), labels[known], self.bank_momentum)
+
+
+def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) -> None:
+    """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · mean of y's)."""
+    classes, position = torch.unique(labels, return_inverse=True)
+    mean = embedding.new_zeros(len(classes), embedding.shape[1])
+    mean = F.normalize(mean.index_add_(0, position, embedding))
+    bank[classes] = F.normalize(momentum * bank[classes] + (1 - momentum) * mean)
+
+
+def nearest_classes(
+    prototypes: Tensor, k: int, max_sim: float | None = None, chunk: int = 4096
+) -> Tensor:
+    """(c e) -> (c k): each class's k nearest others by cosine, nearest first.
+
+    Classes closer than max_sim count as the same person under two labels: they are passed over,
+    and -1 stands where fewer than k are left.
+    """
+    unit = F.normalize(prototypes)
+    parts = []
+    for start in range(0, len(unit), chunk):
+        cosine = unit[start : start + chunk] @ unit.T
+        own = torch.arange(start, start + len(cosine), device=unit.device)
+        cosine.scatter_(1, own[:, None], -torch.inf)
+        if max_sim is not None:
+            cosine.masked_fill_(cosine > max_sim, -torch.inf)
+        best, index = cosine.topk(k, dim=1)
+        parts.append(index.masked_fill_(best == -torch.inf, -1))
+    return torch.cat(parts)
+
+
+class CoupleFace:
+    """L = mean ‖s - t‖² + alpha · mean max(s·e_m - t·r_m + q, 0), m the classes nearest to y's."""
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 16.0,
+        alpha: float = 1.0,
+        k: int = 100,
+        q: float = 0.03,
+        two_sided: bool = False,
+        relations: str = "static",
+        bank_momentum: float = 0.0,
+        max_neighbour_sim: float | None = None,
+        warmup_steps: int = 0,
+        prototypes: Tensor | str | None = None,
+        projector: bool = False,
+    ) -> None:
+        """
+        weight: of the whole, next to the classification loss (the paper's 1/β).
+        k: relations a class; q: slack, the student is to stay this much below the teacher.
+        two_sided: |R_s - R_t| instead of the hinge.
+        relations: "static": e_m = r_m, the prototypes; "bank": the latest embeddings of each
+            class, student's and teacher's, replaced (bank_momentum 0) or averaged over time.
+        max_neighbour_sim: pass over nearer classes, presumably the same person (about 0.7).
+        warmup_steps: let alpha grow from 0 over so many steps.
+        prototypes: (c e), or a file of them; by default the teacher's classifier, which may hold
+            classifier rows or class means.
+        projector: learn a linear map to the teacher's width; it is not part of the student.
+        """
+        if relations not in ("static", "bank"):
+            raise KDHooksError(
+                f"coupleface: relations must be 'static' or 'bank'; found '{relations}'"
+            )
+        if k < 1:
+            raise KDHooksError(f"coupleface: k must be at least 1; found {k}")
+        if not 0 <= bank_momentum < 1:
+            raise KDHooksError(
+                f"coupleface: bank_momentum must be at least 0 and below 1; found {bank_momentum}"
+            )
+        self.weight, self.alpha, self.k, self.q = weight, alpha, k, q
+        self.two_sided = two_sided
+        self.bank_momentum = bank_momentum if relations == "bank" else None
+        self.max_neighbour_sim = max_neighbour_sim
+        self.warmup_steps = warmup_steps
+        self.prototypes = prototypes
+        self.projector = projector
+
+    @hookimpl
+    def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
+        d, e = student.embedding_dim, teacher.embedding_dim
+        if d != e and not self.projector:
+            raise KDHooksError(
+                f"coupleface: student and teacher embeddings must be equally wide; found {d} and "
+                f"{e}; set projector = true, or give the student the teacher's width"
+            )
+        prototypes = self._prototypes(teacher)
+        loss = MutualRelations(
+            prototypes,
+            self._neighbours(prototypes),
+            alpha=self.alpha,
+            q=self.q,
+            two_sided=self.two_sided,
+            warmup_steps=self.warmup_steps,
+            bank_momentum=self.bank_momentum,
+            projector=nn.Linear(d, e, bias=False) if self.projector else None,
+        )
+        return EmbeddingTap("coupleface", loss, self.weight)
+
+    def _prototypes(self, teacher: Model) -> Tensor:
+        rows = teacher.classifier if self.prototypes is None else Rows.open(self.prototypes)
+        if rows is None:
+            raise KDHooksError(
+                "coupleface needs a prototype a class; set teacher.classifier to the teacher's "
+                "classifier, or to class means made with kdhooks.class_means"
+            )
+        if rows.dim != teacher.embedding_dim:
+            raise KDHooksError(
+                f"coupleface: prototypes must be as wide as the teacher's embedding; found "
+                f"{rows.dim} and {teacher.embedding_dim}"
+            )
+        return F.normalize(rows.slice(0, rows.total))
+
+    def _neighbours(self, prototypes: Tensor) -> Tensor:
+        others = len(prototypes) - 1
+        if others < 1:
+            raise KDHooksError("coupleface needs at least two classes; found 1")
+        if self.k > others:
+            log.warning("coupleface: k = %d, but there are only %d other classes", self.k, others)
+        index = nearest_classes(prototypes, min(self.k, others), self.max_neighbour_sim)
+        if self.max_neighbour_sim is not None:
+            unfiltered = nearest_classes(prototypes, min(self.k, others))
+            dropped = int((index != unfiltered).any(dim=1).sum())
+            log.info("coupleface: %d classes have neighbours above max_neighbour_sim", dropped)
+        return index

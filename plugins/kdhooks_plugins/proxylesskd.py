@@ -1,0 +1,173 @@
+"""ProxylessKD, Shi et al., 2020, arXiv:2011.00265.
+
+The teacher's classifier becomes the student's, frozen, so that an ordinary margin softmax pulls
+the student into the teacher's embedding space; the objective follows the paper.
+Reconstruction: margins and scale (the paper's tables could not be read), the projector for
+different widths, the margin's warm-up, the guard that keeps cos(θ + m) falling, and the optional
+embedding term. Class means stand in for the classifier of a teacher that comes without one.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks.declarations import Weight
+
+MARGINS = ("arcface", "cosface", "combined")
+_EPS = 1e-7  # keeps arccos differentiable at ±1
+
+
+class MarginSoftmax(nn.Module):
+    """Cross-entropy of a margin softmax on frozen rows, ψ(θ) = cos(θ + m) - m2 at the own class."""
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        m: float,
+        m2: float,
+        scale: float,
+        *,
+        monotone: bool = True,
+        straight_through: bool = False,
+        margin_warmup_steps: int = 0,
+        fcd_weight: float = 0.0,
+        projector: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.m, self.m2, self.scale = m, m2, scale
+        self.monotone = monotone
+        self.straight_through = straight_through
+        self.margin_warmup_steps = margin_warmup_steps
+        self.fcd_weight = fcd_weight
+        self.projector = projector or nn.Identity()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, classifier: ClassShard
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b), classifier -> ()."""
+        student = self.projector(student)
+        cosines = classifier.cosines(student)
+        own = classifier.pick(cosines, labels)
+        shift = self._psi(own) - own
+        if self.straight_through:
+            shift = shift.detach()
+        log_p = classifier.log_softmax(self.scale * classifier.add(cosines, labels, shift))
+        loss = -classifier.pick(log_p, labels).mean()
+        if self.fcd_weight:
+            assert teacher is not None
+            loss = loss + self.fcd_weight * (1 - F.cosine_similarity(student, teacher)).mean()
+        return loss, {"cosine": own.mean()}
+
+    def _psi(self, cosine: Tensor) -> Tensor:
+        """(b) -> (b): cos(θ + m) - m2; past θ = π - m, where that rises, a straight line."""
+        m, m2 = self._margins()
+        turned = torch.cos(torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m)
+        if self.monotone:
+            line = cosine - m * torch.sin(math.pi - m)
+            turned = torch.where(cosine > torch.cos(math.pi - m), turned, line)
+        return turned - m2
+
+    def _margins(self) -> tuple[Tensor, Tensor]:
+        ramp = torch.ones_like(self.steps, dtype=torch.float32)
+        if self.margin_warmup_steps:
+            ramp = (self.steps / self.margin_warmup_steps).clamp(max=1.0)
+        if self.training:
+            with torch.no_grad():
+                self.steps += 1
+        return self.m * ramp, self.m2 * ramp
+
+
+class ProxylessKD:
+    """L = margin softmax of the student's embedding against the teacher's rows."""
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 1.0,
+        head: str = "host",
+        margin_type: str = "arcface",
+        m: float | None = None,
+        m2: float = 0.0,
+        scale: float = 64.0,
+        monotone: bool = True,
+        straight_through_margin: bool = False,
+        margin_warmup_steps: int = 0,
+        projector: bool = False,
+        extra_fcd_weight: float = 0.0,
+    ) -> None:
+        """
+        head: "host": a trainer's own margin head (arcface_torch's) takes the teacher's rows,
+            frozen, and its own margin holds; "own", and where there is no such head: the options
+            below hold, and the trainer's loss stays beside this one.
+        margin_type: "arcface" cos(θ + m), "cosface" cos θ - m, "combined" cos(θ + m) - m2.
+        m: by default 0.5, for cosface 0.35; angles in radians.
+        monotone: go on along a line where cos(θ + m) would rise again.
+        straight_through_margin: gradient of the plain cosine, as in arcface_torch's head.
+        margin_warmup_steps: let the margins grow from 0 over so many steps.
+        projector: Linear and BatchNorm1d to the teacher's width; they belong to the student.
+        extra_fcd_weight: add this times mean(1 - cos) to the teacher's embedding.
+        """
+        _one_of("margin_type", margin_type, MARGINS)
+        _one_of("head", head, ("host", "own"))
+        if m2 and margin_type != "combined":
+            raise KDHooksError(
+                f"proxylesskd: m2 belongs to margin_type 'combined'; found '{margin_type}'"
+            )
+        own_options = {
+            "margin_type": margin_type != "arcface",
+            "m": m is not None,
+            "scale": scale != 64.0,
+            "monotone": not monotone,
+            "straight_through_margin": straight_through_margin,
+            "margin_warmup_steps": margin_warmup_steps > 0,
+            "projector": projector,
+            "extra_fcd_weight": extra_fcd_weight > 0,
+        }
+        self.own_options = [name for name, given in own_options.items() if given]
+        m = m if m is not None else (0.35 if margin_type == "cosface" else 0.5)
+        self.weight, self.head, self.projector = weight, head, projector
+        self.angular, self.additive = (0.0, m) if margin_type == "cosface" else (m, m2)
+        self.scale = scale
+        self.monotone = monotone
+        self.straight_through = straight_through_margin
+        self.margin_warmup_steps = margin_warmup_steps
+        self.fcd_weight = extra_fcd_weight
+
+    @hookimpl
+    def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
+        d, e = student.embedding_dim, teacher.embedding_dim
+        if d != e and not self.projector:
+            raise KDHooksError(
+                f"proxylesskd: the student's embedding must be as wide as the teacher's rows; "
+                f"found {d} and {e}; give the student the teacher's width (in arcface_torch: "
+                f"config.embedding_size = {e}), or set projector = true"
+            )
+        loss = MarginSoftmax(
+            self.angular,
+            self.additive,
+            self.scale,
+            monotone=self.monotone,
+            straight_through=self.straight_through,
+            margin_warmup_steps=self.margin_warmup_steps,
+            fcd_weight=self.fcd_weight,
+            projector=nn.Sequential(nn.Linear(d, e), nn.BatchNorm1d(e)) if self.projector else None,
+        )
+        conflict = f"its options {', '.join(self.own_options)} ask for kdhooks' own (head = 'own')"
+        return ClassifierShare(
+            "proxylesskd",
+            loss,
+            self.weight,
+            mode="inherit" if self.head == "host" else "centres",
+            needs_teacher=self.fcd_weight > 0,
+            host_conflict=conflict if self.own_options else "",
+        )
+
+
+def _one_of(option: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise KDHooksError(f"proxylesskd: {option} must be one of {known}; found '{found}'")
