@@ -63,6 +63,7 @@ def check_terms(values: dict[str, Tensor]) -> None:
     """Every loss finite."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
+            found = float(value.detach())
             raise KDHooksError(
-                f"{name}: its loss is {float(value)} in the first step; check the taps' ranges"
+                f"{name}: its loss is {found} in the first step; check the ranges of its taps"
             )

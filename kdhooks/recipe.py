@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed, near_miss
@@ -67,7 +68,7 @@ class Recipe:
             _only(table, _TAP_KEYS, f"recipe: taps.{side}")
         return cls(
             teacher=_checked_teacher(source["teacher"], folder),
-            methods=[create(method) for method in methods],
+            methods=[_checked_method(method) for method in methods],
             taps=taps,
             input_shape=tuple(source.get("input_shape", (3, 112, 112))),
             seed=source.get("seed", 0),
@@ -121,9 +122,11 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         path = spec.get("onnx") or insightface_model(
             spec["insightface"], spec.get("root", "~/.insightface")
         )
-        session = OnnxModel(path)
-        transform = InputTransform(size=session.size, mean=session.mean, std=session.std)
-        model = to_torch(path) if spec.get("convert") else session
+        given = spec.get("input", {})
+        scale = (given["mean"], given["std"]) if {"mean", "std"} <= set(given) else None
+        opened = (to_torch if spec.get("convert") else OnnxModel)(path, scale)
+        transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
+        model = opened
     return Teacher(
         model,
         transform=replace(transform, **spec.get("input", {})),
@@ -179,6 +182,12 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
                 raise KDHooksError(f"recipe: teacher.{key}: there is no file '{path}'")
             checked[key] = path
     return checked
+
+
+def _checked_method(method: object) -> object:
+    if isinstance(method, Mapping) and isinstance(method.get("weight"), int | float):
+        check_weight(str(method.get("name")), method["weight"])
+    return create(method)
 
 
 def _only(table: object, known: Sequence[str], where: str) -> None:

@@ -20,21 +20,23 @@ class Removable(Protocol):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile, in any nesting."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        inner: object = getattr(
-            model, "module" if isinstance(model, wrappers) else "_orig_mod", None
-        )
-        if not isinstance(inner, nn.Module):
-            return model
+    while (inner := _wrapped(model)) is not None:
         model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    data_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return dict(model.named_children()).get("module" if data_parallel else "_orig_mod")
 
 
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
     """The submodule at a path, whatever wrappers stand in front of it or in between."""
     if path == "":
         return model
-    known = {_without_wrappers(name): module for name, module in model.named_modules() if name}
+    known: dict[str, nn.Module] = {
+        _without_wrappers(name): module for name, module in model.named_modules() if name
+    }
     module = known.get(_without_wrappers(path))
     if module is None:
         children = [_without_wrappers(name) for name, _ in model.named_children()]

@@ -1,0 +1,155 @@
+"""Recognition networks in ONNX files as teachers, run by onnxruntime; and where to find them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.onnx_files import (
+    RecognitionFile,
+    dims,
+    image_inputs,
+    read_graph,
+    read_recognition_file,
+    require,
+)
+
+_TORCH_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+
+
+class OnnxModel:
+    """Embeddings only: no gradient and no taps; `kdhooks.onnx_to_torch` gives a torch module."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        mean_std: tuple[float, float] | None = None,
+        device_id: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """`mean_std` overrules the file. `device_id`: CUDA device, by default the current one of
+        torch. `threads`: of one run on the CPU, by default as many as torch uses.
+        """
+        file = read_recognition_file(path, mean_std)
+        self.path = file.path
+        self.size = file.size  # height, width
+        self.mean = file.mean
+        self.std = file.std
+        self.sha256 = file.sha256
+        self._input = file.input
+        self._session = _open_session(file, device_id, threads or torch.get_num_threads())
+        self.provider: str = self._session.get_providers()[0]
+        self._dtype = _TORCH_DTYPES.get(self._session.get_inputs()[0].type)
+        if self._dtype is None:
+            raise KDHooksError(
+                f"{self.path.name} must take float images, got "
+                f"{self._session.get_inputs()[0].type}; export it without quantised input"
+            )
+        self.embedding_dim = self._run(torch.zeros(1, 3, *self.size)).shape[1]
+        self.one_by_one = file.batch == 1 or not self._takes_batches()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b e), float32, on the device of the images.
+
+        Images are RGB and scaled as the file wants them: (pixels - mean) / std.
+        """
+        if images.dim() != 4 or images.shape[1:] != (3, *self.size):
+            raise KDHooksError(
+                f"{self.path.name} takes images (b, 3, {self.size[0]}, {self.size[1]}), got "
+                f"{tuple(images.shape)}; resize them first"
+            )
+        if not len(images):
+            return torch.zeros(0, self.embedding_dim, device=images.device)
+        step = 1 if self.one_by_one else len(images)
+        runs = [self._run(images[start : start + step]) for start in range(0, len(images), step)]
+        return torch.cat(runs).to(images.device)
+
+    def _run(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b e), on the CPU."""
+        feed = images.detach().to("cpu", self._dtype).contiguous().numpy()
+        embedding = np.asarray(self._session.run(None, {self._input: feed})[0])
+        if embedding.ndim != 2:
+            raise KDHooksError(
+                f"a recognition model gives one embedding (b e), but {self.path.name} makes "
+                f"{embedding.shape} of {tuple(images.shape)}; choose another file"
+            )
+        return torch.from_numpy(embedding).float()
+
+    def _takes_batches(self) -> bool:
+        """Tried, not read: insightface opens the batch axis of graphs traced for one image."""
+        images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
+        single = torch.cat([self._run(images[:1]), self._run(images[1:])])
+        try:
+            both = self._run(images)
+        except Exception:  # the errors of onnxruntime have no class in common
+            return False
+        return both.shape == single.shape and torch.allclose(both, single, rtol=1e-2, atol=1e-4)
+
+
+def _open_session(file: RecognitionFile, device_id: int | None, threads: int) -> Any:
+    """An onnxruntime.InferenceSession, on CUDA where onnxruntime has it."""
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Between two runs the trainer needs the cores; by default the idle threads would spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not any(node.op_type == "QuantizeLinear" for node in file.model.graph.node):
+        # Only weights are quantised, if anything: make them float once, not in every run.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Errors are raised anyway, and insightface packs, which declare an output of batch 1, would
+    # warn with every larger batch.
+    options.log_severity_level = 4
+    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        if device_id is None:
+            device_id = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device_id}))
+    try:
+        return ort.InferenceSession(file.model.SerializeToString(), options, providers=providers)
+    except Exception as error:  # the errors of onnxruntime have no class in common
+        raise KDHooksError(
+            f"onnxruntime {ort.__version__} must load {file.path.name}, but says: {error}; "
+            f"a newer onnxruntime may know its operators"
+        ) from error
+
+
+def insightface_model(name: str, root: str | Path = "~/.insightface") -> Path:
+    """The recognition model of an installed insightface pack, told by its graph.
+
+    It takes images of 112x112 and gives one embedding of at least 128 numbers, which no detector,
+    landmark or age model of the packs does.
+    """
+    models = Path(root).expanduser() / "models"
+    pack = models / name
+    if not pack.is_dir():
+        installed = [path.name for path in models.iterdir()] if models.is_dir() else []
+        raise KDHooksError(
+            f"an insightface pack must be installed, but {pack} does not exist; "
+            f"{near_miss(name, installed)}installed: {listed(sorted(installed))}; "
+            f"insightface.app.FaceAnalysis(name={name!r}) downloads it on first use"
+        )
+    files = sorted(pack.rglob("*.onnx"))  # some archives unpack to a folder within the folder
+    found = [file for file in files if _is_recognition(file)]
+    if len(found) != 1:
+        names = [str(file.relative_to(pack)) for file in found or files] or ["no ONNX file"]
+        raise KDHooksError(
+            f"an insightface pack must hold one recognition model, but {pack} holds "
+            f"{len(found) or 'none'}: {listed(names)}; give the path of the file you want instead"
+        )
+    return found[0]
+
+
+def _is_recognition(path: Path) -> bool:
+    graph = read_graph(path).graph
+    takes = [dims(value) for value in image_inputs(graph)]
+    gives = [dims(value) for value in graph.output]
+    return (
+        len(takes) == 1
+        and takes[0][1:] == (3, 112, 112)
+        and len(gives) == 1
+        and len(gives[0]) == 2
+        and (gives[0][1] or 0) >= 128
+    )

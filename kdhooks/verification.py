@@ -1,0 +1,228 @@
+"""Pair verification: are two faces the same person? Accuracy, EER and TAR at a fixed FAR.
+
+A pair is accepted when its score is at or above a threshold. FAR is the share of different-person
+pairs accepted, TAR the share of same-person pairs accepted. Axes: p pairs, n images, d dimensions,
+t thresholds, k folds.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kdhooks.errors import KDHooksError
+
+Floats: TypeAlias = NDArray[np.float64]
+Counts: TypeAlias = NDArray[np.int64]
+Flags: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; shares lie between 0 and 1."""
+
+    accuracy: float  # mean over the folds
+    accuracy_std: float  # population standard deviation over the folds
+    eer: float
+    tar: dict[float, float]  # FAR -> TAR; nan where there are too few pairs to measure that FAR
+    threshold: float  # the most accurate one on all pairs: for use, not for reporting
+
+
+@dataclass(frozen=True)
+class ROC:
+    """Every operating point, from accepting no pair to accepting all: three arrays (t)."""
+
+    far: Floats
+    tar: Floats
+    thresholds: Floats  # falling; the first is +inf
+
+
+def verify(
+    scores: ArrayLike,
+    same: ArrayLike,
+    folds: int | ArrayLike = 10,
+    fars: Iterable[float] = (1e-2, 1e-3),
+) -> Verification:
+    """(p), (p) -> every measure of this module at once; `folds` as in `fold_accuracies`."""
+    accuracies = fold_accuracies(scores, same, folds)
+    return Verification(
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std()),
+        eer=equal_error_rate(scores, same),
+        tar={far: tar_at_far(scores, same, far) for far in fars},
+        threshold=best_threshold(scores, same),
+    )
+
+
+def fold_accuracies(scores: ArrayLike, same: ArrayLike, folds: int | ArrayLike = 10) -> Floats:
+    """(p), (p) -> (k), each fold judged by the `best_threshold` of the other folds.
+
+    `folds` is a fold id for every pair, or a count: then the pairs are cut in that many runs, in
+    the order given, as the 6,000 pairs of LFW are meant to be.
+    """
+    values, flags = _checked_pairs(scores, same)
+    ids = _fold_ids(folds, len(values))
+    accuracies = []
+    for fold in np.unique(ids):
+        here = ids == fold
+        if flags[~here].all() or not flags[~here].any():
+            kind = "the same person" if flags[~here].all() else "different people"
+            raise KDHooksError(
+                f"a threshold needs pairs of both kinds, but outside fold {fold} all "
+                f"{np.sum(~here)} pairs are of {kind}; mix the pairs or give fold ids"
+            )
+        threshold = best_threshold(values[~here], flags[~here])
+        accuracies.append(np.mean((values[here] >= threshold) == flags[here]))
+    return np.array(accuracies)
+
+
+def best_threshold(scores: ArrayLike, same: ArrayLike) -> float:
+    """(p), (p) -> (), the threshold that judges most pairs rightly, the strictest of equals.
+
+    It lies halfway between two neighbouring scores, so that a new pair has room on either side.
+    """
+    thresholds, accepted_same, accepted_different = _accepted(*_checked_pairs(scores, same))
+    best = int(np.argmax(accepted_same - accepted_different))
+    return float(np.append(thresholds, -np.inf)[best : best + 2].mean())
+
+
+def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> float:
+    """(p), (p) -> (), where FAR equals 1 - TAR, on straight lines between the points of the ROC."""
+    curve = roc(scores, same)
+    return float(np.interp(0.0, curve.far + curve.tar - 1, curve.far))
+
+
+def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> float:
+    """(p), (p) -> (), the largest TAR of any threshold whose FAR is at most `far`.
+
+    nan when `far` is below one over the number of different-person pairs: one accepted pair is
+    then too many and none says nothing about so small a rate.
+    """
+    if not 0 < far <= 1:
+        raise KDHooksError(f"far must lie in (0, 1], got {far}; one in a thousand is 1e-3")
+    values, flags = _checked_pairs(scores, same)
+    if far * (~flags).sum() < 1:
+        return float("nan")
+    curve = roc(values, flags)
+    return float(curve.tar[curve.far <= far].max())
+
+
+def roc(scores: ArrayLike, same: ArrayLike) -> ROC:
+    """(p), (p) -> (t) each, one point for every distinct score and one above them all."""
+    thresholds, accepted_same, accepted_different = _accepted(*_checked_pairs(scores, same))
+    return ROC(
+        far=accepted_different / accepted_different[-1],
+        tar=accepted_same / accepted_same[-1],
+        thresholds=thresholds,
+    )
+
+
+def unit(embeddings: ArrayLike) -> Floats:
+    """(n d) -> (n d), rows of length one."""
+    rows = np.asarray(embeddings, dtype=np.float64)
+    if rows.ndim != 2:
+        raise KDHooksError(f"embeddings must be (n d), got {rows.shape}; stack one row per image")
+    lengths: Floats = np.linalg.norm(rows, axis=1, keepdims=True)
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise KDHooksError(
+            f"an embedding must be finite and not zero, but row {wrong[0]} has length "
+            f"{lengths[wrong[0], 0]}; look at the image or the model that made it"
+        )
+    return rows / lengths
+
+
+def flip_summed(embeddings: ArrayLike, flipped: ArrayLike) -> Floats:
+    """(n d), (n d) -> (n d), the sum over an image and its mirror image, then unit length."""
+    straight, mirrored = np.asarray(embeddings), np.asarray(flipped)
+    if straight.shape != mirrored.shape:
+        raise KDHooksError(
+            f"flipped must have the shape of embeddings, {straight.shape}, got {mirrored.shape}; "
+            f"embed the same images twice"
+        )
+    return unit(straight.astype(np.float64) + mirrored)
+
+
+def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None = None) -> Floats:
+    """(n d), (p 2) -> (p), cosines of the images that each pair names by row number.
+
+    With `other`, another model's embeddings of the same images, the second image of each pair is
+    taken from there: can the student's faces be looked up in a gallery made by the teacher?
+    """
+    first = unit(embeddings)
+    second = first if other is None else unit(other)
+    if first.shape != second.shape:
+        raise KDHooksError(
+            f"other must have the shape of embeddings, {first.shape}, got {second.shape}; "
+            f"models are comparable only on the same images and in one embedding space"
+        )
+    rows = np.asarray(pairs)
+    if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iu":
+        raise KDHooksError(
+            f"pairs must be integers (p 2), got {rows.dtype} {rows.shape}; name two rows per pair"
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(first):
+        raise KDHooksError(
+            f"pairs must name rows 0 to {len(first) - 1}, got {rows.min()} to {rows.max()}; "
+            f"count images from zero"
+        )
+    scores: Floats = np.einsum("pd,pd->p", first[rows[:, 0]], second[rows[:, 1]])
+    return scores
+
+
+def _accepted(values: Floats, same: Flags) -> tuple[Floats, Counts, Counts]:
+    """(p), (p) -> (t) each: thresholds, pairs accepted at each, of the same person and of two."""
+    order = np.argsort(-values)
+    values, same = values[order], same[order]
+    last_of_equals = np.append(values[1:] != values[:-1], True)
+    return (
+        np.append(np.inf, values[last_of_equals]),
+        np.append(0, np.cumsum(same)[last_of_equals]),
+        np.append(0, np.cumsum(~same)[last_of_equals]),
+    )
+
+
+def _checked_pairs(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Flags]:
+    values, flags = np.asarray(scores, dtype=np.float64), np.asarray(same)
+    if values.ndim != 1 or flags.shape != values.shape:
+        raise KDHooksError(
+            f"scores and same must both be (p), got {values.shape} and {flags.shape}; "
+            f"give one score and one flag per pair"
+        )
+    if flags.dtype != np.bool_:
+        raise KDHooksError(f"same must be bool, got {flags.dtype}; write same == 1")
+    if not np.isfinite(values).all():
+        raise KDHooksError(
+            f"scores must be finite, but {np.sum(~np.isfinite(values))} of {len(values)} are not; "
+            f"look at the embeddings they come from"
+        )
+    if flags.all() or not flags.any():
+        raise KDHooksError(
+            f"pairs of the same person and of different people are both needed, got "
+            f"{flags.sum()} and {(~flags).sum()}; add the missing kind"
+        )
+    return values, flags
+
+
+def _fold_ids(folds: int | ArrayLike, pairs: int) -> Counts:
+    """A count or ids (p) -> (p)."""
+    given = np.asarray(folds)
+    if given.dtype.kind not in "iu":
+        raise KDHooksError(f"folds must be integers, got {given.dtype}; number the folds")
+    if given.ndim == 0:
+        if not 2 <= given <= pairs:
+            raise KDHooksError(
+                f"folds must be from 2 to the number of pairs, {pairs}, got {given}; "
+                f"the threshold of one fold comes from the others"
+            )
+        return np.arange(pairs) * int(given) // pairs
+    if given.shape != (pairs,):
+        raise KDHooksError(f"fold ids must be ({pairs},), got {given.shape}; give one id per pair")
+    if len(np.unique(given)) < 2:
+        raise KDHooksError(
+            f"at least two folds are needed, got only fold {given[0]}; "
+            f"the threshold of one fold comes from the others"
+        )
+    return given.astype(np.int64)

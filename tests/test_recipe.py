@@ -1,0 +1,199 @@
+"""A recipe is checked whole before anything is loaded, and means the same from dict and TOML."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdhooks import KDHooksError, build
+from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    module = tiny_teacher().module
+    assert module is not None
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def network(name: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    assert name == "tiny"
+    return TinyFaceNet(dim=len(state["fc.bias"]), width=6)
+
+
+def test_from_dict(checkpoint: Path) -> None:
+    recipe = {
+        "teacher": {"network": "tiny", "checkpoint": str(checkpoint)},
+        "methods": ["fcd", {"name": "proxylesskd", "m": 0.4}],
+        "input_shape": [3, 32, 32],
+    }
+    recipe["teacher"]["classifier"] = torch.randn(6, 12)  # type: ignore[index]
+    kd = build(recipe, TinyFaceNet().train(), network=network)
+    assert [tap.name for tap in kd.taps] == ["fcd", "proxylesskd"]
+
+
+def test_from_toml_with_paths_beside_the_file(checkpoint: Path) -> None:
+    file = checkpoint.parent / "kd.toml"
+    file.write_text(
+        """
+        methods = ["fcd", { name = "coupleface", k = 2 }]
+        input_shape = [3, 32, 32]
+        [teacher]
+        network = "tiny"
+        checkpoint = "model.pt"
+        classifier = "rows.pt"
+        [taps.student]
+        embedding = "fc"
+        """
+    )
+    torch.save(torch.randn(6, 12), checkpoint.parent / "rows.pt")
+    net = TinyFaceNet().train()
+    kd = build(file, net, network=network)
+    assert [tap.name for tap in kd.taps] == ["fcd", "coupleface"]
+    net(torch.rand(2, 3, 32, 32))
+    assert list(kd._student.take()) == ["fc"]
+
+
+def test_a_module_or_a_function_is_a_teacher() -> None:
+    teacher = tiny_teacher().module
+    recipe = Recipe.read({"teacher": teacher, "methods": ["fcd"]})
+    assert build_teacher(recipe).module is teacher
+    recipe = Recipe.read({"teacher": {"module": torch.flatten}, "methods": ["fcd"]})
+    assert build_teacher(recipe).module is None
+
+
+def test_teacher_options_reach_the_teacher() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(2, 3))
+
+    spec = {
+        "module": Mean(),
+        "input": {"order": "bgr", "mean": 0, "std": 1, "size": [8, 8]},
+        "dtype": "bfloat16",
+    }
+    teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
+    image = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(2, 3, 16, 16)
+    torch.testing.assert_close(teacher(image).embedding[0], torch.tensor([255.0, 127.5, 0.0]))
+
+
+TEACHER = {"module": torch.flatten}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "match"),
+    [
+        ({"teacher": TEACHER}, "recipe needs 'methods'; found teacher"),
+        ({"methods": ["fcd"]}, "recipe needs 'teacher'; found methods"),
+        ({"teacher": TEACHER, "method": []}, "no key 'method'; did you mean 'methods'"),
+        ({"teacher": TEACHER, "methods": []}, "methods must be a list of at least one"),
+        ({"teacher": TEACHER, "methods": "fcd"}, "methods must be a list"),
+        ({"teacher": TEACHER, "methods": ["fdc"]}, "no method 'fdc' is installed; did you mean"),
+        (
+            {"teacher": TEACHER, "methods": [{"name": "fcd", "wieght": 1}]},
+            "'fcd' has no option 'wieght'; did you mean 'weight'",
+        ),
+        (
+            {"teacher": TEACHER, "methods": [{"name": "fcd", "weight": -1}]},
+            "fcd: weight must be finite and at least 0; found -1",
+        ),
+        (
+            {"teacher": TEACHER, "methods": ["fcd"], "taps": {"pupil": {}}},
+            "recipe: taps has no key 'pupil'",
+        ),
+        (
+            {"teacher": TEACHER, "methods": ["fcd"], "taps": {"student": {"embeding": ""}}},
+            "recipe: taps.student has no key 'embeding'; did you mean 'embedding'",
+        ),
+        ({"teacher": {}, "methods": ["fcd"]}, "needs exactly one of .*; found none"),
+        (
+            {"teacher": {"onnx": "a", "insightface": "b"}, "methods": ["fcd"]},
+            "exactly one of .*; found onnx, insightface",
+        ),
+        (
+            {"teacher": {"network": "r50"}, "methods": ["fcd"]},
+            "teacher.network and teacher.checkpoint go together",
+        ),
+        (
+            {"teacher": {"network": "r50", "chekpoint": ""}, "methods": ["fcd"]},
+            "teacher has no key 'chekpoint'; did you mean 'checkpoint'",
+        ),
+        (
+            {"teacher": {"network": "r50", "checkpoint": "absent.pt"}, "methods": ["fcd"]},
+            "teacher.checkpoint: there is no file 'absent.pt'",
+        ),
+        ({"teacher": {"onnx": "absent.onnx"}, "methods": ["fcd"]}, "teacher.onnx: there is no"),
+        ({"teacher": 3, "methods": ["fcd"]}, "a table, a module or a function; found int"),
+        (
+            {"teacher": {**TEACHER, "dtype": "float8"}, "methods": ["fcd"]},
+            "dtype must be one of float32, float16, bfloat16; found 'float8'",
+        ),
+        (
+            {"teacher": {**TEACHER, "input": {"sise": 1}}, "methods": ["fcd"]},
+            "teacher.input has no key 'sise'; did you mean 'size'",
+        ),
+        ("absent.toml", "there is no file 'absent.toml'"),
+    ],
+)
+def test_refuses(recipe: Any, match: str) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        Recipe.read(recipe)
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kd.toml").write_text("methods = [")
+    with pytest.raises(KDHooksError, match="is not TOML"):
+        Recipe.read(tmp_path / "kd.toml")
+
+
+def test_a_missing_classifier_names_the_way_out() -> None:
+    recipe = {"teacher": {**TEACHER, "classifier": "absent_*.pt"}, "methods": ["fcd"]}
+    with pytest.raises(KDHooksError, match=r"no file matches 'absent_\*\.pt'"):
+        build_teacher(Recipe.read(recipe))
+
+
+def test_a_networks_name_needs_a_factory(checkpoint: Path) -> None:
+    spec = {"network": "tiny", "checkpoint": checkpoint}
+    recipe = Recipe.read({"teacher": spec, "methods": ["fcd"]})
+    with pytest.raises(KDHooksError, match="built by a host's own factory"):
+        build_teacher(recipe)
+
+
+def test_reading_a_recipe_twice_is_reading_it_once() -> None:
+    recipe = Recipe.read({"teacher": TEACHER, "methods": ["fcd"]})
+    assert Recipe.read(recipe) is recipe
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_onnx_file_is_a_teacher(convert: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    module = tiny_teacher().module
+    assert module is not None
+    images, _ = tiny_batch()
+    export(module, images, tmp_path / "teacher.onnx")
+    spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert}
+    teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
+    torch.testing.assert_close(
+        teacher(images).embedding, module(images).detach(), rtol=1e-4, atol=1e-5
+    )
+    assert (teacher.module is not None) == convert
+
+
+def export(module: nn.Module, images: Tensor, path: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's exporter warns of itself
+        torch.onnx.export(
+            module,
+            (images,),
+            str(path),
+            dynamo=False,
+            input_names=["data"],
+            dynamic_axes={"data": {0: "b"}},
+        )

@@ -1,0 +1,260 @@
+"""Each trap of recording module outputs is handled, or refused with the way out."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kdhooks import KDHooksError
+from kdhooks.taps import StudentTaps, Taps, evaluating, find, unwrap
+from kdhooks.testing import TinyFaceNet
+
+# torch's own tracer looks at the .grad of every tensor that an attribute holds
+_dynamo_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    """torch.compile shares code between instances, whether they have hooks or not."""
+    torch._dynamo.reset()
+
+
+class InPlace(nn.Module):
+    """conv -> bn -> ReLU(inplace): the tap on bn is overwritten."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        if self.reentrant is None:
+            return self.block(x)  # type: ignore[no-any-return]
+        return checkpoint(self.block, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+def compiled(module: nn.Module, backend: str = "eager") -> nn.Module:
+    optimized = torch.compile(module, backend=backend)
+    assert isinstance(optimized, nn.Module)
+    return optimized
+
+
+def images(n: int = 2) -> Tensor:
+    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_takes_what_the_module_put_out() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["conv", "block"])
+    out = net(images())
+    taken = taps.take()
+    assert list(taken) == ["conv", "block"]
+    assert taken["block"] is out
+
+
+def test_the_empty_path_is_the_models_output() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, [""])
+    assert net(images()) is taps.take()[""]
+
+
+def test_taking_lets_go_of_tensors_and_images() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    net(images())
+    assert taps.images is not None
+    taps.take()
+    assert taps.images is None
+    with pytest.raises(KDHooksError, match="student tap 'block' recorded nothing"):
+        taps.take()
+
+
+def test_a_tensor_overwritten_in_place_is_refused() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["bn"])
+    net(images())
+    with pytest.raises(KDHooksError, match="student tap 'bn' was overwritten in place"):
+        taps.take()
+
+
+def test_evaluation_records_nothing() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    with evaluating(net):
+        net(images())
+    with torch.no_grad():
+        net(images())
+    assert taps.images is None
+    assert not taps.fired
+
+
+def test_evaluation_between_forward_and_take_does_not_disturb() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    out = net(images())
+    with evaluating(net), torch.no_grad():
+        net(images(5))
+    assert taps.take()["block"] is out
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_tap_inside_a_reentrant_checkpoint_carries_no_gradient() -> None:
+    net = InPlace(reentrant=True)
+    taps = StudentTaps(net, ["block.0"])
+    net(images())
+    with pytest.raises(KDHooksError, match=r"student tap 'block\.0' carries no gradient"):
+        taps.take()
+
+
+def test_recomputation_in_backward_is_not_recorded() -> None:
+    net = InPlace(reentrant=False)
+    calls: list[int] = []
+    net.block[0].register_forward_hook(lambda *_: calls.append(1))
+    taps = StudentTaps(net, ["block.0"])
+    out = net(images())
+    first = taps.take()["block.0"]
+    (out.sum() + first.sum()).backward()
+    assert len(calls) == 2, "the checkpoint recomputes, else this test shows nothing"
+    with pytest.raises(KDHooksError, match="recorded nothing"):
+        taps.take()
+
+
+def test_a_frozen_students_tap_is_refused() -> None:
+    net = InPlace().requires_grad_(False)
+    taps = StudentTaps(net, ["block"])
+    net(images())
+    with pytest.raises(KDHooksError, match="carries no gradient"):
+        taps.take()
+
+
+def test_a_module_that_does_not_run_is_named() -> None:
+    net = InPlace()
+    net.idle = nn.Linear(1, 1)
+    taps = StudentTaps(net, ["block", "idle"])
+    net(images())
+    with pytest.raises(KDHooksError, match="student tap 'idle' did not run in this forward"):
+        taps.take()
+
+
+def test_a_module_that_puts_out_no_tensor_is_refused() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    net = nn.Sequential(nn.Identity(), Pair())
+    StudentTaps(net, ["1"])
+    with pytest.raises(KDHooksError, match="student tap '1' must put out a tensor; found tuple"):
+        net(images())
+
+
+@_dynamo_reads_grad
+def test_hooks_that_come_after_the_first_compiled_call_are_noticed() -> None:
+    net = InPlace()
+    fast = compiled(net)
+    fast(images())
+    taps = StudentTaps(unwrap(fast), ["block"])
+    fast(images())
+    assert not taps.fired
+    with pytest.raises(KDHooksError, match="attach before the first call of a compiled model"):
+        taps.take()
+
+
+@_dynamo_reads_grad
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_hooks_that_come_before_it_fire(backend: str) -> None:
+    net = InPlace()
+    fast = compiled(net, backend)
+    taps = StudentTaps(unwrap(fast), ["block"])
+    out = fast(images())
+    torch.testing.assert_close(taps.take()["block"], out)
+
+
+def test_a_module_called_twice_gives_its_last_output() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))  # type: ignore[no-any-return]
+
+    net = Twice()
+    taps = StudentTaps(net, ["conv"])
+    assert net(images()) is taps.take()["conv"]
+
+
+def test_removed_hooks_record_nothing() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    taps.remove()
+    net(images())
+    assert taps.images is None
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+    assert not net.block._forward_hooks
+
+
+def test_a_copy_of_the_model_records_nothing_and_the_original_still_does() -> None:
+    net = TinyFaceNet()
+    taps = StudentTaps(net, ["layer2"])
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        copied.train()(torch.rand(2, 3, 32, 32))
+        assert taps.images is None
+        assert not taps.fired
+        for hook in copied._forward_pre_hooks.values():
+            assert getattr(hook, "__self__").images is None  # noqa: B009
+    net(torch.rand(2, 3, 32, 32))
+    assert taps.take()["layer2"].shape == (2, 8, 8, 8)
+
+
+def test_a_deepcopy_between_forward_and_take_works() -> None:
+    net = TinyFaceNet()
+    taps = StudentTaps(net, ["layer2"])
+    net(torch.rand(2, 3, 32, 32))
+    copy.deepcopy(net)
+    taps.take()
+
+
+def test_finds_through_wrappers_in_any_nesting() -> None:
+    net = TinyFaceNet()
+    expected = net.get_submodule("layer3.0")
+    inner = nn.Sequential()
+    inner.add_module("module", compiled(net))
+    assert find(inner, "layer3.0", "student") is expected
+    assert find(inner, "module._orig_mod.layer3.0", "student") is expected
+    assert unwrap(nn.DataParallel(compiled(net))) is net
+
+
+def test_an_unknown_path_names_the_near_miss_and_the_children() -> None:
+    with pytest.raises(
+        KDHooksError,
+        match=r"student has no submodule 'layer9'; did you mean .*'layer[1-4]'.* its children are: "
+        r"layer1, layer2, layer3, layer4, fc, features",
+    ):
+        find(TinyFaceNet(), "layer9", "student")
+
+
+def test_teacher_side_taps_record_without_grad() -> None:
+    net = TinyFaceNet()
+    taps = Taps(net, ["layer1"], "teacher")
+    taps.open()
+    with torch.no_grad():
+        net(torch.rand(2, 3, 32, 32))
+    taps.close()
+    assert taps.take()["layer1"].shape == (2, 4, 16, 16)
+
+
+def test_evaluating_puts_every_submodules_mode_back() -> None:
+    net = TinyFaceNet().train()
+    net.layer2.eval()
+    with evaluating(net):
+        assert not any(module.training for module in net.modules())
+    assert net.training
+    assert not net.layer2.training

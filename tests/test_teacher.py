@@ -1,0 +1,170 @@
+"""The teacher is the one meant, frozen, out of everyone's reach, and given what it expects."""
+
+import copy
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdhooks import InputTransform, KDHooksError, Teacher
+from kdhooks.teacher import load_checkpoint, load_strictly
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+
+
+def trained() -> TinyFaceNet:
+    module = tiny_teacher().module
+    assert isinstance(module, TinyFaceNet)
+    return module
+
+
+def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
+    module = trained().train()
+    teacher = Teacher(module)
+    before = copy.deepcopy(module.state_dict())
+    images, _ = tiny_batch()
+    output = teacher(images)
+    assert not output.embedding.requires_grad
+    assert not any(p.requires_grad for p in module.parameters())
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_goes_back_to_eval_when_somebody_woke_it() -> None:
+    module = trained()
+    teacher = Teacher(module)
+    images, _ = tiny_batch()
+    expected = teacher(images).embedding
+    module.train()
+    torch.testing.assert_close(teacher(images).embedding, expected, rtol=0, atol=0)
+
+
+def test_an_untrained_network_is_refused() -> None:
+    with pytest.raises(KDHooksError, match="never trained: the running statistics of all 5 Batch"):
+        Teacher(TinyFaceNet())
+
+
+def test_neither_deepcopy_nor_pickle_copies_it() -> None:
+    teacher = tiny_teacher()
+    assert copy.deepcopy(teacher) is teacher
+    absent = pickle.loads(pickle.dumps(teacher))
+    with pytest.raises(KDHooksError, match="left out when this model was pickled"):
+        absent(tiny_batch()[0])
+
+
+def test_a_function_is_a_teacher_without_taps() -> None:
+    teacher = Teacher(lambda images: images.mean(dim=(2, 3)))
+    assert teacher(tiny_batch()[0]).embedding.shape == (12, 3)
+    with pytest.raises(KDHooksError, match=r"no submodules to tap \(layer1\)"):
+        teacher.tap(["layer1"])
+
+
+def test_an_inference_mode_function_gives_usable_tensors() -> None:
+    @torch.inference_mode()
+    def embed(images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3))
+
+    embedding = Teacher(embed)(tiny_batch()[0]).embedding
+    weight = torch.ones(3, requires_grad=True)
+    (embedding * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_taps_features_and_an_inner_embedding() -> None:
+    module = trained()
+    teacher = Teacher(module, embedding="fc")
+    teacher.tap(["layer4"])
+    output = teacher(tiny_batch()[0])
+    assert output.features["layer4"].shape == (12, 24, 2, 2)
+    torch.testing.assert_close(module.features(output.embedding), module(tiny_batch()[0]))
+
+
+def test_an_output_that_is_no_matrix_names_the_way_out() -> None:
+    with pytest.raises(KDHooksError, match=r"must be a tensor \(b e\); found \(12, 3, 32, 32\)"):
+        Teacher(lambda images: images)(tiny_batch()[0])
+
+
+def test_its_autocast_is_its_own() -> None:
+    seen: list[torch.dtype] = []
+
+    class Spy(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input.mean(dim=(2, 3)))
+            seen.append(out.dtype)
+            return out
+
+    images, _ = tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        full = Teacher(Spy(3, 4))(images).embedding
+    half = Teacher(Spy(3, 4), dtype=torch.bfloat16)(images).embedding
+    assert seen == [torch.float32, torch.bfloat16]
+    assert full.dtype == half.dtype == torch.float32
+
+
+def test_channels_last_and_compile_change_nothing_in_the_result() -> None:
+    images, _ = tiny_batch()
+    expected = tiny_teacher()(images).embedding
+    fast = Teacher(trained(), channels_last=True)
+    torch.testing.assert_close(fast(images).embedding, expected)
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (InputTransform(), [-1.0, 0.0, 1.0]),
+        (InputTransform(order="bgr"), [1.0, 0.0, -1.0]),
+        (InputTransform(mean=0, std=1), [0.0, 127.5, 255.0]),
+        (InputTransform(mean=127.5, std=128), [-127.5 / 128, 0.0, 127.5 / 128]),
+    ],
+)
+def test_input_transform(transform: InputTransform, expected: list[float]) -> None:
+    image = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    found = transform(image)
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
+
+
+def test_input_transform_resizes() -> None:
+    assert InputTransform(size=(56, 48))(torch.rand(2, 3, 112, 112)).shape == (2, 3, 56, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"order": "grb"}, "order must be 'rgb' or 'bgr'; found 'grb'"),
+        ({"std": 0.0}, "std must be positive; found 0"),
+    ],
+)
+def test_input_transform_refuses(options: dict[str, object], match: str) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        InputTransform(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict_backbone": s, "epoch": 1}])
+def test_reads_model_pt_and_rank_checkpoints(
+    wrap: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert callable(wrap)
+    module = trained()
+    state = {f"module.{key}": value for key, value in module.state_dict().items()}
+    torch.save(wrap(state), tmp_path / "model.pt")
+    with caplog.at_level(logging.INFO, "kdhooks"):
+        loaded = load_checkpoint(tmp_path / "model.pt")
+    assert "sha256" in caplog.text
+    fresh = load_strictly(TinyFaceNet(width=6), loaded, "model.pt").eval()
+    torch.testing.assert_close(fresh(tiny_batch()[0]), module(tiny_batch()[0]))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        KDHooksError, match=r"'m\.pt' does not fit the network[^;]*; Error.*\s+Missing key"
+    ):
+        load_strictly(TinyFaceNet(), {}, "m.pt")
+    with pytest.raises(KDHooksError, match="there is no file"):
+        load_checkpoint(tmp_path / "absent.pt")
+    (tmp_path / "text.pt").write_text("no tensors")
+    with pytest.raises(KDHooksError, match="can't be read as tensors alone"):
+        load_checkpoint(tmp_path / "text.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(KDHooksError, match="holds no state dict"):
+        load_checkpoint(tmp_path / "list.pt")
