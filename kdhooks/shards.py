@@ -1,8 +1,8 @@
 """Classifiers whose classes are split over ranks: rows on disk, one rank's shard, its softmax.
 
 The convention of every collective here: each rank ends up with the same loss of the global
-batch, and `torch.distributed.nn` differentiates the sum over ranks, so that the mean that DDP
-takes of the gradients is the gradient of that loss, with factor exactly 1.
+batch, and its backward differentiates the sum over ranks, so that the mean that DDP takes of the
+gradients is the gradient of that loss, with factor exactly 1.
 """
 
 import glob
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from kdhooks.errors import KDHooksError
 
@@ -71,7 +71,10 @@ class Rows:
 
 
 def _in_rank_order(pattern: str) -> list[Path]:
-    paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()))]
+    literal = Path(pattern).expanduser()
+    if literal.is_file():  # whatever its name means as a glob
+        return [literal]
+    paths = [Path(p) for p in glob.glob(str(literal))]
     if not paths:
         raise KDHooksError(
             f"teacher classifier: no file matches '{pattern}'; name a tensor file (c e), or the "
@@ -101,9 +104,9 @@ def _read(path: Path) -> Tensor:
         raise KDHooksError(
             f"teacher classifier: '{path}' is not a file that torch.save wrote ({error})"
         ) from error
-    if isinstance(content, dict):
-        content = content.get("state_dict_softmax_fc", content)
-        content = content.get("weight", content)
+    for key in ("state_dict_softmax_fc", "weight"):
+        if isinstance(content, dict):
+            content = content.get(key, content)
     if not isinstance(content, Tensor):
         raise KDHooksError(
             f"teacher classifier: '{path}' holds no rows; expected a tensor (c e), a state dict "
@@ -187,7 +190,7 @@ class ClassShard:
     def _reduced(self, values: Tensor) -> Tensor:
         if self.group is None:
             return values
-        reduced: Tensor = differentiable.all_reduce(values, dist.ReduceOp.SUM, self.group)
+        reduced: Tensor = _Sum.apply(values, self.group)  # type: ignore[no-untyped-call]  # torch's
         return reduced
 
 
@@ -195,11 +198,8 @@ def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
     if group is None:
         return x
-    if not x.requires_grad:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group)
-        return torch.cat(parts)
-    return torch.cat(differentiable.all_gather(x.contiguous(), group))
+    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
+    return gathered
 
 
 def world() -> "dist.ProcessGroup | None":
@@ -207,3 +207,41 @@ def world() -> "dist.ProcessGroup | None":
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
+
+
+# Our own, since those of torch.distributed.nn are deprecated and what follows them is private.
+
+
+class _Context(FunctionCtx):
+    group: "dist.ProcessGroup"
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, values: Tensor, group: "dist.ProcessGroup") -> Tensor:
+        ctx.group = group
+        return _summed(values, group)
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
+        parts = _summed(gradients[0], ctx.group).chunk(dist.get_world_size(ctx.group))
+        return parts[dist.get_rank(ctx.group)], None
+
+
+def _summed(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    return total

@@ -61,9 +61,10 @@ class MutualRelations(nn.Module):
         s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
         fcd = (s - t).square().sum(dim=1).mean()
         rad, active = self._rad(s, t, labels)
+        loss = fcd + self.alpha * self._ramp() * rad
         if self.training:
             self._advance(s.detach(), t, labels)
-        return fcd + self.alpha * rad, {"fcd": fcd, "rad": rad, "active": active}
+        return loss, {"fcd": fcd, "rad": rad, "active": active}
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean hinge of the relations' excess, and the share of them that is active."""
@@ -81,7 +82,7 @@ class MutualRelations(nn.Module):
         hinge = excess.abs() if self.two_sided else (excess + self.q).relu()
         count = valid.sum().clamp(min=1)
         active = ((hinge > 0) & valid).sum() / count
-        return self._ramp() * (hinge * valid).sum() / count, active
+        return (hinge * valid).sum() / count, active
 
     def _ramp(self) -> Tensor | float:
         return (self.steps / self.warmup_steps).clamp(max=1.0) if self.warmup_steps else 1.0
@@ -98,7 +99,7 @@ class MutualRelations(nn.Module):
 
 
 def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) -> None:
-    """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · mean of y's)."""
+    """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean)."""
     classes, position = torch.unique(labels, return_inverse=True)
     mean = embedding.new_zeros(len(classes), embedding.shape[1])
     mean = F.normalize(mean.index_add_(0, position, embedding))
@@ -166,6 +167,13 @@ class CoupleFace:
             raise KDHooksError(
                 f"coupleface: bank_momentum must be at least 0 and below 1; found {bank_momentum}"
             )
+        if bank_momentum and relations != "bank":
+            raise KDHooksError(
+                f"coupleface: bank_momentum belongs to relations 'bank'; found '{relations}'"
+            )
+        for option, found in (("alpha", alpha), ("warmup_steps", warmup_steps)):
+            if found < 0:
+                raise KDHooksError(f"coupleface: {option} must be at least 0; found {found}")
         self.weight, self.alpha, self.k, self.q = weight, alpha, k, q
         self.two_sided = two_sided
         self.bank_momentum = bank_momentum if relations == "bank" else None
@@ -217,6 +225,11 @@ class CoupleFace:
             log.warning("coupleface: k = %d, but there are only %d other classes", self.k, others)
         index = nearest_classes(prototypes, min(self.k, others), self.max_neighbour_sim)
         if self.max_neighbour_sim is not None:
+            if (index < 0).all():
+                raise KDHooksError(
+                    "coupleface: no class has a neighbour below max_neighbour_sim = "
+                    f"{self.max_neighbour_sim}; raise it (about 0.7)"
+                )
             unfiltered = nearest_classes(prototypes, min(self.k, others))
             dropped = int((index != unfiltered).any(dim=1).sum())
             log.info("coupleface: %d classes have neighbours above max_neighbour_sim", dropped)

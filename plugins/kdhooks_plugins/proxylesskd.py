@@ -8,6 +8,7 @@ embedding term. Class means stand in for the classifier of a teacher that comes 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,10 @@ _EPS = 1e-7  # keeps arccos differentiable at ±1
 
 
 class MarginSoftmax(nn.Module):
-    """Cross-entropy of a margin softmax on frozen rows, ψ(θ) = cos(θ + m) - m2 at the own class."""
+    """Cross-entropy of a margin softmax on frozen rows, ψ(θ) = cos(θ + m) - m2 at the own class.
+
+    The mean over the samples that have a label: those below 0 are left out.
+    """
 
     steps: Tensor
 
@@ -51,31 +55,34 @@ class MarginSoftmax(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
         student = self.projector(student)
+        classifier = replace(classifier, weight=classifier.weight.detach())
+        count = (labels >= 0).sum().clamp(min=1)
         cosines = classifier.cosines(student)
         own = classifier.pick(cosines, labels)
         shift = self._psi(own) - own
         if self.straight_through:
             shift = shift.detach()
         log_p = classifier.log_softmax(self.scale * classifier.add(cosines, labels, shift))
-        loss = -classifier.pick(log_p, labels).mean()
+        loss = -classifier.pick(log_p, labels).sum() / count
         if self.fcd_weight:
             assert teacher is not None
-            loss = loss + self.fcd_weight * (1 - F.cosine_similarity(student, teacher)).mean()
-        return loss, {"cosine": own.mean()}
+            gap = 1 - F.cosine_similarity(student, teacher.detach())
+            loss = loss + self.fcd_weight * gap.mean()
+        return loss, {"cosine": own.sum() / count}
 
     def _psi(self, cosine: Tensor) -> Tensor:
         """(b) -> (b): cos(θ + m) - m2; past θ = π - m, where that rises, a straight line."""
-        m, m2 = self._margins()
+        m, m2 = self._margins(cosine.dtype)
         turned = torch.cos(torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m)
         if self.monotone:
             line = cosine - m * torch.sin(math.pi - m)
             turned = torch.where(cosine > torch.cos(math.pi - m), turned, line)
         return turned - m2
 
-    def _margins(self) -> tuple[Tensor, Tensor]:
-        ramp = torch.ones_like(self.steps, dtype=torch.float32)
+    def _margins(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ramp = torch.ones_like(self.steps, dtype=dtype)
         if self.margin_warmup_steps:
-            ramp = (self.steps / self.margin_warmup_steps).clamp(max=1.0)
+            ramp = (self.steps.to(dtype) / self.margin_warmup_steps).clamp(max=1.0)
         if self.training:
             with torch.no_grad():
                 self.steps += 1
@@ -130,6 +137,14 @@ class ProxylessKD:
         }
         self.own_options = [name for name, given in own_options.items() if given]
         m = m if m is not None else (0.35 if margin_type == "cosface" else 0.5)
+        if not 0 <= m <= math.pi:
+            raise KDHooksError(
+                f"proxylesskd: m must be from 0 to {math.pi:.5f}, in radians; found {m}"
+            )
+        if scale <= 0:
+            raise KDHooksError(f"proxylesskd: scale must be above 0; found {scale}")
+        _not_negative("margin_warmup_steps", margin_warmup_steps)
+        _not_negative("extra_fcd_weight", extra_fcd_weight)
         self.weight, self.head, self.projector = weight, head, projector
         self.angular, self.additive = (0.0, m) if margin_type == "cosface" else (m, m2)
         self.scale = scale
@@ -171,3 +186,8 @@ class ProxylessKD:
 def _one_of(option: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
         raise KDHooksError(f"proxylesskd: {option} must be one of {known}; found '{found}'")
+
+
+def _not_negative(option: str, found: float) -> None:
+    if found < 0:
+        raise KDHooksError(f"proxylesskd: {option} must be at least 0; found {found}")
