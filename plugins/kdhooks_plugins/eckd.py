@@ -1,0 +1,252 @@
+"""EC-KD, exclusivity and consistency, Wang et al., ECCV 2020, doi:10.1007/978-3-030-58586-0_20.
+
+Two terms. Exclusivity keeps filters of one layer from using the same positions, so that a small
+student wastes none; consistency brings its embedding to the teacher's, hard samples first.
+Reconstruction: the paper's method section could not be read. From secondary sources are the l1
+form of exclusivity and that a sample's own distance weighs it; the form of that weight
+(exponential, its mean brought to 1), unit length, both terms' factors, a layer's division by its
+number of filters less one, and the choice of layers are ours.
+Differs from the paper: exclusivity in O(n d) for n filters instead of O(n² d), with equal value.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks import EmbeddingTap, KDHooksError, Model, ParameterTap, hookimpl
+from kdhooks.declarations import Weight
+
+HARDNESS = ("none", "linear", "exponential")
+
+
+class HardnessAwareConsistency(nn.Module):
+    """factor · mean ω_i ‖H(s_i) - t_i‖², with no gradient through ω."""
+
+    def __init__(
+        self,
+        regressor: nn.Module | None = None,
+        *,
+        factor: float = 1.0,
+        hardness: str = "exponential",
+        gamma: float = 1.0,
+        mean_one: bool = True,
+        unit_length: bool = True,
+    ) -> None:
+        super().__init__()
+        self.regressor = regressor or nn.Identity()
+        self.factor = factor
+        self.hardness, self.gamma, self.mean_one = hardness, gamma, mean_one
+        self.unit_length = unit_length
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b) -> ()."""
+        student, teacher = self.regressor(student), teacher.detach()
+        if self.unit_length:
+            student, teacher = F.normalize(student), F.normalize(teacher)
+        squared = (student - teacher).square().sum(dim=1)
+        omega = self._omega(squared.detach().sqrt())
+        loss = self.factor * (omega * squared).mean()
+        return loss, {"squared_distance": squared.detach().mean(), "hardest": omega.max()}
+
+    def _omega(self, distance: Tensor) -> Tensor:
+        """(b) -> (b)."""
+        if self.hardness == "none":
+            return torch.ones_like(distance)
+        if self.hardness == "exponential":
+            exponent = self.gamma * distance
+            # The same as exp / mean(exp), without its overflow on raw embeddings.
+            return len(distance) * exponent.softmax(dim=0) if self.mean_one else exponent.exp()
+        omega = 1 + self.gamma * distance
+        return omega / omega.mean() if self.mean_one else omega
+
+
+class FilterExclusivity(nn.Module):
+    """factor · Σ over layers of how much their filters use the same positions."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        *,
+        factor: float = 1.0,
+        normalize_rows: bool = False,
+        mean_overlap: bool = True,
+    ) -> None:
+        """layers: names of the parameters, in their order."""
+        super().__init__()
+        self.layers = tuple(layers)
+        self.factor = factor
+        self.normalize_rows, self.mean_overlap = normalize_rows, mean_overlap
+
+    def forward(self, parameters: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """[(…)] -> ()."""
+        by_layer = {
+            layer: self._overlap(weight)
+            for layer, weight in zip(self.layers, parameters, strict=True)
+        }
+        loss = self.factor * torch.stack(list(by_layer.values())).sum()
+        return loss, {layer: value.detach() for layer, value in by_layer.items()}
+
+    def _overlap(self, weight: Tensor) -> Tensor:
+        """(n …) -> ()."""
+        filters = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+        if self.normalize_rows:
+            filters = F.normalize(filters)
+        overlap = exclusivity(filters)
+        return overlap / (len(filters) - 1) if self.mean_overlap else overlap
+
+
+def exclusivity(filters: Tensor) -> Tensor:
+    """(n d) -> (): Σ_{i≠j} ‖f_i ⊙ f_j‖_1 over ordered pairs, as ‖F‖²_{1,2} - ‖F‖²_F."""
+    size = filters.abs()
+    return (size.sum(dim=0).square() - size.square().sum(dim=0)).sum()
+
+
+def convolutions(
+    model: nn.Module,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    *,
+    depthwise: bool = False,
+) -> list[str]:
+    """Names of the trained convolution weights, chosen by patterns on the paths of the layers."""
+    paths = [
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters()
+        if name.endswith(".weight") and parameter.requires_grad
+        if _comparable(model.get_submodule(name.removesuffix(".weight")), depthwise)
+    ]
+    if not paths:
+        raise KDHooksError(
+            "eckd: student has no trained convolution of two filters or more; set "
+            "exclusivity_weight = 0 for consistency alone"
+        )
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise KDHooksError(
+                f"eckd: pattern '{pattern}' matches none of the student's {len(paths)} trained "
+                f"convolutions; they are: {', '.join(paths[:8])}{', …' if len(paths) > 8 else ''}"
+            )
+    chosen = [
+        path
+        for path in paths
+        if any(fnmatchcase(path, pattern) for pattern in include)
+        if not any(fnmatchcase(path, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        raise KDHooksError(
+            "eckd: exclude leaves no convolution to regularise; set exclusivity_weight = 0 for "
+            "consistency alone"
+        )
+    return [f"{path}.weight" for path in chosen]
+
+
+def _comparable(layer: nn.Module, depthwise: bool) -> bool:
+    """Two filters at least, all of the same input channels unless depthwise ones are wanted."""
+    if not isinstance(layer, nn.Conv2d) or layer.out_channels < 2:
+        return False
+    return layer.groups == 1 or depthwise
+
+
+class ECKD:
+    """L = consistency_weight · mean ω_i ‖H(s_i) - t_i‖² + exclusivity_weight · Σ L_WE(F_l)."""
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 1.0,
+        consistency_weight: float = 16.0,
+        exclusivity_weight: float = 2.5e-4,
+        regressor: bool = True,
+        hardness: str = "exponential",
+        gamma: float = 1.0,
+        mean_one: bool = True,
+        unit_length: bool = True,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        include_depthwise: bool = False,
+        normalize_rows: bool = False,
+        mean_overlap: bool = True,
+    ) -> None:
+        """
+        weight: of both terms together.
+        consistency_weight: 16 is as strong as fcd's default; 0 leaves exclusivity alone.
+        exclusivity_weight: half of the usual weight decay pulls about as much as that does;
+            0 leaves consistency alone.
+        regressor: learn H, linear without bias; False: the identity, for equal widths.
+        hardness: ω of a sample at distance d: "exponential" exp(γd), "linear" 1 + γd, "none" 1.
+        mean_one: divide ω by its mean over the batch of this rank.
+        unit_length: compare H(s)/‖H(s)‖ and t/‖t‖.
+        include, exclude: patterns (* ? [abc]) on the paths of the student's convolutions.
+        include_depthwise: those with groups too, though their filters see different channels.
+        normalize_rows: exclusivity of f/‖f‖, which shrinking the weights does not lower.
+        mean_overlap: divide a layer's sum by its number of filters less one.
+        """
+        numbers = {
+            "consistency_weight": consistency_weight,
+            "exclusivity_weight": exclusivity_weight,
+            "gamma": gamma,
+        }
+        for option, found in numbers.items():
+            if found < 0:
+                raise KDHooksError(f"eckd: {option} must be at least 0; found {found}")
+        if not consistency_weight and not exclusivity_weight:
+            raise KDHooksError(
+                "eckd: consistency_weight or exclusivity_weight must be above 0; found 0 twice"
+            )
+        if hardness not in HARDNESS:
+            raise KDHooksError(f"eckd: hardness must be one of {HARDNESS}; found '{hardness}'")
+        for option, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise KDHooksError(
+                    f"eckd: {option} must be a list of patterns; found '{patterns}'; "
+                    f"write ['{patterns}']"
+                )
+        self.weight = weight
+        self.consistency_weight, self.exclusivity_weight = consistency_weight, exclusivity_weight
+        self.regressor = regressor
+        self.hardness, self.gamma, self.mean_one = hardness, gamma, mean_one
+        self.unit_length = unit_length
+        self.include, self.exclude = include, exclude
+        self.include_depthwise = include_depthwise
+        self.normalize_rows, self.mean_overlap = normalize_rows, mean_overlap
+
+    @hookimpl
+    def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:
+        if not self.consistency_weight:
+            return None
+        d, e = student.embedding_dim, teacher.embedding_dim
+        if d != e and not self.regressor:
+            raise KDHooksError(
+                f"eckd: student and teacher embeddings must be equally wide; found {d} and {e}; "
+                "set regressor = true, or give the student the teacher's width"
+            )
+        loss = HardnessAwareConsistency(
+            nn.Linear(d, e, bias=False) if self.regressor else None,
+            factor=self.consistency_weight,
+            hardness=self.hardness,
+            gamma=self.gamma,
+            mean_one=self.mean_one,
+            unit_length=self.unit_length,
+        )
+        return EmbeddingTap("eckd", loss, self.weight)
+
+    @hookimpl
+    def parameter_tap(self, student: Model) -> ParameterTap | None:
+        if not self.exclusivity_weight:
+            return None
+        assert student.module is not None
+        names = convolutions(
+            student.module, self.include, self.exclude, depthwise=self.include_depthwise
+        )
+        loss = FilterExclusivity(
+            names,
+            factor=self.exclusivity_weight,
+            normalize_rows=self.normalize_rows,
+            mean_overlap=self.mean_overlap,
+        )
+        return ParameterTap("eckd_exclusivity", loss, self.weight, parameters=tuple(names))

@@ -1,0 +1,133 @@
+"""Relational Knowledge Distillation (RKD), Park et al., CVPR 2019, arXiv:1904.05068.
+
+Distances between two samples and angles at a sample between two others, as in the paper, with the
+weights that its authors use for classification: 25 and 50.
+Differs from the paper: relations over the batches of all ranks, unless global_batch is False; and
+samples at the same point have angle 0 and no gradient, where the paper's formula has no value.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks.shards import gather, world
+
+_EPS = 1e-12  # below it, a batch is one point and has no scale
+
+
+class DistancesAndAngles(nn.Module):
+    """Huber loss of relative distances and of angles."""
+
+    def __init__(
+        self,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        *,
+        unit_length: bool = False,
+        global_batch: bool = True,
+        anchors: int = 32,
+    ) -> None:
+        super().__init__()
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.unit_length = unit_length
+        self.global_batch = global_batch
+        self.anchors = anchors
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b) -> ()."""
+        teacher = teacher.detach()
+        if self.global_batch:
+            student, teacher = gather(student, world()), gather(teacher, world())
+        if self.unit_length:
+            student, teacher = F.normalize(student), F.normalize(teacher)
+        loss, notes = student.new_zeros(()), {}
+        if self.distance_weight:
+            distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
+            loss, notes["distance"] = loss + self.distance_weight * distance, distance.detach()
+        if self.angle_weight:
+            angle = self._angles(student, teacher)
+            loss, notes["angle"] = loss + self.angle_weight * angle, angle.detach()
+        return loss, notes
+
+    def _angles(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """A few anchors at a time, computed anew in backward: never all b³ angles at once."""
+        total, b = student.new_zeros(()), len(student)
+        for start in range(0, b, self.anchors):
+            some = slice(start, start + self.anchors)
+            part: Tensor = checkpoint(
+                _angle_gap, student, teacher, some, use_reentrant=False, preserve_rng_state=False
+            )
+            total = total + part
+        return total / (b * b * b)
+
+
+def _relative_distances(x: Tensor) -> Tensor:
+    """(b d) -> (b b): each over the mean of those that are not 0."""
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+    return distances / mean.clamp(min=_EPS)
+
+
+def _angle_gap(student: Tensor, teacher: Tensor, anchors: slice) -> Tensor:
+    """(b d), (b e) -> (): the sum of Huber losses of all angles at these anchors."""
+    ours, theirs = _angles_at(student, anchors), _angles_at(teacher, anchors)
+    return F.smooth_l1_loss(ours, theirs, reduction="sum")
+
+
+def _angles_at(x: Tensor, anchors: slice) -> Tensor:
+    """(b d) -> (a b b): cos of the angle at each anchor between each two samples."""
+    sides = x[None] - x[anchors, None]
+    length: Tensor = torch.linalg.vector_norm(sides, dim=2, keepdim=True)
+    directions: Tensor = sides / length.masked_fill(length == 0, torch.inf)
+    return directions @ directions.transpose(1, 2)
+
+
+class RKD:
+    """L = distance_weight · mean l(ψ_D(s), ψ_D(t)) + angle_weight · mean l(ψ_A(s), ψ_A(t))."""
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 1.0,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        unit_length: bool = False,
+        global_batch: bool = True,
+        anchors: int = 32,
+    ) -> None:
+        """
+        weight: of the sum.
+        unit_length: relations of s = z/‖z‖ instead of the raw embeddings.
+        global_batch: relations over the batches of all ranks, else within each rank's own.
+        anchors: so many angles' anchors at a time; memory grows with anchors · b · (b + d).
+        """
+        for option, found in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
+            if found < 0:
+                raise KDHooksError(f"rkd: {option} must be at least 0; found {found}")
+        if not distance_weight and not angle_weight:
+            raise KDHooksError(
+                "rkd: distance_weight or angle_weight must be above 0; found 0 twice"
+            )
+        if anchors < 1:
+            raise KDHooksError(f"rkd: anchors must be at least 1; found {anchors}")
+        self.weight = weight
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.unit_length = unit_length
+        self.global_batch = global_batch
+        self.anchors = anchors
+
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        loss = DistancesAndAngles(
+            self.distance_weight,
+            self.angle_weight,
+            unit_length=self.unit_length,
+            global_batch=self.global_batch,
+            anchors=self.anchors,
+        )
+        return EmbeddingTap("rkd", loss, self.weight)

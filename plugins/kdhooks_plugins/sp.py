@@ -1,0 +1,66 @@
+"""Similarity-Preserving Knowledge Distillation (SP), Tung and Mori, ICCV 2019, arXiv:1907.09682.
+
+Samples that are alike to the teacher are to be alike to the student.
+Differs from the paper: the similarities are cosines of embeddings, as in TFace's comparison of
+face distillation (Huang et al., CVPR 2022); the paper has row-normalised Gram matrices of feature
+maps, whose form similarity = "gram" keeps. Both nearly coincide where different faces are near
+orthogonal, so the weight of 3000 that is usual for the paper's form is the default for both.
+Relations run over the batches of all ranks, unless global_batch is False.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks.shards import gather, world
+
+SIMILARITIES = ("cosine", "gram")
+
+
+class PairSimilarities(nn.Module):
+    """The mean square difference of both sides' similarity matrices."""
+
+    def __init__(self, similarity: str = "cosine", *, global_batch: bool = True) -> None:
+        super().__init__()
+        self.similarity = similarity
+        self.global_batch = global_batch
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        teacher = teacher.detach()
+        if self.global_batch:
+            student, teacher = gather(student, world()), gather(teacher, world())
+        return F.mse_loss(self._similarities(student), self._similarities(teacher))
+
+    def _similarities(self, x: Tensor) -> Tensor:
+        """(b d) -> (b b)."""
+        if self.similarity == "gram":
+            return F.normalize(x @ x.T)
+        x = F.normalize(x)
+        return x @ x.T
+
+
+class SP:
+    """L = mean (G_s - G_t)², G the cosines of each two samples of a batch."""
+
+    def __init__(
+        self, *, weight: Weight = 3000.0, similarity: str = "cosine", global_batch: bool = True
+    ) -> None:
+        """
+        similarity: "cosine" of the embeddings; "gram": their dot products, each row of the matrix
+            brought to unit length.
+        global_batch: pairs over the batches of all ranks, else within each rank's own.
+        """
+        if similarity not in SIMILARITIES:
+            raise KDHooksError(
+                f"sp: similarity must be one of {SIMILARITIES}; found '{similarity}'"
+            )
+        self.weight = weight
+        self.similarity = similarity
+        self.global_batch = global_batch
+
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        loss = PairSimilarities(self.similarity, global_batch=self.global_batch)
+        return EmbeddingTap("sp", loss, self.weight)

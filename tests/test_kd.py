@@ -1,0 +1,292 @@
+"""Logit distillation: values and gradients against the equation; classes split over two ranks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kdhooks_plugins.kd import KD
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, Distiller, KDHooksError
+from kdhooks.declarations import Step
+from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from tests import golden
+from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
+from tests.references import kd as reference
+from tests.references.differences import central_differences
+
+drawn = settings(deadline=None, max_examples=40)
+sizes = st.tuples(
+    st.integers(1, 5), st.integers(2, 6), st.integers(2, 6), st.integers(0, 2**16)
+)  # b, c, d, seed
+options_drawn = st.fixed_dictionaries(
+    {"temperature": st.floats(0.5, 20), "scale": st.floats(1, 64), "margin": st.floats(0, 0.5)}
+)
+
+
+def made(**options: float) -> nn.Module:
+    return KD(**options).classifier_share().loss
+
+
+def whole(rows: Tensor) -> ClassShard:
+    return ClassShard(rows, 0, len(rows))
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def labels_of(seed: int, b: int, c: int) -> Tensor:
+    return torch.randint(c, (b,), generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def test_gives_the_golden_value() -> None:
+    rows = whole(golden.W)
+    value, _ = made(margin=0.4)(golden.S, golden.T, golden.Y, rows, rows)
+    assert_close(value.item(), 118.29862214, rtol=0, atol=6e-9)
+    s, t, w, y = (x.numpy() for x in (golden.S, golden.T, golden.W, golden.Y))
+    assert_close(reference.distillation(s, t, y, w, w, margin=0.4), 118.29862214, rtol=0, atol=6e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+@pytest.mark.parametrize("scale", [8.0, 64.0])
+@pytest.mark.parametrize("margin", [0.0, 0.35])
+@pytest.mark.parametrize(("b", "c", "d", "e"), [(1, 2, 3, 3), (5, 4, 3, 6), (4, 7, 6, 2)])
+def test_agrees_with_the_equation(
+    b: int, c: int, d: int, e: int, margin: float, scale: float, temperature: float
+) -> None:
+    student, ours = normal(1, b, d).requires_grad_(), (2 * normal(2, c, d)).requires_grad_()
+    teacher, theirs, labels = normal(3, b, e), 3 * normal(4, c, e), labels_of(5, b, c)
+    options = {"temperature": temperature, "scale": scale, "margin": margin}
+    value, _ = made(**options)(student, teacher, labels, whole(theirs), whole(ours))
+    value.backward()
+
+    def loss(x: np.ndarray, w: np.ndarray) -> float:
+        return reference.distillation(
+            x, teacher.numpy(), labels.numpy(), w, theirs.numpy(), **options
+        )
+
+    at, rows = student.detach().numpy(), ours.detach().numpy()
+    assert_close(value.item(), loss(at, rows))
+    by_student = central_differences(lambda x: loss(x, rows), at)
+    by_rows = central_differences(lambda w: loss(at, w), rows)
+    assert_close(gradient(student).numpy(), by_student, rtol=1e-5, atol=1e-6)
+    assert_close(gradient(ours).numpy(), by_rows, rtol=1e-5, atol=1e-6)
+
+
+def test_is_torchs_kl_divergence_of_softened_logits() -> None:
+    """A second reference: the reduction that is named batchmean, T² in front."""
+    student, teacher = normal(1, 5, 3), normal(2, 5, 4)
+    ours, theirs, labels = normal(3, 7, 3), normal(4, 7, 4), labels_of(5, 5, 7)
+    value, notes = made()(student, teacher, labels, whole(theirs), whole(ours))
+    log_s = F.log_softmax(16 * F.normalize(student) @ F.normalize(ours).T, dim=1)
+    log_t = F.log_softmax(16 * F.normalize(teacher) @ F.normalize(theirs).T, dim=1)
+    expected = 16 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    assert_close(value, expected)
+    entropy = reference.entropy(teacher.numpy(), labels.numpy(), theirs.numpy())
+    assert_close(notes["teacher_entropy"].item(), entropy)
+
+
+@drawn
+@given(sizes, options_drawn)
+def test_zero_at_equality_and_never_negative(
+    size: tuple[int, int, int, int], options: dict[str, float]
+) -> None:
+    b, c, d, seed = size
+    student, rows, labels = (
+        normal(seed, b, d).requires_grad_(),
+        normal(seed + 1, c, d),
+        labels_of(seed, b, c),
+    )
+    module = made(**options)
+    value, _ = module(student, student.detach(), labels, whole(rows), whole(rows))
+    value.backward()
+    assert_close(value.item(), 0.0, rtol=0, atol=1e-9)
+    assert_close(gradient(student), torch.zeros_like(student), rtol=0, atol=1e-9)
+    other, _ = module(normal(seed + 2, b, d), student, labels, whole(rows), whole(rows))
+    assert other > -1e-9
+
+
+@drawn
+@given(sizes, options_drawn, st.floats(0.01, 100))
+def test_ignores_lengths_batch_order_and_the_names_of_classes(
+    size: tuple[int, int, int, int], options: dict[str, float], length: float
+) -> None:
+    b, c, d, seed = size
+    student, teacher, labels = normal(seed, b, d), normal(seed + 1, b, d + 1), labels_of(seed, b, c)
+    ours, theirs, module = normal(seed + 2, c, d), normal(seed + 3, c, d + 1), made(**options)
+    expected, _ = module(student, teacher, labels, whole(theirs), whole(ours))
+    found, _ = module(
+        length * student.flip(0),
+        teacher.flip(0) / length,
+        c - 1 - labels.flip(0),
+        whole(length * theirs.flip(0)),
+        whole(ours.flip(0) / length),
+    )
+    assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_labels_matter_to_the_margin_alone() -> None:
+    rows, other, unknown = whole(golden.W), whole(normal(6, 5, 6)), torch.full_like(golden.Y, -1)
+    plain, _ = made()(golden.S, golden.T, golden.Y, rows, other)
+    assert_close(made()(golden.S, golden.T, unknown, rows, other)[0], plain)
+    assert_close(made(margin=0.4)(golden.S, golden.T, unknown, rows, other)[0], plain)
+    assert made(margin=0.4)(golden.S, golden.T, golden.Y, rows, other)[0] != plain
+
+
+@drawn
+@given(sizes)
+def test_precisions_agree(size: tuple[int, int, int, int]) -> None:
+    b, c, d, seed = size
+    batch = (normal(seed, b, d), normal(seed + 1, b, d))
+    rows, labels, module = (
+        (normal(seed + 2, c, d), normal(seed + 3, c, d)),
+        labels_of(seed, b, c),
+        made(),
+    )
+
+    def value(dtype: torch.dtype, rounded: bool) -> Tensor:
+        s, t, theirs, ours = ((x.bfloat16() if rounded else x).to(dtype) for x in (*batch, *rows))
+        found: Tensor = module(s, t, labels, whole(theirs), whole(ours))[0]
+        assert found.dtype == dtype
+        return found.double()
+
+    for rounded in (False, True):
+        exact = value(torch.float64, rounded)
+        assert_close(value(torch.float32, rounded), exact, rtol=1e-4, atol=1e-2)
+
+
+def test_gradient_reaches_student_and_head_alone_and_there_is_no_state() -> None:
+    tensors = [x.clone().requires_grad_() for x in (golden.S, golden.T, golden.W, golden.W)]
+    student, teacher, theirs, ours = tensors
+    module = made()
+    value, notes = module(student, teacher, golden.Y, whole(theirs), whole(ours))
+    value.backward()
+    assert gradient(student).any()
+    assert gradient(ours).any()
+    assert teacher.grad is None
+    assert theirs.grad is None
+    assert not notes["teacher_entropy"].requires_grad
+    assert not module.state_dict()
+
+
+@pytest.mark.parametrize("options", [{"margin": 0.4}, {"temperature": 16.0, "scale": 30.0}])
+def test_conforms_with_other_options(options: dict[str, float]) -> None:
+    check_method(lambda weight=1.0: KD(weight=weight, **options))
+
+
+# --- what the caller can fix -----------------------------------------------------------------
+
+
+def distilled(head: ClassShard | None) -> None:
+    student = TinyFaceNet()
+    made = Distiller(student, tiny_teacher(), ["kd"], head=head, input_shape=(3, 32, 32))
+    images, labels = tiny_batch()
+    student(images)
+    made(images, labels)
+
+
+def test_a_host_without_a_head_is_refused() -> None:
+    with pytest.raises(
+        KDHooksError, match=r"kd .*classifier is not known; give Distiller\(…, head="
+    ):
+        distilled(None)
+
+
+def test_a_head_of_another_width_is_refused() -> None:
+    with pytest.raises(KDHooksError, match="as wide as its embedding; found rows of 5 and 12"):
+        distilled(whole(torch.ones(6, 5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "kd: temperature must be above 0; found 0"),
+        ({"scale": -1.0}, "kd: scale must be above 0; found -1"),
+        ({"margin": -0.1}, "kd: margin must be at least 0; found -0.1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(KDHooksError, match=message):
+        made(**options)
+
+
+# --- two ranks against one process -----------------------------------------------------------
+
+_CLASSES, _SPLIT, _B = 7, (4, 3), 8
+_OPTIONS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "margin": {"margin": 0.4},
+    "hot": {"temperature": 20.0, "scale": 30.0},
+}
+
+
+def _shard(rows: Tensor) -> ClassShard:
+    rank, size = here()
+    split = _SPLIT if size == 2 else (_CLASSES,)
+    part = rows.split(split)[rank].clone().requires_grad_()
+    return ClassShard(part, sum(split[:rank]), _CLASSES, group())
+
+
+def _scenario(options: dict[str, float]) -> Results:
+    """DDP takes the mean of the student's gradient; of a shard's, nobody does."""
+    student = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        student.weight.copy_(normal(20, 4, 5))
+        student.bias.copy_(normal(21, 4))
+    head = _shard(normal(22, _CLASSES, 4))
+    tap = KD(**options).classifier_share()
+    step = Step(
+        student=student(mine(normal(23, _B, 5))),
+        student_features={},
+        teacher=mine(normal(24, _B, 6)),
+        teacher_features={},
+        labels=mine(torch.tensor([0, 6, 3, 4, 2, -1, 5, 3])),
+        parameters={},
+        classifier=_shard(normal(25, _CLASSES, 6)),
+        head=head,
+    )
+    loss, notes = tap.loss(*tap.arguments(step))
+    loss.backward()
+    return {
+        "same": {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)},
+        "head": gradient(head.weight),
+    }
+
+
+def _scenarios() -> dict[str, Results]:
+    return {name: _scenario(options) for name, options in _OPTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    return on_two_ranks(_scenarios, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_classes_split_over_ranks_are_those_of_one_process(
+    name: str, ranks: list[dict[str, Results]]
+) -> None:
+    alone = _scenario(_OPTIONS[name])
+    for found in ranks:
+        assert_close(found[name]["same"], alone["same"], rtol=1e-9, atol=1e-12)
+    assert any(part.abs().max() > 1e-3 for part in alone["same"]["gradients"].values())
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_each_rank_has_its_own_rows_gradient_of_the_global_loss(
+    name: str, ranks: list[dict[str, Results]]
+) -> None:
+    alone = _scenario(_OPTIONS[name])
+    shards = torch.cat([found[name]["head"] for found in ranks])
+    assert_close(shards, alone["head"], rtol=1e-9, atol=1e-12)
+    assert alone["head"].abs().max() > 1e-3
