@@ -1,0 +1,103 @@
+"""Stages as maps (b k h w), in pairs of student and teacher."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from kdhooks import KDHooksError, Model, Stage
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the output of a stage becomes a map: tokens lie row by row on a square."""
+
+    name: str
+    channels: int
+    size: tuple[int, int]  # (h w) as probed
+    tokens: bool = False
+
+    @staticmethod
+    def of(stage: Stage, owner: str) -> "Grid":
+        name = f"{owner} stage '{stage.path}'"
+        if len(stage.shape) == 3:
+            k, h, w = stage.shape
+            return Grid(name, k, (h, w))
+        if len(stage.shape) != 2:
+            raise KDHooksError(
+                f"{name} must put out a map (k h w) or tokens (n k); found {stage.shape}; name the "
+                "end of a stage, in front of pooling and flattening"
+            )
+        n, k = stage.shape
+        if math.isqrt(n) ** 2 != n:
+            raise KDHooksError(
+                f"{name}: tokens must fill a square grid; found {n} of them; name a submodule "
+                "that puts out the patches alone, all of them and no class token"
+            )
+        return Grid(name, k, (math.isqrt(n), math.isqrt(n)), tokens=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b k h w), or tokens (b n k) -> (b k h w)."""
+        if not self.tokens:
+            return x
+        h, w = self.size
+        if x.shape[1] != h * w:
+            raise KDHooksError(
+                f"{self.name} puts out {x.shape[1]} tokens in training and {h * w} when probed: "
+                "where tokens are dropped the others have no place on a grid; train without "
+                "masking (in arcface_torch: vit_t_dp005_mask0, or backbone.mask_ratio = 0), or "
+                "name a submodule behind which all tokens are back"
+            )
+        return rearrange(x, "b (h w) k -> b k h w", h=h)
+
+
+def paired_grids(
+    method: str, student: Model, teacher: Model, at_least: int = 1
+) -> tuple[list[Grid], list[Grid]]:
+    """Both sides' stages, shallow to deep, the same number on each."""
+    ours, theirs = (
+        _grids(method, side, model, at_least)
+        for side, model in (("student", student), ("teacher", teacher))
+    )
+    if len(ours) != len(theirs):
+        raise KDHooksError(
+            f"{method} compares stage by stage: both sides must have the same number; found "
+            f"{len(ours)} of the student and {len(theirs)} of the teacher; name as many as "
+            "taps.student.stages and taps.teacher.stages, or student_stages= and teacher_stages="
+        )
+    return ours, theirs
+
+
+def _grids(method: str, side: str, model: Model, at_least: int) -> list[Grid]:
+    if len(model.stages) < at_least:
+        way_out = (
+            f"name them, shallow to deep, as taps.{side}.stages in the recipe, or {side}_stages="
+        )
+        if side == "teacher" and model.module is None:
+            way_out = "it is no torch module; kdhooks.onnx_to_torch turns an ONNX file into one"
+        raise KDHooksError(
+            f"{method} needs at least {at_least} of the {side}'s stages; found "
+            f"{len(model.stages)}; {way_out}"
+        )
+    grids = [Grid.of(stage, f"{method}: {side}") for stage in model.stages]
+    for before, after in itertools.pairwise(grids):
+        if math.prod(after.size) > math.prod(before.size):
+            raise KDHooksError(
+                f"{method}: stages must be named from shallow to deep, so that maps do not grow; "
+                f"found {after.size} of {after.name} behind {before.size} of {before.name}"
+            )
+    return grids
+
+
+def to_smaller(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """(b k h w), (b l h' w'), each average-pooled to the smaller height and width of the two."""
+    height, width = (min(a, b) for a, b in zip(ours.shape[-2:], theirs.shape[-2:], strict=True))
+    return pool(ours, (height, width)), pool(theirs, (height, width))
+
+
+def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(b k h w) -> (b k *size); the tensor itself where it has that size already."""
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)

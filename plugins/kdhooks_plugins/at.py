@@ -1,0 +1,86 @@
+"""Attention transfer (AT), Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
+
+Activation-based AT with the maps F_mean^p of section 3.1: at the end of each stage, the student's
+map of mean |F|^p over the channels is to look like the teacher's, both at unit length.
+Differs from the paper: the squared distance is averaged over the pixels, as in the authors' code
+(and weighted 1000, as it is with RepDistiller); |F|^p also for odd p. Where sizes differ, the maps
+are pooled to the smaller, not interpolated; RepDistiller pools the features before their energy.
+Ours: the cosine form, which counts a stage the same whatever its number of pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks_plugins._attention import Energy, refuse_single_pixels, unit
+from kdhooks_plugins._maps import paired_grids, to_smaller
+
+DISTANCES = ("mse", "cosine")
+_WEIGHTS = {"mse": 1000.0, "cosine": 5.0}
+
+
+class AttentionMaps(nn.Module):
+    """Σ over the stages of the distance between unit-length energy maps (eq. 2)."""
+
+    def __init__(
+        self, ours: Sequence[Energy], theirs: Sequence[Energy], distance: str = "mse"
+    ) -> None:
+        super().__init__()
+        self.ours, self.theirs = tuple(ours), tuple(theirs)
+        self.distance = distance
+
+    def forward(
+        self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[(b k h w)], [(b k h w)], (b) -> ()."""
+        ours = [energy(x) for energy, x in zip(self.ours, student, strict=True)]
+        theirs = [energy(x.detach()) for energy, x in zip(self.theirs, teacher, strict=True)]
+        terms = torch.stack([self._term(a, b) for a, b in zip(ours, theirs, strict=True)])
+        notes = {f"stage{k}": term for k, term in enumerate(terms.detach(), start=1)}
+        return terms.sum(), notes
+
+    def _term(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        ours, theirs = to_smaller(ours, theirs)
+        s, t = unit(ours), unit(theirs)
+        if self.distance == "cosine":
+            return 1 - (s * t).sum(dim=1).mean()
+        return (s - t).square().mean()
+
+
+class AT:
+    """L = Σ_k mean (A_k / ‖A_k‖ - A'_k / ‖A'_k‖)², A = mean_c |F|^p."""
+
+    def __init__(
+        self, *, weight: Weight | None = None, p: float = 2.0, distance: str = "mse"
+    ) -> None:
+        """
+        weight: by default 1000, for the cosine 5.
+        p: 1 looks at all of a map, larger ones at its peaks.
+        distance: "mse" the mean over the batch and the n pixels; "cosine" 1 - cos, n/2 times that.
+        """
+        if distance not in DISTANCES:
+            raise KDHooksError(f"at: distance must be one of {DISTANCES}; found '{distance}'")
+        if p < 1:
+            raise KDHooksError(f"at: p must be at least 1, else zeros have no gradient; found {p}")
+        self.weight = _WEIGHTS[distance] if weight is None else weight
+        self.p, self.distance = p, distance
+
+    @hookimpl
+    def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
+        ours, theirs = paired_grids("at", student, teacher)
+        refuse_single_pixels([*ours, *theirs])
+        loss = AttentionMaps(
+            [Energy(grid, self.p) for grid in ours],
+            [Energy(grid, self.p) for grid in theirs],
+            self.distance,
+        )
+        return FeatureTap(
+            "at",
+            loss,
+            self.weight,
+            student=tuple(stage.path for stage in student.stages),
+            teacher=tuple(stage.path for stage in teacher.stages),
+        )
