@@ -32,7 +32,10 @@ _NAMES = ("get_model", "PartialFC_V2")
 
 
 class Backbones:
-    """The stages of arcface_torch's backbones, at 1/2, 1/4, 1/8 and 1/16 of the input."""
+    """The stages of arcface_torch's backbones, at 1/2, 1/4, 1/8 and 1/16 of the input.
+
+    A vision transformer keeps one size throughout; its stages are the quarters of its depth.
+    """
 
     @hookimpl
     def model_stages(self, model: nn.Module) -> list[str] | None:
@@ -57,6 +60,7 @@ class Attachment:
         recipe: Recipe,
         get_model: Callable[..., nn.Module] | None,
         classes: int | None,
+        accumulation: int | None,
     ) -> None:
         if hasattr(head, _CHILD):
             raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
@@ -68,25 +72,58 @@ class Attachment:
             head=_head_shard(head, classes),
             plugins=[Backbones()],
         )
+        self.distiller.accumulation = accumulation or _gradient_acc()
+        register = self.distiller.register_load_state_dict_pre_hook
+        register(self._complete)  # type: ignore[no-untyped-call]  # torch's
         self.task_weight: Weight = 1.0
+        self._handles: list[Removable] = []
         for tap in self.distiller.taps:
             if isinstance(tap, ClassifierShare) and tap.mode == "inherit" and tap.weight != 0:
-                self._inherit(tap)
+                try:
+                    self._inherit(tap)
+                except KDHooksError:
+                    self.distiller.remove()  # or its hooks would hold on to every batch
+                    raise
         head.add_module(_CHILD, self.distiller)
-        self._handles: list[Removable] = [head.register_forward_hook(self._add_terms)]
+        self._handles.append(head.register_forward_hook(self._add_terms))
         if world() is not None:
-            self._handles += [p.register_hook(_mean) for p in self.distiller.parameters()]
+            for parameter in self.distiller.parameters():
+                dist.broadcast(parameter.data, 0)
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_hook(_mean))
 
     def _inherit(self, tap: ClassifierShare) -> None:
         """The teacher's rows become the head's weight, frozen; its margin loss is the term."""
         rows = self.distiller.hand_over(tap)
         weight = self.head.weight
-        assert isinstance(weight, nn.Parameter)
-        with torch.no_grad():
-            weight.copy_(rows)
+        if not isinstance(weight, nn.Parameter):
+            raise KDHooksError(
+                f"{tap.name}: the head must train a parameter 'weight' to take the teacher's rows; "
+                f"found {type(weight).__name__}; set head = 'own'"
+            )
         weight.requires_grad_(False)
+        self._hold_rows()
         self.task_weight = tap.weight
+        # A checkpoint of a run without kdhooks holds a classifier that is not the teacher's.
+        self._handles.append(self.head.register_load_state_dict_post_hook(self._hold_rows))
         log.info("%s: the head holds the teacher's %d rows, frozen", tap.name, len(rows))
+
+    def _hold_rows(self, *_: object) -> None:
+        assert isinstance(self.head.weight, nn.Parameter)
+        self.head.weight.data.copy_(self.distiller.teacher_rows)
+
+    def _complete(self, _: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+        """Let a run begin from a checkpoint that was written without kdhooks."""
+        if any(key.startswith(prefix) for key in state):
+            return
+        if any(True for _ in self.distiller.parameters()):
+            raise KDHooksError(
+                "arcface_torch: this checkpoint was written without kdhooks, and the optimizer's "
+                "state in it has no place for the methods' own weights; resume with methods that "
+                "have none (no projector), or start a new run"
+            )
+        log.warning("checkpoint written without kdhooks: the methods start from their first step")
+        state.update(self.distiller.state_dict(prefix=prefix))
 
     def _add_terms(self, head: nn.Module, args: tuple[Any, ...], loss: Tensor) -> Tensor | None:
         images = self.distiller.pending
@@ -121,13 +158,15 @@ def attach(
     *,
     get_model: Callable[..., nn.Module] | None = None,
     classes: int | None = None,
+    accumulation: int | None = None,
 ) -> Attachment:
     """Distil with these very objects: after the head is made, before the optimizer.
 
     get_model: the trainer's factory for the teacher's network, by default `backbones.get_model`.
     classes: of all ranks together, by default what the heads hold.
+    accumulation: batches an optimizer step, by default the config's gradient_acc.
     """
-    return Attachment(backbone, head, Recipe.read(recipe), get_model, classes)
+    return Attachment(backbone, head, Recipe.read(recipe), get_model, classes, accumulation)
 
 
 class Installation:
@@ -148,11 +187,15 @@ class Installation:
 
     def _partial_fc(self, *args: Any, **kwargs: Any) -> nn.Module:
         head: nn.Module = self._originals["PartialFC_V2"](*args, **kwargs)
-        if self._backbone is None:
-            raise KDHooksError("arcface_torch: the head was made before get_model made a backbone")
+        backbone, self._backbone = self._backbone, None
+        if backbone is None:
+            raise KDHooksError(
+                "arcface_torch: install expects one get_model and then one PartialFC_V2; found a "
+                "head with no backbone of its own; use attach for another arrangement"
+            )
         classes = kwargs.get("num_classes", args[2] if len(args) > 2 else None)
         get_model = self._originals["get_model"]
-        self.attachment = Attachment(self._backbone, head, self._recipe, get_model, classes)
+        self.attachment = Attachment(backbone, head, self._recipe, get_model, classes, None)
         return head
 
     def remove(self) -> None:
@@ -191,10 +234,19 @@ def _teacher_factory(
     def make(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
         factory = get_model or _trainers_get_model()
         # All of its backbones end in a BatchNorm1d of the embedding's width.
-        width = next(len(tensor) for tensor in reversed(list(state.values())) if tensor.ndim == 1)
-        half = recipe.teacher.get("dtype", "float32") != "float32"
+        widths = [len(tensor) for tensor in state.values() if tensor.ndim == 1]
+        dtype = recipe.teacher.get("dtype", "float32")
+        if dtype == "bfloat16":
+            raise KDHooksError(
+                "arcface_torch: its networks know float32 and float16 alone; found teacher.dtype "
+                "'bfloat16'"
+            )
+        half = dtype == "float16"
         try:
-            return factory(network, dropout=0.0, fp16=half, num_features=width)
+            with torch.random.fork_rng([]):  # its first weights are drawn, and then overwritten
+                return factory(
+                    network, dropout=0.0, fp16=half, num_features=widths[-1] if widths else 512
+                )
         except ValueError as error:
             raise KDHooksError(
                 f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
@@ -217,8 +269,12 @@ def _trainers_get_model() -> Callable[..., nn.Module]:
 
 
 def _head_shard(head: nn.Module, classes: int | None) -> ClassShard:
-    weight, offset = head.weight, getattr(head, "class_start", 0)
-    assert isinstance(weight, Tensor)
+    weight, offset = getattr(head, "weight", None), getattr(head, "class_start", 0)
+    if not isinstance(weight, Tensor):
+        raise KDHooksError(
+            "arcface_torch: the head must hold its classes as rows of 'weight'; found none in "
+            f"{type(head).__name__}"
+        )
     if classes is None:
         counts: list[Any] = [len(weight)]
         if world() is not None:
@@ -228,7 +284,14 @@ def _head_shard(head: nn.Module, classes: int | None) -> ClassShard:
     return ClassShard(weight, offset, classes, world())
 
 
+def _gradient_acc() -> int:
+    """What the trainer's config says, into whose base main() has merged the user's by now."""
+    config = getattr(sys.modules.get("configs.base"), "config", None)
+    return int(getattr(config, "gradient_acc", 1))
+
+
 def _mean(gradient: Tensor) -> Tensor:
     """Over the ranks: the head is outside DDP, which would do this."""
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -1,0 +1,126 @@
+"""A stand-in trainer with the shape of arcface_torch's, and processes that run it on request.
+
+Each run executes train.py as the main program, so everything of kdhooks that a user's script would
+do happens there; only the imports of torch and kdhooks are shared by the runs of one process.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+Report: TypeAlias = dict[str, Any]
+"""What train.py reports, or {"error": its type, "message": its text}."""
+
+_ROOT = Path(__file__).parents[2]
+_DEFAULTS = {
+    "network": "tiny",
+    "embedding_size": 16,
+    "num_classes": 6,
+    "sample_rate": 0.5,
+    "batch_size": 12,
+    "gradient_acc": 1,
+    "lr": 0.05,
+    "steps": 3,
+    "num_epoch": 1,
+    "verbose": 2,
+    "seed": 2048,
+    "compile": "",
+    "compress": True,
+    "resume": "",
+    "ask": {},
+}
+
+
+class Trainer:
+    """`ranks` processes; a run that was asked for before is not repeated."""
+
+    def __init__(self, ranks: int, folder: Path) -> None:
+        self.folder = folder
+        self._ranks = ranks
+        self._runs = 0
+        self._workers: list[subprocess.Popen[str]] = []
+        self._reports: dict[str, list[Report]] = {}
+
+    def run(
+        self,
+        config_line: str = "",
+        *,
+        below_imports: str = "",
+        after_head: str = "",
+        before_loop: str = "",
+        fresh: bool = False,
+        **config: object,
+    ) -> list[Report]:
+        """Each rank's report. The lines go where their names say; fresh: run it once more."""
+        job = {
+            "config_line": config_line,
+            "BELOW_IMPORTS": below_imports,
+            "AFTER_HEAD": after_head,
+            "BEFORE_LOOP": before_loop,
+            "config": {**_DEFAULTS, **config},
+        }
+        key = json.dumps(job)
+        if fresh or key not in self._reports:
+            self._runs += 1
+            self._reports[key] = self._run(job, self._runs)
+        return self._reports[key]
+
+    def _run(self, job: dict[str, Any], number: int) -> list[Report]:
+        run = self.folder / f"run{number}"
+        config = {"output": str(run), **job.pop("config")}
+        path = self.folder / f"job{number}.py"
+        path.write_text(f"config = {config!r}\n{job.pop('config_line')}\n")
+        while len(self._workers) < self._ranks:
+            self._workers.append(self._start(len(self._workers)))
+        request = json.dumps({**job, "STORE": str(path.with_suffix(".store")), "path": str(path)})
+        for worker in self._workers:
+            print(request, file=_pipe(worker.stdin), flush=True)
+        answers: list[Report] = []
+        for worker in self._workers:
+            line = _pipe(worker.stdout).readline()
+            assert line, f"the stand-in died; its log is {self.folder}/log{len(answers)}"
+            answers.append(json.loads(line))
+        for rank, answer in enumerate(answers):
+            if not answer:
+                answers[rank] = json.loads(
+                    Path(config["output"], f"report_{rank}.json").read_text()
+                )
+            answers[rank]["output"] = config["output"]
+        return answers
+
+    def _start(self, rank: int) -> "subprocess.Popen[str]":
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self._ranks),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
+        }
+        with (self.folder / f"log{rank}").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.standin.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                cwd=self.folder,
+            )
+
+    def close(self) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(worker.stdin).close()
+            worker.kill()
+            worker.wait()
+            _pipe(worker.stdout).close()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

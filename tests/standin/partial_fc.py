@@ -1,0 +1,111 @@
+"""A margin softmax whose classes are split over the ranks, writing into its logits as it goes."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+
+class MarginLoss(nn.Module):
+    """cos(θ + m) at the own class; the margin is outside of the gradient."""
+
+    def __init__(self, scale: float, margin: float) -> None:
+        super().__init__()
+        self.scale, self.margin = scale, margin
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(b c), (b 1), -1 for classes of other ranks."""
+        own = labels[:, 0].ge(0).nonzero()[:, 0]
+        with torch.no_grad():
+            logits.arccos_()
+            logits[own, labels[own, 0]] += self.margin
+            logits.cos_()
+        return logits * self.scale
+
+
+class PartialFC_V2(nn.Module):
+    def __init__(
+        self,
+        margin_loss: nn.Module,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> None:
+        super().__init__()
+        assert dist.is_initialized()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.num_local = num_classes // world + (rank < num_classes % world)
+        self.class_start = num_classes // world * rank + min(rank, num_classes % world)
+        self.num_sample = int(sample_rate * self.num_local)
+        self.sample_rate = sample_rate
+        self.weight = nn.Parameter(torch.normal(0, 0.01, (self.num_local, embedding_size)))
+        self.margin_softmax = margin_loss
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """(b d), (b 1) or (b) -> (), the mean over the global batch."""
+        local_labels.squeeze_()
+        embeddings: Tensor = _Gather.apply(local_embeddings)  # type: ignore[no-untyped-call]
+        gathered = [torch.empty_like(local_labels) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, local_labels)
+        labels = torch.cat(gathered).long()[:, None] - self.class_start
+        labels[(labels < 0) | (labels >= self.num_local)] = -1
+        weight: Tensor = self.weight
+        if self.sample_rate < 1:
+            weight = self.sample(labels)
+        logits = F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
+        logits = self.margin_softmax(logits, labels)
+        loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+        return loss
+
+    def sample(self, labels: Tensor) -> Tensor:
+        """The classes of the batch and random others; labels become places among them."""
+        own = labels >= 0
+        chance = torch.rand(self.num_local)
+        chance[labels[own]] = 2.0
+        count = max(self.num_sample, int((chance == 2.0).sum()))
+        self.weight_index = chance.topk(count).indices.sort().values
+        labels[own] = torch.searchsorted(self.weight_index, labels[own])
+        return self.weight[self.weight_index]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
+        peak = logits.amax(dim=1, keepdim=True)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        logits.sub_(peak).exp_()
+        total = logits.sum(dim=1, keepdim=True)
+        dist.all_reduce(total)
+        logits.div_(total)
+        own = labels[:, 0].ge(0).nonzero()[:, 0]
+        probability = torch.zeros(len(logits))
+        probability[own] = logits[own, labels[own, 0]]
+        dist.all_reduce(probability)
+        ctx.save_for_backward(logits, labels, own)
+        return -probability.clamp(min=1e-30).log().mean()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, labels, own = ctx.saved_tensors  # type: ignore[attr-defined]
+        logits[own, labels[own, 0]] -= 1
+        logits.div_(len(logits))
+        return logits * gradients[0].item(), None
+
+
+class _Gather(torch.autograd.Function):
+    """Backward sums over the ranks' classes; times their number, since DDP takes the mean."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        world = dist.get_world_size()
+        return gradient.chunk(world)[dist.get_rank()] * world
