@@ -1,5 +1,7 @@
 """What is looked at once, in the first step, because afterwards it would cost a device sync."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,18 @@ from kdhooks.teacher import TeacherOutput
 
 _SAME = 0.9999  # mean cosine above which embeddings of different faces say nothing
 _TOP1 = 0.5  # a right class order gives about 0.95 and more, a wrong one about 1/classes
+
+
+def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int, ...]]) -> None:
+    """Stages must put out in training what they put out when they were probed."""
+    for path in features.keys() & probed.keys():
+        found = tuple(features[path].shape[1:])
+        if found != probed[path]:
+            raise KDHooksError(
+                f"student tap '{path}' put out {found} in training, {probed[path]} when it was "
+                "probed; it drops tokens (use a network without masking), or input_shape is not "
+                "that of the training images"
+            )
 
 
 def check_teacher(output: TeacherOutput, images: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdhooks.checks import check_class_order, check_teacher, check_terms
+from kdhooks.checks import check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
 from kdhooks.declaring import Declarations, own_parameters, probe_student, probe_teacher
 from kdhooks.errors import KDHooksError
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
         self.accumulation = 1  # forwards per optimiser step, where the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
         first = next(student.parameters())
-        with _undisturbed_generators(seed, first.device):
+        with undisturbed_generators(seed, first.device):
             images = torch.rand(2, *input_shape, device=first.device, dtype=first.dtype) * 2 - 1
             asked = Declarations(methods, plugins)
             ours = probe_student(
@@ -77,6 +77,7 @@ class Distiller(nn.Module):
             self.taps = asked.taps(ours, theirs)
             self.adapter = self._teacher.adapter = asked.teacher_adapter(theirs)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
+        self._stages = {stage.path: stage.shape for stage in ours.stages}
         self._take_rows(theirs)
         self._connect(ours)
         self.to(first.device)
@@ -109,6 +110,8 @@ class Distiller(nn.Module):
                 f"{len(labels)}"
             )
         features = {path: _full(tensor) for path, tensor in self._student.take().items()}
+        if not self._checked:
+            check_shapes(features, self._stages)
         teacher = self._teach(images, labels)
         step = Step(
             student=features[self._embedding],
@@ -231,7 +234,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed_generators(seed: int, device: torch.device) -> Iterator[None]:
+def undisturbed_generators(seed: int, device: torch.device) -> Iterator[None]:
     """A seed of our own inside; torch's, numpy's and Python's generators unchanged outside."""
     python, legacy = random.getstate(), np.random.get_state()
     try:

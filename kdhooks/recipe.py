@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
-from kdhooks.distiller import Distiller
+from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
@@ -95,9 +95,11 @@ def build(
     network: the host's factory for `teacher.network`; head, plugins: see `Distiller`.
     """
     recipe = Recipe.read(recipe)
+    with undisturbed_generators(recipe.seed, next(student.parameters()).device):
+        teacher = build_teacher(recipe, network)
     return Distiller(
         student,
-        build_teacher(recipe, network),
+        teacher,
         recipe.methods,
         student_embedding=recipe.embedding("student"),
         student_stages=recipe.stages("student"),

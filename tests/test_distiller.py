@@ -289,6 +289,16 @@ def test_hook_feature_tap() -> None:
     assert net.fc.weight.grad is None
 
 
+def test_stages_that_differ_from_the_probe_are_refused() -> None:
+    net, (_, labels) = student(), tiny_batch()
+    kd = distil(Stages(), net=net, student_stages=["layer1"], teacher_stages=["layer1"])
+    net.fc = nn.Linear(64 * 4, 12)
+    images = torch.rand(12, 3, 64, 64)
+    net(images)
+    with pytest.raises(KDHooksError, match=r"'layer1' put out \(4, 32, 32\) in training, \(4, 16"):
+        kd(images, labels)
+
+
 def test_hook_model_stages() -> None:
     class Known:
         @hookimpl

@@ -37,6 +37,15 @@ def test_from_dict(checkpoint: Path) -> None:
     assert [tap.name for tap in kd.taps] == ["fcd", "proxylesskd"]
 
 
+def test_building_leaves_the_global_generator_alone(checkpoint: Path) -> None:
+    spec = {"network": "tiny", "checkpoint": checkpoint}
+    recipe = Recipe.read({"teacher": spec, "methods": ["fcd"], "input_shape": [3, 32, 32]})
+    net = TinyFaceNet().train()
+    before = torch.get_rng_state()
+    build(recipe, net, network=network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_from_toml_with_paths_beside_the_file(checkpoint: Path) -> None:
     file = checkpoint.parent / "kd.toml"
     file.write_text(

@@ -243,10 +243,9 @@ def _teacher_factory(
             )
         half = dtype == "float16"
         try:
-            with torch.random.fork_rng([]):  # its first weights are drawn, and then overwritten
-                return factory(
-                    network, dropout=0.0, fp16=half, num_features=widths[-1] if widths else 512
-                )
+            return factory(
+                network, dropout=0.0, fp16=half, num_features=widths[-1] if widths else 512
+            )
         except ValueError as error:
             raise KDHooksError(
                 f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
