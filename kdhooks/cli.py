@@ -1,0 +1,58 @@
+"""The command `kdhooks`: the installed methods, and the demonstration on real faces."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from kdhooks.discovery import methods
+from kdhooks.errors import KDHooksError
+
+_DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 2 where the caller can fix what went wrong."""
+    arguments, rest = _parser().parse_known_args(argv)
+    command: Callable[[list[str]], int] = arguments.command
+    try:
+        return command(rest)
+    except KDHooksError as error:
+        print(f"kdhooks: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdhooks", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"kdhooks {version('kdhooks')}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    listing = commands.add_parser("methods", help="list the installed methods; imports none")
+    listing.set_defaults(command=_methods)
+    demo = commands.add_parser("demo", help="distil a small network on real faces", add_help=False)
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _methods(rest: list[str]) -> int:
+    if rest:
+        raise KDHooksError(f"methods takes no arguments; found {' '.join(rest)}")
+    rows = [("name", "package", "paper")]
+    rows += [(info.name, info.package, info.paper) for info in methods()]
+    name, package = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for row in rows:
+        print(f"{row[0]:{name}}  {row[1]:{package}}  {row[2]}".rstrip())
+    return 0
+
+
+def _demo(rest: list[str]) -> int:
+    try:
+        demo = import_module("kdhooks.demo.main")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _DEMO_EXTRA:
+            raise
+        raise KDHooksError(
+            f"demo needs the package {error.name}; pip install 'kdhooks[demo]'"
+        ) from error
+    status: int = demo.main(rest)
+    return status

@@ -1,0 +1,19 @@
+"""Installed distributions made by hand: what importlib.metadata needs, and no more."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_distribution(
+    folder: Path, name: str, methods: Mapping[str, str], source: str = "", version: str = "1.0"
+) -> None:
+    """Put a distribution into a folder on sys.path; its one module is named as it is.
+
+    methods: entry point -> "module:attribute".
+    """
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = "".join(f"{method} = {value}\n" for method, value in methods.items())
+    (info / "entry_points.txt").write_text(f"[kdhooks]\n{points}")
+    (folder / f"{name}.py").write_text(source)

@@ -1,0 +1,165 @@
+"""The command: what it prints, and how it says what is wrong."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kdhooks import KDHooksError, methods
+from kdhooks.cli import main
+from tests.distributions import write_distribution
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_methods_are_listed_with_package_and_paper(capsys: Captured) -> None:
+    assert main(["methods"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "package", "paper"]
+    assert [line.split()[0] for line in lines] == [info.name for info in methods()]
+    (fcd,) = (line for line in lines if line.startswith("fcd "))
+    assert f"kdhooks {version('kdhooks')}  Feature consistency (FCD)" in fcd
+    assert fcd.index("kdhooks") == head.index("package")
+    assert fcd.index("Feature") == head.index("paper")
+
+
+def test_a_broken_package_is_listed(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_distribution(tmp_path, "fake_broken", {"fake": "fake_broken:M"}, '"""F."""\nimport no')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["methods"]) == 0
+    assert any(line.split() == ["fake", "fake_broken", "1.0", "F."] for line in lines_of(capsys))
+
+
+def lines_of(capsys: Captured) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+LISTING = """
+import sys
+from kdhooks.cli import main
+main(["methods"])
+print("imported:", *[m for m in sys.modules if m.startswith("kdhooks_plugins")])
+"""
+
+
+def test_listing_imports_no_method() -> None:
+    assert python(LISTING).splitlines()[-1] == "imported:"
+
+
+def test_an_imported_method_would_be_noticed() -> None:
+    printed = python("import kdhooks_plugins.fcd" + LISTING)
+    assert printed.splitlines()[-1] == "imported: kdhooks_plugins kdhooks_plugins.fcd"
+
+
+def test_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"kdhooks {version('kdhooks')}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: command"),
+        (["methodes"], "invalid choice: 'methodes'"),
+    ],
+)
+def test_what_argparse_refuses(argv: list[str], said: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_status_2(capsys: Captured) -> None:
+    assert main(["methods", "fcd"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "kdhooks: methods takes no arguments; found fcd\n"
+    assert captured.out == ""
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], int]], None]:
+    """Stand in for the demonstration."""
+
+    def replace(run: Callable[[list[str]], int]) -> None:
+        module = ModuleType("kdhooks.demo.main")
+        vars(module)["main"] = run
+        monkeypatch.setitem(sys.modules, "kdhooks.demo.main", module)
+
+    return replace
+
+
+def test_demo_gets_its_own_options(demo: Callable[..., None]) -> None:
+    seen: list[str] = []
+
+    def run(argv: list[str]) -> int:
+        seen.extend(argv)
+        return 0
+
+    demo(run)
+    assert main(["demo", "--seeds", "3", "--help"]) == 0
+    assert seen == ["--seeds", "3", "--help"]
+
+
+def test_the_demo_says_its_options(capsys: Captured) -> None:
+    for package in ("PIL", "matplotlib", "onnxruntime", "tqdm"):
+        pytest.importorskip(package)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: kdhooks demo [-h]")
+
+
+def test_an_error_of_the_demo_is_one_line(demo: Callable[..., None], capsys: Captured) -> None:
+    def run(argv: list[str]) -> int:
+        raise KDHooksError("demo: no faces")
+
+    demo(run)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "kdhooks: demo: no faces\n"
+
+
+@pytest.mark.parametrize("package", ["PIL", "matplotlib.pyplot", "onnx"])
+def test_demo_without_its_extra_names_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    lacking(monkeypatch, package)
+    assert main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"kdhooks: demo needs the package {package}; pip install 'kdhooks[demo]'\n"
+
+
+def test_an_import_error_of_our_own_is_not_taken_for_a_missing_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lacking(monkeypatch, "kdhooks.demo.absent")
+    with pytest.raises(ModuleNotFoundError):
+        main(["demo"])
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """As if the demonstration imported a package that is not installed."""
+
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+    monkeypatch.setattr("kdhooks.cli.import_module", missing)
+
+
+def test_the_command_is_installed() -> None:
+    (script,) = entry_points(group="console_scripts", name="kdhooks")
+    assert script.load() is main

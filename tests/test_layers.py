@@ -1,0 +1,252 @@
+"""Imports run downwards along the floors of CONTRIBUTING.md, and optional packages stay where they
+belong.
+"""
+
+import ast
+import fnmatch
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import kdhooks_integrations
+import kdhooks_plugins
+import pytest
+
+import kdhooks
+
+ROOT = Path(__file__).parents[1]
+
+EVERYWHERE = {"torch", "pluggy", "numpy", "einops", "kdhooks"}
+OWNERS = {  # an optional package -> the modules that may import it
+    "onnx": "kdhooks.onnx_*",
+    "onnxruntime": "kdhooks.onnx_*",
+    "tomli": "kdhooks.recipe",  # the standard library's, before Python 3.11
+    "PIL": "kdhooks.demo.*",
+    "matplotlib": "kdhooks.demo.*",
+    "tqdm": "kdhooks.demo.*",
+    "backbones": "kdhooks_integrations.arcface_torch",
+    "mmengine": "kdhooks_integrations.mmengine",
+}
+FOR_PLUGINS = {"declarations", "hookspecs", "shards", "errors"}
+OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")
+
+
+# --- what imports what -----------------------------------------------------------------------
+
+
+def sources() -> dict[str, Path]:
+    """Each module of the three packages, and its file."""
+    found = {}
+    for package in (kdhooks, kdhooks_plugins, kdhooks_integrations):
+        folder = Path(package.__path__[0])
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([package.__name__, *(part for part in parts if part != "__init__")])
+            found[name] = path
+    return found
+
+
+def imported(source: str, modules: Mapping[str, object]) -> Iterator[str]:
+    """The modules that a source imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert not node.level, "absolute imports only"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules else origin(node.module, alias.name)
+
+
+def origin(module: str, name: str) -> str:
+    """kdhooks/__init__.py only re-exports: a public name counts as an import of its module."""
+    if module != "kdhooks":
+        return module
+    return public().get(name, "kdhooks")
+
+
+def public() -> dict[str, str]:
+    """Each public name, and the module that it comes from."""
+    tree = ast.parse(sources()["kdhooks"].read_text(encoding="utf-8"))
+    return {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def graph() -> dict[str, set[str]]:
+    files = sources()
+    return {
+        name: set(imported(path.read_text(encoding="utf-8"), files)) - {name}
+        for name, path in files.items()
+    }
+
+
+def floors(text: str) -> list[tuple[str, int]]:
+    """Patterns of module names with their floor, from the table of CONTRIBUTING.md."""
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    return [(name, int(floor)) for floor, cell in rows for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def floor_of(module: str, table: list[tuple[str, int]]) -> int | None:
+    """The kdhooks. of core modules is left out in the table."""
+    short = module.removeprefix("kdhooks.")
+    found = [floor for pattern, floor in table if fnmatch.fnmatchcase(short, pattern)]
+    return found[0] if len(found) == 1 else None
+
+
+def upward(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> list[str]:
+    """Imports of a module on a higher floor."""
+    found = []
+    for importer, targets in imports.items():
+        for target in sorted(targets & imports.keys() - {"kdhooks"}):
+            here, there = floor_of(importer, table), floor_of(target, table)
+            if here is not None and there is not None and there > here:
+                found.append(f"{importer} (floor {here}) imports {target} (floor {there})")
+    return found
+
+
+def cycles(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules that reach themselves."""
+    found = []
+    for start in imports:
+        seen: set[str] = set()
+        rest = list(imports[start] & imports.keys())
+        while rest:
+            module = rest.pop()
+            if module not in seen:
+                seen.add(module)
+                rest.extend(imports[module] & imports.keys())
+        if start in seen:
+            found.append(start)
+    return found
+
+
+def astray(imports: Mapping[str, set[str]]) -> list[str]:
+    """Imports of an optional or unknown package outside of the modules that own it."""
+    found = []
+    for importer, targets in imports.items():
+        for target in sorted(targets):
+            top = target.split(".")[0]
+            if top in sys.stdlib_module_names | EVERYWHERE or target in imports:
+                continue
+            if not fnmatch.fnmatchcase(importer, OWNERS.get(top, "")):
+                found.append(f"{importer} imports {target}")
+    return found
+
+
+def beyond_plugins(imports: Mapping[str, set[str]]) -> list[str]:
+    """What a method's module imports of kdhooks besides the contract."""
+    allowed = {f"kdhooks.{name}" for name in FOR_PLUGINS}
+    return [
+        f"{importer} imports {target}"
+        for importer, targets in imports.items()
+        for target in sorted(targets - allowed)
+        if importer.startswith("kdhooks_plugins")
+        and target.startswith("kdhooks")
+        and not target.startswith("kdhooks_plugins")
+    ]
+
+
+# --- the rules -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table() -> list[tuple[str, int]]:
+    return floors((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_every_module_has_one_floor(table: list[tuple[str, int]]) -> None:
+    packages = {"kdhooks", "kdhooks_plugins", "kdhooks_integrations"}
+    homeless = [name for name in sources() if floor_of(name, table) is None]
+    assert set(homeless) <= packages, "give it a floor in CONTRIBUTING.md"
+
+
+def test_every_floor_names_modules_that_exist(table: list[tuple[str, int]]) -> None:
+    names = [name.removeprefix("kdhooks.") for name in sources()]
+    assert [pattern for pattern, _ in table if not fnmatch.filter(names, pattern)] == []
+
+
+def test_imports_run_downwards(table: list[tuple[str, int]]) -> None:
+    assert upward(graph(), table) == []
+
+
+def test_no_imports_run_in_circles() -> None:
+    imports = {name: targets for name, targets in graph().items() if name != "kdhooks"}
+    assert cycles(imports) == []
+
+
+def test_optional_packages_stay_with_their_owners() -> None:
+    assert astray(graph()) == []
+
+
+def test_methods_need_nothing_but_the_contract() -> None:
+    assert beyond_plugins(graph()) == []
+
+
+def test_the_public_names_are_all_re_exports() -> None:
+    assert set(kdhooks.__all__) == set(public())
+    tree = ast.parse(sources()["kdhooks"].read_text(encoding="utf-8"))
+    kinds = [type(node) for node in tree.body]
+    assert set(kinds) == {ast.Expr, ast.ImportFrom, ast.Assign}
+
+
+def after(statement: str) -> set[str]:
+    """The optional packages that a fresh interpreter has imported after a statement."""
+    code = f"{statement}\nimport sys\nprint(*[m for m in {OPTIONAL} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_kdhooks_imports_nothing_optional() -> None:
+    assert after("import kdhooks, kdhooks.cli, kdhooks_integrations.arcface_torch") == set()
+
+
+# --- each of these checks can fail -----------------------------------------------------------
+
+TABLE = [("low", 1), ("high", 2), ("kdhooks_plugins.*", 1)]
+
+
+def test_optional_imports_are_noticed() -> None:
+    pytest.importorskip("onnx")
+    assert after("import kdhooks, onnx") == {"onnx"}
+
+
+def test_an_upward_import_is_noticed() -> None:
+    imports = {"kdhooks.low": {"kdhooks.high"}, "kdhooks.high": set[str]()}
+    assert upward(imports, TABLE) == ["kdhooks.low (floor 1) imports kdhooks.high (floor 2)"]
+    assert upward({"kdhooks.low": set(), "kdhooks.high": {"kdhooks.low"}}, TABLE) == []
+
+
+def test_a_circle_is_noticed() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+    assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "mmengine", "requests", "backbones"])
+def test_a_stray_package_is_noticed(package: str) -> None:
+    assert astray({"kdhooks.low": {package}}) == [f"kdhooks.low imports {package}"]
+    assert astray({"kdhooks.onnx_files": {"onnx"}, "kdhooks.demo.run": {"PIL.Image"}}) == []
+
+
+def test_a_method_that_reaches_too_far_is_noticed() -> None:
+    imports = {"kdhooks_plugins.a": {"kdhooks.taps", "kdhooks.shards", "kdhooks_plugins.b"}}
+    assert beyond_plugins(imports) == ["kdhooks_plugins.a imports kdhooks.taps"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("from kdhooks import EmbeddingTap", "kdhooks.declarations"),
+        ("from kdhooks import Distiller", "kdhooks.distiller"),
+        ("from kdhooks import taps", "kdhooks.taps"),
+        ("def f():\n    import kdhooks.recipe", "kdhooks.recipe"),
+    ],
+)
+def test_an_import_counts_as_one_of_the_module_behind_it(source: str, target: str) -> None:
+    assert list(imported(source, sources())) == [target]

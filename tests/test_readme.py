@@ -1,0 +1,274 @@
+"""What README says is true: its code runs, its tables are complete.
+
+A code block is named by the word after its language; each name has its test here.
+"""
+
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kdhooks_integrations.arcface_torch import Installation
+from torch import Tensor, nn
+
+from kdhooks import Distiller, methods
+from kdhooks.cli import main
+from kdhooks.discovery import load
+from kdhooks.hookspecs import Specs
+from kdhooks.recipe import Recipe, build_teacher
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLASSES, DIM = 120, 12  # coupleface's k = 100 wants more classes than that
+
+HOOKS = [name for name in vars(Specs) if not name.startswith("_")]
+BLOCKS = {
+    name: (language, text)
+    for language, name, text in re.findall(
+        r"^```(\w+)(?: ([\w-]+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+    )
+}
+
+
+class Network(nn.Module):
+    """(b 3 112 112) -> (b d)."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 16, stride=16), nn.Linear(4 * 7 * 7, dim)
+        self.features = nn.BatchNorm1d(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.features(self.fc(self.conv(images).flatten(1)))
+        return embedding
+
+
+class PartialFC(nn.Module):
+    """arcface_torch's head, as its trainer calls it, without its margin."""
+
+    def __init__(self, margin: object, width: int, num_classes: int, *rest: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, width) / 100)
+
+    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(embedding @ self.weight.T, labels)
+
+
+def get_model(name: str, **options: Any) -> nn.Module:
+    return Network(options.get("num_features", DIM))
+
+
+@cache
+def batch() -> tuple[Tensor, Tensor]:
+    """One image of each class."""
+    images = torch.rand(CLASSES, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return images, torch.arange(CLASSES)
+
+
+def trained(dim: int = DIM) -> Network:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        network = Network(dim)
+    network.features.momentum = None  # the statistics of all batches, here of one
+    with torch.no_grad():
+        network(batch()[0])
+    return network.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: the recipe of README, and the teacher's files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kd.toml").write_text(BLOCKS["recipe"][1])
+    (tmp_path / "teacher").mkdir()
+    teacher = trained()
+    torch.save(teacher.state_dict(), "teacher/model.pt")
+    rows = F.normalize(teacher(batch()[0]).detach())
+    for rank, part in enumerate(rows.split(CLASSES // 2)):
+        content = {"state_dict_softmax_fc": {"weight": part.clone()}}
+        torch.save(content, f"teacher/checkpoint_gpu_{rank}.pt")
+    return tmp_path
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The main program, with what train_v2.py imports; and arcface_torch's own package."""
+    script = ModuleType("__main__")
+    vars(script).update(get_model=get_model, PartialFC_V2=PartialFC)
+    backbones = ModuleType("backbones")
+    vars(backbones).update(get_model=get_model)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setitem(sys.modules, "backbones", backbones)
+    yield script
+    earlier = getattr(vars(script)["get_model"], "__self__", None)
+    if isinstance(earlier, Installation):
+        earlier.remove()
+
+
+def run(block: str, **names: object) -> dict[str, Any]:
+    """The names that a block leaves behind, run with the names given."""
+    namespace: dict[str, Any] = {"torch": torch, **names}
+    exec(compile(BLOCKS[block][1], f"README.md, {block}", "exec"), namespace)
+    return namespace
+
+
+def terms_of(head: nn.Module) -> list[str]:
+    distiller = head.get_submodule("kdhooks")
+    assert isinstance(distiller, Distiller)
+    return [tap.name for tap in distiller.taps]
+
+
+# --- the blocks ------------------------------------------------------------------------------
+
+
+def test_block_recipe(folder: Path) -> None:
+    recipe = Recipe.read(folder / "kd.toml")
+    assert recipe.teacher["checkpoint"] == folder / "teacher" / "model.pt"
+    assert len(recipe.methods) == 2
+
+
+def test_block_arcface_install(folder: Path, trainer: ModuleType) -> None:
+    run("arcface-install")
+    script = vars(trainer)
+    backbone = script["get_model"]("r18", dropout=0.0, fp16=False, num_features=DIM).train()
+    head = script["PartialFC_V2"](None, DIM, CLASSES, 1.0, False)
+    images, labels = batch()
+    embedding = backbone(images)
+    plain = F.cross_entropy(embedding @ head.weight.T, labels)
+    loss = head.train()(embedding, labels)
+    assert terms_of(head) == ["fcd", "coupleface"]
+    assert loss > plain + 1
+    loss.backward()
+
+
+def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
+    backbone, head = Network().train(), PartialFC(None, DIM, CLASSES)
+    run("arcface-attach", backbone=backbone, module_partial_fc=head)
+    images, labels = batch()
+    head(backbone(images), labels).backward()
+    assert terms_of(head) == ["fcd", "coupleface"]
+
+
+def test_block_plain() -> None:
+    student, teacher, weights = Network().train(), trained(), torch.randn(CLASSES, DIM) / 100
+    names = run(
+        "plain",
+        student=student,
+        teacher=teacher,
+        loader=[batch()] * 8,
+        criterion=lambda embedding, labels: F.cross_entropy(embedding @ weights.T, labels),
+    )
+    assert list(names["terms"]) == ["fcd"]
+    assert names["kd"].step == 8
+    assert names["kd"].metrics["fcd"] < 0.9
+    assert not student._forward_hooks
+
+
+def export(network: nn.Module, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's exporter warns of itself
+        torch.onnx.export(
+            network.eval(),
+            (batch()[0][:1],),
+            str(path),
+            dynamo=False,
+            input_names=["data"],
+            dynamic_axes={"data": {0: "b"}},
+        )
+
+
+@pytest.fixture
+def onnx_file(folder: Path) -> Path:
+    pytest.importorskip("onnxruntime")
+    export(trained(), folder / "w600k_r50.onnx")
+    return folder / "w600k_r50.onnx"
+
+
+def test_block_build(onnx_file: Path) -> None:
+    kd = run("build", student=Network().train())["kd"]
+    assert [(tap.name, tap.weight) for tap in kd.taps] == [("fcd", 8.0)]
+
+
+def test_block_onnx_teacher(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack is looked up in the folder of insightface, here below a home of our own."""
+    home = onnx_file.parent
+    pack = home / ".insightface" / "models" / "buffalo_l"
+    pack.mkdir(parents=True)
+    export(trained(128), pack / "w600k_r50.onnx")  # told from other models by its width
+    monkeypatch.setenv("HOME", str(home))
+    (home / "kd.toml").write_text(BLOCKS["onnx-teacher"][1])
+    recipe = Recipe.read(home / "kd.toml")
+    assert build_teacher(recipe).module is not None
+
+
+def test_block_class_means(onnx_file: Path) -> None:
+    Path("kd.toml").write_text('methods = ["fcd"]\nteacher = { onnx = "w600k_r50.onnx" }')
+    run("class-means", loader=[batch()], num_classes=CLASSES)
+    assert torch.load("rows.pt").shape == (CLASSES, DIM)
+    Recipe.read({"teacher": {"onnx": onnx_file, "classifier": "rows.pt"}, "methods": ["kd"]})
+
+
+def test_block_method() -> None:
+    student = Network().train()
+    kd = run("method", student=student, teacher=trained())["kd"]
+    images, labels = batch()
+    student(images)
+    assert list(kd(images, labels)) == ["align"]
+
+
+def test_block_sh() -> None:
+    """The two commands are goals of the Makefile."""
+    assert re.findall(r"^make (\w+)", README, re.MULTILINE) == ["demo", "test"]
+
+
+def test_every_block_has_its_test() -> None:
+    names = {
+        f"test_block_{(name or language).replace('-', '_')}"
+        for name, (language, _) in BLOCKS.items()
+    }
+    assert names == {name for name in globals() if name.startswith("test_block_")}
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_has_its_signature(hook: str) -> None:
+    arguments = list(inspect.signature(getattr(Specs, hook)).parameters)[1:]
+    assert f"`{hook}({', '.join(arguments)})`" in README
+
+
+def table() -> dict[str, tuple[str, str]]:
+    """The table of methods: name -> its hooks and its status."""
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \| ([^|]+) \|$", README, re.MULTILINE)
+    return {name: (hooks, status) for name, hooks, status in rows}
+
+
+def test_every_method_has_its_row() -> None:
+    ours = {info.name for info in methods() if info.package.split()[0] == "kdhooks"}
+    assert set(table()) == ours
+
+
+@pytest.mark.parametrize("name", table())
+def test_the_row_of_a_method_is_true(name: str) -> None:
+    """Its hooks are those that it answers; a reconstruction is called one, and nothing else is."""
+    method = load(name)
+    answered = [hook for hook in HOOKS if hasattr(getattr(method, hook, None), "kdhooks_impl")]
+    hooks, status = table()[name]
+    assert hooks.split() == [f"`{hook}`" for hook in answered]
+    docstring = sys.modules[method.__module__].__doc__ or ""
+    assert status.startswith("reconstruction") == ("\nReconstruction" in docstring)
+
+
+def test_the_list_of_methods_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in table())
