@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins._attention import Energy
-from kdhooks_plugins._maps import Grid
-from kdhooks_plugins.acsr import ACSR, ReviewedAttention, context_distance
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, FeatureTap, KDHooksError, Model, Teacher
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins._attention import Energy
+from kdhooks_plugins._maps import Grid
+from kdhooks_plugins.acsr import ACSR, ReviewedAttention, context_distance
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
 from tests.references import acsr as reference

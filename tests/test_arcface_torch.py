@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from kdhooks_integrations import arcface_torch
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError
+from kdhooks_integrations import arcface_torch
 from tests.standin import Report, Trainer
 from tests.standin.backbones import get_model
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.at import AT, DISTANCES
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, FeatureTap, KDHooksError, Model, Stage, Teacher
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins.at import AT, DISTANCES
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
 from tests.references import at as reference

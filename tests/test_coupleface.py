@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.coupleface import CoupleFace, MutualRelations, nearest_classes
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
 from kdhooks.shards import Rows
+from kdhooks_plugins.coupleface import CoupleFace, MutualRelations, nearest_classes
 from tests import golden
 from tests.references import coupleface as reference
 from tests.references.differences import central_differences

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kdhooks_plugins.fcd import FCD
 
 from kdhooks import EmbeddingTap, KDHooksError, hookimpl, methods
 from kdhooks.discovery import MethodInfo, create, load
+from kdhooks_plugins.fcd import FCD
 from tests.distributions import write_distribution
 
 SOURCE = '''"""A Paper, Author et al., Venue 2020.

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.eckd import ECKD, HARDNESS, convolutions, exclusivity
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, KDHooksError, Model, ParameterTap
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins.eckd import ECKD, HARDNESS, convolutions, exclusivity
 from tests import golden
 from tests.references import eckd as reference
 from tests.references.differences import central_differences

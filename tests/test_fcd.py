@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.fcd import DISTANCES, FCD
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
+from kdhooks_plugins.fcd import DISTANCES, FCD
 from tests import golden
 from tests.references import fcd as reference
 from tests.references.differences import central_differences

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.kd import KD
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError
 from kdhooks.declarations import Step
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins.kd import KD
 from tests import golden
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import kd as reference

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import kdhooks_integrations
-import kdhooks_plugins
 import pytest
 
 import kdhooks
+import kdhooks_integrations
+import kdhooks_plugins
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.proxylesskd import ProxylessKD
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassifierShare, ClassShard, Distiller, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks_plugins.proxylesskd import ProxylessKD
 from tests import golden
 from tests.references import fcd as fcd_reference
 from tests.references import proxylesskd as reference

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kdhooks_integrations.arcface_torch import Installation
 from torch import Tensor, nn
 
 from kdhooks import Distiller, methods
@@ -24,6 +23,7 @@ from kdhooks.cli import main
 from kdhooks.discovery import load
 from kdhooks.hookspecs import Specs
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks_integrations.arcface_torch import Installation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

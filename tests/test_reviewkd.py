@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.reviewkd import LEVELS, ReviewedFeatures, ReviewKD, WarmUp, pyramid
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import FeatureTap, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins.reviewkd import LEVELS, ReviewedFeatures, ReviewKD, WarmUp, pyramid
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
 from tests.references import at as at_reference

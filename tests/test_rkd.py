@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins import rkd
-from kdhooks_plugins.rkd import RKD
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError
 from kdhooks.testing import check_method
+from kdhooks_plugins import rkd
+from kdhooks_plugins.rkd import RKD
 from tests import golden
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import rkd as reference

@@ -12,8 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
-from kdhooks_plugins.proxylesskd import ProxylessKD
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
@@ -21,6 +19,8 @@ from torch.testing import assert_close
 from kdhooks import ClassShard, KDHooksError, Model
 from kdhooks.declarations import Step
 from kdhooks.shards import Rows, gather, world
+from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
+from kdhooks_plugins.proxylesskd import ProxylessKD
 
 Results = dict[str, Any]  # tensors by name, in one dict a scenario
 

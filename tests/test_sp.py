@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdhooks_plugins.sp import SIMILARITIES, SP
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError
 from kdhooks.testing import check_method
+from kdhooks_plugins.sp import SIMILARITIES, SP
 from tests import golden
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import sp as reference

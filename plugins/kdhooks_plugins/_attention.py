@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError, Model
-from kdhooks.taps import find
 from kdhooks_plugins._maps import Grid
 
 _SHORTEST = 1e-6  # a map's length, below which it counts as empty
@@ -36,7 +35,8 @@ class Logits:
 
     @staticmethod
     def at(path: str, kind: str, model: Model, owner: str) -> "Logits":
-        module = find(model.module, path, owner) if model.module is not None else None
+        known = dict(model.module.named_modules()) if model.module is not None else {}
+        module = known.get(path)  # a path that is not there is refused where it is tapped
         return Logits(f"{owner} attention '{path}'", kind, isinstance(module, nn.Sigmoid))
 
     def __call__(self, x: Tensor) -> Tensor:
