@@ -204,7 +204,7 @@ def test_blends_are_people_of_their_own() -> None:
 def lesson() -> Lesson:
     faces = made_faces()
     embedding = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))[faces.labels]
-    return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous())
+    return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous(), len(faces))
 
 
 def test_training_depends_on_the_seed_alone() -> None:
@@ -272,7 +272,14 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "train on 6 people, 24 images (56 with views and blends); test on 2 others" in printed
     results = (tmp_path / "out" / "results.md").read_text()
     rows = [line.split("|")[1].strip() for line in results.splitlines()]
-    assert rows[2:] == ["teacher", "labels alone", "fcd", "coupleface", "proxylesskd"]
+    assert rows[2:] == [
+        "teacher",
+        "labels alone",
+        "labels, no blends",
+        "fcd",
+        "coupleface",
+        "proxylesskd",
+    ]
     assert results.splitlines()[3].count("±") >= 3, "two seeds have a spread"
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
     student = OnnxModel(tmp_path / "out" / "fcd-1.onnx")

