@@ -1,0 +1,125 @@
+"""URFM: pixel features of any grid and width become l local features of one receptive field."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from kdhooks import Stage
+from kdhooks_plugins._maps import Grid
+
+_STD = 0.02  # of positions at the start: small next to the normalised features
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the output of a stage becomes pixel features (b n k), row by row."""
+
+    grid: Grid
+    channels_last: bool  # (h w k), as timm's Swin puts them out
+
+    @staticmethod
+    def of(stage: Stage, owner: str) -> "Pixels":
+        first, last = stage.shape[0], stage.shape[-1]
+        channels_last = len(stage.shape) == 3 and first == stage.shape[1] != last
+        if channels_last:
+            stage = replace(stage, shape=(last, *stage.shape[:2]))
+        return Pixels(Grid.of(stage, owner), channels_last)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b k h w), (b h w k) or (b n k) -> (b n k)."""
+        if self.channels_last:
+            return rearrange(x, "b h w k -> b (h w) k")
+        return rearrange(self.grid(_keep_layout(x)), "b k h w -> b (h w) k")
+
+
+def _keep_layout(x: Tensor) -> Tensor:
+    """x, whose gradient comes back in x's own memory format, not with the pixels first.
+
+    Otherwise it would take the whole backward pass of a student into the other format.
+    """
+    if x.ndim == 4 and x.requires_grad:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = x.view_as(x)
+        x.register_hook(partial(torch.Tensor.contiguous, memory_format=layout))
+    return x
+
+
+class PixelFeatures(nn.Module):
+    """One side's pixels at the common width, normalised, with the bucket of each one's place."""
+
+    buckets: Tensor
+
+    def __init__(self, pixels: Pixels, buckets: Tensor, width: int, prompts: int = 0) -> None:
+        """prompts: how many tokens precede the pixels; they have positions of their own."""
+        super().__init__()
+        self.pixels = pixels
+        self.project = nn.Linear(pixels.grid.channels, width)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("buckets", buckets, persistent=False)
+        self.prompt_positions = (
+            nn.Parameter(_STD * torch.randn(prompts, width)) if prompts else None
+        )
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The stage's output, (m d) -> f (b n d), its positions (n d)."""
+        positions = table[self.buckets]
+        if self.prompt_positions is None:
+            x = self.pixels(x)
+        else:
+            positions = torch.cat([self.prompt_positions, positions])
+        return self.norm(self.project(x)), positions
+
+
+class LocalCentres(nn.Module):
+    """l learnable centres gather the pixels: softmax(C W_q ((f + b) W_k)ᵀ / √d) f W_v W_o."""
+
+    def __init__(self, centres: int, width: int, heads: int, rows: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.centres = nn.Parameter(torch.randn(centres, width))
+        self.table = nn.Parameter(_STD * torch.randn(rows, width))
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)  # so that h can't vanish
+
+    def forward(self, f: Tensor, positions: Tensor) -> Tensor:
+        """(b n d), (n d) -> h (b l d)."""
+        query = repeat(self.query(self.centres), "l (h d) -> b h l d", b=len(f), h=self.heads)
+        key = rearrange(self.key(f + positions), "b n (h d) -> b h n d", h=self.heads)
+        value = rearrange(self.value(f), "b n (h d) -> b h n d", h=self.heads)
+        gathered = F.scaled_dot_product_attention(query, key, value)
+        h: Tensor = self.norm(self.out(rearrange(gathered, "b h l d -> b l (h d)")))
+        return h
+
+    @torch.no_grad()
+    def similarity(self) -> Tensor:
+        """() -> (): the mean |cos| of two different centres."""
+        unit = F.normalize(self.centres)
+        n = len(unit)
+        return ((unit @ unit.T).abs().sum() - n) / (n * (n - 1))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of the local features, which shows its map."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(b l d) -> (b l d), log of the map (b heads l l)."""
+        query, key, value = rearrange(
+            self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.heads
+        )
+        log_map = (query @ key.mT / query.shape[-1] ** 0.5).log_softmax(dim=-1)
+        mixed = rearrange(log_map.exp() @ value, "b h l d -> b l (h d)")
+        return self.out(mixed), log_map

@@ -1,0 +1,604 @@
+"""CAKD: URFM and losses against their equations; test_prompts.py has the prompted teacher."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import Distiller, KDHooksError, Model, Stage
+from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks_plugins._facial_positions import FacialPositions, piecewise_index
+from kdhooks_plugins._local_features import LocalFeatures, standardised
+from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.saliency import saliency_map
+from tests import maps
+from tests.maps import Shape, features, labels, model, normal
+from tests.references import cakd as reference
+from tests.references.fcd import embedding_distance
+from tests.transformers import TinySwin, TinyViT, trained
+
+SMALL: dict[str, Any] = {"width": 4, "heads": 2, "centres": 3, "check_every": 0}
+SIZES = [(7, 7), (12, 12), (14, 14), (4, 4), (2, 2), (3, 5), (1, 1)]
+
+# The last stage of student and teacher: maps, tokens (n k), and maps (h w k) as of timm's Swin.
+SHAPES: list[tuple[Shape, Shape]] = [
+    ((3, 3, 3), (3, 3, 3)),
+    ((2, 3, 3), (5, 3, 3)),
+    ((3, 2, 3), (2, 4, 4)),
+    ((3, 2, 2), (9, 2)),
+    ((9, 3), (2, 2, 2)),
+    ((2, 2, 2), (3, 3, 5)),
+]
+drawn = settings(deadline=None, max_examples=25)
+
+
+def made(ours: Shape, theirs: Shape, **options: Any) -> LocalFeatures:
+    method = CAKD(**{**SMALL, "prompts": 0, **options})
+    loss = maps.seeded(method.feature_tap(model(ours), model(theirs)).loss)
+    assert isinstance(loss, LocalFeatures)
+    return loss
+
+
+def inputs(ours: Shape, theirs: Shape, b: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    return features(1, b, ours), features(9, b, theirs)
+
+
+def value(loss: LocalFeatures, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    result: Tensor = loss(student, teacher, labels(len(student[0])))[0]
+    return result
+
+
+def tokens(x: np.ndarray, shape: Shape) -> np.ndarray:
+    """(b …) -> (b n k), by what the shape says."""
+    if len(shape) == 2:
+        return x
+    channels_last = shape[0] == shape[1] != shape[2]
+    h, w = shape[:2] if channels_last else shape[1:]
+    places = [x[:, i, j] if channels_last else x[:, :, i, j] for i in range(h) for j in range(w)]
+    return np.stack(places, axis=1)
+
+
+class Expected:
+    """What the equations give for a loss, piece by piece."""
+
+    def __init__(self, loss: LocalFeatures, ours: Shape, theirs: Shape, **options: Any) -> None:
+        self.loss, self.ours, self.theirs, self.options = loss, ours, theirs, options
+
+    def side(
+        self, x: np.ndarray, weights: dict[str, np.ndarray], name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """MSA(h) (b l d) and its maps (b heads l l)."""
+        shape, module = (
+            (self.ours, self.loss.ours) if name == "ours" else (self.theirs, self.loss.theirs)
+        )
+        msa = "msa.0" if name == "ours" or len(self.loss.msa) == 1 else "msa.1"
+        every = [
+            reference.self_attention(
+                reference.local_features(sample, module.buckets.tolist(), weights, name, 2),
+                weights,
+                msa,
+                2,
+            )
+            for sample in tokens(x, shape)
+        ]
+        return np.stack([y for y, _ in every]), np.stack([m for _, m in every])
+
+    def terms(
+        self, ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[float, float]:
+        return (
+            reference.attention_term(ours[1], theirs[1], self.options.get("attention", "mse")),
+            reference.feature_term(ours[0], theirs[0], self.options.get("standardise", True)),
+        )
+
+    def total(
+        self, ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
+    ) -> float:
+        attention, feature = self.terms(ours, theirs)
+        factors = self.options.get("attention_weight", 1.0), self.options.get("feature_weight", 1.0)
+        return float(factors[0]) * attention + float(factors[1]) * feature
+
+
+# --- positions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pieces", "inputs", "expected"),
+    [
+        (
+            (1.9, 3.8, 15.2),
+            [0, 1, 1.9, 2, 3, 4, 5, 6, 8, 10, 12, 16],
+            [0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3],
+        ),
+        ((4.0, 12.0, 24.0), list(range(15)), [0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 8, 9, 9, 9, 10]),
+        ((4.0, 12.0, 24.0), [24, 25, 1000], [12, 12, 12]),
+    ],
+)
+def test_the_piecewise_index_gives_the_golden_values(
+    pieces: tuple[float, float, float], inputs: list[float], expected: list[int]
+) -> None:
+    assert piecewise_index(torch.tensor(inputs, dtype=torch.float64), *pieces).tolist() == expected
+    assert [reference.piecewise_index(x, *pieces) for x in inputs] == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gamma": 0.0},
+        {"gamma": 2.5, "anchor": (40.0, 10.0)},
+        {"distance": "saliency", "saliency": normal(3, 7, 7).sigmoid()},
+        {"distance": "saliency", "saliency": normal(3, 4, 5).sigmoid(), "gamma": 0.5},
+    ],
+)
+def test_distances_agree_with_the_equation(size: tuple[int, int], options: dict[str, Any]) -> None:
+    found = FacialPositions(**options).distances(size)
+    chosen = {key: value for key, value in options.items() if key != "distance"}
+    if "saliency" in chosen:
+        chosen["saliency"] = chosen["saliency"].numpy()
+    assert_close(found.tolist(), reference.distances(size, **chosen))
+    expected = [reference.piecewise_index(x, 4.0, 12.0, 24.0) for x in found.tolist()]
+    assert FacialPositions(**options).buckets(size).tolist() == expected
+
+
+def test_the_anchor_is_the_nose_and_the_buckets_are_many() -> None:
+    buckets = FacialPositions(gamma=0.0).buckets((7, 7)).view(7, 7)
+    assert buckets[4].tolist() == [6, 4, 2, 0, 2, 4, 6]
+    assert buckets[:, 3].tolist() == [7, 6, 4, 2, 0, 2, 4]
+    assert len(FacialPositions().buckets((7, 7)).unique()) > 8
+    coarse = FacialPositions(pieces=(1.9, 3.8, 15.2))
+    assert coarse.rows == 4
+    assert FacialPositions().rows == 13
+
+
+def test_a_place_on_the_face_has_one_position_on_grids_of_different_sizes() -> None:
+    """Every third pixel of 21 x 21 lies where those of 7 x 7 do."""
+    positions = FacialPositions()
+    fine = positions.distances((21, 21)).view(21, 21)[1::3, 1::3].flatten()
+    assert_close(fine, positions.distances((7, 7)))
+
+
+# --- the equations ---------------------------------------------------------------------------
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"attention": "kl"},
+    {"standardise": False},
+    {"share_msa": False},
+    {"heads": 2, "attention_weight": 0.0, "feature_weight": 3.0},
+    {"attention_weight": 7.0, "feature_weight": 0.0, "gamma": 0.0},
+    {"distance": "saliency", "saliency": normal(3, 3, 3)},
+    {"pieces": (1.9, 3.8, 15.2), "anchor": (10.0, 100.0)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("ours", "theirs"), SHAPES)
+def test_agrees_with_the_equation(ours: Shape, theirs: Shape, options: dict[str, Any]) -> None:
+    loss = made(ours, theirs, **options)
+    expected = Expected(loss, ours, theirs, **options)
+    student, teacher = inputs(ours, theirs)
+
+    def total(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
+        return expected.total(
+            expected.side(x[0], weights, "ours"),
+            expected.side(teacher[0].numpy(), weights, "theirs"),
+        )
+
+    weights = maps.weights(loss)
+    found, notes = loss(student, teacher, labels(3))
+    assert_close(found.item(), total([student[0].numpy()], weights))
+    y, own_map = expected.side(teacher[0].numpy(), weights, "theirs")
+    of_student = expected.side(student[0].numpy(), weights, "ours")
+    attention, feature = expected.terms(of_student, (y, own_map))
+    assert_close(notes["attention"].item(), attention)
+    assert_close(notes["feature"].item(), feature)
+    assert_close(notes["token_variance"].item(), reference.token_variance(y))
+    assert_close(notes["centre_cosine"].item(), reference.centre_cosine(weights["urfm.centres"]))
+    maps.check_gradients(loss, student, teacher, total, directions=1)
+
+
+def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
+    ours: Shape = (3, 2, 2)
+    teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
+    method = CAKD(**SMALL, prompts=2, prompt_tokens_in_f=True)
+    loss = maps.seeded(method.feature_tap(model(ours), teacher).loss)
+    assert isinstance(loss, LocalFeatures)
+    expected = Expected(loss, ours, (18, 8))
+    student, tokens_of_teacher = inputs(ours, (18, 8))
+
+    def total(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
+        return expected.total(
+            expected.side(x[0], weights, "ours"),
+            expected.side(tokens_of_teacher[0].numpy(), weights, "theirs"),
+        )
+
+    found = value(loss, student, tokens_of_teacher)
+    assert_close(found.item(), total([student[0].numpy()], maps.weights(loss)))
+    maps.check_gradients(loss, student, tokens_of_teacher, total, directions=1)
+
+
+@pytest.mark.parametrize("share_msa", [True, False])
+def test_a_detached_teacher_side_is_a_constant(share_msa: bool) -> None:
+    ours, theirs = SHAPES[2]
+    loss = made(ours, theirs, detach_teacher_side=True, share_msa=share_msa)
+    expected = Expected(loss, ours, theirs)
+    student, teacher = inputs(ours, theirs)
+    constant = expected.side(teacher[0].numpy(), maps.weights(loss), "theirs")
+
+    def total(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
+        return expected.total(expected.side(x[0], weights, "ours"), constant)
+
+    loss.zero_grad()
+    x = [student[0].clone().requires_grad_()]
+    value(loss, x, teacher).backward()
+    idle = {name for name, p in loss.named_parameters() if p.grad is None}
+    sides = {"theirs.project.weight", "theirs.project.bias", "theirs.norm.weight"}
+    sides |= {"theirs.norm.bias"}
+    own_msa = {"msa.1.qkv.weight", "msa.1.out.weight"}
+    assert idle == (sides if share_msa else sides | own_msa)
+    own = maps.weights(loss)
+    rng = np.random.default_rng(0)
+    direction = {name: rng.standard_normal(w.shape) for name, w in own.items()}
+    found = sum(
+        float((p.grad.numpy() * direction[name]).sum())
+        for name, p in loss.named_parameters()
+        if p.grad is not None
+    )
+    up, down = (
+        total([student[0].numpy()], {n: w + step * direction[n] for n, w in own.items()})
+        for step in (1e-6, -1e-6)
+    )
+    assert_close(found, (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+# --- what the method must keep ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["mse", "kl"])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_equal_features_with_tied_projections_cost_nothing(
+    attention: str, standardise: bool
+) -> None:
+    shape = (3, 4, 4)
+    loss = made(shape, shape, attention=attention, standardise=standardise)
+    x = features(1, 3, shape)
+    assert value(loss, x, x) > 0.01
+    loss.theirs.load_state_dict(loss.ours.state_dict())
+    _, notes = loss(x, x, labels(3))
+    assert_close(notes["attention"].item(), 0.0)
+    assert_close(notes["feature"].item(), 0.0)
+
+
+def routes(loss: LocalFeatures) -> dict[str, bool]:
+    """What gets a gradient."""
+    ours, theirs = SHAPES[1]
+    student, teacher = inputs(ours, theirs)
+    x, y = student[0].requires_grad_(), teacher[0].requires_grad_()
+    value(loss, [x], [y]).backward()
+    groups: dict[str, list[Tensor]] = {
+        "student": [x],
+        "teacher": [y],
+        "student's projection": list(loss.ours.parameters()),
+        "teacher's projection": list(loss.theirs.parameters()),
+        "urfm": list(loss.urfm.parameters()),
+        "msa": list(loss.msa.parameters()),
+    }
+    return {
+        name: all(p.grad is not None and bool(p.grad.any()) for p in tensors)
+        for name, tensors in groups.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompted", "detached", "without"),
+    [
+        (True, False, set()),
+        (False, False, {"teacher"}),
+        (True, True, {"teacher", "teacher's projection"}),
+        (False, True, {"teacher", "teacher's projection"}),
+    ],
+)
+def test_who_gets_a_gradient(prompted: bool, detached: bool, without: set[str]) -> None:
+    loss = made(*SHAPES[1], detach_teacher_side=detached)
+    loss.prompted = prompted
+    found = routes(loss)
+    assert {name for name, reached in found.items() if not reached} == without
+
+
+def test_constants_cost_nothing_unless_features_are_standardised() -> None:
+    """The reason for the default: a projection that shrinks is no way out."""
+    student, teacher = inputs(*SHAPES[1])
+    for standardise in (False, True):
+        loss = made(*SHAPES[1], standardise=standardise)
+        before = loss(student, teacher, labels(3))[1]["feature"]
+        with torch.no_grad():
+            loss.get_parameter("msa.0.out.weight").mul_(0.1)
+        after = loss(student, teacher, labels(3))[1]["feature"]
+        assert (after < 0.02 * before) == (not standardise)
+
+
+@drawn
+@given(st.integers(2, 5), st.floats(0.5, 20), st.floats(-3, 3), st.integers(0, 2**16))
+def test_standardised_features_ignore_scale_and_shift(
+    b: int, scale: float, shift: float, seed: int
+) -> None:
+    y = normal(seed, b, 2, 3) + 9 * torch.arange(b)[:, None, None]
+    assert_close(standardised(scale * y + shift), standardised(y), rtol=1e-3, atol=1e-4)
+
+
+@drawn
+@given(st.integers(2, 4), st.sampled_from(range(len(SHAPES))), st.integers(0, 2**16))
+def test_ignores_the_order_of_the_batch_and_the_labels(b: int, which: int, seed: int) -> None:
+    loss = made(*SHAPES[which])
+    student, teacher = inputs(*SHAPES[which], b=b)
+    order = torch.randperm(b, generator=torch.Generator().manual_seed(seed))
+    found = loss([student[0][order]], [teacher[0][order]], labels(b) - 1)[0]
+    assert_close(found, value(loss, student, teacher))
+
+
+def test_a_map_and_its_tokens_are_the_same() -> None:
+    as_map, as_tokens = made((3, 3, 3), (3, 3, 3)), made((9, 3), (3, 3, 3))
+    student, teacher = inputs((3, 3, 3), (3, 3, 3))
+    flat = [student[0].flatten(2).mT]
+    assert_close(value(as_tokens, flat, teacher), value(as_map, student, teacher))
+    last = made((3, 3, 3), (3, 3, 5)), made((3, 3, 3), (5, 3, 3))
+    wide = features(4, 3, (5, 3, 3))
+    moved = [wide[0].permute(0, 2, 3, 1)]
+    assert_close(value(last[0], student, moved), value(last[1], student, wide))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_students_gradient_keeps_its_memory_format(layout: torch.memory_format) -> None:
+    """Else the backward pass of a whole network goes on in the other format."""
+    student, teacher = inputs(*SHAPES[1])
+    loss = made(*SHAPES[1])
+    x = (student[0].to(memory_format=layout).requires_grad_() * 1).requires_grad_()
+    strides: list[tuple[int, ...]] = []
+    x.register_hook(lambda gradient: strides.append(gradient.stride()))
+    value(loss, [x], teacher).backward()
+    assert strides == [x.stride()]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2)])
+def test_dead_features_and_a_batch_of_one_have_finite_gradients(shape: Shape) -> None:
+    loss = made(shape, shape)
+    for b in (1, 2):
+        x = torch.zeros(b, *shape, dtype=torch.float64, requires_grad=True)
+        found = value(loss, [x], [torch.zeros(b, *shape, dtype=torch.float64)])
+        found.backward()
+        assert torch.isfinite(found)
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+
+
+def test_precisions_agree() -> None:
+    student, teacher = inputs(*SHAPES[2])
+    loss = made(*SHAPES[2])
+    exact = value(loss, student, teacher)
+    loss.float()
+    single = value(loss, [student[0].float()], [teacher[0].float()])
+    assert single.dtype == torch.float32
+    assert_close(single.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+# --- the guard -------------------------------------------------------------------------------
+
+
+def test_constant_features_are_refused_every_so_many_steps() -> None:
+    loss = made(*SHAPES[1], check_every=3)
+    student, teacher = inputs(*SHAPES[1])
+    same = [teacher[0][:1].expand_as(teacher[0])]
+    assert loss(student, same, labels(3))[1]["token_variance"] < 1e-20
+    with torch.no_grad():
+        loss.get_parameter("msa.0.out.weight").zero_()
+    value(loss, student, same)
+    with pytest.raises(KDHooksError, match=r"relative variance of \d\.\de.\d\d, below .* 1\.0e-03"):
+        value(loss, student, same)
+    value(loss, student, same)
+
+
+def test_features_that_differ_are_let_through_and_so_is_what_can_not_be_judged() -> None:
+    loss = made(*SHAPES[1], check_every=1)
+    student, teacher = inputs(*SHAPES[1])
+    value(loss, student, teacher)
+    value(loss, [student[0][:1]], [teacher[0][:1]])
+    same = [teacher[0][:1].expand_as(teacher[0])]
+    loss.eval()
+    value(loss, student, same)
+    never = made(*SHAPES[1], check_every=0)
+    value(never, student, same)
+
+
+def test_the_threshold_is_an_option() -> None:
+    student, teacher = inputs(*SHAPES[1])
+    with pytest.raises(KDHooksError, match=r"below collapse_below = 1\.1e\+00"):
+        value(made(*SHAPES[1], check_every=1, collapse_below=1.1), student, teacher)
+
+
+# --- saliency --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "stage", "shape"),
+    [
+        (TinyFaceNet, "layer3", (12, 4, 4)),
+        (TinyViT, "blocks.1", (16, 8)),
+        (TinySwin, "layers.2", (4, 4, 16)),
+    ],
+)
+def test_the_saliency_map_is_the_mean_energy_of_a_stage(
+    make: type[nn.Module], stage: str, shape: Shape
+) -> None:
+    network = trained(make)
+    images, _ = tiny_batch()
+    outputs: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    with network.get_submodule(stage).register_forward_hook(see):
+        network(images)
+    energy = np.zeros((4, 4))
+    every = tokens(outputs[0].detach().double().numpy(), shape)
+    for place in range(16):
+        energy[place // 4, place % 4] = (every[:, place] ** 2).sum()
+    energy = (energy - energy.min()) / (energy.max() - energy.min())
+    found = saliency_map(network, stage, [images[:5], images[5:]])
+    assert_close(found, torch.from_numpy(energy), rtol=1e-4, atol=1e-5)
+
+
+def test_a_saliency_map_can_be_a_file_and_its_scale_does_not_matter(tmp_path: Path) -> None:
+    saliency = normal(1, 4, 4)
+    torch.save(3 * saliency - 2, tmp_path / "saliency.pt")
+    ours, theirs = SHAPES[2]
+    options: dict[str, Any] = {"distance": "saliency"}
+    given = made(ours, theirs, saliency=saliency, **options)
+    read = made(ours, theirs, saliency=str(tmp_path / "saliency.pt"), **options)
+    assert torch.equal(given.theirs.buckets, read.theirs.buckets)
+    assert not torch.equal(given.theirs.buckets, made(ours, theirs).theirs.buckets)
+
+
+# --- the other terms -------------------------------------------------------------------------
+
+
+def test_the_embedding_term_is_fcds() -> None:
+    tap = CAKD(embedding_weight=2.0, weight=3.0).embedding_tap(model((2, 2, 2)), model((2, 2, 2)))
+    assert tap is not None
+    assert tap.weight == 6.0
+    student, teacher = normal(1, 3, 4), normal(2, 3, 4)
+    expected = embedding_distance(student.numpy(), teacher.numpy(), "l2")
+    assert_close(tap.loss(student, teacher, labels(3)).item(), expected)
+    assert CAKD().embedding_tap(model(), model()) is None
+
+
+def test_a_schedule_of_the_weight_holds_for_every_term() -> None:
+    method = CAKD(weight=lambda step: 0.5 * step, embedding_weight=4.0, **SMALL)
+    distiller = Distiller(
+        TinyFaceNet(),
+        tiny_teacher(),
+        [method],
+        student_stages=["layer4"],
+        teacher_stages=["layer4"],
+        input_shape=(3, 32, 32),
+    )
+    distiller._step = 3
+    weights = {tap.name: distiller.weight(tap) for tap in distiller.taps}
+    assert weights == {"cakd": 1.5, "cakd_embedding": 6.0}
+
+
+# --- the whole, and refusals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, *OPTIONS[1:4], {"embedding_weight": 1.0}, {"prompts": 0}, {"check_every": 1}]
+)
+def test_conforms_between_networks_of_one_kind(options: dict[str, Any]) -> None:
+    check_method(CAKD, **{**SMALL, **options})
+
+
+def test_a_student_may_be_a_transformer() -> None:
+    check_method(
+        CAKD, student=TinyViT, student_stages=["blocks.2"], teacher_stages=["layer4"], **SMALL
+    )
+
+
+def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "kdhooks")
+    teacher = tiny_teacher()
+    distiller = Distiller(
+        TinyFaceNet(),
+        teacher,
+        [CAKD()],
+        student_stages=["layer4"],
+        teacher_stages=["layer4"],
+        input_shape=(3, 32, 32),
+    )
+    assert distiller.adapter is None
+    assert "cakd: the teacher has no transformer blocks, so it gets no prompts" in caplog.messages
+    caplog.clear()
+    assert CAKD(prompts=0).adapt_teacher(Model(teacher.module, 12)) is None
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "nose"}, r"cakd: distance must be one of .*; found 'nose'"),
+        ({"attention": "l1"}, r"cakd: attention must be one of .*; found 'l1'"),
+        ({"centres": 1}, "cakd: centres must be at least 2; found 1"),
+        ({"heads": 0}, "cakd: heads must be at least 1; found 0"),
+        ({"gamma": -1.0}, "cakd: gamma must be at least 0; found -1.0"),
+        ({"attention_weight": -1.0}, "cakd: attention_weight must be at least 0"),
+        ({"feature_weight": -1.0}, "cakd: feature_weight must be at least 0"),
+        ({"embedding_weight": -1.0}, "cakd: embedding_weight must be at least 0"),
+        ({"teacher_cls_weight": -1.0}, "cakd: teacher_cls_weight must be at least 0"),
+        ({"prompts": -1}, "cakd: prompts must be at least 0; found -1"),
+        ({"check_every": -1}, "cakd: check_every must be at least 0; found -1"),
+        ({"width": 12}, "cakd: width must be a multiple of heads; found 12 and 8"),
+        ({"width": 0}, "cakd: width must be a multiple of heads; found 0 and 8"),
+        ({"distance": "saliency"}, "found distance 'saliency' and no map"),
+        ({"saliency": torch.rand(2, 2)}, "found distance 'relative' and a map"),
+        (
+            {"distance": "saliency", "saliency": torch.rand(2, 2, 2)},
+            r"cakd: saliency must be a map \(h w\); found \(2, 2, 2\)",
+        ),
+        (
+            {"distance": "saliency", "saliency": torch.ones(2, 2)},
+            "cakd: saliency must be finite and differ between pixels; found 1.0 to 1.0",
+        ),
+        (
+            {"distance": "saliency", "saliency": torch.tensor([[0.0, torch.nan]])},
+            "cakd: saliency must be finite",
+        ),
+        ({"distance": "saliency", "saliency": "/nowhere.pt"}, "'/nowhere.pt' can't be read"),
+        ({"pieces": (0.0, 1.0, 2.0)}, r"cakd: pieces are alpha, beta .*; found \(0.0, 1.0, 2.0\)"),
+        ({"pieces": (4.0, 3.0, 24.0)}, "0 < alpha <= beta"),
+        ({"pieces": (4.0, 12.0, 4.0)}, "alpha < reach"),
+        ({"anchor": (56.0, 112.0)}, r"cakd: anchor must be a point .*; found \(56.0, 112.0\)"),
+        (
+            {"prompts": 2, "detach_teacher_side": True},
+            "cakd: nothing would train the prompts",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KDHooksError, match=message):
+        CAKD(**options)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (model(), model((2, 2, 2)), "the student's last stage; found no stages; name it as taps"),
+        (model((2, 2, 2)), model(), "the teacher's last stage; .* it is no torch module"),
+        (model((2, 2, 2)), Model(nn.Identity(), 4), "the teacher's last stage; .* name it as"),
+        (model((8, 3)), model((2, 2, 2)), "student stage 's0': tokens must fill a square grid"),
+        (model((2, 2, 2)), model((7,)), r"teacher stage 's0' must put out a map \(k h w\)"),
+    ],
+)
+def test_models_without_a_usable_stage_are_refused(
+    student: Model, teacher: Model, message: str
+) -> None:
+    with pytest.raises(KDHooksError, match=message):
+        CAKD(prompts=0).feature_tap(student, teacher)
+
+
+def test_embeddings_of_different_widths_are_refused() -> None:
+    with pytest.raises(KDHooksError, match=r"equally wide; found 4 and 6; .* add the method fcd"):
+        CAKD(embedding_weight=1.0).embedding_tap(model(), Model(None, 6))
+
+
+def test_a_saliency_map_needs_images() -> None:
+    with pytest.raises(KDHooksError, match="needs at least one batch"):
+        saliency_map(TinyFaceNet(), "layer4", [])

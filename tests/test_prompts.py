@@ -1,0 +1,563 @@
+"""The prompted teacher of CAKD: a ViT and a Swin, what joins them, and what stays as it was."""
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, Distiller, KDHooksError, Model, Stage, Teacher
+from kdhooks.shards import Rows
+from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
+from kdhooks_plugins._blocks import run_prompted, transformer_blocks, width
+from kdhooks_plugins._prompts import Prompts
+from kdhooks_plugins._windows import window_attention
+from kdhooks_plugins.cakd import CAKD
+from tests.maps import normal
+from tests.references import cakd as reference
+from tests.references.proxylesskd import Margin, margin_softmax
+from tests.transformers import (
+    Block,
+    SwinBlock,
+    TinySwin,
+    TinyViT,
+    WindowAttention,
+    teacher_of,
+    trained,
+)
+
+Maker: TypeAlias = Callable[[], nn.Module]
+FlatSwin: Maker = partial(TinySwin, flat=True)
+SMALL: dict[str, Any] = {"width": 8, "heads": 2, "centres": 3, "check_every": 0}
+
+# A maker, the path of its last stage, and of the last block in there.
+VIT = (TinyViT, "blocks.2", "blocks.2")
+SWIN = (TinySwin, "layers.2", "layers.2.1")
+FLAT = (FlatSwin, "layers.2", "layers.2.1")
+TEACHERS = pytest.mark.parametrize(
+    ("make", "stage", "last"), [VIT, SWIN, FLAT], ids=["vit", "swin", "flat swin"]
+)
+
+
+def prompts_of(network: nn.Module, t: int = 3, **options: Any) -> Prompts:
+    """Far from 0, so that they matter."""
+    prompts = Prompts(transformer_blocks(network), t, **options)
+    with torch.no_grad():
+        for place, tokens in enumerate(prompts.prompts):
+            tokens.copy_(normal(place, *tokens.shape))
+    return prompts
+
+
+def distiller_of(
+    make: Maker, stage: str, student: nn.Module | None = None, **options: Any
+) -> Distiller:
+    return Distiller(
+        student or TinyFaceNet(),
+        teacher_of(make),
+        [CAKD(**{**SMALL, **options})],
+        student_stages=["layer4"],
+        teacher_stages=[stage],
+        head=ClassShard(torch.zeros(6, 12), 0, 6),
+        input_shape=(3, 32, 32),
+    )
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+# --- what prompts do -------------------------------------------------------------------------
+
+
+@TEACHERS
+def test_no_prompts_leave_the_teacher_as_it_is(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    images, _ = tiny_batch()
+    expected = network(images)
+    assert_close(prompts_of(network, 0)(network, images), expected)
+    moved = prompts_of(network)(network, images)
+    assert (moved - expected).abs().max() > 0.01
+
+
+def test_a_vits_prompts_are_tokens_of_each_block_fresh_in_every_one() -> None:
+    network = trained(TinyViT)
+    images, _ = tiny_batch()
+    prompts = prompts_of(network)
+    x = rearrange(network.get_submodule("patch_embed")(images), "b k h w -> b (h w) k")
+    x = x + network.get_parameter("pos_embed")
+    for block, tokens in zip(
+        network.get_submodule("blocks").children(), prompts.prompts, strict=True
+    ):
+        x = block(torch.cat([torch.stack([tokens] * len(x)), x], dim=1))[:, 3:]
+    expected = network.get_submodule("feature")(network.get_submodule("norm")(x).flatten(1))
+    assert_close(prompts(network, images), expected)
+
+
+@pytest.mark.parametrize("t", [0, 1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_prompts_join_every_window_as_in_the_equation(t: int, masked: bool) -> None:
+    """Two samples of three windows of four tokens."""
+    attn = WindowAttention(4, 2, side=2).double()
+    weights = {name: p.detach().numpy() for name, p in attn.named_parameters()}
+    bias = weights["relative_position_bias_table"][attn.relative_position_index.numpy()]
+    windows, prompts = normal(1, 6, 4, 4), normal(2, 2, t, 4)
+    mask = normal(3, 3, 4, 4) if masked else torch.zeros(3, 4, 4, dtype=torch.float64)
+    found, mixed = window_attention(attn, windows, prompts, mask if masked else None)
+    for sample in range(2):
+        ends = []
+        for window in range(3):
+            tokens, end = reference.prompted_window(
+                list(windows[3 * sample + window].numpy()),
+                list(prompts[sample].numpy()),
+                bias,
+                mask[window].numpy(),
+                weights,
+                heads=2,
+                scale=attn.scale,
+            )
+            assert_close(found[3 * sample + window], torch.tensor(np.array(tokens)))
+            ends.append(np.array(end).reshape(t, 4))
+        assert_close(mixed[sample], torch.from_numpy(sum(ends) / 3))
+    assert_close(window_attention(attn, windows, prompts[:, :0], mask)[0], attn(windows, mask))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_swin_block_of_one_window_without_bias_is_a_vit_block(flat: bool) -> None:
+    """So prompts pass its norms and its mlp as any token does."""
+    block = SwinBlock(8, 2, size=4, side=4, shift=0, flat=flat)
+    with torch.no_grad():
+        block.get_parameter("attn.relative_position_bias_table").zero_()
+        for place, name in enumerate(("norm1", "norm2")):
+            block.get_parameter(f"{name}.weight").copy_(normal(place, 8))
+    same = Block(8, 2)
+    same.load_state_dict(block.state_dict(), strict=False)
+    x, prompts = normal(1, 3, 16, 8).float(), normal(2, 2, 8).float()
+    expected = same(torch.cat([prompts.expand(3, 2, 8), x], dim=1))
+    pixels = x if flat else x.view(3, 4, 4, 8)
+    found, end = run_prompted(block, block.forward, prompts, pixels)
+    assert_close(found.reshape(x.shape), expected[:, 2:])
+    assert_close(end, expected[:, :2])
+
+
+@TEACHERS
+def test_a_samples_prompts_come_from_its_own_windows(make: Maker, stage: str, last: str) -> None:
+    """Windows lie sample by sample: read the other way round, the prompts would mix samples."""
+    network = trained(make)
+    block = network.get_submodule(last)
+    shape = {"vit": (16, 8), "swin": (4, 4, 16), "flat": (16, 16)}[
+        "vit" if make is TinyViT else "swin" if make is TinySwin else "flat"
+    ]
+    x = normal(5, 3, *shape).float()
+    prompts = normal(6, 2, width(block)).float()
+    together = run_prompted(block, block.forward, prompts, x)
+    assert together[1].shape == (3, 2, width(block))
+    for sample in range(3):
+        alone = run_prompted(block, block.forward, prompts, x[sample : sample + 1])
+        assert_close(together[0][sample], alone[0][0])
+        assert_close(together[1][sample], alone[1][0])
+
+
+def test_a_shifted_window_sees_its_mask_and_prompts_do_not() -> None:
+    """Without one pixel's window the other pixels keep their output; a prompt reaches all."""
+    block = SwinBlock(4, 2, size=4, side=2, shift=1, flat=False)
+    x = normal(1, 1, 4, 4, 4).float()
+    changed = x.clone()
+    changed[0, 0, 0] += 5.0
+    none = torch.zeros(0, 4)
+    before, after = (run_prompted(block, block.forward, none, y)[0] for y in (x, changed))
+    moved = (before - after).abs().sum(dim=3)[0] > 1e-6
+    assert moved.sum() == 1  # in its corner it is alone, for all that the shift put next to it
+    prompts = normal(2, 2, 4).float()
+    with_prompts = run_prompted(block, block.forward, prompts, x)[0]
+    assert ((with_prompts - before).abs().sum(dim=3) > 1e-6).all()
+
+
+@TEACHERS
+def test_prompts_have_the_gradient_of_the_equation(make: Maker, stage: str, last: str) -> None:
+    """By finite differences, through the frozen teacher."""
+    network = trained(make).double().requires_grad_(False)
+    images = normal(1, 3, 3, 32, 32)
+    prompts = prompts_of(network, 2).double()
+    towards = normal(9, 3, 12)
+    (prompts(network, images) * towards).sum().backward()
+    for place, tokens in enumerate(prompts.prompts):
+        direction = normal(20 + place, *tokens.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = copy.deepcopy(prompts)
+            with torch.no_grad():
+                moved.prompts[place] += step * direction
+                values.append((moved(network, images) * towards).sum())
+        assert tokens.grad is not None
+        found = (tokens.grad * direction).sum()
+        assert found.abs() > 1e-6
+        assert_close(found, (values[0] - values[1]) / 2e-5, rtol=1e-5, atol=1e-8)
+    assert all(p.grad is None for p in network.parameters())
+
+
+# --- what they leave alone -------------------------------------------------------------------
+
+
+@TEACHERS
+def test_the_teacher_stays_frozen_while_prompts_move(make: Maker, stage: str, last: str) -> None:
+    student = TinyFaceNet().train()
+    distiller = distiller_of(make, stage, student)
+    module = distiller._teacher.module
+    assert module is not None
+    before = copy.deepcopy(module.state_dict())
+    start = copy.deepcopy(distiller.adapter)
+    assert isinstance(start, Prompts)
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.1)
+    images, labels = tiny_batch()
+    for _ in range(3):
+        student(images)
+        optimizer.zero_grad()
+        total(distiller(images, labels)).backward()
+        optimizer.step()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert isinstance(distiller.adapter, Prompts)
+    for now, then in zip(distiller.adapter.prompts, start.prompts, strict=True):
+        assert not torch.equal(now, then)
+    names = [name for name, _ in distiller.named_parameters()]
+    assert all(f"adapter.prompts.{place}" in names for place in range(len(start.prompts)))
+
+
+@TEACHERS
+def test_outside_of_a_step_the_teacher_is_its_own(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    images, _ = tiny_batch()
+    expected = network(images)
+    prompts = prompts_of(network, joined=(stage, last))
+    prompts(network, images)
+    assert torch.equal(network(images), expected)
+    with pytest.raises(RuntimeError):
+        prompts(network, images[:, :2])
+    assert torch.equal(network(images), expected)
+    for module in network.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+
+
+def test_a_forward_that_somebody_else_has_replaced_is_put_back() -> None:
+    network = trained(TinyViT)
+    images, _ = tiny_batch()
+    block = network.get_submodule("blocks.1")
+    own, calls = block.forward, list[int]()
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape[1])
+        out: Tensor = own(x)
+        return out
+
+    prompts = prompts_of(network)
+    vars(block)["forward"] = counted
+    prompts(network, images)
+    network(images)
+    assert calls == [19, 16]
+
+
+@TEACHERS
+def test_its_parameters_are_prompts_alone(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    prompts = prompts_of(network, 5)
+    blocks = transformer_blocks(network)
+    assert [tuple(p.shape) for p in prompts.parameters()] == [
+        (5, width(b)) for b in blocks.values()
+    ]
+    assert not list(prompts.buffers())
+
+
+# --- checkpointing ---------------------------------------------------------------------------
+
+
+def step(prompts: Prompts, network: nn.Module) -> tuple[Tensor, list[Tensor], int]:
+    """A forward and a backward: the embedding, the prompts' gradients, and the bytes kept."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    prompts.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        embedding = prompts(network, tiny_batch(copies=4)[0])
+    embedding.square().sum().backward()
+    gradients = [p.grad.clone() for p in prompts.prompts if p.grad is not None]
+    return embedding.detach(), gradients, sum(kept.values())
+
+
+@TEACHERS
+@pytest.mark.parametrize("join", [True, False])
+def test_checkpointing_changes_nothing_but_memory(
+    make: Maker, stage: str, last: str, join: bool
+) -> None:
+    network = trained(make).requires_grad_(False)
+    joined = (stage, last) if join else None
+    plain = step(prompts_of(network, joined=joined), network)
+    again = step(prompts_of(network, joined=joined, checkpointing=True), network)
+    assert_close(again[0], plain[0])
+    assert_close(again[1], plain[1])
+    assert len(plain[1]) == len(transformer_blocks(network))
+    assert again[2] < plain[2] / 2
+
+
+@TEACHERS
+def test_a_step_with_checkpointing_is_the_same(make: Maker, stage: str, last: str) -> None:
+    results = []
+    for checkpointing in (False, True):
+        student = TinyFaceNet()
+        student.load_state_dict(trained(TinyFaceNet).state_dict())
+        distiller = distiller_of(make, stage, student.train(), checkpointing=checkpointing)
+        assert isinstance(distiller.adapter, Prompts)
+        assert distiller.adapter.checkpointing == checkpointing
+        images, labels = tiny_batch()
+        student(images)
+        total(distiller(images, labels)).backward()
+        results.append([p.grad for p in (*student.layer4.parameters(), *distiller.parameters())])
+    assert_close(results[0], results[1])
+
+
+# --- prompts among the pixels ----------------------------------------------------------------
+
+
+@TEACHERS
+def test_joined_prompts_are_seen_by_the_tap_alone(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    images, _ = tiny_batch()
+    seen: list[Tensor] = []
+    apart, joined = prompts_of(network), prompts_of(network, joined=(stage, last))
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    network.get_submodule(stage).register_forward_hook(see)
+    assert_close(joined(network, images), apart(network, images))
+    with_prompts, without = seen
+    assert with_prompts.shape == (12, 3 + 16, with_prompts.shape[2])
+    assert_close(with_prompts[:, 3:], without.flatten(1, -2))
+    assert (with_prompts[0, :3] - with_prompts[1, :3]).abs().max() > 1e-3
+
+
+@TEACHERS
+def test_joined_prompts_get_a_gradient_through_their_own_end(
+    make: Maker, stage: str, last: str
+) -> None:
+    student = TinyFaceNet().train()
+    distiller = distiller_of(make, stage, student, prompts=2, prompt_tokens_in_f=True)
+    images, labels = tiny_batch()
+    student(images)
+    total(distiller(images, labels)).backward()
+    positions = dict(distiller.named_parameters())["losses.cakd.theirs.prompt_positions"]
+    assert positions.shape == (2, 8)
+    assert positions.grad is not None
+    assert positions.grad.any()
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+@TEACHERS
+@pytest.mark.parametrize(
+    "options", [{}, {"prompts": 0}, {"checkpointing": True, "prompt_tokens_in_f": True}]
+)
+def test_conforms_with_a_transformer_teacher(
+    make: Maker, stage: str, last: str, options: dict[str, Any]
+) -> None:
+    check_method(
+        CAKD, teacher=partial(teacher_of, make), teacher_stages=[stage], **{**SMALL, **options}
+    )
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 8), (2, 2), (0, None)])
+def test_a_transformer_gets_eight_prompts_a_block_unless_told(
+    asked: int | None, expected: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "kdhooks")
+    distiller = distiller_of(TinyViT, "blocks.2", prompts=asked)
+    adapter = distiller.adapter
+    counts = [len(p) for p in adapter.prompts] if isinstance(adapter, Prompts) else None
+    assert counts == (None if expected is None else [expected] * 3)
+    assert not caplog.messages
+
+
+def test_without_prompts_the_teacher_runs_without_grad() -> None:
+    student = TinyFaceNet().train()
+    images, labels = tiny_batch()
+    for prompts, grad in ((0, False), (2, True)):
+        distiller = distiller_of(TinyViT, "blocks.2", student, prompts=prompts)
+        seen: list[bool] = []
+        distiller.losses["cakd"].register_forward_pre_hook(
+            lambda module, arguments: seen.append(arguments[1][0].requires_grad)  # noqa: B023
+        )
+        student(images)
+        distiller(images, labels)
+        distiller.remove()
+        assert seen == [grad]
+
+
+def test_what_nothing_trains_is_left_out() -> None:
+    assert distiller_of(TinyViT, "blocks.2", detach_teacher_side=True).adapter is None
+    options: dict[str, Any] = {"detach_teacher_side": True, "teacher_cls_weight": 1.0}
+    assert distiller_of(TinyViT, "blocks.2", **options).adapter is not None
+
+
+@TEACHERS
+def test_the_state_dict_restores_the_prompts_and_the_next_step(
+    make: Maker, stage: str, last: str
+) -> None:
+    student = TinyFaceNet().train()
+    images, labels = tiny_batch()
+    first = distiller_of(make, stage, student)
+    assert first.adapter is not None
+    with torch.no_grad():
+        for place, parameter in enumerate(first.parameters()):
+            parameter.add_(0.1 * normal(place, *parameter.shape))
+    student(images)
+    expected = first(images, labels)
+    first.remove()
+    second = distiller_of(make, stage, student)
+    second.load_state_dict(first.state_dict())
+    assert second.adapter is not None
+    assert_close(second.adapter.state_dict(), first.adapter.state_dict(), rtol=0, atol=0)
+    student(images)
+    assert_close(second(images, labels), expected, rtol=0, atol=0)
+
+
+@TEACHERS
+def test_prompts_work_under_the_teachers_autocast(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    teacher = Teacher(network, dtype=torch.bfloat16)
+    teacher.adapter = prompts_of(network)
+    images, _ = tiny_batch()
+    found = teacher(images).embedding
+    assert found.dtype == torch.float32
+    assert_close(found, teacher.adapter(network, images), rtol=0.1, atol=0.1)
+    found.sum().backward()
+    assert all(p.grad is not None for p in teacher.adapter.parameters())
+
+
+# --- the teacher's own classes ---------------------------------------------------------------
+
+
+def test_the_teachers_classification_trains_prompts_alone() -> None:
+    teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
+    tap = CAKD(teacher_cls_weight=2.0, weight=0.5).classifier_share(teacher)
+    assert tap is not None
+    assert (tap.weight, tap.mode) == (1.0, "centres")
+    student, labels = normal(1, 4, 12).requires_grad_(), torch.tensor([0, 2, 1, 2])
+    embedding, rows = normal(2, 4, 12).requires_grad_(), normal(3, 3, 12)
+    loss, notes = tap.loss(student, embedding, labels, ClassShard(rows, 0, 3))
+    expected = margin_softmax(
+        embedding.detach().numpy(), labels.numpy(), rows.numpy(), Margin(), scale=64.0
+    )
+    assert_close(loss.item(), expected)
+    assert set(notes) == {"cosine"}
+    loss.backward()
+    assert student.grad is None
+    assert embedding.grad is not None
+    assert CAKD().classifier_share(teacher) is None
+
+
+def test_its_classification_reaches_the_prompts_of_a_step() -> None:
+    student = TinyFaceNet().train()
+    distiller = distiller_of(
+        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, detach_teacher_side=True
+    )
+    images, labels = tiny_batch()
+    student(images)
+    terms = distiller(images, labels)
+    assert set(terms) == {"cakd", "cakd_teacher"}
+    total(terms).backward()
+    assert isinstance(distiller.adapter, Prompts)
+    assert all(p.grad is not None and p.grad.any() for p in distiller.adapter.prompts)
+
+
+# --- teachers that can't be prompted ---------------------------------------------------------
+
+
+class OwnBias(WindowAttention):
+    """As BEiT's: a bias of queries and values that is not in qkv."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x + 1.0, mask)
+
+
+class Unscaled(WindowAttention):
+    """As torchvision's shifted windows: some of what is read is not there."""
+
+    def __init__(self, width: int, heads: int, side: int) -> None:
+        super().__init__(width, heads, side)
+        del self.scale, self.proj
+
+
+class FixedTokens(nn.Module):
+    """As a BatchNorm over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+
+def block_with(attn: nn.Module | None = None, norm: nn.Module | None = None) -> nn.Module:
+    block = Block(4, 2, attn).eval()
+    if norm is not None:
+        block.norm1 = norm  # type: ignore[assignment]  # of the same use
+    return nn.Sequential(block)
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (block_with(OwnBias(4, 2, 2)), "its attention computes something else than that of a Swin"),
+        (block_with(Unscaled(4, 2, 2)), "its attention has no proj, scale"),
+        (block_with(norm=FixedTokens()), "running_mean"),
+        (block_with(nn.Linear(4, 4)), "has no attribute `qkv`"),
+    ],
+)
+def test_blocks_that_are_no_such_thing_are_refused(network: nn.Module, reason: str) -> None:
+    with pytest.raises(KDHooksError, match=rf"the teacher's block '0' \(.*{reason}.*prompts = 0"):
+        transformer_blocks(network)
+
+
+def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> None:
+    teacher = Model(TinyFaceNet(), 12, (Stage("layer4", (16, 2, 2)),))
+    with pytest.raises(
+        KDHooksError, match="the teacher TinyFaceNet has none; supported are blocks"
+    ):
+        CAKD(prompts=2).adapt_teacher(teacher)
+    with pytest.raises(KDHooksError, match="prompt_tokens_in_f needs prompts, and the teacher has"):
+        CAKD(prompt_tokens_in_f=True).adapt_teacher(teacher)
+    with pytest.raises(KDHooksError, match="teacher_cls_weight trains the teacher's prompts, and"):
+        CAKD(teacher_cls_weight=1.0).classifier_share(teacher)
+
+
+@pytest.mark.parametrize(
+    ("make", "stage"),
+    [
+        (TinySwin, Stage("layers.1", (4, 4, 16))),
+        (TinyViT, Stage("patch_embed", (8, 4, 4))),
+        (TinySwin, Stage("layers", (4, 4, 8))),
+    ],
+)
+def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stage) -> None:
+    teacher = Model(trained(make), 12, (stage,))
+    with pytest.raises(KDHooksError, match="needs a stage that ends in a transformer block; found"):
+        CAKD(prompts=2, prompt_tokens_in_f=True).adapt_teacher(teacher)
+
+
+def test_a_teacher_that_is_a_function_gets_none() -> None:
+    rows = Rows.open(torch.rand(3, 12))
+    assert CAKD().adapt_teacher(Model(None, 12, classifier=rows)) is None
