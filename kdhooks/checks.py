@@ -21,7 +21,7 @@ def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int,
         if found != probed[path]:
             raise KDHooksError(
                 f"student tap '{path}' put out {found} in training, {probed[path]} when it was "
-                "probed; it drops tokens (use a network without masking), or input_shape is not "
+                "probed; it drops tokens (take one with mask_ratio = 0), or input_shape is not "
                 "that of the training images"
             )
 

@@ -248,7 +248,11 @@ def test_every_hook_has_its_signature(hook: str) -> None:
 
 def table() -> dict[str, tuple[str, str]]:
     """The table of methods: name -> its hooks and its status."""
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \| ([^|]+) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(docs/methods/\1\.md\) \|[^|]*\| ([^|]*) \| ([^|]+) \|$",
+        README,
+        re.MULTILINE,
+    )
     return {name: (hooks, status) for name, hooks, status in rows}
 
 
