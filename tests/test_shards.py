@@ -1,19 +1,15 @@
 """Rows from files; one shard against plain torch; two ranks against one process."""
 
 import itertools
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
@@ -21,8 +17,7 @@ from kdhooks.declarations import Step
 from kdhooks.shards import Rows, gather, world
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.proxylesskd import ProxylessKD
-
-Results = dict[str, Any]  # tensors by name, in one dict a scenario
+from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -294,33 +289,6 @@ _BANKS: dict[str, dict[str, Any]] = {
 }
 
 
-def _group() -> "dist.ProcessGroup | None":
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
-def _here() -> tuple[int, int]:
-    """Rank and world size."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _mine(batch: Tensor) -> Tensor:
-    rank, size = _here()
-    return batch.chunk(size)[rank]
-
-
-def _mean_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """As DDP leaves them on every rank."""
-    out = {}
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None
-        gradient = parameter.grad.clone()
-        if dist.is_initialized():
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-        out[name] = gradient
-    return out
-
-
 def _student(d: int) -> nn.Module:
     student = nn.Linear(5, d).double()
     with torch.no_grad():
@@ -330,10 +298,10 @@ def _student(d: int) -> nn.Module:
 
 
 def _shard() -> ClassShard:
-    rank, size = _here()
+    rank, size = here()
     split = _SPLIT if size == 2 else (_CLASSES,)
     weight = normal(22, _CLASSES, 6).split(split)[rank]
-    return ClassShard(weight, sum(split[:rank]), _CLASSES, _group())
+    return ClassShard(weight, sum(split[:rank]), _CLASSES, group())
 
 
 def _seeded(module: nn.Module) -> nn.Module:
@@ -355,11 +323,11 @@ def _run_head(options: dict[str, Any], labels: Tensor) -> Results:
     for _ in range(2):
         trained.zero_grad()
         step = Step(
-            student=student(_mine(normal(23, _B, 5))),
+            student=student(mine(normal(23, _B, 5))),
             student_features={},
-            teacher=_mine(normal(24, _B, 6)),
+            teacher=mine(normal(24, _B, 6)),
             teacher_features={},
-            labels=_mine(labels),
+            labels=mine(labels),
             parameters={},
             classifier=_shard(),
             head=None,
@@ -369,7 +337,7 @@ def _run_head(options: dict[str, Any], labels: Tensor) -> Results:
     return {
         "loss": value.detach(),
         "notes": {key: note.detach() for key, note in notes.items()},
-        "gradients": _mean_gradients(trained),
+        "gradients": mean_gradients(trained),
         "state": loss.state_dict(),
     }
 
@@ -383,19 +351,19 @@ def _run_bank(options: dict[str, Any]) -> Results:
     _seeded(loss)
     for step, labels in enumerate((_LABELS, _MISSING, _LABELS.flip(0))):
         student, theirs = normal(31 + step, _B, d), normal(35 + step, _B, 6)
-        loss(_mine(student), _mine(theirs), _mine(labels))
+        loss(mine(student), mine(theirs), mine(labels))
     return {"state": loss.state_dict()}
 
 
 def _run_primitives() -> Results:
     shard = _shard()
-    rank, size = _here()
+    rank, size = here()
     values = normal(25, _B, _CLASSES).split(_SPLIT if size == 2 else (_CLASSES,), dim=1)[rank]
     amount = normal(26, _B)
     return {
-        "gathered": shard.gather(_mine(amount)),
-        "gathered_labels": shard.gather(_mine(_LABELS)),
-        "gathered_transposed": shard.gather(_mine(normal(28, _B, 3)).T.contiguous().T),
+        "gathered": shard.gather(mine(amount)),
+        "gathered_labels": shard.gather(mine(_LABELS)),
+        "gathered_transposed": shard.gather(mine(normal(28, _B, 3)).T.contiguous().T),
         "sum": shard.sum(values),
         "pick": shard.pick(values, _MISSING),
         "part": {
@@ -413,29 +381,10 @@ def _all_scenarios() -> dict[str, Results]:
     return results | {"primitives": _run_primitives()}
 
 
-def _rank_main(rank: int, folder: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
-    try:
-        torch.save(_all_scenarios(), f"{folder}/rank_{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
     """What each of two gloo processes found."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    spawn(_rank_main, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/rank_{rank}.pt") for rank in range(2)]
+    return on_two_ranks(_all_scenarios, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

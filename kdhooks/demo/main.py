@@ -119,8 +119,7 @@ def _described(split: Split, lesson: Lesson, seed: int) -> str:
 
 
 def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
-    steps = settings.images_seen // settings.batch
-    with tqdm(total=steps, desc=f"{row.name:17}", leave=False) as bar:
+    with tqdm(total=settings.steps, desc=f"{row.name:17}", leave=False) as bar:
 
         def progress(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -27,6 +27,10 @@ class Settings:
     margin: float = 0.3
     scale: float = 32.0
 
+    @property
+    def steps(self) -> int:
+        return self.images_seen // self.batch
+
 
 @dataclass(frozen=True)
 class Row:
@@ -103,17 +107,16 @@ def train(
     if row.methods:
         kd = Distiller(student, Teacher(remembered, classifier=lesson.rows), row.methods)
     parameters = [*student.parameters(), *head.parameters(), *(kd.parameters() if kd else ())]
-    steps = settings.images_seen // settings.batch
     optimizer = torch.optim.SGD(
         parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
     )
     trained = Trained(student, 0.0)
     started = time.perf_counter()
     seen = len(lesson.labels) if row.blends else lesson.photographs
-    for rows in _batches(seen, settings.batch, steps, seed):
+    for rows in _batches(seen, settings.batch, settings.steps, seed):
         remembered.rows = rows
         images, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         embedding = student(images)
