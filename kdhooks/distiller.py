@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kdhooks.checks import check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
 from kdhooks.declaring import Declarations, own_parameters, probe_student, probe_teacher
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.shards import ClassShard
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher import Teacher, TeacherOutput
@@ -200,6 +201,31 @@ class Distiller(nn.Module):
             for tap in self.taps
             if not isinstance(tap, ParameterTap)
         )
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The losses' parameters for an optimizer; no decay for those that a loss says so of.
+
+        A loss, or a module inside it, says so by `no_weight_decay() -> set[str]`: names of its
+        parameters, as in timm.
+        """
+        spared = set[str]()
+        for prefix, module in self.named_modules(prefix=""):
+            if module is not self and hasattr(module, "no_weight_decay"):
+                spared |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
+        named = dict(self.named_parameters())
+        if unknown := spared - named.keys():
+            raise KDHooksError(
+                f"no_weight_decay names '{min(unknown)}', which is no parameter; "
+                f"{near_miss(min(unknown), named)}the losses have: {listed(named)}"
+            )
+        groups = [
+            {
+                "params": [p for name, p in named.items() if name not in spared],
+                "weight_decay": weight_decay,
+            },
+            {"params": [named[name] for name in named if name in spared], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     def hand_over(self, tap: ClassifierShare) -> Tensor:
         """This rank's teacher rows (c e), for a host whose own head computes this term itself."""

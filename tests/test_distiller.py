@@ -211,6 +211,43 @@ def test_state_dict_holds_no_teacher_and_restores_the_step() -> None:
     torch.testing.assert_close(terms["gap"], 3 * resumed.metrics["gap"])
 
 
+class Table(Gap):
+    """A loss with a matrix that decays, and a table inside that does not."""
+
+    def __init__(self, spared: str = "rows") -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12, bias=False)
+        self.table = nn.Module()
+        self.table.rows = nn.Parameter(torch.ones(3))
+        self.table.no_weight_decay = lambda: {spared}  # type: ignore[assignment]
+
+
+def test_parameters_that_a_loss_spares_do_not_decay() -> None:
+    loss = Table()
+    groups = distil(Method(loss=loss)).parameter_groups(0.5)
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [list(map(id, group["params"])) for group in groups] == [
+        [id(loss.linear.weight)],
+        [id(loss.table.rows)],
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for parameter in loss.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = loss.linear.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(loss.table.rows, torch.ones(3))
+    torch.testing.assert_close(loss.linear.weight.detach(), before * 0.95)
+
+
+def test_losses_without_parameters_make_no_group() -> None:
+    assert distil(Method()).parameter_groups(0.5) == []
+
+
+def test_a_name_that_no_parameter_has_is_refused() -> None:
+    with pytest.raises(KDHooksError, match=r"names 'losses\.gap\.table\.row', .*did you mean"):
+        distil(Method(loss=Table("row"))).parameter_groups(0.5)
+
+
 def test_a_copy_shares_the_teacher_and_disturbs_nothing() -> None:
     net = student()
     kd = distil("fcd", net=net)

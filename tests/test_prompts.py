@@ -561,3 +561,15 @@ def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stag
 def test_a_teacher_that_is_a_function_gets_none() -> None:
     rows = Rows.open(torch.rand(3, 12))
     assert CAKD().adapt_teacher(Model(None, 12, classifier=rows)) is None
+
+
+def test_centres_tables_and_prompts_do_not_decay() -> None:
+    kd = distiller_of(TinyViT, "blocks.2", prompt_tokens_in_f=True)
+    spared = {id(p) for group in kd.parameter_groups(1.0)[1:] for p in group["params"]}
+    names = {name for name, parameter in kd.named_parameters() if id(parameter) in spared}
+    assert names == {
+        "losses.cakd.urfm.centres",
+        "losses.cakd.urfm.table",
+        "losses.cakd.theirs.prompt_positions",
+        *(f"adapter.prompts.{block}" for block in range(3)),
+    }

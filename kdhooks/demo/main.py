@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     out = Path(options.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    teacher = _teacher(options.teacher)
+    teacher = teacher_of(options.teacher)
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (*BASELINES, *options.methods)]
     settings = Settings(images_seen=options.images_seen)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _teacher(path: str | None) -> Teacher:
+def teacher_of(path: str | None) -> Teacher:
     """SFace as a torch module, which is faster here; any other file through onnxruntime."""
     network = OnnxModel(Path(path).expanduser()) if path else to_torch(sface_file())
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+STAGES = ("stage1", "stage2", "stage4")  # the ends of 28x28, 14x14 and 7x7
+
 
 class SmallFaceNet(nn.Module):
     """(b 3 112 112) in [-1, 1] -> (b d), the embedding before normalisation.

@@ -96,8 +96,8 @@ def _different(faces: Faces, count: int, generator: np.random.Generator) -> NDAr
     return pairs
 
 
-def read_pairs(path: str | Path) -> Pairs:
-    """Pairs in the format of LFW's View 2, of the last fifth of its folds; two folds at least.
+def read_pairs(path: str | Path, fifth: int = 5) -> Pairs:
+    """Pairs in the format of LFW's View 2, of a fifth of its folds, but two folds at least.
 
     The first line says how many folds, and how many pairs of a kind in each: "10 300". Then a
     line is "person 1 4", two images of one person, or "person 1 other 2".
@@ -118,7 +118,13 @@ def read_pairs(path: str | Path) -> Pairs:
             f"says; it says {folds} folds of 2 x {of_a_kind}; found {len(lines)} pairs"
         )
     size = 2 * of_a_kind
-    tested = lines[-size * max(2, folds // 5) :]
+    share = size * max(2, folds // 5)
+    end = len(lines) - (5 - fifth) * share
+    if end < share:
+        raise KDHooksError(
+            f"pairs: '{path}' has no fifth number {fifth} of two folds; found {folds} folds"
+        )
+    tested = lines[end - share : end]
     return Pairs(
         names=tuple(_names(line, path) for line in tested),
         same=np.array([len(line) == 3 for line in tested]),

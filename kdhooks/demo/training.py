@@ -2,18 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdhooks.demo.network import SmallFaceNet
+from kdhooks.demo.network import STAGES, SmallFaceNet
 from kdhooks.distiller import Distiller
+from kdhooks.shards import ClassShard
 from kdhooks.teacher import Teacher
 
 CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A teacher's features at one stage, of n images: rows (n) of what is stored (m k h w)."""
+
+    stored: NDArray[np.float16]  # a memory map will do
+    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Lesson:
     embedding: Tensor  # (n e), the teacher's
     rows: Tensor  # (c e), the class means of these
     photographs: int  # so many of the n come first; the rest are blends
+    maps: Mapping[str, Maps] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,16 +73,30 @@ class Trained:
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
 
 
-class Remembered:
-    """A teacher whose embeddings are known: of the images that `rows` says come next."""
+class Remembered(nn.Module):
+    """A teacher whose outputs are known: of the images that `rows` says come next."""
 
-    def __init__(self, embedding: Tensor) -> None:
+    def __init__(self, embedding: Tensor, maps: Mapping[str, Maps]) -> None:
+        super().__init__()
         self.embedding = embedding
         self.rows = torch.arange(2)
+        self.stages = nn.ModuleDict({name: RememberedStage(stage) for name, stage in maps.items()})
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e)."""
+        for stage in self.stages.values():
+            stage(self.rows)
         return self.embedding[self.rows]
+
+
+class RememberedStage(nn.Module):
+    def __init__(self, maps: Maps) -> None:
+        super().__init__()
+        self._maps = maps
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(b) -> (b k h w)."""
+        return torch.from_numpy(self._maps.stored[self._maps.rows[rows.numpy()]]).float()
 
 
 class ArcFaceHead(nn.Module):
@@ -102,13 +128,21 @@ def train(
     torch.manual_seed(seed)
     student = SmallFaceNet(lesson.embedding.shape[1]).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = ArcFaceHead(lesson.embedding.shape[1], len(lesson.rows), settings.margin, settings.scale)
-    remembered = Remembered(lesson.embedding)
+    remembered = Remembered(lesson.embedding, lesson.maps)
+    groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
     kd = None
     if row.methods:
-        kd = Distiller(student, Teacher(remembered, classifier=lesson.rows), row.methods)
-    parameters = [*student.parameters(), *head.parameters(), *(kd.parameters() if kd else ())]
+        kd = Distiller(
+            student,
+            Teacher(remembered, classifier=lesson.rows),
+            row.methods,
+            head=ClassShard(head.weight, 0, len(lesson.rows)),
+            student_stages=STAGES[-len(lesson.maps) :] if lesson.maps else (),
+            teacher_stages=[f"stages.{name}" for name in lesson.maps],
+        )
+        groups += kd.parameter_groups(settings.weight_decay)
     optimizer = torch.optim.SGD(
-        parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+        groups, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False

@@ -42,6 +42,9 @@ class Prompts(nn.Module):
         self.joined = joined
         self.checkpointing = checkpointing
 
+    def no_weight_decay(self) -> set[str]:
+        return {f"prompts.{number}" for number in range(len(self.prompts))}
+
     def forward(self, teacher: nn.Module, images: Tensor) -> Tensor:
         """The teacher, (b 3 h w) -> (b e)."""
         ends: dict[str, Tensor] = {}

@@ -65,6 +65,9 @@ class PixelFeatures(nn.Module):
             nn.Parameter(_STD * torch.randn(prompts, width)) if prompts else None
         )
 
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.prompt_positions is None else {"prompt_positions"}
+
     def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's output, (m d) -> f (b n d), its positions (n d)."""
         positions = table[self.buckets]
@@ -88,6 +91,9 @@ class LocalCentres(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)  # so that h can't vanish
+
+    def no_weight_decay(self) -> set[str]:
+        return {"centres", "table"}
 
     def forward(self, f: Tensor, positions: Tensor) -> Tensor:
         """(b n d), (n d) -> h (b l d)."""

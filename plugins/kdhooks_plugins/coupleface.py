@@ -7,6 +7,7 @@ stands for the other class (a frozen prototype, or a bank of the latest embeddin
 """
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks.shards import Rows, gather, world
+from kdhooks_plugins.neighbours import mined, nearest_classes
 
 log = logging.getLogger("kdhooks")
 
@@ -41,7 +43,7 @@ class MutualRelations(nn.Module):
         bank_momentum: float | None = None,
         projector: nn.Module | None = None,
     ) -> None:
-        """prototypes (c e), unit rows; neighbours (c k), -1 where dropped."""
+        """prototypes (c e), unit rows; neighbours (c k) int32, -1 where fewer are left."""
         super().__init__()
         self.alpha, self.q, self.two_sided = alpha, q, two_sided
         self.warmup_steps = warmup_steps
@@ -68,7 +70,7 @@ class MutualRelations(nn.Module):
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean hinge of the relations' excess, and the share of them that is active."""
-        index = self.neighbours[labels.clamp(min=0)]
+        index = self.neighbours[labels.clamp(min=0)].long()
         valid = (index >= 0) & (labels >= 0)[:, None]
         index = index.clamp(min=0)
         ours, theirs = self.prototypes[index], self.prototypes[index]
@@ -106,27 +108,6 @@ def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) ->
     bank[classes] = F.normalize(momentum * bank[classes] + (1 - momentum) * mean)
 
 
-def nearest_classes(
-    prototypes: Tensor, k: int, max_sim: float | None = None, chunk: int = 4096
-) -> Tensor:
-    """(c e) -> (c k): each class's k nearest others by cosine, nearest first.
-
-    Classes closer than max_sim count as the same person under two labels: they are passed over,
-    and -1 stands where fewer than k are left.
-    """
-    unit = F.normalize(prototypes)
-    parts = []
-    for start in range(0, len(unit), chunk):
-        cosine = unit[start : start + chunk] @ unit.T
-        own = torch.arange(start, start + len(cosine), device=unit.device)
-        cosine.scatter_(1, own[:, None], -torch.inf)
-        if max_sim is not None:
-            cosine.masked_fill_(cosine > max_sim, -torch.inf)
-        best, index = cosine.topk(k, dim=1)
-        parts.append(index.masked_fill_(best == -torch.inf, -1))
-    return torch.cat(parts)
-
-
 class CoupleFace:
     """L = mean ‖s - t‖² + alpha · mean max(s·e_m - t·r_m + q, 0), m the classes nearest to y's."""
 
@@ -143,6 +124,7 @@ class CoupleFace:
         max_neighbour_sim: float | None = None,
         warmup_steps: int = 0,
         prototypes: Tensor | str | None = None,
+        neighbours: str | Path | None = None,
         projector: bool = False,
     ) -> None:
         """
@@ -155,6 +137,8 @@ class CoupleFace:
         warmup_steps: let alpha grow from 0 over so many steps.
         prototypes: (c e), or a file of them; by default the teacher's classifier, which may hold
             classifier rows or class means.
+        neighbours: the folder that `python -m kdhooks_plugins.neighbours` made of the prototypes;
+            by default they are mined at the start.
         projector: learn a linear map to the teacher's width; it is not part of the student.
         """
         if relations not in ("static", "bank"):
@@ -179,7 +163,7 @@ class CoupleFace:
         self.bank_momentum = bank_momentum if relations == "bank" else None
         self.max_neighbour_sim = max_neighbour_sim
         self.warmup_steps = warmup_steps
-        self.prototypes = prototypes
+        self.prototypes, self.neighbours = prototypes, neighbours
         self.projector = projector
 
     @hookimpl
@@ -190,10 +174,10 @@ class CoupleFace:
                 f"coupleface: student and teacher embeddings must be equally wide; found {d} and "
                 f"{e}; set projector = true, or give the student the teacher's width"
             )
-        prototypes = self._prototypes(teacher)
+        rows = self._prototypes(teacher)
         loss = MutualRelations(
-            prototypes,
-            self._neighbours(prototypes),
+            F.normalize(rows.slice(0, rows.total)),
+            self._neighbours(rows),
             alpha=self.alpha,
             q=self.q,
             two_sided=self.two_sided,
@@ -203,7 +187,7 @@ class CoupleFace:
         )
         return EmbeddingTap("coupleface", loss, self.weight)
 
-    def _prototypes(self, teacher: Model) -> Tensor:
+    def _prototypes(self, teacher: Model) -> Rows:
         rows = teacher.classifier if self.prototypes is None else Rows.open(self.prototypes)
         if rows is None:
             raise KDHooksError(
@@ -215,22 +199,26 @@ class CoupleFace:
                 f"coupleface: prototypes must be as wide as the teacher's embedding; found "
                 f"{rows.dim} and {teacher.embedding_dim}"
             )
-        return F.normalize(rows.slice(0, rows.total))
+        return rows
 
-    def _neighbours(self, prototypes: Tensor) -> Tensor:
-        others = len(prototypes) - 1
+    def _neighbours(self, rows: Rows) -> Tensor:
+        others = rows.total - 1
         if others < 1:
             raise KDHooksError("coupleface needs at least two classes; found 1")
         if self.k > others:
             log.warning("coupleface: k = %d, but there are only %d other classes", self.k, others)
-        index = nearest_classes(prototypes, min(self.k, others), self.max_neighbour_sim)
+        k = min(self.k, others)
+        if self.neighbours is None:
+            found = nearest_classes(rows, k, self.max_neighbour_sim)
+        else:
+            found = mined(self.neighbours, rows, k, self.max_neighbour_sim)
+        if (found.index < 0).all():
+            raise KDHooksError(
+                "coupleface: no class has a neighbour below max_neighbour_sim = "
+                f"{self.max_neighbour_sim}; raise it (about 0.7)"
+            )
         if self.max_neighbour_sim is not None:
-            if (index < 0).all():
-                raise KDHooksError(
-                    "coupleface: no class has a neighbour below max_neighbour_sim = "
-                    f"{self.max_neighbour_sim}; raise it (about 0.7)"
-                )
-            unfiltered = nearest_classes(prototypes, min(self.k, others))
-            dropped = int((index != unfiltered).any(dim=1).sum())
-            log.info("coupleface: %d classes have neighbours above max_neighbour_sim", dropped)
-        return index
+            log.info(
+                "coupleface: %d classes have others above max_neighbour_sim", found.passed_over
+            )
+        return found.index

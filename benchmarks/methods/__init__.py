@@ -1,0 +1,1 @@
+"""Every method, alone and in pairs, on faces of people never seen in training."""

@@ -1,0 +1,93 @@
+"""What every student learns from, and what the teacher makes of it, computed once and kept."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kdhooks.demo.exam import TEACHER_CHUNK
+from kdhooks.demo.faces import Faces
+from kdhooks.demo.material import views
+from kdhooks.demo.training import Lesson, Maps, as_input
+from kdhooks.prototypes import class_means
+from kdhooks.teacher import Teacher
+
+STAGES = {"maps14": "conv_12_relu", "maps7": "conv_14_relu"}  # of SFace: 14x14 and 7x7
+VIEWS = 3  # as it is, its mirror image, a random view
+MOST = 20  # images of a person
+
+
+def chosen(faces: Faces) -> Faces:
+    """The first images, MOST at most, of each person who has two or more."""
+    rank: dict[str, int] = {}
+    number = np.array([rank.setdefault(p, 0) or 0 for p in faces.people])
+    for row, person in enumerate(faces.people):
+        number[row], rank[person] = rank[person], rank[person] + 1
+    several = np.array([rank[person] > 1 for person in faces.people])
+    return faces.where(several & (number < MOST))
+
+
+class Material:
+    """Views of the faces (n), with the teacher's embedding (n e) and maps (n k h w) of each."""
+
+    def __init__(self, faces: Faces, teacher: Teacher, folder: Path) -> None:
+        self.views = views(faces, VIEWS, seed=0)
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        key = {"images": _digest(self.views.images), "teacher": _weights(teacher.module)}
+        known = folder / "key.json"
+        if not known.is_file() or json.loads(known.read_text()) != key:
+            self._record(teacher)
+            known.write_text(json.dumps(key))
+        self.embedding = torch.from_numpy(np.load(folder / "embedding.npy"))
+        self._maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in STAGES}
+
+    def _record(self, teacher: Teacher) -> None:
+        """In one pass; in half precision, which the features' own noise exceeds by far."""
+        images = self.views.images
+        teacher.tap(list(STAGES.values()))
+        stored: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
+        embedding = []
+        for start in tqdm(range(0, len(images), TEACHER_CHUNK), desc="teacher", leave=False):
+            output = teacher(as_input(images[start : start + TEACHER_CHUNK]))
+            embedding.append(output.embedding)
+            for name, path in STAGES.items():
+                found = output.features[path].half().numpy()
+                if name not in stored:
+                    stored[name] = np.lib.format.open_memmap(
+                        self._folder / f"{name}.npy",
+                        mode="w+",
+                        dtype=np.float16,
+                        shape=(len(images), *found.shape[1:]),
+                    )
+                stored[name][start : start + len(found)] = found
+        for maps in stored.values():
+            maps.flush()
+        np.save(self._folder / "embedding.npy", torch.cat(embedding).numpy())
+        teacher.remove()
+
+    def lesson(self, left_out: set[str]) -> Lesson:
+        """All that is not of these people."""
+        keep = ~np.isin(self.views.people, list(left_out))
+        faces, embedding = self.views.where(keep), self.embedding[torch.from_numpy(keep)]
+        known = Teacher(lambda images: embedding)
+        classes = int(faces.labels.max()) + 1
+        rows = class_means(known, [(faces.images, faces.labels)], classes, flip=False)
+        maps = {name: Maps(stored, np.flatnonzero(keep)) for name, stored in self._maps.items()}
+        return Lesson(faces.images, faces.labels, embedding, rows, len(faces), maps)
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.numpy().data).hexdigest()
+
+
+def _weights(module: nn.Module | None) -> str:
+    assert module is not None
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""The lines of the table: one small student each, by labels alone or by methods beside them.
+
+Weights are those that `--sweep` found best on the validation pairs; see docs/results/lfw.md.
+"""
+
+from kdhooks.demo.training import Row
+
+LABELS = "labels alone"
+SWEPT = (1 / 4, 1.0, 4.0)  # times the method's weight below
+
+FCD = {"name": "fcd", "weight": 32.0}
+COUPLEFACE = {"name": "coupleface", "weight": 16.0, "k": 100}
+ECKD = {"name": "eckd", "weight": 1.0}
+# The student's classifier is replaced by the teacher's; scale and margin are the labels' loss's.
+PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
+CAKD = {"name": "cakd", "weight": 1.0, "width": 128, "heads": 4, "prompts": 0}
+ACSR = {"name": "acsr", "weight": 5.0}
+AT = {"name": "at", "weight": 1.0}
+REVIEWKD = {"name": "reviewkd", "weight": 1.0, "mid": 16}
+RKD = {"name": "rkd", "weight": 1.0}
+SP = {"name": "sp", "weight": 3000.0}
+KD = {"name": "kd", "weight": 1.0, "scale": 32.0}
+
+ROWS = (
+    Row(LABELS),
+    Row("fcd", [FCD]),
+    Row("proxylesskd", [PROXYLESSKD], labels=False),
+    Row("coupleface", [COUPLEFACE]),
+    Row("eckd", [ECKD]),
+    Row("cakd (URFM)", [CAKD]),
+    Row("acsr", [ACSR]),
+    Row("rkd", [RKD]),
+    Row("sp", [SP]),
+    Row("at", [AT]),
+    Row("reviewkd", [REVIEWKD]),
+    Row("kd", [KD]),
+    Row("eckd + coupleface", [ECKD, COUPLEFACE]),
+    Row("proxylesskd + acsr", [PROXYLESSKD, ACSR], labels=False),
+)
+
+
+def swept() -> list[Row]:
+    """Each method that has a weight beside the labels, at several multiples of it."""
+    found = [ROWS[0]]
+    for row in ROWS:
+        if row.labels and len(row.methods) == 1:
+            (method,) = row.methods
+            assert isinstance(method, dict)
+            for factor in SWEPT:
+                weight = method["weight"] * factor
+                found.append(Row(f"{row.name} x {weight:g}", [{**method, "weight": weight}]))
+    return found

@@ -1,0 +1,136 @@
+"""Mining each class's nearest others: right, in chunks, resumed, and for the right rows alone."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdhooks import KDHooksError
+from kdhooks.shards import Rows
+from kdhooks_plugins.neighbours import main, mined, nearest_classes
+from tests.references import coupleface as reference
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [(1, 1), (3, 2), (2, 5), (4096, 4096)])
+@pytest.mark.parametrize("max_sim", [None, 0.9, 0.3, 0.0])
+@pytest.mark.parametrize(("c", "d", "k"), [(2, 3, 1), (5, 2, 4), (9, 4, 3), (12, 3, 11)])
+def test_mining_agrees_with_the_equation(
+    c: int, d: int, k: int, max_sim: float | None, chunk: tuple[int, int]
+) -> None:
+    prototypes = normal(c, c, d)
+    found = nearest_classes(Rows.open(prototypes), k, max_sim, chunk=chunk)
+    assert found.index.tolist() == reference.neighbours(prototypes.numpy(), k, max_sim)
+
+
+@given(
+    st.integers(2, 9),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.one_of(st.none(), st.floats(-0.9, 0.9)),
+)
+def test_no_class_is_its_own_neighbour_nor_twice_anothers(
+    c: int, d: int, seed: int, max_sim: float | None
+) -> None:
+    rows = Rows.open(normal(seed, c, d))
+    for k in range(1, c):
+        index = nearest_classes(rows, k, max_sim, chunk=(2, 3)).index
+        for own, row in enumerate(index.tolist()):
+            others = [m for m in row if m >= 0]
+            assert own not in others
+            assert len(set(others)) == len(others)
+            assert row == others + [-1] * (k - len(others))
+
+
+def test_a_class_is_not_its_own_neighbour_where_others_are_equal() -> None:
+    index = nearest_classes(Rows.open(torch.ones(4, 3)), 3).index
+    assert [sorted(row) for row in index.tolist()] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+
+
+def test_classes_with_others_too_close_are_counted() -> None:
+    unit = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0]])
+    assert nearest_classes(Rows.open(unit), 1, 0.9).passed_over == 2
+    assert nearest_classes(Rows.open(unit), 1).passed_over == 0
+
+
+@pytest.mark.parametrize("k", [0, 5, 9])
+def test_k_must_be_among_the_other_classes(k: int) -> None:
+    with pytest.raises(KDHooksError, match=f"between 1 and 4, the other classes; found {k}"):
+        nearest_classes(Rows.open(normal(0, 5, 3)), k)
+
+
+# --- in a folder -----------------------------------------------------------------------------
+
+
+def stopped_after(count: int) -> object:
+    def progress(chunks: Sequence[int]) -> Iterator[int]:
+        yield from chunks[:count]
+        raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    rows = Rows.open(normal(0, 11, 4))
+    with pytest.raises(KeyboardInterrupt):
+        nearest_classes(
+            rows,
+            3,
+            0.5,
+            folder=tmp_path,
+            chunk=(2, 4),
+            progress=stopped_after(3),  # type: ignore[arg-type]
+        )
+    with pytest.raises(KDHooksError, match="it holds 3 of 6 among 11 classes"):
+        mined(tmp_path, rows, 3, 0.5)
+    left: list[int] = []
+
+    def progress(chunks: Sequence[int]) -> Sequence[int]:
+        left.extend(chunks)
+        return chunks
+
+    found = nearest_classes(rows, 3, 0.5, folder=tmp_path, chunk=(2, 4), progress=progress)
+    straight = nearest_classes(rows, 3, 0.5)
+    assert left == [6, 8, 10]
+    assert found.index.tolist() == straight.index.tolist()
+    assert found.passed_over == straight.passed_over > 0
+    assert mined(tmp_path, rows, 2, 0.5).index.tolist() == straight.index[:, :2].tolist()
+
+
+def test_a_folder_serves_no_other_rows_and_no_other_bound(tmp_path: Path) -> None:
+    rows, others = Rows.open(normal(0, 6, 4)), Rows.open(normal(1, 6, 4))
+    nearest_classes(rows, 3, folder=tmp_path)
+    with pytest.raises(KDHooksError, match=r"was mined with rows .*, not .*; name another"):
+        mined(tmp_path, others, 3, None)
+    with pytest.raises(KDHooksError, match=r"was mined with rows .*, not .*; name another"):
+        nearest_classes(others, 3, folder=tmp_path)
+    with pytest.raises(KDHooksError, match=r"was mined with max_sim None, not 0\.7"):
+        mined(tmp_path, rows, 3, 0.7)
+    with pytest.raises(KDHooksError, match="was mined with k 3, not 2"):
+        nearest_classes(rows, 2, folder=tmp_path)
+    with pytest.raises(KDHooksError, match="must hold 5 of each class; it holds 3"):
+        mined(tmp_path, rows, 5, None)
+
+
+def test_an_empty_folder_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(KDHooksError, match=r"holds no mining\.json; make it with python -m"):
+        mined(tmp_path, Rows.open(normal(0, 6, 4)), 3, None)
+
+
+def test_the_command_mines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(normal(0, 6, 4).float(), tmp_path / "rows.pt")
+    out = tmp_path / "mined"
+    assert main([str(tmp_path / "rows.pt"), "--k", "2", "--out", str(out), "--device", "cpu"]) == 0
+    assert "2 neighbours of 6 classes" in capsys.readouterr().out
+    assert json.loads((out / "mining.json").read_text())["done"] == 6
+    assert main([str(tmp_path / "absent.pt"), "--out", str(out)]) == 2
+    assert "no file matches" in capsys.readouterr().err
