@@ -1,14 +1,19 @@
-"""What is looked at once, in the first step, because afterwards it would cost a device sync."""
+"""What is looked at in the first step alone, since it costs a device sync; and what in each."""
 
+import logging
 from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.shards import Rows
+from kdhooks.shards import Rows, world
 from kdhooks.teacher import TeacherOutput
+
+log = logging.getLogger("kdhooks")
 
 _SAME = 0.9999  # mean cosine above which embeddings of different faces say nothing
 _TOP1 = 0.5  # a right class order gives about 0.95 and more, a wrong one about 1/classes
@@ -81,3 +86,68 @@ def check_terms(values: dict[str, Tensor]) -> None:
             raise KDHooksError(
                 f"{name}: its loss is {found} in the first step; check the ranges of its taps"
             )
+
+
+class Finite:
+    """Whether each step's terms and teacher embeddings were finite, without waiting for them."""
+
+    def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise KDHooksError(f"nonfinite must be 'raise' or 'skip'; found '{nonfinite}'")
+        self._skip = nonfinite == "skip"
+        self._last: _Noted | None = None
+        self.skipped = 0
+
+    def note(
+        self, step: int, values: Mapping[str, Tensor], teacher: Tensor | None, labels: Tensor
+    ) -> bool:
+        """Of this step; False: go on without its terms."""
+        finite = [torch.isfinite(value.detach()) for value in values.values()]
+        samples = torch.isfinite(labels)
+        terms = torch.stack(finite) if finite else samples[:0]
+        if teacher is not None:
+            samples = torch.isfinite(teacher.detach()).all(dim=1)
+        noted = _Noted(step, tuple(values), terms, samples, labels)
+        if not self._skip:
+            self._last = noted
+            return True
+        fine = (terms.all() & samples.all()).float()
+        if world() is not None:
+            dist.all_reduce(fine, dist.ReduceOp.MIN)
+        if fine:
+            return True
+        self.skipped += 1
+        log.warning(
+            "%s; the step goes on without its terms", noted.fault() or "another rank failed"
+        )
+        return False
+
+    def check(self) -> None:
+        """Of the step before, which the device has finished by now."""
+        noted, self._last = self._last, None
+        if noted is not None and (fault := noted.fault()):
+            raise KDHooksError(
+                f"{fault}; lower the weight or the learning rate, or look at these samples; "
+                "nonfinite = 'skip' goes on without the terms of such a step"
+            )
+
+
+class _Noted(NamedTuple):
+    step: int
+    names: tuple[str, ...]
+    terms: Tensor  # (terms), whether finite
+    samples: Tensor  # (b), whether the teacher's embedding is
+    labels: Tensor  # (b)
+
+    def fault(self) -> str:
+        if bool(self.terms.all()) and bool(self.samples.all()):
+            return ""
+        bad = [name for name, fine in zip(self.names, self.terms.tolist(), strict=True) if not fine]
+        what = [f"{', '.join(bad)} not finite"] if bad else []
+        lost = self.labels[~self.samples].tolist()
+        if lost:
+            what.append(
+                f"the teacher's embedding not finite for {len(lost)} of {len(self.labels)} samples "
+                f"(labels {lost[:8]})"
+            )
+        return f"step {self.step}: {' and '.join(what)}"

@@ -1,16 +1,16 @@
 """Declare once; then, each step: taps -> teacher -> losses."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdhooks.checks import check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
 from kdhooks.declaring import Declarations, own_parameters, probe_student, probe_teacher
 from kdhooks.errors import KDHooksError, listed, near_miss
@@ -46,6 +46,7 @@ class Distiller(nn.Module):
         input_shape: tuple[int, int, int] = (3, 112, 112),
         plugins: Sequence[object] = (),
         seed: int = 0,
+        nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         """
         methods: names, tables {"name": …, options} or objects; their terms keep this order.
@@ -54,6 +55,9 @@ class Distiller(nn.Module):
             the teacher's rows are split as it is.
         plugins: objects that answer `model_stages`.
         seed: of the losses' initial weights; the global generators are left as they were.
+        nonfinite: what to do where a term or the teacher's embedding is not finite. "raise": the
+            next step raises, so that the device need not be waited for; "skip": the step goes on
+            without any term, on all ranks, for which it waits.
         """
         super().__init__()
         student = unwrap(student)
@@ -62,6 +66,7 @@ class Distiller(nn.Module):
         self._head = head
         self._step = 0
         self._checked = False
+        self._finite = Finite(nonfinite)
         self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
         self.accumulation = 1  # forwards per optimiser step, where the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
@@ -111,6 +116,7 @@ class Distiller(nn.Module):
                 f"{len(labels)}"
             )
         features = {path: _full(tensor) for path, tensor in self._student.take().items()}
+        self._finite.check()
         if not self._checked:
             check_shapes(features, self._stages)
         teacher = self._teach(images, labels)
@@ -131,6 +137,9 @@ class Distiller(nn.Module):
             self._checked = True
         weighted = {tap.name: values[tap.name] * self.weight(tap) for tap in self.taps}
         self._step += 1
+        if not self._finite.note(self._step, values, step.teacher, labels):
+            self.metrics.clear()
+            return dict.fromkeys(weighted, _nothing(features))
         return weighted
 
     def weight(self, tap: Tap) -> float:
@@ -236,6 +245,11 @@ class Distiller(nn.Module):
         del self.losses[tap.name]
         return self.teacher_rows
 
+    @property
+    def skipped(self) -> int:
+        """Steps that went on without their terms, with nonfinite = "skip"."""
+        return self._finite.skipped
+
     def remove(self) -> None:
         """Take every hook off both models."""
         self._student.remove()
@@ -248,10 +262,16 @@ class Distiller(nn.Module):
         self.remove()
 
     def get_extra_state(self) -> Tensor:
+        self._finite.check()  # before a checkpoint is written of what it spoilt
         return torch.tensor(self._step)
 
     def set_extra_state(self, state: Tensor) -> None:
         self._step = int(state)
+
+
+def _nothing(features: Mapping[str, Tensor]) -> Tensor:
+    """0, with a gradient of 0 for all that is tapped."""
+    return torch.stack([tensor.sum() * 0 for tensor in features.values()]).sum()
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ else:
 NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 """A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
 
-_KEYS = ("teacher", "methods", "taps", "input_shape", "seed")
+_KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
@@ -46,6 +46,7 @@ class Recipe:
     taps: Mapping[str, Mapping[str, Any]]
     input_shape: tuple[int, int, int] = (3, 112, 112)
     seed: int = 0
+    nonfinite: Literal["raise", "skip"] = "raise"
 
     @classmethod
     def read(cls, source: "Recipe | Mapping[str, Any] | str | Path") -> "Recipe":
@@ -72,6 +73,7 @@ class Recipe:
             taps=taps,
             input_shape=tuple(source.get("input_shape", (3, 112, 112))),
             seed=source.get("seed", 0),
+            nonfinite=source.get("nonfinite", "raise"),
         )
 
     def stages(self, side: str) -> Sequence[str] | None:
@@ -108,6 +110,7 @@ def build(
         input_shape=recipe.input_shape,
         plugins=plugins,
         seed=recipe.seed,
+        nonfinite=recipe.nonfinite,
     )
 
 

@@ -83,7 +83,7 @@ def attach(teacher: dict[str, str], *methods: object, **more: object) -> str:
     return (
         "from kdhooks_integrations import arcface_torch\n"
         "attached = arcface_torch.attach(\n"
-        f"    backbone, module_partial_fc, {given!r}, get_model=get_model\n"
+        f"    backbone, module_partial_fc, opt, lr_scheduler, {given!r}, get_model=get_model\n"
         ")\n"
     )
 
@@ -97,6 +97,9 @@ def outcome(report: Report) -> dict[str, object]:
 def saved(report: Report, file: str = "checkpoint_gpu_0.pt") -> dict[str, Any]:
     content: dict[str, Any] = torch.load(Path(report["output"]) / file)
     return content
+
+
+PREAMBLE = "from tests.standin.utils import PolynomialWarmup\n"
 
 
 def rows_of(folder: Path) -> Tensor:
@@ -121,7 +124,7 @@ def test_the_line_does_the_same_wherever_it_stands(
     line = install(teacher, METHODS[method])
     (in_config,) = one.run(line)
     (below_imports,) = one.run(below_imports=line)
-    (attached,) = one.run(after_head=attach(teacher, METHODS[method]))
+    (attached,) = one.run(after_schedule=attach(teacher, METHODS[method]))
     assert outcome(in_config) == outcome(below_imports) == outcome(attached)
     assert in_config["losses"] != one.run()[0]["losses"]
 
@@ -160,44 +163,51 @@ def test_remove_gives_the_trainer_back(one: Trainer, teacher: dict[str, str]) ->
 
 def test_a_head_is_distilled_once(one: Trainer, teacher: dict[str, str]) -> None:
     line = attach(teacher, FCD)
-    (report,) = one.run(after_head=line + line)
+    (report,) = one.run(after_schedule=line + line)
     assert "this head is distilled already" in report["message"]
 
 
-def test_install_expects_a_backbone_before_each_head(one: Trainer, teacher: dict[str, str]) -> None:
-    second = "PartialFC_V2(margin_loss, 16, 6)"
-    (report,) = one.run(install(teacher, FCD), after_head=second)
-    assert "found a head with no backbone of its own" in report["message"]
+def test_install_expects_backbone_and_head_before_the_schedule(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    early = "import torch\nPolynomialWarmup(torch.optim.SGD([torch.zeros(1)]), 2, 9)"
+    (report,) = one.run(below_imports=PREAMBLE + install(teacher, FCD) + early)
+    assert "expects a get_model and a PartialFC before the schedule" in report["message"]
 
 
 def test_install_refuses_another_main_program() -> None:
     given = {"teacher": nn.Identity(), "methods": ["fcd"]}
-    with pytest.raises(KDHooksError, match="has no get_model and no PartialFC_V2; put the line"):
+    with pytest.raises(KDHooksError, match="no get_model and no PartialFC_V2 and no class of"):
         arcface_torch.install(given)
+
+
+def scheduled() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
 
 
 def test_attach_refuses_a_head_without_rows() -> None:
     given = {"teacher": nn.Identity(), "methods": ["fcd"]}
     with pytest.raises(KDHooksError, match="found none in Identity"):
-        arcface_torch.attach(nn.Linear(2, 2), nn.Identity(), given)
+        arcface_torch.attach(nn.Linear(2, 2), nn.Identity(), *scheduled(), given)
 
 
 def test_attach_needs_the_trainers_factory_for_a_named_network(teacher: dict[str, str]) -> None:
     given = recipe(teacher, "fcd")
     with pytest.raises(KDHooksError, match="'backbones' can't be imported; run in its folder"):
-        arcface_torch.attach(nn.Linear(2, 2), nn.Linear(2, 2), given)
+        arcface_torch.attach(nn.Linear(2, 2), nn.Linear(2, 2), *scheduled(), given)
 
 
 # --- do no harm ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("methods", [["fcd"], ["coupleface"], ["proxylesskd"], list(METHODS)])
-@pytest.mark.parametrize("where", ["config_line", "below_imports", "after_head"])
+@pytest.mark.parametrize("where", ["config_line", "below_imports", "after_schedule"])
 def test_weight_zero_is_the_plain_run(
     one: Trainer, teacher: dict[str, str], methods: list[str], where: str
 ) -> None:
     nothing = [{**METHODS[method], "weight": 0.0} for method in methods]
-    line = (attach if where == "after_head" else install)(teacher, *nothing)
+    line = (attach if where == "after_schedule" else install)(teacher, *nothing)
     there: dict[str, Any] = {where: line}
     (report,) = one.run(**there)
     assert outcome(report) == outcome(one.run()[0])
@@ -206,7 +216,7 @@ def test_weight_zero_is_the_plain_run(
 def test_weight_zero_with_projectors_is_the_plain_run(one: Trainer, wide: dict[str, str]) -> None:
     nothing = [{**method, "weight": 0.0} for method in PROJECTED]
     report, plain = outcome(one.run(install(wide, *nothing))[0]), outcome(one.run()[0])
-    assert report.pop("groups") == [34, 3]
+    assert report.pop("groups") == [34, 2, 1]
     assert plain.pop("groups") == [34, 1]
     assert report == plain
 
@@ -271,12 +281,12 @@ def test_a_copy_of_the_backbone_holds_no_teacher(one: Trainer, teacher: dict[str
         ({"name": "proxylesskd", "head": "own", "projector": True}, 4),
     ],
 )
-def test_auxiliaries_join_the_heads_group_and_learn(
+def test_auxiliaries_join_the_optimizer_and_learn(
     one: Trainer, wide: dict[str, str], method: dict[str, object], parameters: int
 ) -> None:
     ask = {"first": "opt.param_groups[-1]['params'][0] is module_partial_fc.weight"}
     (report,) = one.run(install(wide, method), ask=ask)
-    assert report["groups"] == [34, 1 + parameters]
+    assert report["groups"] == [34, parameters, 1]
     assert report["extra"] == {"first": True}  # forks count on it
     assert report["auxiliaries"] != report["first_auxiliaries"]
 
@@ -308,13 +318,64 @@ def test_a_plain_checkpoint_can_be_resumed_with_a_method(
     assert resumed["losses"] != idle["losses"]
 
 
-def test_a_plain_checkpoint_has_no_place_for_auxiliaries(
+def test_a_plain_checkpoint_can_be_resumed_with_auxiliaries(
     one: Trainer, wide: dict[str, str]
 ) -> None:
-    (plain,) = one.run(num_epoch=2, before_loop="cfg.num_epoch = 1")
-    (report,) = one.run(install(wide, *PROJECTED), num_epoch=2, resume=plain["output"])
+    whole: dict[str, Any] = {"num_epoch": 2, "sample_rate": 1.0}
+    (plain,) = one.run(**whole, before_loop="cfg.num_epoch = 1")
+    (straight,) = one.run(**whole, resume=plain["output"])
+    ask = {"rates": "[group['lr'] for group in opt.param_groups]"}
+    idle = [{**method, "weight": 0.0} for method in PROJECTED]
+    (resumed,) = one.run(install(wide, *idle), **whole, resume=plain["output"], ask=ask)
+    assert {**outcome(resumed), "groups": [34, 1]} == outcome(straight)
+    assert len(set(resumed["extra"]["rates"])) == 1
+    (moved,) = one.run(install(wide, *PROJECTED), **whole, resume=plain["output"])
+    assert moved["auxiliaries"] != moved["first_auxiliaries"]
+    assert moved["backbone"] != straight["backbone"]
+
+
+def test_a_run_without_kdhooks_goes_on_from_a_checkpoint_with_it(
+    one: Trainer, wide: dict[str, str]
+) -> None:
+    whole: dict[str, Any] = {"num_epoch": 2, "sample_rate": 1.0}
+    idle = install(wide, *({**method, "weight": 0.0} for method in PROJECTED))
+    (distilled,) = one.run(idle, **whole, before_loop="cfg.num_epoch = 1")
+    (plain,) = one.run(**whole, before_loop="cfg.num_epoch = 1")
+    without = {key: value for key, value in saved(distilled).items() if key != "state_optimizer"}
+    same(without, {key: value for key, value in saved(plain).items() if key in without})
+    optimizer = saved(distilled)["state_optimizer"]
+    assert set(optimizer.pop("kdhooks")["distiller"]) > {"losses.fcd.projector.weight"}
+    same(optimizer, saved(plain)["state_optimizer"])
+    (resumed,) = one.run(**whole, resume=distilled["output"])
+    assert outcome(resumed) == outcome(one.run(**whole, resume=plain["output"])[0])
+
+
+def same(found: Any, expected: Any) -> None:
+    """Two checkpoints, entry by entry, to the last bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            same(found[key], expected[key])
+    elif isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+def test_a_checkpoint_of_other_methods_is_refused(one: Trainer, wide: dict[str, str]) -> None:
+    (report,) = one.run(install(wide, PROJECTED[0]), num_epoch=2, before_loop="cfg.num_epoch = 1")
+    (other,) = one.run(install(wide, *PROJECTED), num_epoch=2, resume=report["output"])
+    assert other["error"] == "KDHooksError"
+    assert "written with other methods than the recipe's; resume with those" in other["message"]
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(
+    one: Trainer, two: Trainer, teacher: dict[str, str]
+) -> None:
+    folder = two.run(install(teacher, FCD), num_epoch=2)[0]["output"]
+    (report,) = one.run(install(teacher, FCD), num_epoch=2, resume=folder)
     assert report["error"] == "KDHooksError"
-    assert "resume with methods that have none" in report["message"]
+    assert "holds 3 classes for this rank, the run has 6" in report["message"]
 
 
 def test_accumulation_comes_from_the_trainers_config(one: Trainer, teacher: dict[str, str]) -> None:
@@ -324,6 +385,124 @@ def test_accumulation_comes_from_the_trainers_config(one: Trainer, teacher: dict
         ask={"accumulation": "installed.attachment.distiller.accumulation"},
     )
     assert report["extra"] == {"accumulation": 2}
+
+
+# --- what it logs --------------------------------------------------------------------------------
+
+
+def test_the_trainers_logger_gets_every_term_at_its_own_interval(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    (report,) = one.run(
+        below_imports="values = []\n" + install(teacher, FCD, COUPLEFACE),
+        before_loop=(
+            "installed.attachment.distiller.register_forward_hook(\n"
+            "    lambda module, args, terms: values.append(float(module.metrics['fcd']))\n"
+            ")"
+        ),
+        steps=5,
+        ask={"values": "values"},
+    )
+    logged = {(step, tag): value for step, tag, value in report["logged"]}
+    first, second, third, fourth, _ = report["extra"]["values"]
+    assert logged[2, "kdhooks/fcd"] == pytest.approx((first + second) / 2)
+    assert logged[4, "kdhooks/fcd"] == pytest.approx((third + fourth) / 2)
+    assert logged[4, "kdhooks/fcd/weighted"] == pytest.approx(8 * (third + fourth) / 2)
+    assert {step for step, _ in logged} == {2, 4}
+    assert (4, "kdhooks/coupleface/active") in logged
+
+
+def test_steps_that_the_optimizer_skipped_are_counted(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    skip = (
+        "calls, taken = [], opt.step\n"
+        "opt.step = lambda: calls.append(1) or (taken() if len(calls) != 2 else None)"
+    )
+    ask = {"skipped": "installed.attachment.skipped"}
+    line = install(teacher, FCD)
+    (report,) = one.run(below_imports=line, before_loop=skip, ask=ask)
+    assert report["extra"] == {"skipped": 1}
+    assert one.run(below_imports=line, ask=ask)[0]["extra"] == {"skipped": 0}
+
+
+# --- other heads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_heads_that_are_called_with_the_optimizer(
+    one: Trainer, wide: dict[str, str], sample_rate: float
+) -> None:
+    """They put the sampled rows first into the last group, where no auxiliary may be."""
+    old: dict[str, Any] = {"old_head": True, "sample_rate": sample_rate}
+    idle = [{**method, "weight": 0.0} for method in PROJECTED]
+    (plain,) = one.run(**old)
+    (report,) = one.run(install(wide, *idle), **old)
+    assert {**outcome(report), "groups": [34, 1]} == outcome(plain)
+    (distilled,) = one.run(install(wide, *PROJECTED), **old)
+    assert distilled["auxiliaries"] != distilled["first_auxiliaries"]
+
+
+def test_an_old_head_without_sampling_takes_the_teachers_rows(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    (report,) = one.run(install(teacher, "proxylesskd"), old_head=True, sample_rate=1.0)
+    weight = saved(report)["state_dict_softmax_fc"]["weight_activated"]
+    assert torch.equal(weight, rows_of(Path(teacher["checkpoint"]).parent))
+
+
+def test_an_old_head_that_samples_cannot_hold_the_teachers_rows(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    (report,) = one.run(install(teacher, "proxylesskd"), old_head=True)
+    assert "must train a parameter 'weight'" in report["message"]
+    assert "set head = 'own'" in report["message"]
+
+
+SEEN = (
+    "from kdhooks import EmbeddingTap, hookimpl\n"
+    "from kdhooks_plugins.fcd import EmbeddingDistance\n"
+    "labels = []\n"
+    "class Kept(EmbeddingDistance):\n"
+    "    def forward(self, student, teacher, own):\n"
+    "        labels.append(own.tolist())\n"
+    "        return super().forward(student, teacher, own)\n"
+    "class Seen:\n"
+    "    @hookimpl\n"
+    "    def embedding_tap(self):\n"
+    "        return EmbeddingTap('seen', Kept())\n"
+)
+
+
+def test_several_heads_share_a_batch(one: Trainer, teacher: dict[str, str]) -> None:
+    del (without := dict(teacher))["classifier"]
+    line = SEEN + install(without, "METHOD").replace("'METHOD'", "Seen()")
+    (report,) = one.run(
+        below_imports=line,
+        heads=2,
+        ask={"seen": "labels[-1]", "given": "local_labels[:, 0].tolist()"},
+    )
+    first, second = report["extra"]["given"][:6], report["extra"]["given"][6:]
+    assert report["extra"]["seen"] == first + [label + 6 for label in second]
+    idle = install(without, {**FCD, "weight": 0.0})
+    assert outcome(one.run(idle, heads=2)[0]) == outcome(one.run(heads=2)[0])
+
+
+def test_several_heads_share_no_classifier(one: Trainer, teacher: dict[str, str]) -> None:
+    (report,) = one.run(install(teacher, "proxylesskd"), heads=2)
+    assert "shares one classifier, and the trainer has 2 heads" in report["message"]
+
+
+def test_a_head_that_is_not_used_is_noticed(one: Trainer, teacher: dict[str, str]) -> None:
+    del (without := dict(teacher))["classifier"]
+    half = (
+        "heads.pop()\n"
+        "cfg.heads, part = 1, slice(0, 6)\n"
+        "heads[0].register_forward_pre_hook(lambda h, given: (given[0][part], given[1][part]))\n"
+    )
+    (report,) = one.run(below_imports=install(without, FCD), before_loop=half, heads=2)
+    assert report["error"] == "KDHooksError"
+    assert "the heads were given 6 labels for a batch" in report["message"]
 
 
 # --- ProxylessKD: the head's own classifier ------------------------------------------------------
@@ -386,7 +565,8 @@ def test_a_refused_method_leaves_no_hooks(one: Trainer, teacher: dict[str, str])
     conflict = attach(teacher, {"name": "proxylesskd", "m": 0.3})
     indented = "".join(f"    {row}\n" for row in conflict.splitlines())
     (report,) = one.run(
-        after_head=f"try:\n{indented}except arcface_torch.KDHooksError:\n    pass\n",
+        below_imports="from kdhooks import KDHooksError",
+        after_schedule=f"try:\n{indented}except KDHooksError:\n    pass\n",
         ask={"hooks": "sum(len(m._forward_hooks) for m in raw.modules())"},
     )
     assert report["extra"] == {"hooks": 0}
@@ -477,12 +657,12 @@ def test_a_teacher_of_another_family_may_teach(one: Trainer) -> None:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["config_line", "after_head"])
+@pytest.mark.parametrize("where", ["config_line", "after_schedule"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_backbone_gives_the_same_losses(
     one: Trainer, teacher: dict[str, str], where: str, backend: str
 ) -> None:
-    line = (attach if where == "after_head" else install)(teacher, FCD)
+    line = (attach if where == "after_schedule" else install)(teacher, FCD)
     there: dict[str, Any] = {where: line}
     (report,) = one.run(**there, compile=backend)
     (uncompiled,) = one.run(**there)
@@ -499,7 +679,7 @@ def test_an_inner_tap_of_a_compiled_backbone_that_ran_already_is_refused(
     one: Trainer, teacher: dict[str, str]
 ) -> None:
     line = attach(teacher, FCD, taps={"student": {"embedding": "features"}})
-    (report,) = one.run(after_head=FIRST_CALL + line, compile="eager")
+    (report,) = one.run(after_schedule=FIRST_CALL + line, compile="eager")
     assert report["error"] == "KDHooksError"
     assert "attach before the first call of a compiled model" in report["message"]
 
@@ -509,9 +689,9 @@ def test_the_output_of_a_compiled_backbone_can_be_tapped_late(
 ) -> None:
     """torch.compile heeds later hooks of the outermost module alone."""
     line = FIRST_CALL + attach(teacher, FCD)
-    (report,) = one.run(after_head=line, compile="eager")
-    torch.testing.assert_close(report["losses"], one.run(after_head=line)[0]["losses"])
-    assert report["losses"] != one.run(after_head=FIRST_CALL)[0]["losses"]
+    (report,) = one.run(after_schedule=line, compile="eager")
+    torch.testing.assert_close(report["losses"], one.run(after_schedule=line)[0]["losses"])
+    assert report["losses"] != one.run(after_schedule=FIRST_CALL)[0]["losses"]
 
 
 # --- two processes -------------------------------------------------------------------------------
@@ -580,12 +760,38 @@ def test_two_ranks_equal_one_on_the_same_global_batch(
         "own = whole[start : start + module_partial_fc.num_local]\n"
         "if module_partial_fc.weight.requires_grad: module_partial_fc.weight.data.copy_(own)\n"
     )
-    same = {"network": "frozen", "after_head": rows, **NOT_COMPRESSED}
+    same = {"network": "frozen", "after_schedule": rows, **NOT_COMPRESSED}
     (alone,) = one.run(line, batch_size=24, **same)
     first, second = two.run(line, batch_size=12, **same)
     mean = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     torch.testing.assert_close(mean, alone["losses"], rtol=1e-4, atol=1e-4)
     assert first["parameters"] == second["parameters"]
+
+
+def test_a_term_that_fails_on_one_rank_is_left_out_on_both(
+    two: Trainer, teacher: dict[str, str]
+) -> None:
+    method = (
+        "import os, torch\n"
+        "from kdhooks import EmbeddingTap, hookimpl\n"
+        "from kdhooks_plugins.fcd import EmbeddingDistance\n"
+        "class Failing(EmbeddingDistance):\n"
+        "    calls = 0\n"
+        "    def forward(self, student, teacher, labels):\n"
+        "        Failing.calls += 1\n"
+        "        fails = Failing.calls == 2 and os.environ['RANK'] == '1'\n"
+        "        return super().forward(student, teacher, labels) * (torch.inf if fails else 1)\n"
+        "class Fails:\n"
+        "    @hookimpl\n"
+        "    def embedding_tap(self):\n"
+        "        return EmbeddingTap('fails', Failing(projector=torch.nn.Linear(16, 16)))\n"
+    )
+    line = install(teacher, "METHOD", nonfinite="skip").replace("'METHOD'", "Fails()")
+    ask = {"skipped": "installed.attachment.distiller.skipped"}
+    first, second = two.run(below_imports=method + line, ask=ask)
+    assert first["extra"] == second["extra"] == {"skipped": 1}
+    assert first["parameters"] == second["parameters"]
+    assert first["auxiliaries"] == second["auxiliaries"]
 
 
 def test_verification_on_one_of_two_ranks_does_not_wait_for_the_other(

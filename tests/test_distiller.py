@@ -235,7 +235,7 @@ def test_parameters_that_a_loss_spares_do_not_decay() -> None:
         parameter.grad = torch.zeros_like(parameter)
     before = loss.linear.weight.detach().clone()
     optimizer.step()
-    assert torch.equal(loss.table.rows, torch.ones(3))
+    assert loss.table.rows.tolist() == [1, 1, 1]  # type: ignore[operator]
     torch.testing.assert_close(loss.linear.weight.detach(), before * 0.95)
 
 
@@ -492,6 +492,91 @@ def test_a_loss_that_is_not_finite_is_refused_in_the_first_step() -> None:
     net(images)
     with pytest.raises(KDHooksError, match="gap: its loss is inf in the first step"):
         kd(images, labels)
+
+
+class FailsOnce(Gap):
+    """Not finite in its second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.map = nn.Linear(12, 12)
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        gap = super().forward(self.map(student), teacher, labels)
+        return gap * torch.inf if self.calls == 2 else gap
+
+
+def test_a_term_that_is_not_finite_later_stops_the_run() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Method(loss=FailsOnce()), net=net)
+    for _ in range(2):
+        net(images)
+        kd(images, labels)
+    net(images)
+    with pytest.raises(KDHooksError, match=r"step 2: gap not finite; .* nonfinite = 'skip' goes"):
+        kd(images, labels)
+
+
+def test_no_checkpoint_is_written_after_a_term_that_was_not_finite() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Method(loss=FailsOnce()), net=net)
+    for _ in range(2):
+        net(images)
+        kd(images, labels)
+    with pytest.raises(KDHooksError, match="step 2: gap not finite"):
+        kd.state_dict()
+
+
+def test_a_teacher_that_fails_on_some_images_names_their_labels() -> None:
+    known = tiny_teacher()
+    assert known.module is not None
+    module = known.module
+    calls: list[int] = []
+
+    def failing(images: Tensor) -> Tensor:
+        calls.append(1)
+        embedding: Tensor = module(images).clone()
+        if len(calls) == 3:  # the probe, one step, this one
+            embedding[[1, 4]] = torch.nan
+        return embedding
+
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil("fcd", net=net, teacher=Teacher(failing))
+    for _ in range(2):
+        net(images)
+        kd(images, labels)
+    lost = labels[[1, 4]].tolist()
+    net(images)
+    with pytest.raises(KDHooksError, match=rf"for 2 of 12 samples \(labels \[{lost[0]}, {lost[1]}"):
+        kd(images, labels)
+
+
+def test_skipping_goes_on_without_the_terms_of_the_step(caplog: pytest.LogCaptureFixture) -> None:
+    net, (images, labels) = student(), tiny_batch()
+    loss = FailsOnce()
+    kd = distil(Method(loss=loss), net=net, nonfinite="skip")
+    values = []
+    for _ in range(3):
+        net.zero_grad()
+        loss.zero_grad()
+        net(images)
+        term = kd(images, labels)["gap"]
+        term.backward()
+        values.append(term.item())
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+        if loss.calls == 2:
+            assert not any(p.grad is not None and p.grad.any() for p in net.parameters())
+            assert kd.metrics == {}
+    assert values[0] == values[2] > 0 == values[1]
+    assert kd.skipped == 1
+    assert "step 2: gap not finite; the step goes on without its terms" in caplog.text
+
+
+def test_what_to_do_with_them_has_two_names() -> None:
+    with pytest.raises(KDHooksError, match="nonfinite must be 'raise' or 'skip'; found 'pass'"):
+        distil("fcd", nonfinite="pass")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ OWNERS = {  # an optional package -> the modules that may import it
     "PIL": "kdhooks.demo.*",
     "matplotlib": "kdhooks.demo.*",
     "tqdm": "kdhooks.demo.*",
-    "backbones": "kdhooks_integrations.arcface_torch",
+    "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks_integrations.mmengine",
 }
 FOR_PLUGINS = {"declarations", "hookspecs", "shards", "errors"}

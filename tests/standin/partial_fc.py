@@ -1,5 +1,7 @@
 """A margin softmax whose classes are split over the ranks, writing into its logits as it goes."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,13 +53,17 @@ class PartialFC_V2(nn.Module):
         dist.all_gather(gathered, local_labels)
         labels = torch.cat(gathered).long()[:, None] - self.class_start
         labels[(labels < 0) | (labels >= self.num_local)] = -1
-        weight: Tensor = self.weight
-        if self.sample_rate < 1:
-            weight = self.sample(labels)
+        weight = self.rows(labels)
         logits = F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
         logits = self.margin_softmax(logits, labels)
         loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
         return loss
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """(c d) of the classes that take part."""
+        if self.sample_rate == 1:
+            return self.weight
+        return self.weight[self.sample(labels)]
 
     def sample(self, labels: Tensor) -> Tensor:
         """The classes of the batch and random others; labels become places among them."""
@@ -65,9 +71,44 @@ class PartialFC_V2(nn.Module):
         chance = torch.rand(self.num_local)
         chance[labels[own]] = 2.0
         count = max(self.num_sample, int((chance == 2.0).sum()))
-        self.weight_index = chance.topk(count).indices.sort().values
-        labels[own] = torch.searchsorted(self.weight_index, labels[own])
-        return self.weight[self.weight_index]
+        index = chance.topk(count).indices.sort().values
+        labels[own] = torch.searchsorted(index, labels[own])
+        return index
+
+
+class PartialFC(PartialFC_V2):
+    """As it was before 2023: the sampled rows are a parameter of their own, anew in each step.
+
+    It takes the place of the first parameter in the optimizer's last group.
+    """
+
+    index: Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rows = self.weight.data
+        del self.weight
+        self.weight_activated = nn.Parameter(rows)
+        if self.sample_rate < 1:
+            self.register_buffer("weight", rows)
+            self.weight_activated = nn.Parameter(torch.empty(0, 0))
+
+    def forward(  # type: ignore[override]
+        self, local_embeddings: Tensor, local_labels: Tensor, optimizer: torch.optim.Optimizer
+    ) -> Tensor:
+        self._optimizer = optimizer
+        return super().forward(local_embeddings, local_labels)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        if self.sample_rate < 1:
+            if self.index is not None:
+                self.weight.data[self.index] = self.weight_activated.data
+            self.index = self.sample(labels)
+            self.weight_activated = nn.Parameter(self.weight[self.index])
+            last = self._optimizer.param_groups[-1]["params"]
+            self._optimizer.state.pop(last[0], None)
+            last[0] = self.weight_activated
+        return self.weight_activated
 
 
 class _CrossEntropy(torch.autograd.Function):

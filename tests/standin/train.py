@@ -1,8 +1,8 @@
 """A stand-in for arcface_torch's train_v2.py: its statements in its order, all code our own.
 
 `python train.py CONFIG.py`. Of the environment: RANK and WORLD_SIZE; STORE, a file by which the
-ranks meet; BELOW_IMPORTS, AFTER_HEAD and BEFORE_LOOP, lines that a user might have inserted. What
-a test wants to know of a run goes to `report_{rank}.json` in cfg.output.
+ranks meet; BELOW_IMPORTS, AFTER_SCHEDULE and BEFORE_LOOP, lines that a user might have inserted.
+What a test wants to know of a run goes to `report_{rank}.json` in cfg.output.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.standin.backbones import get_model
-from tests.standin.partial_fc import MarginLoss, PartialFC_V2
+from tests.standin.partial_fc import MarginLoss, PartialFC, PartialFC_V2
+from tests.standin.utils import CallBackLogging, PolynomialWarmup
 
 exec(os.environ["BELOW_IMPORTS"])
 
@@ -36,20 +37,6 @@ dist.init_process_group(
     world_size=world_size,
     timeout=timedelta(seconds=60),
 )
-
-
-class PolynomialWarmup(torch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, then linear decay; base rates are those of the groups that exist now."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, total: int) -> None:
-        self.warmup, self.total = warmup, total
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | torch.Tensor]:
-        step = self.last_epoch
-        factor = step / self.warmup if 0 < step <= self.warmup else 1 - step / self.total
-        pairs = zip(self.base_lrs, self.optimizer.param_groups, strict=True)
-        return [base * max(factor, 0.01) for base, _ in pairs]
 
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -118,16 +105,18 @@ def main(path: str) -> None:
     backbone._set_static_graph()
 
     margin_loss = MarginLoss(64.0, 0.5)
-    module_partial_fc = PartialFC_V2(
-        margin_loss, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, False
-    )
-    module_partial_fc.train()
-    exec(os.environ["AFTER_HEAD"], globals() | locals())
+    make = PartialFC if cfg.old_head else PartialFC_V2
+    heads = [
+        make(margin_loss, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, False).train()
+        for _ in range(cfg.heads)
+    ]
+    module_partial_fc = heads[0]
     opt = torch.optim.SGD(
-        params=[{"params": backbone.parameters()}, {"params": module_partial_fc.parameters()}],
+        params=[{"params": backbone.parameters()}, *({"params": h.parameters()} for h in heads)],
         lr=cfg.lr, momentum=0.9, weight_decay=5e-4,
     )  # fmt: skip
     lr_scheduler = PolynomialWarmup(opt, 2, cfg.steps * cfg.num_epoch + 1)
+    exec(os.environ["AFTER_SCHEDULE"], globals() | locals())
 
     start_epoch = global_step = 0
     if cfg.resume:
@@ -139,13 +128,18 @@ def main(path: str) -> None:
         lr_scheduler.load_state_dict(saved["state_lr_scheduler"])
     exec(os.environ["BEFORE_LOOP"], globals() | locals())
 
-    others = [p for name, p in module_partial_fc.named_parameters() if name != "weight"]
+    callback_logging = CallBackLogging(cfg.frequent, rank)
+    others = [p for group in opt.param_groups[cfg.heads : -1] for p in group["params"]]
+    third = [opt] if cfg.old_head else []
     losses, verified, first_auxiliaries = [], [], digest(others)
     for epoch in range(start_epoch, cfg.num_epoch):
         for img, local_labels in batches(cfg, epoch):
             global_step += 1
             local_embeddings = backbone(img)
-            loss = module_partial_fc(local_embeddings, local_labels)
+            parts = zip(
+                local_embeddings.chunk(cfg.heads), local_labels.chunk(cfg.heads), strict=True
+            )
+            loss = sum(h(*part, *third) for h, part in zip(heads, parts, strict=True))
             loss.backward()
             if global_step % cfg.gradient_acc == 0:
                 torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
@@ -153,6 +147,7 @@ def main(path: str) -> None:
                 opt.zero_grad()
             lr_scheduler.step()
             losses.append(loss.item())
+            callback_logging(global_step, losses)
             if global_step % cfg.verbose == 0 and rank == 0:
                 verified.append(verification(backbone, cfg))
         torch.save(
@@ -176,11 +171,12 @@ def main(path: str) -> None:
         "verified": verified,
         "backbone": digest(raw.state_dict().values()),
         "parameters": digest(raw.parameters()),
-        "head": digest([module_partial_fc.weight]),
+        "head": digest(module_partial_fc.state_dict().values()),
         "first_auxiliaries": first_auxiliaries,
         "auxiliaries": digest(others),
         "generator": digest([torch.get_rng_state()]) + f"{random.random()} {np.random.rand()}",
         "groups": [len(group["params"]) for group in opt.param_groups],
+        "logged": callback_logging.writer.logged,
         "files": sorted(path.name for path in Path(cfg.output).glob("*.pt")),
         "extra": {key: eval(text, scope) for key, text in cfg.ask.items()},
     }

@@ -1,0 +1,15 @@
+"""InsightFace's recognition/arcface_torch: one line in the config file, or in train_v2.py.
+
+    from kdhooks_integrations import arcface_torch
+    arcface_torch.install("kd.toml")
+
+The trainer's head (PartialFC) returns its loss plus the distillation terms. The losses' own
+parameters join the trainer's optimizer and its learning rate schedule, and their state lies in its
+checkpoints so that a run without kdhooks can go on from them; `model.pt` is the student alone.
+"""
+
+from kdhooks_integrations.arcface_torch.attachment import Attachment, attach
+from kdhooks_integrations.arcface_torch.installation import Installation, install
+from kdhooks_integrations.arcface_torch.networks import Backbones
+
+__all__ = ["Attachment", "Backbones", "Installation", "attach", "install"]

@@ -1,0 +1,40 @@
+"""PartialFC of any age: where it keeps its rows, and which classes they are."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.shards import ClassShard, world
+
+
+def weight_of(head: nn.Module) -> Tensor:
+    """Its rows; without sampling, heads before 2023 call them weight_activated."""
+    weight = getattr(head, "weight", getattr(head, "weight_activated", None))
+    if not isinstance(weight, Tensor):
+        raise KDHooksError(
+            "arcface_torch: the head must hold its classes as rows of 'weight'; found none in "
+            f"{type(head).__name__}"
+        )
+    return weight
+
+
+def shard_of(head: nn.Module) -> ClassShard:
+    weight = weight_of(head)
+    counts: list[Any] = [len(weight)]
+    if world() is not None:
+        counts = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, len(weight))
+    return ClassShard(weight, getattr(head, "class_start", 0), sum(counts), world())
+
+
+def refuse_other_split(head: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """A head's checkpoint holds the classes of one rank among as many as it was saved by."""
+    own, saved = weight_of(head), state.get(f"{prefix}weight")
+    if saved is not None and len(saved) != len(own):
+        raise KDHooksError(
+            f"arcface_torch: the checkpoint holds {len(saved)} classes for this rank, the run has "
+            f"{len(own)}: the number of ranks or of classes was another; resume with as many ranks "
+            "as the checkpoint was saved by, or start a new run"
+        )

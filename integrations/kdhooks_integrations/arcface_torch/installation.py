@@ -1,0 +1,131 @@
+"""One line: the script's own names, wrapped, lead to an attachment once all its parts are made."""
+
+import atexit
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdhooks.errors import KDHooksError
+from kdhooks.recipe import Recipe
+from kdhooks.shards import world
+from kdhooks_integrations.arcface_torch.attachment import Attachment, attach
+
+HEADS = ("PartialFC_V2", "PartialFC", "PartialFCAdamW")
+LOGGER = "CallBackLogging"
+
+
+class Installation:
+    """Names of the script, wrapped, until `remove`: its get_model, heads, schedules and logger."""
+
+    def __init__(self, recipe: Recipe, namespace: dict[str, Any]) -> None:
+        self._namespace = namespace
+        self._recipe = recipe
+        self._backbone: nn.Module | None = None
+        self._heads: list[nn.Module] = []
+        self.attachment: Attachment | None = None
+        wrapped: dict[str, Any] = {"get_model": self._get_model}
+        wrapped |= {name: self._head(namespace[name]) for name in HEADS if name in namespace}
+        wrapped |= {name: self._schedule(namespace[name]) for name in _schedules(namespace)}
+        if LOGGER in namespace:
+            wrapped[LOGGER] = self._logger(namespace[LOGGER])
+        self._originals = {name: namespace[name] for name in wrapped}
+        namespace.update(wrapped)
+        atexit.register(self._summary)
+
+    def _get_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = self._originals["get_model"](*args, **kwargs)
+        self._backbone = self._backbone or model
+        return model
+
+    def _head(self, original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def make(*args: Any, **kwargs: Any) -> nn.Module:
+            self._heads.append(original(*args, **kwargs))
+            return self._heads[-1]
+
+        return make
+
+    def _schedule(self, original: Callable[..., LRScheduler]) -> Callable[..., LRScheduler]:
+        def make(*args: Any, **kwargs: Any) -> LRScheduler:
+            schedule = original(*args, **kwargs)
+            if self.attachment is None:
+                self._attach(schedule)
+            return schedule
+
+        return make
+
+    def _attach(self, schedule: LRScheduler) -> None:
+        if self._backbone is None or not self._heads:
+            raise KDHooksError(
+                "arcface_torch: install expects a get_model and a PartialFC before the schedule of "
+                "the learning rate; use attach for another arrangement"
+            )
+        self.attachment = attach(
+            self._backbone,
+            self._heads,
+            schedule.optimizer,
+            schedule,
+            self._recipe,
+            get_model=self._originals["get_model"],
+        )
+        self._backbone, self._heads = None, []
+
+    def _logger(self, original: type) -> type:
+        """The trainer's logging callback, which then logs the terms whenever it logs."""
+        installation = self
+
+        class Logger(original):  # type: ignore[misc]
+            def __call__(self, global_step: int, *args: Any, **kwargs: Any) -> None:
+                super().__call__(global_step, *args, **kwargs)
+                due = self.rank == 0 and global_step % self.frequent == 0
+                if due and installation.attachment is not None:
+                    installation.attachment.report(global_step, self.writer)
+
+        return Logger
+
+    def _summary(self) -> None:
+        """The last means, as the program ends."""
+        if self.attachment is not None and (world() is None or dist.get_rank() == 0):
+            self.attachment.report(self.attachment.distiller.step)
+
+    def remove(self) -> None:
+        atexit.unregister(self._summary)
+        self._namespace.update(self._originals)
+        if self.attachment is not None:
+            self.attachment.remove()
+
+
+def install(
+    recipe: "Recipe | Mapping[str, Any] | str | Path", namespace: dict[str, Any] | None = None
+) -> Installation:
+    """Distil in train_v2.py: a line in its config file, or below its own imports.
+
+    namespace: the script's globals, found by themselves where it runs as the main program.
+    """
+    checked = Recipe.read(recipe)
+    if namespace is None:
+        namespace = vars(sys.modules["__main__"])
+    earlier = getattr(namespace.get("get_model"), "__self__", None)
+    if isinstance(earlier, Installation):
+        earlier.remove()
+    missing = [] if "get_model" in namespace else ["get_model"]
+    missing += [] if any(name in namespace for name in HEADS) else [HEADS[0]]
+    missing += [] if _schedules(namespace) else ["class of a learning rate schedule"]
+    if missing:
+        raise KDHooksError(
+            f"arcface_torch: the main program has no {' and no '.join(missing)}; put the line into "
+            "the config file that train_v2.py is started with, or below its imports, or use attach"
+        )
+    return Installation(checked, namespace)
+
+
+def _schedules(namespace: Mapping[str, Any]) -> list[str]:
+    return [
+        name
+        for name, value in namespace.items()
+        if isinstance(value, type) and issubclass(value, LRScheduler)
+    ]

@@ -1,0 +1,38 @@
+"""What the terms came to since the log's last line, on the device until that is written."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ScalarWriter(Protocol):
+    """TensorBoard's SummaryWriter, as far as it is needed."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
+
+
+class Interval:
+    """Sums of named scalars; the host waits for them once, where their means are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, metrics: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+        """metrics: before their weights, with diagnostics; terms: times their weights."""
+        weighted = {f"{name}/weighted": term.detach() for name, term in terms.items()}
+        for name, value in {**metrics, **weighted}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] += 1
+
+    def means(self) -> dict[str, float]:
+        """Since the last call."""
+        sums, counts = self._sums, self._counts
+        self._sums, self._counts = {}, Counter()
+        if not sums:
+            return {}
+        values = torch.stack([value.float() for value in sums.values()]).tolist()
+        return {name: value / counts[name] for name, value in zip(sums, values, strict=True)}

@@ -1,0 +1,178 @@
+"""A trainer's optimizer trains the methods' own weights, and is saved as if it did not.
+
+What the trainer saves of the two is what it would save without kdhooks; what the methods need to go
+on lies beside it, under the key "kdhooks" of the optimizer's state, where a run without kdhooks
+passes it over. So either kind of run resumes from a checkpoint of the other.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from copy import copy
+from typing import Any, TypeAlias
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdhooks.distiller import Distiller
+from kdhooks.errors import KDHooksError
+from kdhooks.taps import Removable
+
+log = logging.getLogger("kdhooks")
+
+KEY = "kdhooks"
+
+State: TypeAlias = dict[str, Any]
+Groups: TypeAlias = list[dict[str, Any]]
+
+_BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # a schedule's lists with an entry a group
+
+
+class Joined:
+    """The distiller's parameters in groups of their own, before the trainer's last, the head's.
+
+    That one stays last, since old heads of arcface_torch put the sampled rows there in each step.
+    """
+
+    def __init__(self, distiller: Distiller, optimizer: Optimizer, schedule: LRScheduler) -> None:
+        self.distiller = distiller
+        head = optimizer.param_groups[-1]
+        options = {key: value for key, value in head.items() if key != "params"}
+        groups = distiller.parameter_groups(options.get("weight_decay", 0.0))
+        self._at, self._count = len(optimizer.param_groups) - 1, len(groups)
+        for place, group in enumerate(groups, start=self._at):
+            optimizer.add_param_group({**options, **group})
+            optimizer.param_groups.insert(place, optimizer.param_groups.pop())
+        self.steps = 0  # that the optimizer took; a GradScaler skips some
+        self._handles: list[Removable] = [
+            optimizer.register_state_dict_post_hook(self._take_out),
+            optimizer.register_load_state_dict_pre_hook(self._put_in),
+            optimizer.register_step_post_hook(self._count_step),
+        ]
+        self._optimizer, self._schedule = optimizer, schedule
+        vars(schedule).update(self.with_ours(vars(schedule)))
+        self._kind = type(schedule)
+        schedule.__class__ = _as_without(self._kind, self)
+
+    def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self.steps += 1
+
+    # --- the optimizer ------------------------------------------------------------------------
+
+    def _take_out(self, optimizer: Optimizer, state: State) -> State:
+        groups: Groups = state["param_groups"]
+        own = groups[self._at : self._at + self._count]
+        rest = groups[: self._at] + groups[self._at + self._count :]
+        ours = _numbered(own, state["state"])
+        return {**_numbered(rest, state["state"]), KEY: {**ours, **self._methods_state()}}
+
+    def _methods_state(self) -> State:
+        return {"distiller": self.distiller.state_dict()}
+
+    def _put_in(self, optimizer: Optimizer, state: State) -> State:
+        ours: State | None = state.get(KEY)
+        theirs: Groups = state["param_groups"]
+        if ours is None:
+            log.warning(
+                "checkpoint written without kdhooks: the methods start from their first step"
+            )
+            ours = {"state": {}, "param_groups": self._fresh_groups(optimizer, theirs[-1])}
+        else:
+            self._load(ours)
+        groups = [*theirs[: self._at], *ours["param_groups"], *theirs[self._at :]]
+        return _merged(groups, ours["param_groups"], state["state"], ours["state"])
+
+    def _fresh_groups(self, optimizer: Optimizer, head: dict[str, Any]) -> Groups:
+        """Our groups with what the checkpoint says of the head's, but for their decay."""
+        own = optimizer.param_groups[self._at : self._at + self._count]
+        sizes = [len(group["params"]) for group in own]
+        return [
+            {**head, "weight_decay": group["weight_decay"], "params": numbers}
+            for group, numbers in zip(own, _consecutive(sizes), strict=True)
+        ]
+
+    def _load(self, ours: State) -> None:
+        try:
+            self.distiller.load_state_dict(ours["distiller"])
+        except RuntimeError as error:
+            raise KDHooksError(
+                "arcface_torch: this checkpoint was written with other methods than the recipe's; "
+                f"resume with those, or start a new run; {error}"
+            ) from error
+
+    # --- the schedule -------------------------------------------------------------------------
+
+    def with_ours(self, state: State) -> State:
+        """A schedule's state with entries for our groups, those of the head's."""
+        return {
+            key: [*value[: self._at], *value[-1:] * self._count, *value[self._at :]]
+            for key, value in state.items()
+            if key in _BY_GROUP
+        }
+
+    def without_ours(self, state: State) -> State:
+        return {
+            key: [*value[: self._at], *value[self._at + self._count :]]
+            for key, value in state.items()
+            if key in _BY_GROUP
+        }
+
+    def remove(self) -> None:
+        """Give both back as they were."""
+        for handle in self._handles:
+            handle.remove()
+        ours = slice(self._at, self._at + self._count)
+        for group in self._optimizer.param_groups[ours]:
+            for parameter in group["params"]:
+                self._optimizer.state.pop(parameter, None)
+        del self._optimizer.param_groups[ours]
+        vars(self._schedule).update(self.without_ours(vars(self._schedule)))
+        self._schedule.__class__ = self._kind
+
+
+def _as_without(kind: type[LRScheduler], joined: Joined) -> type[LRScheduler]:
+    """A kind of schedule whose state is that of a run without kdhooks."""
+
+    class Schedule(kind):  # type: ignore[misc,valid-type]
+        def state_dict(self) -> State:
+            state: State = super().state_dict()
+            return {**state, **joined.without_ours(state)}
+
+        def load_state_dict(self, state_dict: State) -> None:
+            super().load_state_dict({**state_dict, **joined.with_ours(state_dict)})
+
+    return Schedule
+
+
+def _numbered(groups: Groups, state: dict[int, Any]) -> State:
+    """These groups alone, their parameters numbered from 0."""
+    number = {old: new for new, old in enumerate(_params(groups))}
+    return {
+        "state": {number[old]: of for old, of in state.items() if old in number},
+        "param_groups": [{**g, "params": [number[old] for old in g["params"]]} for g in groups],
+    }
+
+
+def _merged(
+    groups: Groups, ours: Groups, theirs_state: dict[int, Any], ours_state: dict[int, Any]
+) -> State:
+    """All groups in a row, their parameters numbered from 0; `ours` are among them."""
+    state: dict[int, Any] = {}
+    merged: Groups = []
+    for group, numbers in zip(
+        groups, _consecutive([len(g["params"]) for g in groups]), strict=True
+    ):
+        source = ours_state if any(group is own for own in ours) else theirs_state
+        pairs = list(zip(group["params"], numbers, strict=True))
+        state.update({new: copy(source[old]) for old, new in pairs if old in source})
+        merged.append({**group, "params": numbers})
+    return {"state": state, "param_groups": merged}
+
+
+def _params(groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [number for group in groups for number in group["params"]]
+
+
+def _consecutive(sizes: Sequence[int]) -> list[list[int]]:
+    """[2, 1] -> [[0, 1], [2]]."""
+    numbers = iter(range(sum(sizes)))
+    return [[next(numbers) for _ in range(size)] for size in sizes]

@@ -1,0 +1,68 @@
+"""The trainer's backbones: where their stages end, and the teacher's, made by their factory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.hookspecs import hookimpl
+from kdhooks.recipe import NetworkFactory, Recipe
+
+
+class Backbones:
+    """The stages of arcface_torch's backbones, at 1/2, 1/4, 1/8 and 1/16 of the input.
+
+    A vision transformer keeps one size throughout; its stages are the quarters of its depth.
+    """
+
+    @hookimpl
+    def model_stages(self, model: nn.Module) -> list[str] | None:
+        kind = type(model).__name__
+        if kind == "IResNet":
+            return ["layer1", "layer2", "layer3", "layer4"]
+        if kind == "MobileFaceNet":
+            return ["layers.1", "layers.3", "layers.5", "conv_sep"]
+        if kind == "VisionTransformer":
+            depth = len(model.blocks)  # type: ignore[arg-type]  # a ModuleList
+            return [f"blocks.{depth * quarter // 4 - 1}" for quarter in (1, 2, 3, 4)]
+        return None
+
+
+def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) -> NetworkFactory:
+    """The trainer's own get_model, with the embedding width that the checkpoint has."""
+
+    def make(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
+        factory = get_model or _trainers_get_model()
+        # All of its backbones end in a BatchNorm1d of the embedding's width.
+        widths = [len(tensor) for tensor in state.values() if tensor.ndim == 1]
+        dtype = recipe.teacher.get("dtype", "float32")
+        if dtype == "bfloat16":
+            raise KDHooksError(
+                "arcface_torch: its networks know float32 and float16 alone; found teacher.dtype "
+                "'bfloat16'"
+            )
+        half = dtype == "float16"
+        try:
+            return factory(
+                network, dropout=0.0, fp16=half, num_features=widths[-1] if widths else 512
+            )
+        except ValueError as error:
+            raise KDHooksError(
+                f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
+                f"takes names like r50, r100, mbf, vit_b ({error})"
+            ) from error
+
+    return make
+
+
+def _trainers_get_model() -> Callable[..., nn.Module]:
+    try:
+        import backbones  # type: ignore[import-not-found]  # arcface_torch's own package
+    except ImportError as error:
+        raise KDHooksError(
+            "arcface_torch: its package 'backbones' can't be imported; run in its folder, or give "
+            "attach(…, get_model=…)"
+        ) from error
+    factory: Callable[..., nn.Module] = backbones.get_model
+    return factory
