@@ -137,7 +137,8 @@ class ClassifierShare(Tap):
             gather(step.labels, group),
         )
         if self.mode == "compare":
-            return *batch, step.classifier, step.head
+            assert step.head is not None
+            return *batch, step.classifier, step.head.trained()
         return *batch, step.classifier
 
 

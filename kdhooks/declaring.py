@@ -10,6 +10,7 @@ from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTa
 from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.hookspecs import Specs
+from kdhooks.shards import ClassShard
 from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher import Teacher
 
@@ -117,6 +118,30 @@ def _check(tap: Tap, student: Model, teacher: Model) -> None:
         )
     if isinstance(tap, ParameterTap):
         own_parameters(student, tap)
+
+
+def check_head(taps: Sequence[Tap], student: Model, head: ClassShard | None) -> None:
+    """Who compares class scores needs the student's own classifier, in training."""
+    for tap in taps:
+        if not (isinstance(tap, ClassifierShare) and tap.mode == "compare"):
+            continue
+        if head is None:
+            raise KDHooksError(
+                f"{tap.name} compares class scores, and the student's own classifier is not known; "
+                "give Distiller(…, head=ClassShard(weight, 0, classes)), or use fcd, which needs "
+                "none"
+            )
+        if head.weight.shape[1] != student.embedding_dim:
+            raise KDHooksError(
+                f"{tap.name}: the student's classifier must be as wide as its embedding; found "
+                f"rows of {head.weight.shape[1]} and {student.embedding_dim}"
+            )
+        if not head.weight.requires_grad:
+            raise KDHooksError(
+                f"{tap.name}: the student's classifier must be trained; found rows without a "
+                "gradient (a head that copies the sampled ones has such); use fcd, or a head that "
+                "trains all its rows"
+            )
 
 
 def own_parameters(student: Model, tap: ParameterTap) -> list[nn.Parameter]:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
-from kdhooks.declaring import Declarations, own_parameters, probe_student, probe_teacher
+from kdhooks.declaring import (
+    Declarations,
+    check_head,
+    own_parameters,
+    probe_student,
+    probe_teacher,
+)
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.shards import ClassShard
 from kdhooks.taps import StudentTaps, unwrap
@@ -84,6 +90,7 @@ class Distiller(nn.Module):
             self.adapter = self._teacher.adapter = asked.teacher_adapter(theirs)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
         self._stages = {stage.path: stage.shape for stage in ours.stages}
+        check_head(self.taps, ours, head)
         self._take_rows(theirs)
         self._connect(ours)
         self.to(first.device)

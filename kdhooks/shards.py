@@ -8,7 +8,7 @@ gradients is the gradient of that loss, with factor exactly 1.
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,6 +149,16 @@ class ClassShard:
     offset: int
     total: int
     group: "dist.ProcessGroup | None" = None
+
+    def trained(self) -> "ClassShard":
+        """These rows, for a loss of the global batch that trains them.
+
+        Backward differentiates the sum over ranks, and nobody takes the mean for a shard.
+        """
+        if self.group is None:
+            return self
+        share = self.weight / dist.get_world_size(self.group)
+        return replace(self, weight=share + (self.weight - share).detach())
 
     def gather(self, embedding: Tensor) -> Tensor:
         """(b d) -> (w·b d): the batches of all ranks, differentiable."""

@@ -101,7 +101,7 @@ def check_method(
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = student().train()
-        rows = torch.randn(_CLASSES, 12)
+        rows = torch.randn(_CLASSES, 12, requires_grad=True)
 
     def distiller(network: nn.Module, **more: object) -> Distiller:
         return Distiller(

@@ -53,7 +53,7 @@ def expected_of(loss: MutualRelations, prototypes: Tensor) -> reference.CoupleFa
         loss.alpha,
         loss.q,
         loss.two_sided,
-        loss.warmup_steps,
+        loss.warmup.total,
         loss.bank_momentum,
     )
 
@@ -422,9 +422,9 @@ def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path)
         step(straight, seed)
     torch.save(straight.state_dict(), tmp_path / "state.pt")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    keys = {"prototypes", "neighbours", "steps", "student_bank", "teacher_bank"}
+    keys = {"prototypes", "neighbours", "warmup.steps", "student_bank", "teacher_bank"}
     assert keys < set(straight.state_dict())
-    assert straight.state_dict()["steps"] == 3
+    assert straight.state_dict()["warmup.steps"] == 3
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
     for seed in range(3, 8):

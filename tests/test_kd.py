@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError
 from kdhooks.declarations import Step
-from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
+from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.kd import KD
 from tests import golden
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
@@ -188,11 +188,7 @@ def test_conforms_with_other_options(options: dict[str, float]) -> None:
 
 
 def distilled(head: ClassShard | None) -> None:
-    student = TinyFaceNet()
-    made = Distiller(student, tiny_teacher(), ["kd"], head=head, input_shape=(3, 32, 32))
-    images, labels = tiny_batch()
-    student(images)
-    made(images, labels)
+    Distiller(TinyFaceNet(), tiny_teacher(), ["kd"], head=head, input_shape=(3, 32, 32))
 
 
 def test_a_host_without_a_head_is_refused() -> None:
@@ -205,6 +201,13 @@ def test_a_host_without_a_head_is_refused() -> None:
 def test_a_head_of_another_width_is_refused() -> None:
     with pytest.raises(KDHooksError, match="as wide as its embedding; found rows of 5 and 12"):
         distilled(whole(torch.ones(6, 5)))
+
+
+def test_a_head_that_is_not_trained_is_refused() -> None:
+    with pytest.raises(
+        KDHooksError, match=r"kd: .* must be trained; found rows without"
+    ):
+        distilled(whole(torch.ones(6, 12)))
 
 
 @pytest.mark.parametrize(

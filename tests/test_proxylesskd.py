@@ -420,7 +420,7 @@ def test_goes_on_bit_by_bit_from_its_state_dict() -> None:
         arguments = normal(step, 4, 6), None, golden.Y, whole(golden.W)
         ours, theirs = straight(*arguments)[0], resumed(*arguments)[0]
         assert torch.equal(ours, theirs)
-    assert straight.state_dict()["steps"] == resumed.state_dict()["steps"] == 6
+    assert straight.state_dict()["warmup.steps"] == resumed.state_dict()["warmup.steps"] == 6
 
 
 # --- errors ----------------------------------------------------------------------------------

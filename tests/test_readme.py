@@ -17,13 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks import Distiller, methods
+from kdhooks import methods
 from kdhooks.cli import main
 from kdhooks.discovery import load
 from kdhooks.hookspecs import Specs
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks_integrations.arcface_torch import Installation
+from kdhooks_integrations.arcface_torch import Attachment, Installation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,7 +103,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The main program, with what train_v2.py imports; and arcface_torch's own package."""
     script = ModuleType("__main__")
-    vars(script).update(get_model=get_model, PartialFC_V2=PartialFC)
+    vars(script).update(get_model=get_model, PartialFC_V2=PartialFC, PolynomialLRWarmup=ConstantLR)
     backbones = ModuleType("backbones")
     vars(backbones).update(get_model=get_model)
     monkeypatch.setitem(sys.modules, "__main__", script)
@@ -120,10 +121,16 @@ def run(block: str, **names: object) -> dict[str, Any]:
     return namespace
 
 
-def terms_of(head: nn.Module) -> list[str]:
-    distiller = head.get_submodule("kdhooks")
-    assert isinstance(distiller, Distiller)
-    return [tap.name for tap in distiller.taps]
+def terms_of(attachment: Attachment | None) -> list[str]:
+    assert attachment is not None
+    return [tap.name for tap in attachment.distiller.taps]
+
+
+def scheduled(
+    schedule: type[ConstantLR], *models: nn.Module
+) -> tuple[torch.optim.Optimizer, ConstantLR]:
+    optimizer = torch.optim.SGD([{"params": model.parameters()} for model in models], lr=0.1)
+    return optimizer, schedule(optimizer)
 
 
 # --- the blocks ------------------------------------------------------------------------------
@@ -138,23 +145,32 @@ def test_block_recipe(folder: Path) -> None:
 def test_block_arcface_install(folder: Path, trainer: ModuleType) -> None:
     run("arcface-install")
     script = vars(trainer)
+    installed = script["get_model"].__self__
     backbone = script["get_model"]("r18", dropout=0.0, fp16=False, num_features=DIM).train()
     head = script["PartialFC_V2"](None, DIM, CLASSES, 1.0, False)
+    scheduled(script["PolynomialLRWarmup"], backbone, head)
     images, labels = batch()
     embedding = backbone(images)
     plain = F.cross_entropy(embedding @ head.weight.T, labels)
     loss = head.train()(embedding, labels)
-    assert terms_of(head) == ["fcd", "coupleface"]
+    assert terms_of(installed.attachment) == ["fcd", "coupleface"]
     assert loss > plain + 1
     loss.backward()
 
 
 def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
     backbone, head = Network().train(), PartialFC(None, DIM, CLASSES)
-    run("arcface-attach", backbone=backbone, module_partial_fc=head)
+    opt, lr_scheduler = scheduled(ConstantLR, backbone, head)
+    names = run(
+        "arcface-attach",
+        backbone=backbone,
+        module_partial_fc=head,
+        opt=opt,
+        lr_scheduler=lr_scheduler,
+    )
     images, labels = batch()
     head(backbone(images), labels).backward()
-    assert terms_of(head) == ["fcd", "coupleface"]
+    assert terms_of(names["attachment"]) == ["fcd", "coupleface"]
 
 
 def test_block_plain() -> None:

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from kdhooks import FeatureTap, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
-from kdhooks_plugins.reviewkd import LEVELS, ReviewedFeatures, ReviewKD, WarmUp, pyramid
+from kdhooks_plugins._warmup import WarmUp
+from kdhooks_plugins.reviewkd import LEVELS, ReviewedFeatures, ReviewKD, pyramid
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
 from tests.references import at as at_reference

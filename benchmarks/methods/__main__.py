@@ -71,7 +71,7 @@ def _run(left: list[tuple[Row, int]], options: argparse.Namespace, results: Path
     print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
     exam = Exam(tested, teacher)
     _append(results, _record("teacher", 0, exam.teachers_score, options))
-    settings = Settings(images_seen=options.images_seen)
+    settings = Settings(images_seen=options.images_seen, batch=30)
     for row, seed in tqdm(left, desc="students"):
         score = exam.score(train(lesson, row, settings, seed))
         _append(results, _record(row.name, seed, score, options))

@@ -6,11 +6,11 @@ Weights are those that `--sweep` found best on the validation pairs; see docs/re
 from kdhooks.demo.training import Row
 
 LABELS = "labels alone"
-SWEPT = (1 / 4, 1.0, 4.0)  # times the method's weight below
+SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
 
 FCD = {"name": "fcd", "weight": 32.0}
 COUPLEFACE = {"name": "coupleface", "weight": 16.0, "k": 100}
-ECKD = {"name": "eckd", "weight": 1.0}
+ECKD = {"name": "eckd", "weight": 4.0}
 # The student's classifier is replaced by the teacher's; scale and margin are the labels' loss's.
 PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
 CAKD = {"name": "cakd", "weight": 1.0, "width": 128, "heads": 4, "prompts": 0}

@@ -22,7 +22,8 @@ from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._attention import Energy, Logits, refuse_single_pixels, unit
 from kdhooks_plugins._maps import paired_grids, pool, to_smaller
-from kdhooks_plugins.reviewkd import ReviewPath, WarmUp, conv, pyramid
+from kdhooks_plugins._warmup import WarmUp
+from kdhooks_plugins.reviewkd import ReviewPath, conv, pyramid
 
 SOURCES = ("activation", "cbam_spatial", "cbam_channel")
 DIRECTIONS = ("student_review", "teacher_fused")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks.shards import Rows, gather, world
+from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.neighbours import mined, nearest_classes
 
 log = logging.getLogger("kdhooks")
@@ -29,7 +30,6 @@ class MutualRelations(nn.Module):
     neighbours: Tensor
     student_bank: Tensor
     teacher_bank: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -46,12 +46,11 @@ class MutualRelations(nn.Module):
         """prototypes (c e), unit rows; neighbours (c k) int32, -1 where fewer are left."""
         super().__init__()
         self.alpha, self.q, self.two_sided = alpha, q, two_sided
-        self.warmup_steps = warmup_steps
+        self.warmup = WarmUp(warmup_steps)
         self.bank_momentum = bank_momentum
         self.projector = projector or nn.Identity()
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("neighbours", neighbours)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         if bank_momentum is not None:
             self.register_buffer("student_bank", torch.zeros_like(prototypes))
             self.register_buffer("teacher_bank", torch.zeros_like(prototypes))
@@ -63,7 +62,7 @@ class MutualRelations(nn.Module):
         s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
         fcd = (s - t).square().sum(dim=1).mean()
         rad, active = self._rad(s, t, labels)
-        loss = fcd + self.alpha * self._ramp() * rad
+        loss = fcd + self.alpha * self.warmup(rad)
         if self.training:
             self._advance(s.detach(), t, labels)
         return loss, {"fcd": fcd, "rad": rad, "active": active}
@@ -86,12 +85,8 @@ class MutualRelations(nn.Module):
         active = ((hinge > 0) & valid).sum() / count
         return (hinge * valid).sum() / count, active
 
-    def _ramp(self) -> Tensor | float:
-        return (self.steps / self.warmup_steps).clamp(max=1.0) if self.warmup_steps else 1.0
-
     @torch.no_grad()
     def _advance(self, s: Tensor, t: Tensor, labels: Tensor) -> None:
-        self.steps += 1
         if self.bank_momentum is None:
             return
         s, t, labels = gather(s, world()), gather(t, world()), gather(labels, world())

@@ -8,7 +8,6 @@ an option, 0 by default.
 
 from dataclasses import replace
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, hookimpl
@@ -28,10 +27,10 @@ class SoftenedScores(nn.Module):
         teacher: Tensor,
         labels: Tensor,
         classifier: ClassShard,
-        head: ClassShard | None,
+        head: ClassShard,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
-        log_s = self._log_p(student, labels, _own(student, head))
+        log_s = self._log_p(student, labels, head)
         classifier = replace(classifier, weight=classifier.weight.detach())
         log_t = self._log_p(teacher.detach(), labels, classifier)
         p_t = log_t.exp()
@@ -46,25 +45,6 @@ class SoftenedScores(nn.Module):
             margin = embedding.new_full((len(embedding),), -self.margin)
             cosines = rows.add(cosines, labels, margin)
         return rows.log_softmax(self.scale / self.temperature * cosines)
-
-
-def _own(student: Tensor, head: ClassShard | None) -> ClassShard:
-    """The student's rows; their gradient over the ranks, since no mean follows for a shard."""
-    if head is None:
-        raise KDHooksError(
-            "kd compares class scores, and the student's own classifier is not known; give "
-            "Distiller(…, head=ClassShard(weight, 0, classes)), or use fcd, which needs none"
-        )
-    weight = head.weight
-    if weight.shape[1] != student.shape[1]:
-        raise KDHooksError(
-            "kd: the student's classifier must be as wide as its embedding; found rows of "
-            f"{weight.shape[1]} and {student.shape[1]}"
-        )
-    if head.group is None:
-        return head
-    share = weight / dist.get_world_size(head.group)
-    return replace(head, weight=share + (weight - share).detach())
 
 
 class KD:

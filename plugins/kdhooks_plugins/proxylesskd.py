@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks_plugins._warmup import WarmUp
 
 MARGINS = ("arcface", "cosface", "combined")
 _EPS = 1e-7  # keeps arccos differentiable at ±1
@@ -26,8 +27,6 @@ class MarginSoftmax(nn.Module):
 
     The mean over the samples that have a label: those below 0 are left out.
     """
-
-    steps: Tensor
 
     def __init__(
         self,
@@ -45,10 +44,9 @@ class MarginSoftmax(nn.Module):
         self.m, self.m2, self.scale = m, m2, scale
         self.monotone = monotone
         self.straight_through = straight_through
-        self.margin_warmup_steps = margin_warmup_steps
+        self.warmup = WarmUp(margin_warmup_steps)
         self.fcd_weight = fcd_weight
         self.projector = projector or nn.Identity()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor, classifier: ClassShard
@@ -72,21 +70,13 @@ class MarginSoftmax(nn.Module):
 
     def _psi(self, cosine: Tensor) -> Tensor:
         """(b) -> (b): cos(θ + m) - m2; past θ = π - m, where that rises, a straight line."""
-        m, m2 = self._margins(cosine.dtype)
+        ramp: Tensor = self.warmup(cosine.new_ones(()))
+        m, m2 = self.m * ramp, self.m2 * ramp
         turned = torch.cos(torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m)
         if self.monotone:
             line = cosine - m * torch.sin(math.pi - m)
             turned = torch.where(cosine > torch.cos(math.pi - m), turned, line)
         return turned - m2
-
-    def _margins(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ramp = torch.ones_like(self.steps, dtype=dtype)
-        if self.margin_warmup_steps:
-            ramp = (self.steps.to(dtype) / self.margin_warmup_steps).clamp(max=1.0)
-        if self.training:
-            with torch.no_grad():
-                self.steps += 1
-        return self.m * ramp, self.m2 * ramp
 
 
 class ProxylessKD:

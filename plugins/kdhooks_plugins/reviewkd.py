@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._maps import Grid, paired_grids, pool
+from kdhooks_plugins._warmup import WarmUp
 
 LEVELS = (4, 2, 1)
 _WIDEST = 512
@@ -90,25 +91,6 @@ def pyramid(
             size = (level, level)
             total = total + weight * distance(pool(ours, size), pool(theirs, size))
     return total / weights
-
-
-class WarmUp(nn.Module):
-    """A factor that grows linearly from 0 to 1 over the first steps in training."""
-
-    steps: Tensor
-
-    def __init__(self, total: int) -> None:
-        super().__init__()
-        self.total = total
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def forward(self, loss: Tensor) -> Tensor:
-        """() -> ()."""
-        factor = (self.steps.to(loss.dtype) / max(self.total, 1)).clamp(max=1.0)
-        if self.training:
-            with torch.no_grad():
-                self.steps += 1
-        return factor * loss if self.total else loss
 
 
 def conv(inside: int, outside: int, size: int) -> nn.Conv2d:
