@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench-methods clean
 
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
 
 test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+bench-methods: .venv/.demo
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 check: .venv/.test
 	$(BIN)/ruff format --check .

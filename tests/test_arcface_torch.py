@@ -20,6 +20,19 @@ METHODS: dict[str, dict[str, object]] = {
     "coupleface": COUPLEFACE,
     "proxylesskd": {"name": "proxylesskd"},
 }
+EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
+    **METHODS,
+    "acsr": {"name": "acsr", "warmup_steps": 4},
+    "at": {"name": "at"},
+    "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 4},
+    "cakd": {"name": "cakd", "width": 8, "heads": 2, "centres": 4, "prompts": 0},
+    "eckd": {"name": "eckd"},
+    "kd": {"name": "kd"},
+    "own": {"name": "proxylesskd", "head": "own", "margin_warmup_steps": 4},
+    "reviewkd": {"name": "reviewkd", "warmup_steps": 4},
+    "rkd": {"name": "rkd"},
+    "sp": {"name": "sp"},
+}
 PROJECTED = [{**FCD, "projector": True}, {**COUPLEFACE, "projector": True}]
 OUTCOME = ("losses", "verified", "backbone", "head", "generator", "groups", "files")
 NOT_COMPRESSED: dict[str, Any] = {"compress": False, "sample_rate": 1.0, "lr": 0.02}
@@ -213,6 +226,15 @@ def test_weight_zero_is_the_plain_run(
     assert outcome(report) == outcome(one.run()[0])
 
 
+@pytest.mark.parametrize("gradient_acc", [1, 2])
+def test_weight_zero_of_every_method_at_once_is_the_plain_run(
+    one: Trainer, teacher: dict[str, str], gradient_acc: int
+) -> None:
+    nothing = [{**m, "weight": 0.0} for name, m in EVERY.items() if name not in ("bank", "own")]
+    (report,) = one.run(install(teacher, *nothing), gradient_acc=gradient_acc)
+    assert {**outcome(report), "groups": [34, 1]} == outcome(one.run(gradient_acc=gradient_acc)[0])
+
+
 def test_weight_zero_with_projectors_is_the_plain_run(one: Trainer, wide: dict[str, str]) -> None:
     nothing = [{**method, "weight": 0.0} for method in PROJECTED]
     report, plain = outcome(one.run(install(wide, *nothing))[0]), outcome(one.run()[0])
@@ -307,6 +329,20 @@ def test_resume_equals_the_straight_run(
             assert second[what] == whole_run[what]
 
 
+@pytest.mark.parametrize("method", EVERY)
+def test_resume_equals_the_straight_run_with_every_method(
+    one: Trainer, teacher: dict[str, str], method: str
+) -> None:
+    line, whole = install(teacher, EVERY[method]), {"num_epoch": 2, "gradient_acc": 3}
+    fixed: dict[str, Any] = {**whole, "sample_rate": 1.0}
+    (straight,) = one.run(line, **fixed)
+    (stopped,) = one.run(line, **fixed, before_loop="cfg.num_epoch = 1")
+    (resumed,) = one.run(line, **fixed, resume=stopped["output"])
+    assert stopped["losses"] + resumed["losses"] == straight["losses"]
+    for what in ("backbone", "head", "auxiliaries"):
+        assert resumed[what] == straight[what]
+
+
 def test_a_plain_checkpoint_can_be_resumed_with_a_method(
     one: Trainer, teacher: dict[str, str]
 ) -> None:
@@ -385,6 +421,20 @@ def test_accumulation_comes_from_the_trainers_config(one: Trainer, teacher: dict
         ask={"accumulation": "installed.attachment.distiller.accumulation"},
     )
     assert report["extra"] == {"accumulation": 2}
+
+
+def test_checkpoints_of_two_ages_are_refused(two: Trainer, teacher: dict[str, str]) -> None:
+    line = install(teacher, FCD)
+    early = two.run(line, num_epoch=3, before_loop="cfg.num_epoch = 1")[0]["output"]
+    late = two.run(line, num_epoch=3, before_loop="cfg.num_epoch = 2")[0]["output"]
+    mixed = two.folder / "mixed"
+    mixed.mkdir()
+    for rank, source in enumerate((early, late)):
+        name = f"checkpoint_gpu_{rank}.pt"
+        (mixed / name).write_bytes(Path(source, name).read_bytes())
+    for report in two.run(line, num_epoch=3, resume=str(mixed)):
+        assert report["error"] == "KDHooksError"
+        assert "must be of one step; found [3, 6], by rank" in report["message"]
 
 
 # --- what it logs --------------------------------------------------------------------------------
@@ -694,6 +744,14 @@ def test_the_output_of_a_compiled_backbone_can_be_tapped_late(
     assert report["losses"] != one.run(after_schedule=FIRST_CALL)[0]["losses"]
 
 
+EQUAL_ROWS = (
+    "whole = torch.randn(6, 16, generator=torch.Generator().manual_seed(4))\n"
+    "start = module_partial_fc.class_start\n"
+    "own = whole[start : start + module_partial_fc.num_local]\n"
+    "if module_partial_fc.weight.requires_grad: module_partial_fc.weight.data.copy_(own)\n"
+)
+
+
 # --- two processes -------------------------------------------------------------------------------
 
 
@@ -704,6 +762,15 @@ def test_auxiliaries_stay_equal_on_two_ranks_with_uneven_classes(
     own = {"name": "proxylesskd", "head": "own", "projector": True}
     first, second = two.run(install(few, *PROJECTED, own), num_classes=5, gradient_acc=2)
     assert first["auxiliaries"] == second["auxiliaries"] != first["first_auxiliaries"]
+    assert first["parameters"] == second["parameters"]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_stays_equal_on_two_ranks(
+    two: Trainer, teacher: dict[str, str], method: str
+) -> None:
+    first, second = two.run(install(teacher, EVERY[method]), gradient_acc=2)
+    assert first["auxiliaries"] == second["auxiliaries"]
     assert first["parameters"] == second["parameters"]
 
 
@@ -754,13 +821,7 @@ def test_two_ranks_equal_one_on_the_same_global_batch(
     chosen = [projected[method] for method in methods]
     used = wide if {"fcd", "coupleface"} & set(methods) else teacher
     line = install(used, *chosen) if chosen else ""
-    rows = (
-        "whole = torch.randn(6, 16, generator=torch.Generator().manual_seed(4))\n"
-        "start = module_partial_fc.class_start\n"
-        "own = whole[start : start + module_partial_fc.num_local]\n"
-        "if module_partial_fc.weight.requires_grad: module_partial_fc.weight.data.copy_(own)\n"
-    )
-    same = {"network": "frozen", "after_schedule": rows, **NOT_COMPRESSED}
+    same = {"network": "frozen", "after_schedule": EQUAL_ROWS, **NOT_COMPRESSED}
     (alone,) = one.run(line, batch_size=24, **same)
     first, second = two.run(line, batch_size=12, **same)
     mean = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
@@ -792,6 +853,25 @@ def test_a_term_that_fails_on_one_rank_is_left_out_on_both(
     assert first["extra"] == second["extra"] == {"skipped": 1}
     assert first["parameters"] == second["parameters"]
     assert first["auxiliaries"] == second["auxiliaries"]
+
+
+def test_four_ranks_equal_one(
+    one: Trainer, wide: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Six classes over four ranks: two of them hold two, two hold one."""
+    four = Trainer(4, tmp_path_factory.mktemp("four"))
+    own = {"name": "proxylesskd", "head": "own", "projector": True}
+    line = install(wide, *PROJECTED, own)
+    same: dict[str, Any] = {"network": "frozen", "after_schedule": EQUAL_ROWS, **NOT_COMPRESSED}
+    try:
+        reports = four.run(line, batch_size=6, **same)
+    finally:
+        four.close()
+    (alone,) = one.run(line, batch_size=24, **same)
+    means = [sum(losses) / 4 for losses in zip(*(r["losses"] for r in reports), strict=True)]
+    torch.testing.assert_close(means, alone["losses"], rtol=1e-4, atol=1e-4)
+    assert len({report["parameters"] for report in reports}) == 1
+    assert len({report["auxiliaries"] for report in reports}) == 1
 
 
 def test_verification_on_one_of_two_ranks_does_not_wait_for_the_other(

@@ -204,9 +204,7 @@ def test_a_head_of_another_width_is_refused() -> None:
 
 
 def test_a_head_that_is_not_trained_is_refused() -> None:
-    with pytest.raises(
-        KDHooksError, match=r"kd: .* must be trained; found rows without"
-    ):
+    with pytest.raises(KDHooksError, match=r"kd: .* must be trained; found rows without"):
         distilled(whole(torch.ones(6, 12)))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ MOST = 20  # images of a person
 
 def chosen(faces: Faces) -> Faces:
     """The first images, MOST at most, of each person who has two or more."""
-    rank: dict[str, int] = {}
-    number = np.array([rank.setdefault(p, 0) or 0 for p in faces.people])
-    for row, person in enumerate(faces.people):
-        number[row], rank[person] = rank[person], rank[person] + 1
-    several = np.array([rank[person] > 1 for person in faces.people])
-    return faces.where(several & (number < MOST))
+    images: Counter[str] = Counter()
+    number = []
+    for person in faces.people:
+        number.append(images[person])
+        images[person] += 1
+    pairs = zip(faces.people, number, strict=True)
+    return faces.where(np.array([images[person] > 1 and n < MOST for person, n in pairs]))
 
 
 class Material:

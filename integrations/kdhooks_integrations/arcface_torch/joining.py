@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any, TypeAlias
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
+from kdhooks.shards import world
 from kdhooks.taps import Removable
 
 log = logging.getLogger("kdhooks")
@@ -71,6 +73,7 @@ class Joined:
     def _put_in(self, optimizer: Optimizer, state: State) -> State:
         ours: State | None = state.get(KEY)
         theirs: Groups = state["param_groups"]
+        _refuse_ranks_apart(ours)
         if ours is None:
             log.warning(
                 "checkpoint written without kdhooks: the methods start from their first step"
@@ -127,6 +130,20 @@ class Joined:
         del self._optimizer.param_groups[ours]
         vars(self._schedule).update(self.without_ours(vars(self._schedule)))
         self._schedule.__class__ = self._kind
+
+
+def _refuse_ranks_apart(ours: State | None) -> None:
+    """Each rank saves its own checkpoint; a run that is killed meanwhile leaves two ages."""
+    if world() is None:
+        return
+    step = None if ours is None else int(ours["distiller"]["_extra_state"])
+    steps: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise KDHooksError(
+            f"arcface_torch: the ranks' checkpoints must be of one step; found {steps}, by rank: "
+            "the run ended while it saved; resume from an older copy of all of them"
+        )
 
 
 def _as_without(kind: type[LRScheduler], joined: Joined) -> type[LRScheduler]:

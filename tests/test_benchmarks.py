@@ -1,0 +1,44 @@
+"""The benchmark of the methods: who is trained on, what is compared with what."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+import torch
+
+from benchmarks.methods.material import MOST, chosen
+from benchmarks.methods.report import added, table
+from benchmarks.methods.rows import LABELS, ROWS, swept
+from kdhooks.demo.faces import Faces
+from kdhooks.recipe import Recipe
+
+
+def test_people_with_one_image_are_left_out_and_none_has_too_many() -> None:
+    names = [f"alone/{0:03d}", *(f"many/{i:03d}" for i in range(30)), "two/0", "two/1"]
+    kept = chosen(Faces(torch.zeros(len(names), 3, 2, 2, dtype=torch.uint8), tuple(names)))
+    assert kept.names == (*names[1 : 1 + MOST], "two/0", "two/1")
+
+
+def record(accuracy: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "tar2": 0.5, "tar3": 0.1, "eer": 0.2, "cross": 0.5, "seconds": 3}
+
+
+def test_rows_are_compared_with_labels_alone_of_the_same_seed() -> None:
+    rows = {LABELS: {0: record(0.7), 1: record(0.8)}, "fcd": {1: record(0.85), 2: record(0.9)}}
+    assert added(rows, "fcd", "accuracy") == [pytest.approx(0.05)]
+    assert added(rows, LABELS, "accuracy") == []
+    line = table(rows).splitlines()[-1]
+    assert line.startswith("| fcd | 87.5 ± 3.5 |")
+    assert "| 5.0 |" in line
+
+
+def test_every_row_is_a_recipe() -> None:
+    for row in [*ROWS, *swept()]:
+        if row.methods:
+            Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
+    names = [row.name for row in swept()]
+    assert len(set(names)) == len(names)
