@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from kdhooks.declaring import (
     probe_teacher,
 )
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.shards import ClassShard
+from kdhooks.shards import ClassShard, Rows
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher import Teacher, TeacherOutput
 
@@ -190,9 +191,15 @@ class Distiller(nn.Module):
                 "be the same classes in the same order"
             )
         if any(isinstance(tap, ClassifierShare) for tap in self.taps):
-            start, count = (head.offset, len(head.weight)) if head else (0, rows.total)
-            self.register_buffer("teacher_rows", rows.slice(start, start + count), persistent=False)
+            start, stop = self._bounds(rows)
+            self.register_buffer("teacher_rows", rows.slice(start, stop), persistent=False)
             self._split = start, rows.total, head.group if head else None
+
+    def _bounds(self, rows: Rows) -> tuple[int, int]:
+        """Of this rank's rows."""
+        if self._head is None:
+            return 0, rows.total
+        return self._head.offset, self._head.offset + len(self._head.weight)
 
     def _classifier(self) -> ClassShard | None:
         if self._split is None:
@@ -243,14 +250,20 @@ class Distiller(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
-    def hand_over(self, tap: ClassifierShare) -> Tensor:
-        """This rank's teacher rows (c e), for a host whose own head computes this term itself."""
+    def hand_over(self, tap: ClassifierShare) -> Callable[[], Tensor]:
+        """For a host whose own head computes this term: reads this rank's teacher rows (c e)."""
         if tap.host_conflict or any(True for _ in tap.loss.parameters()):
             reason = tap.host_conflict or "it has trainable parts of its own"
             raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
         self.taps = tuple(other for other in self.taps if other is not tap)
         del self.losses[tap.name]
-        return self.teacher_rows
+        classifier = self._teacher.classifier
+        assert classifier is not None
+        start, stop = self._bounds(classifier)
+        if not any(isinstance(other, ClassifierShare) for other in self.taps):
+            del self.teacher_rows
+            self._split = None
+        return partial(classifier.slice, start, stop)
 
     @property
     def skipped(self) -> int:

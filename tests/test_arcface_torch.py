@@ -569,12 +569,15 @@ def test_the_head_holds_the_teachers_rows_and_keeps_them(
     assert report["losses"][0] != one.run()[0]["losses"][0]
 
 
+@pytest.mark.parametrize("name", ["weight", "weight_activated"])
 def test_a_plain_checkpoint_does_not_replace_the_teachers_rows(
-    one: Trainer, teacher: dict[str, str]
+    one: Trainer, teacher: dict[str, str], name: str
 ) -> None:
-    (plain,) = one.run(num_epoch=2, before_loop="cfg.num_epoch = 1")
-    (report,) = one.run(install(teacher, "proxylesskd"), num_epoch=2, resume=plain["output"])
-    weight = saved(report)["state_dict_softmax_fc"]["weight"]
+    whole: dict[str, Any] = {"num_epoch": 2, "sample_rate": 1.0}
+    whole["old_head"] = name == "weight_activated"
+    (plain,) = one.run(**whole, before_loop="cfg.num_epoch = 1")
+    (report,) = one.run(install(teacher, "proxylesskd"), **whole, resume=plain["output"])
+    weight = saved(report)["state_dict_softmax_fc"][name]
     assert torch.equal(weight, rows_of(Path(teacher["checkpoint"]).parent))
 
 

@@ -57,6 +57,15 @@ def test_gives_the_golden_value(distance: str, expected: float) -> None:
     assert_close(by_loop, expected, rtol=0, atol=6e-9)
 
 
+def test_maps_with_channels_last_are_read_as_such() -> None:
+    """As timm's Swin puts them out: (h w k)."""
+    ours, theirs = features(1, 2, (5, 4, 4)), features(9, 2, (12, 4, 4))
+    last = [x.permute(0, 2, 3, 1) for x in theirs]
+    loss = declared(model((5, 4, 4)), model((4, 4, 12))).loss
+    expected = declared(model((5, 4, 4)), model((12, 4, 4))).loss
+    assert_close(value(loss, ours, last), value(expected, ours, theirs))
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.5, 4.0])
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)

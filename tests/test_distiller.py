@@ -647,8 +647,9 @@ def test_hand_over_takes_the_term_out() -> None:
     share = kd.taps[1]
     assert isinstance(share, ClassifierShare)
     rows = kd.hand_over(share)
-    assert rows.shape == (6, 12)
+    assert rows().shape == (6, 12)
     assert [tap.name for tap in kd.taps] == ["fcd"]
+    assert not list(kd.buffers()), "the host's head holds the rows now"
     kd = distil({"name": "proxylesskd", "m": 0.3})
     share = kd.taps[0]
     assert isinstance(share, ClassifierShare)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.methods.material import Material, chosen
 from benchmarks.methods.report import write
-from benchmarks.methods.rows import ROWS, swept
+from benchmarks.methods.rows import ROWS, SWEPT, swept
 from kdhooks.demo.exam import Exam
 from kdhooks.demo.faces import read_faces
 from kdhooks.demo.main import teacher_of
@@ -32,7 +32,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = out / ("sweep.jsonl" if options.sweep else "lfw.jsonl")
     done = {(r["row"], r["seed"]) for r in read(results)}
-    rows = swept() if options.sweep else ROWS
+    rows = swept(options.factors) if options.sweep else ROWS
     wanted = [row for row in rows if not options.rows or row.name.split(" x ")[0] in options.rows]
     seeds = [options.seed] if options.sweep else range(options.seed, options.seed + options.seeds)
     left = [(row, seed) for seed in seeds for row in wanted if (row.name, seed) not in done]
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", required=True, help="its pairs.txt")
     add("--rows", nargs="*", help="only these lines of the table")
     add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
+    add("--factors", type=float, nargs="*", default=SWEPT, help="of the weights, with --sweep")
     add("--seed", type=int, default=0, help="the first one: initial weights, order of the images")
     add("--seeds", type=int, default=3)
     add("--images-seen", type=int, default=36000, help="by each student")

@@ -3,13 +3,15 @@
 Weights are those that `--sweep` found best on the validation pairs; see docs/results/lfw.md.
 """
 
+from collections.abc import Sequence
+
 from kdhooks.demo.training import Row
 
 LABELS = "labels alone"
 SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
 
-FCD = {"name": "fcd", "weight": 32.0}
-COUPLEFACE = {"name": "coupleface", "weight": 16.0, "k": 100}
+FCD = {"name": "fcd", "weight": 512.0}
+COUPLEFACE = {"name": "coupleface", "weight": 64.0, "k": 100}
 ECKD = {"name": "eckd", "weight": 4.0}
 # The student's classifier is replaced by the teacher's; scale and margin are the labels' loss's.
 PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
@@ -39,14 +41,14 @@ ROWS = (
 )
 
 
-def swept() -> list[Row]:
+def swept(factors: Sequence[float] = SWEPT) -> list[Row]:
     """Each method that has a weight beside the labels, at several multiples of it."""
     found = [ROWS[0]]
     for row in ROWS:
         if row.labels and len(row.methods) == 1:
             (method,) = row.methods
             assert isinstance(method, dict)
-            for factor in SWEPT:
+            for factor in factors:
                 weight = method["weight"] * factor
                 found.append(Row(f"{row.name} x {weight:g}", [{**method, "weight": weight}]))
     return found

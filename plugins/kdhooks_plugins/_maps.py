@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,22 +11,30 @@ from torch import Tensor
 
 from kdhooks import KDHooksError, Model, Stage
 
+_MANY = 3  # times as many channels as rows; a Swin of 112 pixels begins with (28, 28, 96)
+
 
 @dataclass(frozen=True)
 class Grid:
-    """How the output of a stage becomes a map: tokens lie row by row on a square."""
+    """How the output of a stage becomes a map: tokens lie row by row on a square.
+
+    A map (h w k), as timm's Swin puts it out, is known by its square in front and its many
+    channels behind.
+    """
 
     name: str
     channels: int
     size: tuple[int, int]  # (h w) as probed
-    tokens: bool = False
+    layout: Literal["k h w", "h w k", "n k"] = "k h w"
 
     @staticmethod
     def of(stage: Stage, owner: str) -> "Grid":
         name = f"{owner} stage '{stage.path}'"
         if len(stage.shape) == 3:
-            k, h, w = stage.shape
-            return Grid(name, k, (h, w))
+            first, second, last = stage.shape
+            if first == second and last >= _MANY * first:
+                return Grid(name, last, (first, second), "h w k")
+            return Grid(name, first, (second, last))
         if len(stage.shape) != 2:
             raise KDHooksError(
                 f"{name} must put out a map (k h w) or tokens (n k); found {stage.shape}; name the "
@@ -37,12 +46,14 @@ class Grid:
                 f"{name}: tokens must fill a square grid; found {n} of them; name a submodule "
                 "that puts out the patches alone, all of them and no class token"
             )
-        return Grid(name, k, (math.isqrt(n), math.isqrt(n)), tokens=True)
+        return Grid(name, k, (math.isqrt(n), math.isqrt(n)), "n k")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(b k h w), or tokens (b n k) -> (b k h w)."""
-        if not self.tokens:
+        """(b k h w), (b h w k), or tokens (b n k) -> (b k h w)."""
+        if self.layout == "k h w":
             return x
+        if self.layout == "h w k":
+            return rearrange(x, "b h w k -> b k h w")
         h, w = self.size
         if x.shape[1] != h * w:
             raise KDHooksError(

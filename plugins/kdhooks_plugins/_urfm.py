@@ -1,6 +1,5 @@
 """URFM: pixel features of any grid and width become l local features of one receptive field."""
 
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -8,32 +7,14 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from kdhooks import Stage
 from kdhooks_plugins._maps import Grid
 
 _STD = 0.02  # of positions at the start: small next to the normalised features
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """How the output of a stage becomes pixel features (b n k), row by row."""
-
-    grid: Grid
-    channels_last: bool  # (h w k), as timm's Swin puts them out
-
-    @staticmethod
-    def of(stage: Stage, owner: str) -> "Pixels":
-        first, last = stage.shape[0], stage.shape[-1]
-        channels_last = len(stage.shape) == 3 and first == stage.shape[1] != last
-        if channels_last:
-            stage = replace(stage, shape=(last, *stage.shape[:2]))
-        return Pixels(Grid.of(stage, owner), channels_last)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(b k h w), (b h w k) or (b n k) -> (b n k)."""
-        if self.channels_last:
-            return rearrange(x, "b h w k -> b (h w) k")
-        return rearrange(self.grid(_keep_layout(x)), "b k h w -> b (h w) k")
+def pixels(x: Tensor, grid: Grid) -> Tensor:
+    """A stage's output -> its pixel features (b n k), row by row."""
+    return rearrange(grid(_keep_layout(x)), "b k h w -> b (h w) k")
 
 
 def _keep_layout(x: Tensor) -> Tensor:
@@ -54,11 +35,11 @@ class PixelFeatures(nn.Module):
 
     buckets: Tensor
 
-    def __init__(self, pixels: Pixels, buckets: Tensor, width: int, prompts: int = 0) -> None:
+    def __init__(self, grid: Grid, buckets: Tensor, width: int, prompts: int = 0) -> None:
         """prompts: how many tokens precede the pixels; they have positions of their own."""
         super().__init__()
-        self.pixels = pixels
-        self.project = nn.Linear(pixels.grid.channels, width)
+        self.grid = grid
+        self.project = nn.Linear(grid.channels, width)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("buckets", buckets, persistent=False)
         self.prompt_positions = (
@@ -72,7 +53,7 @@ class PixelFeatures(nn.Module):
         """The stage's output, (m d) -> f (b n d), its positions (n d)."""
         positions = table[self.buckets]
         if self.prompt_positions is None:
-            x = self.pixels(x)
+            x = pixels(x, self.grid)
         else:
             positions = torch.cat([self.prompt_positions, positions])
         return self.norm(self.project(x)), positions

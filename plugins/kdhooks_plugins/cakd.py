@@ -29,8 +29,9 @@ from kdhooks.declarations import Weight
 from kdhooks_plugins._blocks import SUPPORTED, last_block, transformer_blocks
 from kdhooks_plugins._facial_positions import NOSE, FacialPositions
 from kdhooks_plugins._local_features import ATTENTIONS, LocalFeatures
+from kdhooks_plugins._maps import Grid
 from kdhooks_plugins._prompts import Prompts
-from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, Pixels, SelfAttention
+from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
 from kdhooks_plugins.fcd import EmbeddingDistance
 from kdhooks_plugins.proxylesskd import MarginSoftmax
 from kdhooks_plugins.saliency import load_saliency
@@ -162,8 +163,8 @@ class CAKD:
         ours, theirs = _last("student", student), _last("teacher", teacher)
         t = self._prompts_a_block(teacher)
         loss = LocalFeatures(
-            self._side(Pixels.of(ours, "cakd: student")),
-            self._side(Pixels.of(theirs, "cakd: teacher"), t if self.prompt_tokens_in_f else 0),
+            self._side(Grid.of(ours, "cakd: student")),
+            self._side(Grid.of(theirs, "cakd: teacher"), t if self.prompt_tokens_in_f else 0),
             LocalCentres(self.centres, self.width, self.heads, self.positions.rows),
             [SelfAttention(self.width, self.heads) for _ in range(1 if self.share_msa else 2)],
             attention=self.attention,
@@ -177,9 +178,8 @@ class CAKD:
         )
         return FeatureTap("cakd", loss, self.weight, student=(ours.path,), teacher=(theirs.path,))
 
-    def _side(self, pixels: Pixels, prompts: int = 0) -> PixelFeatures:
-        buckets = self.positions.buckets(pixels.grid.size)
-        return PixelFeatures(pixels, buckets, self.width, prompts)
+    def _side(self, grid: Grid, prompts: int = 0) -> PixelFeatures:
+        return PixelFeatures(grid, self.positions.buckets(grid.size), self.width, prompts)
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:

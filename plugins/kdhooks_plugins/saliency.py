@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError, Stage
-from kdhooks_plugins._urfm import Pixels
+from kdhooks_plugins._maps import Grid
 
 
 @torch.no_grad()
@@ -19,9 +19,8 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
     energies: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        pixels = Pixels.of(Stage(stage, tuple(output.shape[1:])), "saliency_map")
-        energy = pixels(output).float().square().sum(dim=2).sum(dim=0)
-        energies.append(energy.view(pixels.grid.size).cpu())
+        grid = Grid.of(Stage(stage, tuple(output.shape[1:])), "saliency_map")
+        energies.append(grid(output).float().square().sum(dim=(0, 1)).cpu())
 
     with teacher.eval().get_submodule(stage).register_forward_hook(note):
         for images in batches:

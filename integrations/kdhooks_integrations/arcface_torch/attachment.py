@@ -100,13 +100,19 @@ class Attachment:
         weight.requires_grad_(False)
 
         def hold(*_: object) -> None:
-            weight.data.copy_(rows)
+            weight.data.copy_(rows())
 
+        def hold_once(*_: object) -> None:
+            hold()
+            first.remove()
+
+        # A checkpoint of a run without kdhooks holds a classifier that is not the teacher's, and
+        # old heads load theirs without calling hooks.
+        first = head.register_forward_pre_hook(hold_once)
+        self._handles += [first, head.register_load_state_dict_post_hook(hold)]
         hold()
         self.task_weight = tap.weight
-        # A checkpoint of a run without kdhooks holds a classifier that is not the teacher's.
-        self._handles.append(head.register_load_state_dict_post_hook(hold))
-        log.info("%s: the head holds the teacher's %d rows, frozen", tap.name, len(rows))
+        log.info("%s: the head holds the teacher's %d rows, frozen", tap.name, len(weight))
 
     # --- one step ----------------------------------------------------------------------------
 
