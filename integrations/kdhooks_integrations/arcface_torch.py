@@ -22,6 +22,7 @@ from kdhooks.declarations import ClassifierShare, Weight
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe, build
+from kdhooks.replicas import synchronise
 from kdhooks.shards import ClassShard, world
 from kdhooks.taps import Removable
 
@@ -86,11 +87,7 @@ class Attachment:
                     raise
         head.add_module(_CHILD, self.distiller)
         self._handles.append(head.register_forward_hook(self._add_terms))
-        if world() is not None:
-            for parameter in self.distiller.parameters():
-                dist.broadcast(parameter.data, 0)
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_hook(_mean))
+        self._handles.extend(synchronise(self.distiller))  # the head is outside DDP
 
     def _inherit(self, tap: ClassifierShare) -> None:
         """The teacher's rows become the head's weight, frozen; its margin loss is the term."""
@@ -287,10 +284,3 @@ def _gradient_acc() -> int:
     """What the trainer's config says, into whose base main() has merged the user's by now."""
     config = getattr(sys.modules.get("configs.base"), "config", None)
     return int(getattr(config, "gradient_acc", 1))
-
-
-def _mean(gradient: Tensor) -> Tensor:
-    """Over the ranks: the head is outside DDP, which would do this."""
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
