@@ -139,9 +139,6 @@ class _AddTerms:
             return None
         return self._distillation.extended(losses, arguments)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Callable[..., None]":
-        return _idle
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _make_idle, ()
 
