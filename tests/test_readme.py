@@ -123,6 +123,10 @@ def run(block: str, **names: object) -> dict[str, Any]:
 def terms_of(head: nn.Module) -> list[str]:
     distiller = head.get_submodule("kdhooks")
     assert isinstance(distiller, Distiller)
+    return terms_of_distiller(distiller)
+
+
+def terms_of_distiller(distiller: Distiller) -> list[str]:
     return [tap.name for tap in distiller.taps]
 
 
@@ -155,6 +159,22 @@ def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
     images, labels = batch()
     head(backbone(images), labels).backward()
     assert terms_of(head) == ["fcd", "coupleface"]
+
+
+def test_block_mmengine() -> None:
+    pytest.importorskip("mmengine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it warns, on new torch
+        from mmengine.registry import HOOKS, MODELS
+
+        from tests.mmengine_runs import Recogniser
+    student = Recogniser()
+    student.backbone = Network()
+    names = run("mmengine", model=student, teacher=trained())
+    model = MODELS.build(names["model"])
+    assert terms_of_distiller(model.kdhooks.distiller) == ["fcd"]
+    (line,) = names["custom_hooks"]
+    assert HOOKS.build(line)._options.recipe.teacher["module"] is not None
 
 
 def test_block_plain() -> None:

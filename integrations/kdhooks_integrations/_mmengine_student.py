@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import build
+from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations._mmengine_forward import Arguments, Forward
 from kdhooks_integrations._mmengine_models import (
     Conventions,
@@ -36,14 +37,15 @@ class Distillation(nn.Module):
         super().__init__()
         self.forward_of = Forward(student, options.images, options.labels)
         recipe = with_embedding(options.recipe, student)
-        self.distiller = build(
-            recipe,
-            student,
-            network=network_factory(recipe),
-            head=own_classifier(student, options.classifier),
-            plugins=[Conventions()],
-            run_student=lambda images: self._run(student, images),
-        )
+        with readable():  # a teacher's checkpoint
+            self.distiller = build(
+                recipe,
+                student,
+                network=network_factory(recipe),
+                head=own_classifier(student, options.classifier),
+                plugins=[Conventions()],
+                run_student=lambda images: self._run(student, images),
+            )
         scale, shift, self.bgr = to_recipes_images(student, options.input)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
@@ -24,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdhooks.errors import KDHooksError
 from kdhooks.registry import HOOKS, MODELS
 from kdhooks.replicas import synchronise
+from kdhooks_integrations._mmengine_checkpoints import history
 from kdhooks_integrations._mmengine_models import built
 from kdhooks_integrations._mmengine_options import Options
 from kdhooks_integrations._mmengine_student import CHILD, Distillation, attach
@@ -121,24 +120,7 @@ def _refuse(why: str) -> None:
 def allow_resume() -> None:
     """Let torch 2.6 and newer read MMEngine's own checkpoints, for resume and load_from.
 
-    They hold the log's history beside the weights. Its classes are marked as safe for this
-    process; of `getattr`, which they ask for too, no more than the history's own methods.
+    They hold the log's history beside the weights; its classes are safe from now on, in this
+    process.
     """
-    rebuild: list[Any] = [made.__reduce__()[0] for made in (np.float64(0), np.zeros(1))]
-    kinds = {type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")}
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            *rebuild,
-            *kinds,
-            (_method, "builtins.getattr"),
-        ]
-    )
-
-
-def _method(owner: object, name: str) -> object:
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
-        raise KDHooksError(f"checkpoint asks for '{name}' of {owner!r}; MMEngine's own does not")
-    return getattr(owner, name)
+    torch.serialization.add_safe_globals(history())
