@@ -85,7 +85,8 @@ def check_weight(name: str, weight: float) -> None:
     """Refuse what is not a finite number of at least 0."""
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise KDHooksError(
-            f"{name}: weight must be a number or a function of the step; found {weight!r}"
+            f"{name}: weight must be a number, a function of the step, or in a recipe a table; "
+            f"found {weight!r}"
         )
     if not math.isfinite(weight) or weight < 0:
         raise KDHooksError(f"{name}: weight must be finite and at least 0; found {weight}")

@@ -1,6 +1,6 @@
 """Asking the methods, once, what they declare; and probing the models so that they can answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pluggy
 import torch
@@ -160,14 +160,18 @@ def own_parameters(student: Model, tap: ParameterTap) -> list[nn.Parameter]:
 
 
 def probe_student(
-    module: nn.Module, embedding: str, stages: Sequence[str], images: Tensor
+    module: nn.Module,
+    embedding: str,
+    stages: Sequence[str],
+    images: Tensor,
+    run: Callable[[Tensor], object] | None = None,
 ) -> Model:
     """One forward in eval mode without grad, which leaves no trace in the module."""
     taps = Taps(module, [embedding, *stages], "student")
     try:
         with evaluating(module), torch.no_grad():
             taps.open()
-            module(images)
+            (run or module)(images)
             outputs = taps.take()
     finally:
         taps.remove()

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.schedules import Schedule
 
 GROUP = "kdhooks"
 
@@ -71,6 +72,8 @@ def create(method: object) -> object:
         raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}")
     made = load(name)
     _check_options(name, made, options)
+    if isinstance(options.get("weight"), Mapping):
+        options["weight"] = Schedule.read(name, options["weight"])
     return made(**options)
 
 

@@ -47,6 +47,7 @@ class Distiller(nn.Module):
         methods: Sequence[object],
         *,
         student_embedding: str = "",
+        run_student: Callable[[Tensor], object] | None = None,
         student_stages: Sequence[str] | None = None,
         teacher_stages: Sequence[str] | None = None,
         head: ClassShard | None = None,
@@ -58,6 +59,7 @@ class Distiller(nn.Module):
         """
         methods: names, tables {"name": …, options} or objects; their terms keep this order.
         student_embedding: path of the submodule that puts out (b d); "" is the model's output.
+        run_student: a forward on images (b 3 h w) alone, where `student(images)` is not one.
         head: this rank's shard of the student's own classifier, for methods that compare logits;
             the teacher's rows are split as it is.
         plugins: objects that answer `model_stages`.
@@ -81,9 +83,8 @@ class Distiller(nn.Module):
         with undisturbed_generators(seed, first.device):
             images = torch.rand(2, *input_shape, device=first.device, dtype=first.dtype) * 2 - 1
             asked = Declarations(methods, plugins)
-            ours = probe_student(
-                student, student_embedding, asked.stages(student, student_stages), images
-            )
+            stages = asked.stages(student, student_stages)
+            ours = probe_student(student, student_embedding, stages, images, run_student)
             theirs = probe_teacher(
                 self._teacher, asked.stages(self._teacher.module, teacher_stages), images
             )

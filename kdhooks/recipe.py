@@ -91,10 +91,11 @@ def build(
     network: NetworkFactory | None = None,
     head: ClassShard | None = None,
     plugins: Sequence[object] = (),
+    run_student: Callable[[Tensor], object] | None = None,
 ) -> Distiller:
     """The Distiller that a recipe describes.
 
-    network: the host's factory for `teacher.network`; head, plugins: see `Distiller`.
+    network: the host's factory for `teacher.network`; the rest: see `Distiller`.
     """
     recipe = Recipe.read(recipe)
     with undisturbed_generators(recipe.seed, next(student.parameters()).device):
@@ -104,6 +105,7 @@ def build(
         teacher,
         recipe.methods,
         student_embedding=recipe.embedding("student"),
+        run_student=run_student,
         student_stages=recipe.stages("student"),
         teacher_stages=recipe.stages("teacher"),
         head=head,

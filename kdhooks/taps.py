@@ -80,6 +80,8 @@ class Taps:
     def record(self, path: str, output: object) -> None:
         if not self._open:
             return
+        if isinstance(output, tuple | list) and len(output) == 1:
+            output = output[0]  # mmpretrain's backbones and necks
         if not isinstance(output, Tensor):
             raise KDHooksError(
                 f"{self._side} tap '{path or 'output'}' must put out a tensor; "

@@ -204,7 +204,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise KDHooksError(f"teacher checkpoint: '{path}' holds no state dict")
     log.info("teacher %s sha256 %s", path, _sha256(path))
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return {
+        key.removeprefix("module."): value
+        for key, value in content.items()
+        if not key.startswith("kdhooks.")  # what a distilled teacher's own training saved beside it
+    }
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Module:

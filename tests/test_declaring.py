@@ -156,7 +156,7 @@ def test_one_method_at_most_adapts_the_teacher() -> None:
         ("gap.x", 1.0, "found 'gap.x'"),
         ("gap", -1.0, "gap: weight must be finite and at least 0; found -1"),
         ("gap", float("nan"), "found nan"),
-        ("gap", "heavy", "weight must be a number or a function of the step; found 'heavy'"),
+        ("gap", "heavy", "a function of the step, or in a recipe a table; found 'heavy'"),
         ("gap", True, "found True"),
     ],
 )

@@ -19,7 +19,7 @@ import kdhooks_plugins
 ROOT = Path(__file__).parents[1]
 
 EVERYWHERE = {"torch", "pluggy", "numpy", "einops", "kdhooks"}
-OWNERS = {  # an optional package -> the modules that may import it
+OWNERS = {  # an optional package -> the modules that may import it, patterns with spaces between
     "onnx": "kdhooks.onnx_*",
     "onnxruntime": "kdhooks.onnx_*",
     "tomli": "kdhooks.recipe",  # the standard library's, before Python 3.11
@@ -27,7 +27,7 @@ OWNERS = {  # an optional package -> the modules that may import it
     "matplotlib": "kdhooks.demo.*",
     "tqdm": "kdhooks.demo.*",
     "backbones": "kdhooks_integrations.arcface_torch.networks",
-    "mmengine": "kdhooks_integrations.mmengine",
+    "mmengine": "kdhooks.registry kdhooks_integrations.*mmengine*",
 }
 FOR_PLUGINS = {"declarations", "hookspecs", "shards", "errors"}
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")
@@ -135,7 +135,8 @@ def astray(imports: Mapping[str, set[str]]) -> list[str]:
             top = target.split(".")[0]
             if top in sys.stdlib_module_names | EVERYWHERE or target in imports:
                 continue
-            if not fnmatch.fnmatchcase(importer, OWNERS.get(top, "")):
+            owners = OWNERS.get(top, "").split()
+            if not any(fnmatch.fnmatchcase(importer, owner) for owner in owners):
                 found.append(f"{importer} imports {target}")
     return found
 

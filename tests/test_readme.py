@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks import methods
+from kdhooks import Distiller, methods
 from kdhooks.cli import main
 from kdhooks.discovery import load
 from kdhooks.hookspecs import Specs
@@ -123,7 +123,7 @@ def run(block: str, **names: object) -> dict[str, Any]:
 
 def terms_of(attachment: Attachment | None) -> list[str]:
     assert attachment is not None
-    return [tap.name for tap in attachment.distiller.taps]
+    return terms_of_distiller(attachment.distiller)
 
 
 def scheduled(
@@ -131,6 +131,10 @@ def scheduled(
 ) -> tuple[torch.optim.Optimizer, ConstantLR]:
     optimizer = torch.optim.SGD([{"params": model.parameters()} for model in models], lr=0.1)
     return optimizer, schedule(optimizer)
+
+
+def terms_of_distiller(distiller: Distiller) -> list[str]:
+    return [tap.name for tap in distiller.taps]
 
 
 # --- the blocks ------------------------------------------------------------------------------
@@ -171,6 +175,22 @@ def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
     images, labels = batch()
     head(backbone(images), labels).backward()
     assert terms_of(names["attachment"]) == ["fcd", "coupleface"]
+
+
+def test_block_mmengine() -> None:
+    pytest.importorskip("mmengine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it warns, on new torch
+        from mmengine.registry import HOOKS, MODELS
+
+        from tests.mmengine_runs import Recogniser
+    student = Recogniser()
+    student.backbone = Network()
+    names = run("mmengine", model=student, teacher=trained())
+    model = MODELS.build(names["model"])
+    assert terms_of_distiller(model.kdhooks.distiller) == ["fcd"]
+    (line,) = names["custom_hooks"]
+    assert HOOKS.build(line)._options.recipe.teacher["module"] is not None
 
 
 def test_block_plain() -> None:

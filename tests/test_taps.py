@@ -154,6 +154,18 @@ def test_a_module_that_puts_out_no_tensor_is_refused() -> None:
         net(images())
 
 
+def test_a_tuple_of_one_tensor_is_that_tensor() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x,)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Single())
+    taps = StudentTaps(net, ["0", "1"])
+    net(images())
+    taken = taps.take()
+    assert taken["1"] is taken["0"]
+
+
 @_dynamo_reads_grad
 def test_hooks_that_come_after_the_first_compiled_call_are_noticed() -> None:
     net = InPlace()

@@ -12,15 +12,15 @@ SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
 
 FCD = {"name": "fcd", "weight": 512.0}
 COUPLEFACE = {"name": "coupleface", "weight": 64.0, "k": 100}
-ECKD = {"name": "eckd", "weight": 4.0}
+ECKD = {"name": "eckd", "weight": 16.0}
 # The student's classifier is replaced by the teacher's; scale and margin are the labels' loss's.
 PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
 CAKD = {"name": "cakd", "weight": 1.0, "width": 128, "heads": 4, "prompts": 0}
-ACSR = {"name": "acsr", "weight": 5.0}
+ACSR = {"name": "acsr", "weight": 0.08}
 AT = {"name": "at", "weight": 1.0}
-REVIEWKD = {"name": "reviewkd", "weight": 1.0, "mid": 16}
+REVIEWKD = {"name": "reviewkd", "weight": 0.25, "mid": 16}
 RKD = {"name": "rkd", "weight": 1.0}
-SP = {"name": "sp", "weight": 3000.0}
+SP = {"name": "sp", "weight": 50.0}
 KD = {"name": "kd", "weight": 1.0, "scale": 32.0}
 
 ROWS = (

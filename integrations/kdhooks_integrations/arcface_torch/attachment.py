@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdhooks.declarations import ClassifierShare, Weight
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
-from kdhooks.shards import world
+from kdhooks.replicas import synchronise
 from kdhooks.taps import Removable
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
@@ -64,16 +63,7 @@ class Attachment:
             self._handles.append(head.register_forward_hook(_Terms(self, offset)))
             self._handles.append(head.register_load_state_dict_pre_hook(refuse_other_split))
             offset += shard.total
-        self._synchronise()
-
-    def _synchronise(self) -> None:
-        """The losses' parameters equal on all ranks: DDP, which would see to it, knows them not."""
-        if world() is None:
-            return
-        for parameter in self.distiller.parameters():
-            dist.broadcast(parameter.data, 0)
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(_mean))
+        self._handles += synchronise(self.distiller)  # DDP, which would do this, knows it not
 
     # --- the classifier ----------------------------------------------------------------------
 
@@ -233,10 +223,3 @@ def _gradient_acc() -> int:
     """What the trainer's config says, into whose base main() has merged the user's by now."""
     config = getattr(sys.modules.get("configs.base"), "config", None)
     return int(getattr(config, "gradient_acc", 1))
-
-
-def _mean(gradient: Tensor) -> Tensor:
-    """Over the ranks: these parameters are outside DDP, which would do this."""
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

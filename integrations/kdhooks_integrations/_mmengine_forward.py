@@ -1,0 +1,124 @@
+"""Images and labels among the arguments of a model's forward: by convention, or by a path."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+
+Arguments = dict[str, Any]
+
+LABELS = (
+    "labels", "label", "gt_labels", "gt_label", "targets", "target",
+    "data_samples", "data_samples.gt_label", "data_samples.gt_label.label",
+)  # fmt: skip
+
+
+class Forward:
+    """What a model's forward was called with, by name."""
+
+    def __init__(self, model: nn.Module, images: str = "", labels: str = "") -> None:
+        """images, labels: paths like `data_samples.gt_label`; "" looks where they mostly are."""
+        self._signature = inspect.signature(model.forward)
+        self._images, self._labels = images, labels
+        parameters = self._signature.parameters.values()
+        known = [p.name for p in parameters]
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            for what, path in (("images", images), ("labels", labels)):
+                root = path.split(".")[0]
+                if root and root not in known:
+                    raise KDHooksError(
+                        f"mmengine: {what} = '{path}': the student's forward has no argument "
+                        f"'{root}'; {near_miss(root, known)}its arguments are: {listed(known)}"
+                    )
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        bound = self._signature.bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        for parameter in self._signature.parameters.values():
+            if parameter.kind == parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        return arguments
+
+    def call(self, model: nn.Module, images: Tensor, mode: str) -> object:
+        """A forward on images alone; arguments without a default are None."""
+        given: Arguments = {}
+        for name, parameter in self._signature.parameters.items():
+            if name == "mode":
+                given[name] = mode
+            elif not given or name == self._images:
+                given[name] = images
+            elif parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY,
+            ):  # fmt: skip
+                given[name] = None
+        return model(**given)
+
+    def images(self, arguments: Arguments) -> Tensor:
+        """(b 3 h w), as the student saw them."""
+        found = [_at(arguments, self._images)] if self._images else list(arguments.values())
+        for value in found:
+            if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+                return value
+        raise KDHooksError(
+            f"mmengine: images must be a floating point tensor (b 3 h w); found "
+            f"{_described(arguments)}; name their place as images = 'argument.field'"
+        )
+
+    def labels(self, arguments: Arguments, count: int) -> Tensor:
+        """(b): the class of each image."""
+        for path in [self._labels] if self._labels else LABELS:
+            found = _classes(_at(arguments, path), count)
+            if found is not None:
+                return found
+        raise KDHooksError(
+            f"mmengine: labels must be one class number for each of {count} images, at "
+            f"{self._labels or 'one of ' + ', '.join(LABELS)}; found {_described(arguments)}; "
+            "name their place as labels = 'argument.field'"
+        )
+
+
+def _at(arguments: Arguments, path: str) -> Any:
+    """The value at a path; of a list, each element's; None where there is none."""
+    root, *fields = path.split(".")
+    value = arguments.get(root)
+    for field in fields:
+        if isinstance(value, list | tuple):
+            value = [_field(element, field) for element in value]
+        else:
+            value = _field(value, field)
+    return value
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _classes(value: Any, count: int) -> Tensor | None:
+    """(b) int64, from a tensor (b) or (b 1), or a list of numbers or tensors (1)."""
+    if isinstance(value, list | tuple):
+        if not all(isinstance(v, int) or (isinstance(v, Tensor) and v.numel() == 1) for v in value):
+            return None
+        tensors = [v.reshape(1) if isinstance(v, Tensor) else torch.tensor([v]) for v in value]
+        value = torch.cat(tensors) if tensors else None
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.numel() != count:
+        return None
+    return value.reshape(-1).long()
+
+
+def _described(arguments: Arguments) -> str:
+    return ", ".join(f"{name}: {_kind(value)}" for name, value in arguments.items()) or "nothing"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, list | tuple) and value:
+        return f"{len(value)} of {_kind(value[0])}"
+    keys: Any = getattr(value, "keys", tuple)
+    fields = list(map(str, keys()))
+    return type(value).__name__ + (f" with {', '.join(fields)}" if fields else "")

@@ -1,0 +1,63 @@
+"""What the doors of MMEngine take: a recipe's keys, and where the student keeps what."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdhooks.distiller import undisturbed_generators
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.recipe import Recipe
+from kdhooks_integrations._mmengine_models import built
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of both doors: those of a recipe, and where the student keeps what."""
+
+    recipe: Recipe
+    images: str  # paths in the arguments of the student's forward
+    labels: str
+    classifier: str  # path of the student's own rows (c d), for methods that compare logits
+    input: Mapping[str, Any]  # mean, std, order of the images that the student sees
+
+    @classmethod
+    def read(cls, recipe: str | Path | None, table: Mapping[str, Any]) -> "Options":
+        """recipe: a TOML file, in place of a recipe's keys in the table."""
+        own = {field.name: "" for field in fields(cls)[1:-1]}
+        known = [field.name for field in fields(Recipe)]
+        for key in table:
+            if key not in (*known, *own, "input"):
+                every = ["recipe", *known, *own, "input"]
+                raise KDHooksError(
+                    f"mmengine: there is no key '{key}'; {near_miss(key, every)}"
+                    f"the keys are: {listed(every)}"
+                )
+        given = {key: table[key] for key in known if key in table}
+        if recipe is not None and given:
+            raise KDHooksError(
+                f"mmengine: a recipe comes from a file or from keys; found '{recipe}' and "
+                f"{listed(given)}; write all of it in one place"
+            )
+        checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
+        transform = table.get("input", {})
+        for key in transform:
+            if key not in ("mean", "std", "order"):
+                raise KDHooksError(
+                    f"mmengine: input has no key '{key}'; its keys are: mean, std, order"
+                )
+        return cls(checked, **{key: table.get(key, "") for key in own}, input=transform)
+
+
+def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """teacher.module may be a model's config; its init_cfg then says where its weights are."""
+    teacher = table.get("teacher")
+    if not isinstance(teacher, Mapping) or not isinstance(teacher.get("module"), Mapping):
+        return table
+    with undisturbed_generators(0, torch.device("cpu")):
+        module = built(teacher["module"], "teacher.module")
+        if getattr(module, "init_cfg", None):
+            module.init_weights()
+    return {**table, "teacher": {**teacher, "module": module}}

@@ -1,0 +1,168 @@
+"""A student of MMEngine's with the losses of kdhooks among its own."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.recipe import build
+from kdhooks_integrations._mmengine_checkpoints import readable
+from kdhooks_integrations._mmengine_forward import Arguments, Forward
+from kdhooks_integrations._mmengine_models import (
+    Conventions,
+    network_factory,
+    own_classifier,
+    to_recipes_images,
+    with_embedding,
+)
+from kdhooks_integrations._mmengine_options import Options
+
+log = logging.getLogger("kdhooks")
+
+CHILD = "kdhooks"  # the student's child, so the prefix of its keys in checkpoints
+_PIXELS = 16.0  # images beyond that were never normalised
+
+
+class Distillation(nn.Module):
+    """The student's child: a `Distiller`, and the way from a forward's arguments to its terms."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, student: nn.Module, options: Options) -> None:
+        super().__init__()
+        self.forward_of = Forward(student, options.images, options.labels)
+        recipe = with_embedding(options.recipe, student)
+        with readable():  # a teacher's checkpoint
+            self.distiller = build(
+                recipe,
+                student,
+                network=network_factory(recipe),
+                head=own_classifier(student, options.classifier),
+                plugins=[Conventions()],
+                run_student=lambda images: self._run(student, images),
+            )
+        scale, shift, self.bgr = to_recipes_images(student, options.input)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is optimised besides the student."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "Distillation":
+        """Not for our weights: MMEngine applies the student's init_cfg, and so draws numbers."""
+        return self
+
+    def extended(self, losses: object, arguments: Arguments) -> dict[str, Any]:
+        """The model's losses, with loss_kd_* to train and kd/* to look at."""
+        if not isinstance(losses, dict):
+            raise KDHooksError(
+                "mmengine: the student's forward must return a dict of losses in mode 'loss'; "
+                f"found {type(losses).__name__}"
+            )
+        images = self.forward_of.images(arguments)
+        labels = self.forward_of.labels(arguments, len(images)).to(images.device)
+        terms = self.distiller(self._as_recipe_says(images), labels)
+        ours = {f"loss_kd_{name}": term for name, term in terms.items()}
+        ours.update({_unsummed(name): value for name, value in self.distiller.metrics.items()})
+        for key in ours:
+            if key in losses:
+                raise KDHooksError(
+                    f"mmengine: the student's losses have the key '{key}' already; it is one of "
+                    "kdhooks' own; rename it"
+                )
+        return {**losses, **ours}
+
+    def _as_recipe_says(self, images: Tensor) -> Tensor:
+        """RGB, (pixel - 127.5) / 127.5."""
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        if self.bgr:
+            images = images.flip(1)
+        if self.distiller.step == 0 and images.abs().amax() > _PIXELS:
+            raise KDHooksError(
+                f"mmengine: images must be normalised; found values up to "
+                f"{float(images.abs().amax()):.0f}; normalise them in the data_preprocessor, or "
+                "say what the student sees: input = dict(mean=0, std=1)"
+            )
+        return images
+
+    def _run(self, student: nn.Module, images: Tensor) -> None:
+        """Mode 'tensor', or 'predict' where there is no such mode."""
+        try:
+            if self.forward_of.call(student, images, "tensor") is None:
+                self.forward_of.call(student, images, "predict")
+        except KDHooksError:
+            raise
+        except Exception as error:
+            raise KDHooksError(
+                f"mmengine: the student must run on images {tuple(images.shape)} alone, in mode "
+                f"'tensor'; it raises {type(error).__name__}: {error}; set input_shape to that of "
+                "its images"
+            ) from error
+
+    def _complete(self, _: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+        """Let a run begin from a checkpoint that was written without kdhooks."""
+        if any(key.startswith(prefix) for key in state):
+            return
+        log.warning(
+            "checkpoint written without kdhooks: the methods start from their first step%s",
+            "; load_from it, for an optimizer can't resume weights that it never had"
+            if self.trained()
+            else "",
+        )
+        state.update(self.state_dict(prefix=prefix))
+
+
+def _unsummed(name: str) -> str:
+    """MMEngine adds up whatever has 'loss' in its name."""
+    return f"kd/{name.replace('loss', 'term')}"
+
+
+class _AddTerms:
+    """The hook on the student; a copy of the student, as EMAHook makes one, is left alone."""
+
+    def __init__(self, distillation: Distillation) -> None:
+        self._distillation = distillation
+
+    def __call__(
+        self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: object
+    ) -> dict[str, Any] | None:
+        if not (student.training and torch.is_grad_enabled()):
+            return None
+        arguments = self._distillation.forward_of.named(args, kwargs)
+        if arguments.get("mode") != "loss":
+            return None
+        return self._distillation.extended(losses, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_idle, ()
+
+
+def _idle(*_: object) -> None:
+    """What a copy of a distilled student carries for a hook."""
+
+
+def _make_idle() -> Callable[..., None]:
+    return _idle
+
+
+def attach(student: nn.Module, options: Options) -> Distillation:
+    """Distil into this very model, before it is wrapped or optimised."""
+    if not isinstance(student, BaseModel):
+        raise KDHooksError(
+            "mmengine: the student must be a BaseModel, which makes its own losses; found "
+            f"{type(student).__name__}"
+        )
+    if hasattr(student, CHILD):
+        raise KDHooksError("mmengine: this model is distilled already; use one door alone")
+    distillation = Distillation(student, options)
+    student.add_module(CHILD, distillation)
+    student.register_forward_hook(_AddTerms(distillation), with_kwargs=True)
+    return distillation

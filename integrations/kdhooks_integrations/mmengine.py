@@ -1,0 +1,126 @@
+"""MMEngine: a line around the model, or among the hooks.
+
+    model = dict(type='kdhooks.Distill', student=…, teacher=…, methods=['fcd'])
+    custom_hooks = [dict(type='kdhooks.DistillHook', teacher=…, methods=['fcd'])]
+
+Either way the student is the runner's model, with its own keys and its own type. What the methods
+train is its child `kdhooks`: optimised, synchronised and saved with it. The teacher is not.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from kdhooks.errors import KDHooksError
+from kdhooks.registry import HOOKS, MODELS
+from kdhooks.replicas import synchronise
+from kdhooks_integrations._mmengine_checkpoints import history
+from kdhooks_integrations._mmengine_models import built
+from kdhooks_integrations._mmengine_options import Options
+from kdhooks_integrations._mmengine_student import CHILD, Distillation, attach
+
+
+def Distill(
+    student: Mapping[str, Any] | nn.Module, recipe: str | Path | None = None, **table: Any
+) -> nn.Module:
+    """The student itself, built by its config, with the losses of the methods among its own.
+
+    recipe: a TOML file; or its keys are given here: teacher, methods, taps, input_shape, seed.
+    The other keys are those of `Options`.
+    """
+    options = Options.read(recipe, table)
+    model = student if isinstance(student, nn.Module) else built(student, "student")
+    attach(model, options)
+    return model
+
+
+MODELS.register_module(module=Distill)  # pyright: ignore[reportArgumentType]  # functions, too
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
+    """The same, for a model that the runner has built, and wrapped, already."""
+
+    priority = "VERY_HIGH"  # before EMAHook copies the model
+
+    def __init__(self, recipe: str | Path | None = None, **table: Any) -> None:
+        """See `Distill`."""
+        self._options = Options.read(recipe, table)
+        self._distillation: Distillation | None = None
+
+    def before_run(self, runner: Any) -> None:
+        trains = isinstance(runner.optim_wrapper, OptimWrapper | OptimWrapperDict)
+        if self._distillation is not None or not trains:
+            return
+        wrapped = is_model_wrapper(runner.model)
+        distillation = attach(runner.model.module if wrapped else runner.model, self._options)
+        trained = distillation.trained()
+        if trained:
+            if wrapped and not isinstance(runner.model, DistributedDataParallel):
+                _refuse(f"the model is wrapped in {type(runner.model).__name__}")
+            _optimise(runner.optim_wrapper, trained)
+        synchronise(distillation)
+        self._distillation = distillation
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        self.before_run(runner)  # FlexibleRunner loads first
+        known = any(key.startswith(f"{CHILD}.") for key in checkpoint["state_dict"])
+        if self._distillation and runner._resume and not known and self._distillation.trained():
+            raise KDHooksError(
+                "mmengine: this checkpoint was written without kdhooks, and the optimizer's state "
+                "in it has no place for the methods' own weights; load_from it without resume, or "
+                "resume with methods that have none"
+            )
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if self._distillation is not None and not self._distillation.distiller.step:
+            raise KDHooksError(
+                "mmengine: a step was trained, and the model's hooks did not run; its train_step "
+                "must call the model itself, as BaseModel's does"
+            )
+
+
+@HOOKS.register_module()
+class ResumeHook(Hook):  # type: ignore[misc]  # mmengine has no types
+    """`allow_resume`, from a config."""
+
+    def __init__(self) -> None:
+        allow_resume()
+
+
+def _optimise(wrapper: OptimWrapper | OptimWrapperDict, parameters: list[nn.Parameter]) -> None:
+    """As if they had been the model's from the beginning: at the end of the one group."""
+    if isinstance(wrapper, OptimWrapperDict):
+        _refuse("there is more than one optimizer")
+    if isinstance(wrapper.optimizer, ZeroRedundancyOptimizer):
+        _refuse("ZeroRedundancyOptimizer has shared out its parameters already")
+    groups = wrapper.optimizer.param_groups
+    if len(groups) > 1:
+        _refuse(f"the optimizer has {len(groups)} groups, and none is known to be theirs")
+    groups[0]["params"].extend(parameters)
+
+
+def _refuse(why: str) -> None:
+    raise KDHooksError(
+        f"mmengine: these methods train weights of their own, and {why}; use the door that comes "
+        "before the optimizer: model = dict(type='kdhooks.Distill', student=…, …)"
+    )
+
+
+def allow_resume() -> None:
+    """Let torch 2.6 and newer read MMEngine's own checkpoints, for resume and load_from.
+
+    They hold the log's history beside the weights; its classes are safe from now on, in this
+    process.
+    """
+    torch.serialization.add_safe_globals(history())

