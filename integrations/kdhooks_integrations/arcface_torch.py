@@ -68,7 +68,7 @@ class Attachment:
         self.distiller = build(
             recipe,
             backbone,
-            network=_teacher_factory(get_model, recipe),
+            network=teacher_factory(get_model, recipe),
             head=_head_shard(head, classes),
             plugins=[Backbones()],
         )
@@ -226,7 +226,7 @@ def install(
     return Installation(checked, namespace)
 
 
-def _teacher_factory(
+def teacher_factory(
     get_model: Callable[..., nn.Module] | None, recipe: Recipe
 ) -> Callable[[Any, Mapping[str, Tensor]], nn.Module]:
     """The trainer's own get_model, with the embedding width that the checkpoint has."""
