@@ -194,9 +194,11 @@ def test_images_are_the_trainers(folder: Path) -> None:
 
 def test_what_backward_needs_is_counted_once() -> None:
     layers = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Sigmoid(), nn.Sigmoid())
-    x = torch.rand(4, 8)
-    # The input of the first layer, and the output of each sigmoid, in float32.
-    assert kept_for_backward(lambda: layers(x)) == 4 * (4 * 8 + 2 * 4 * 16)
+    x = torch.rand(4, 8, requires_grad=True)
+    # The input of the first layer, and the output of each sigmoid, in float32; not its weight.
+    kept = kept_for_backward(lambda: layers(x), layers.parameters())
+    assert kept == 4 * (4 * 8 + 2 * 4 * 16)
+    assert kept_for_backward(lambda: layers(x), []) == kept + 4 * 8 * 16
 
 
 def test_weights_count_with_gradient_and_momentum() -> None:

@@ -149,9 +149,17 @@ def printed_by(*command: str) -> list[str]:
     ).stdout.splitlines()
 
 
-def test_the_script_sees_what_python_shows_it(folder: Path) -> None:
-    plain = printed_by("train.py", "configs/x", "--lr", "0.1")
-    ours = ["-m", "kdhooks", "run", "train.py", "configs/x", "--recipe", "kd.toml", "--lr", "0.1"]
+@pytest.mark.parametrize("place", ["", "trainer/"])
+def test_the_script_sees_what_python_shows_it(
+    place: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in its folder, and from elsewhere."""
+    if place:
+        folder.rename(folder.with_name("trainer"))
+        monkeypatch.chdir(folder.parent)
+    script, recipe = f"{place}train.py", f"{place}kd.toml"
+    plain = printed_by(script, "configs/x", "--lr", "0.1")
+    ours = ["-m", "kdhooks", "run", script, "configs/x", "--recipe", recipe, "--lr", "0.1"]
     assert plain[1] == "{} False function"
     assert printed_by(*ours) == [plain[0], "{} False method"]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kdhooks_integrations.arcface_tools.trial import Trial
+
 _RUNS = 2
 
 
@@ -16,16 +18,17 @@ class Cost:
     bytes: int  # at the step's peak, without weights and optimizer
 
 
-def measure(step: Callable[[], object], forget: Callable[[], None], images: Tensor) -> Cost:
+def measure(trial: Trial) -> Cost:
     """On CUDA the allocator tells the bytes; on a CPU the tensors kept for backward are counted."""
-    cuda = images.device.type == "cuda"
-    forget()
-    size = _cuda_peak(step) if cuda else kept_for_backward(step)
+    cuda = trial.images.device.type == "cuda"
+    weights = [*trial.backbone.parameters(), *trial.head.parameters()]
+    trial.forget()
+    size = _cuda_peak(trial.step) if cuda else kept_for_backward(trial.step, weights)
     seconds = []
     for _ in range(_RUNS):
-        forget()
+        trial.forget()
         start = time.perf_counter()
-        step()
+        trial.step()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -40,13 +43,14 @@ def _cuda_peak(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def kept_for_backward(step: Callable[[], object]) -> int:
-    """Bytes of the distinct storages that autograd holds on to."""
+def kept_for_backward(step: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd holds on to, weights and views of them aside."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 

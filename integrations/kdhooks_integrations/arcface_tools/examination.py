@@ -145,7 +145,7 @@ class Examination:
 
     def weigh(self) -> str:
         trial, batch = self.trial, len(self.images)
-        whole = measure(trial.step, trial.forget, self.images)
+        whole = measure(trial)
         distiller = trial.attachment.distiller
         modules = [trial.backbone, trial.head]
         fixed = held([*modules, distiller], 3) + held(
@@ -153,7 +153,7 @@ class Examination:
         )
         plain_fixed = held(modules, 3)
         trial.attachment.remove()
-        plain = measure(trial.step, trial.forget, self.images)
+        plain = measure(trial)
         hours = whole.seconds / batch * 1e6 / 3600
         return (
             f"a batch of {batch} takes {whole.seconds:.3g} s, {plain.seconds:.3g} s undistilled; a "
