@@ -1,4 +1,4 @@
-"""The command `kdhooks`: the installed methods, and the demonstration on real faces."""
+"""The command `kdhooks`: around a training, the installed methods, and a demonstration."""
 
 import argparse
 import sys
@@ -10,28 +10,52 @@ from kdhooks.discovery import methods
 from kdhooks.errors import KDHooksError
 
 _DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
+_TOOLS = {  # command -> the module that has it, and what it does
+    "run": ("launcher", "run a training script of arcface_torch, distilled"),
+    "doctor": ("doctor", "try one step of a recipe before the training starts"),
+    "taps": ("taps", "list the points of a network that a recipe can tap"),
+    "export": ("export", "write a trained student as model.pt and as ONNX"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 2 where the caller can fix what went wrong."""
-    arguments, rest = _parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(argv[:1])  # what follows is the command's own
     command: Callable[[list[str]], int] = arguments.command
     try:
-        return command(rest)
+        return command(list(argv[1:]))
     except KDHooksError as error:
         print(f"kdhooks: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdhooks", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="kdhooks",
+        usage="kdhooks [-h] [--version] command …",
+        description=__doc__,
+        epilog="kdhooks COMMAND --help says more of each.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"kdhooks {version('kdhooks')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = commands.add_parser("methods", help="list the installed methods; imports none")
     listing.set_defaults(command=_methods)
-    demo = commands.add_parser("demo", help="distil a small network on real faces", add_help=False)
+    for name, (module, text) in _TOOLS.items():
+        commands.add_parser(name, help=text).set_defaults(command=_tool(module))
+    demo = commands.add_parser("demo", help="distil a small network on real faces")
     demo.set_defaults(command=_demo)
     return parser
+
+
+def _tool(module: str) -> Callable[[list[str]], int]:
+    def run(rest: list[str]) -> int:
+        tool = import_module(f"kdhooks_integrations.arcface_tools.{module}")
+        status: int = tool.main(rest)
+        return status
+
+    return run
 
 
 def _methods(rest: list[str]) -> int:

@@ -18,6 +18,8 @@ from kdhooks.taps import Taps, unwrap
 
 log = logging.getLogger("kdhooks")
 
+_PREFIXES = ("module.", "_orig_mod.")
+
 
 @dataclass(frozen=True)
 class InputTransform:
@@ -186,43 +188,48 @@ def _has_statistics(norm: "nn.modules.batchnorm._BatchNorm") -> bool:
     return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The backbone's state dict of `model.pt` or `checkpoint_gpu_{rank}.pt`; its hash is logged."""
+def load_checkpoint(path: str | Path, whose: str = "teacher") -> dict[str, Tensor]:
+    """The backbone's state dict of `model.pt` or `checkpoint_gpu_{rank}.pt`; its hash is logged.
+
+    What DistributedDataParallel and torch.compile put before each key is left out.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise KDHooksError(f"teacher checkpoint: there is no file '{path}'")
+        raise KDHooksError(f"{whose} checkpoint: there is no file '{path}'")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise KDHooksError(
-            f"teacher checkpoint: '{path}' can't be read as tensors alone ({error}); save "
+            f"{whose} checkpoint: '{path}' can't be read as tensors alone ({error}); save "
             "model.state_dict() with torch.save"
         ) from error
     for key in ("state_dict_backbone", "state_dict"):
         if isinstance(content, dict) and key in content:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise KDHooksError(f"teacher checkpoint: '{path}' holds no state dict")
-    log.info("teacher %s sha256 %s", path, _sha256(path))
-    return {
-        key.removeprefix("module."): value
-        for key, value in content.items()
-        if not key.startswith("kdhooks.")  # what a distilled teacher's own training saved beside it
-    }
+        raise KDHooksError(f"{whose} checkpoint: '{path}' holds no state dict")
+    log.info("%s %s sha256 %s", whose, path, sha256(path))
+    # A distilled teacher's own training may have saved the methods' weights beside it.
+    content = {key: value for key, value in content.items() if not key.startswith("kdhooks.")}
+    while all(key.startswith(_PREFIXES) for key in content) and content:
+        content = {key.partition(".")[2]: value for key, value in content.items()}
+    return content
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+def load_strictly(
+    module: nn.Module, state: dict[str, Tensor], path: str | Path, whose: str = "teacher"
+) -> nn.Module:
     """Every weight of the module comes from the file, and every weight of the file is used."""
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise KDHooksError(
-            f"teacher checkpoint: '{path}' does not fit the network named for it; {error}"
+            f"{whose} checkpoint: '{path}' does not fit the network named for it; {error}"
         ) from error
     return module
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -160,6 +160,43 @@ def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr("kdhooks.cli.import_module", missing)
 
 
+@pytest.mark.parametrize("command", ["run", "doctor", "taps", "export"])
+def test_a_command_says_its_options_with_examples(command: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: kdhooks {command} ")
+    assert f"\n    kdhooks {command} " in printed
+
+
+def test_the_help_lists_every_command(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = [line.split()[0] for line in lines_of(capsys) if line.startswith("    ")]
+    assert [name for name in listed if name.isalpha()] == [
+        "methods", "run", "doctor", "taps", "export", "demo",
+    ]  # fmt: skip
+
+
+def test_commands_are_imported_when_they_are_called() -> None:
+    code = LISTING.replace("kdhooks_plugins", "kdhooks_integrations")
+    assert python(code).splitlines()[-1] == "imported:"
+    noticed = python("import kdhooks_integrations.arcface_tools.taps" + code).splitlines()[-1]
+    assert "kdhooks_integrations.arcface_tools.taps" in noticed
+
+
+def test_the_package_is_the_command_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdhooks", "methods", "fcd"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "kdhooks: methods takes no arguments; found fcd\n"
+
+
 def test_the_command_is_installed() -> None:
     (script,) = entry_points(group="console_scripts", name="kdhooks")
     assert script.load() is main

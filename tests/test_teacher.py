@@ -140,13 +140,14 @@ def test_input_transform_refuses(options: dict[str, object], match: str) -> None
         InputTransform(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict_backbone": s, "epoch": 1}])
 def test_reads_model_pt_and_rank_checkpoints(
-    wrap: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    wrap: object, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert callable(wrap)
     module = trained()
-    state = {f"module.{key}": value for key, value in module.state_dict().items()}
+    state = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
     state["kdhooks.distiller.losses.fcd.projector.weight"] = torch.ones(1)  # of a student once
     torch.save(wrap(state), tmp_path / "model.pt")
     with caplog.at_level(logging.INFO, "kdhooks"):

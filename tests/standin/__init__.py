@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -55,15 +56,20 @@ class Trainer:
         below_imports: str = "",
         after_schedule: str = "",
         before_loop: str = "",
+        launch: Sequence[str] = (),
         fresh: bool = False,
         **config: object,
     ) -> list[Report]:
-        """Each rank's report. The lines go where their names say; fresh: run it once more."""
+        """Each rank's report. The lines go where their names say; fresh: run it once more.
+
+        launch: options of `kdhooks run`, which then starts the script.
+        """
         job = {
             "config_line": config_line,
             "BELOW_IMPORTS": below_imports,
             "AFTER_SCHEDULE": after_schedule,
             "BEFORE_LOOP": before_loop,
+            "launch": list(launch),
             "config": {**_DEFAULTS, **config},
         }
         key = json.dumps(job)

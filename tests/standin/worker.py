@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kdhooks_integrations.arcface_tools import launcher
+
 _SCRIPT = str(Path(__file__).with_name("train.py"))
 
 
@@ -17,11 +19,15 @@ def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
-        sys.argv = [_SCRIPT, request.pop("path")]
+        path, options = request.pop("path"), request.pop("launch")
+        sys.argv = [_SCRIPT, path]
         os.environ.update(request)
         answer = {}
         try:
-            runpy.run_path(_SCRIPT, run_name="__main__")
+            if options:
+                launcher.main([_SCRIPT, path, *options])
+            else:
+                runpy.run_path(_SCRIPT, run_name="__main__")
         except Exception as error:
             traceback.print_exc()
             answer = {"error": type(error).__name__, "message": str(error)}

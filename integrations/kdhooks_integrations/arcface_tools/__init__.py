@@ -1,0 +1,1 @@
+"""The commands around arcface_torch: `kdhooks run`, `doctor`, `taps` and `export`."""

@@ -1,0 +1,161 @@
+"""`kdhooks run`: a training script distils, without an edit to it or to its configuration.
+
+    kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
+    torchrun --nproc_per_node=8 -m kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
+
+The script runs as `python SCRIPT ARGUMENTS` would run it. Below its imports the recipe is
+installed; its own statements stay as they are.
+"""
+
+import argparse
+import ast
+import sys
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.recipe import Recipe
+from kdhooks_integrations import arcface_torch
+from kdhooks_integrations.arcface_tools.compat import repair
+from kdhooks_integrations.arcface_torch.installation import HEADS
+
+Install: TypeAlias = Callable[[dict[str, Any]], object]
+"""Called once with the script's globals."""
+
+_HOOK = "__kdhooks_install__"
+
+
+def main(argv: Sequence[str]) -> int:
+    options, arguments = _options(argv)
+    script = Path(options.script)
+    if options.recipe is None and not options.compat:
+        raise KDHooksError("run needs --recipe FILE; found none (--compat alone runs undistilled)")
+    if not script.is_file():
+        raise KDHooksError(f"run: there is no script '{script}' in {Path.cwd()}")
+    with tokenize.open(script) as file:  # in the encoding that it declares
+        source = file.read()
+    install: Install | None = None
+    if options.recipe is not None:
+        install = partial(arcface_torch.install, Recipe.read(options.recipe))
+    program = prepared(source, options.script, install is not None)
+    if options.compat:
+        repair(source)
+    names = execute(program, options.script, arguments, install)
+    if install is not None:
+        _check_distilled(names, options.script)
+    return 0
+
+
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Ours, wherever they stand before a `--`, and the script's own, untouched."""
+    first = argparse.ArgumentParser(
+        prog="kdhooks run",
+        usage="kdhooks run SCRIPT [ARGUMENTS …] --recipe FILE [--compat] [-- ARGUMENTS …]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    ours = argparse.ArgumentParser(prog="kdhooks run", add_help=False, allow_abbrev=False)
+    for parser in (first, ours):
+        parser.add_argument("--recipe", help="TOML file: the teacher and the methods")
+        parser.add_argument(
+            "--compat",
+            action="store_true",
+            help="repair what keeps the trainer from running on current packages; says what",
+        )
+    first.add_argument("script", help="train_v2.py, or a fork of it; its arguments follow")
+    first.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = first.parse_args(argv[:end])
+    _, arguments = ours.parse_known_args(options.arguments, options)
+    return options, [*arguments, *argv[end + 1 :]]
+
+
+def prepared(source: str, name: str, hooked: bool) -> ast.Module:
+    """The script, with a call of the hook below the last statement that binds one of our names."""
+    try:
+        tree = ast.parse(source, name)
+    except SyntaxError as error:
+        raise KDHooksError(f"run: '{name}' is no Python of this version: {error}") from error
+    if not hooked:
+        return tree
+    bound = [(index, node, {*_bound(node)}) for index, node in enumerate(tree.body)]
+    found = {name for _, _, names in bound for name in names}
+    missing = [] if "get_model" in found else ["get_model"]
+    missing += [] if found & {*HEADS} else [HEADS[0]]
+    if missing and "*" not in found:
+        close = "".join(near_miss(name, found) for name in missing)
+        raise KDHooksError(
+            f"run: '{name}' must bind get_model, which makes the backbone, and PartialFC_V2, its "
+            f"head, at its top level; found no {' and no '.join(missing)}; {close}it is a fork: "
+            "import what it uses under these names, or call "
+            "kdhooks_integrations.arcface_torch.attach in it"
+        )
+    needed = {"get_model", *HEADS, "*"}
+    below = max(
+        index
+        for index, node, names in bound
+        if names & needed or isinstance(node, ast.Import | ast.ImportFrom)
+    )
+    call = ast.parse(f"{_HOOK}()").body[0]
+    tree.body.insert(below + 1, ast.copy_location(call, tree.body[below]))
+    return ast.fix_missing_locations(tree)
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """The names that a statement binds in its own scope; '*' for a star import."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+        return
+    if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+        return  # where it ends, the training has
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name for alias in node.names)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        yield from _bound(child)
+
+
+def execute(
+    program: ast.Module, name: str, arguments: Sequence[str], install: Install | None
+) -> dict[str, Any]:
+    """As the main program, with the arguments and the import path that it has without us.
+
+    Its globals come back.
+    """
+    script = ModuleType("__main__")
+    names = vars(script)
+    path = Path(name).absolute()
+    names.update(__file__=str(path), __cached__=None)
+    if install is not None:
+
+        def hook() -> None:
+            del names[_HOOK]
+            install(names)
+
+        names[_HOOK] = hook
+    ours = sys.modules["__main__"], sys.argv, sys.path
+    sys.modules["__main__"], sys.argv = script, [name, *arguments]
+    if not getattr(sys.flags, "safe_path", False):  # what python -P leaves out
+        sys.path = [str(path.resolve().parent), *sys.path[1:]]
+    try:
+        exec(compile(program, str(path), "exec", dont_inherit=True), names)
+    finally:
+        sys.modules["__main__"], sys.argv, sys.path = ours
+    return names
+
+
+def _check_distilled(names: dict[str, Any], name: str) -> None:
+    installed = getattr(names["get_model"], "__self__", None)
+    if getattr(installed, "attachment", None) is None:
+        raise KDHooksError(
+            f"run: '{name}' ended, and nothing was distilled: it made no head by PartialFC_V2 "
+            "after a backbone by get_model, or no schedule of the learning rate by a class that it "
+            "imports; call arcface_torch.attach in it"
+        )

@@ -1,0 +1,77 @@
+"""train.rec, train.idx and verification files, written as mxnet's tools write them."""
+
+import io
+import pickle
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+Pixels = NDArray[np.uint8]
+
+
+def people(classes: int, each: int, seed: int = 0) -> list[tuple[Pixels, int]]:
+    """Pictures (112 112 3), and of whom: a pattern a person, under noise."""
+    generator = np.random.default_rng(seed)
+    patterns = np.random.default_rng(7).integers(30, 225, (classes, 7, 7, 3))
+    found = []
+    for index in range(classes * each):
+        noisy = patterns[index % classes] + generator.integers(-30, 30, (7, 7, 3))
+        pixels = np.kron(noisy, np.ones((16, 16, 1))).astype(np.uint8)
+        found.append((pixels, index % classes))
+    return found
+
+
+def png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def record(content: bytes) -> bytes:
+    """One entry of a .rec: cut where it contains the magic number, each part padded to 4 bytes."""
+    parts = content.split(MAGIC)
+    written = []
+    for index, part in enumerate(parts):
+        kind = 0 if len(parts) == 1 else 1 if index == 0 else 3 if index == len(parts) - 1 else 2
+        head = MAGIC + struct.pack("<I", kind << 29 | len(part))
+        written.append(head + part + b"\0" * (-len(part) % 4))
+    return b"".join(written)
+
+
+def labelled(label: float | Sequence[float], number: int, content: bytes) -> bytes:
+    if isinstance(label, int | float):
+        return struct.pack("<IfQQ", 0, label, number, 0) + content
+    numbers = np.asarray(label, np.float32).tobytes()
+    return struct.pack("<IfQQ", len(label), 0.0, number, 0) + numbers + content
+
+
+def write_records(folder: Path, samples: Sequence[tuple[Pixels, int]]) -> None:
+    """As InsightFace's data sets: record 0 says where the images end; labels are pairs."""
+    entries = [labelled([len(samples) + 1.0, len(samples) + 1.0], 0, b"")]
+    entries += [labelled([float(who), 0.0], i, png(p)) for i, (p, who) in enumerate(samples, 1)]
+    offsets, data = [], b""
+    for entry in entries:
+        offsets.append(len(data))
+        data += record(entry)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.rec").write_bytes(data)
+    lines = [f"{key}\t{offset}\n" for key, offset in enumerate(offsets)]
+    (folder / "train.idx").write_text("".join(lines))
+
+
+def write_pairs(path: Path, classes: int, pairs: int) -> None:
+    """A verification .bin: (encoded images, two a pair; whether they are of one person)."""
+    pictures = [
+        [p for p, who in people(classes, pairs, seed=1) if who == c] for c in range(classes)
+    ]
+    images, same = [], []
+    for index in range(pairs):
+        other = index % 2
+        images += [png(pictures[0][index]), png(pictures[other][-1 - index])]
+        same.append(not other)
+    path.write_bytes(pickle.dumps((images, same)))

@@ -1,0 +1,208 @@
+"""`kdhooks doctor`: a good recipe passes, and each fault is found where it is, with its way out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("PIL")
+
+from kdhooks import EmbeddingTap, hookimpl
+from kdhooks.cli import main
+from kdhooks_integrations.arcface_tools.cost import held, kept_for_backward
+from kdhooks_integrations.arcface_tools.faces import read_batch
+from tests.records import people, png, write_records
+from tests.trainer_folder import CLASSES, imports_undone, write_teacher, write_trainer
+
+Captured = pytest.CaptureFixture[str]
+CHECKS = (
+    "recipe", "student", "images", "teacher", "classes", "class order", "taps", "step",
+    "gradients", "cost",
+)  # fmt: skip
+TEACHER = '[teacher]\nnetwork = "tiny"\ncheckpoint = "model.pt"\n'
+ROWS = 'classifier = "rows.pt"\n'
+STUDENT = ("--network", "wide", "--embedding-size", "16")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    write_trainer(folder)
+    write_teacher(folder)
+    write_records(folder / "records", people(CLASSES, 4))
+    for index, (pixels, who) in enumerate(people(CLASSES, 4)):
+        person = folder / "folders" / f"person{who}"
+        person.mkdir(parents=True, exist_ok=True)
+        (person / f"{index:03}.png").write_bytes(png(pixels))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(made)
+    with imports_undone():
+        yield made
+
+
+def doctor(
+    capsys: Captured, recipe: str, *options: str, status: int = 0
+) -> dict[str, tuple[str, str]]:
+    """Each check's status and text."""
+    Path("kd.toml").write_text(recipe)
+    assert main(["doctor", "--recipe", "kd.toml", *(options or STUDENT)]) == status
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        found[line[7:19].strip()] = (line[:5].strip(), line[20:])
+    assert tuple(found) == CHECKS
+    return found
+
+
+def test_a_good_recipe_passes(capsys: Captured) -> None:
+    found = doctor(capsys, f'methods = ["fcd", "at"]\n{TEACHER}')
+    unchecked = {name for name, (status, _) in found.items() if status != "ok"}
+    assert unchecked == {"classes", "class order"}
+    assert found["student"][1].startswith("wide, 0.0")
+    assert found["student"][1].endswith("million weights, embedding 16")
+    stages = "layer1, layer2, layer3, layer4"
+    assert found["taps"][1] == f"fcd on the embedding; at on {stages} <- {stages}"
+    assert found["gradients"][1].count(",") == 2
+    assert "a batch of 8 takes" in found["cost"][1]
+
+
+@pytest.mark.parametrize("data", ["records", "folders"])
+def test_the_class_order_is_checked_on_the_data_of_the_training(
+    data: str, capsys: Captured
+) -> None:
+    recipe = f'methods = ["proxylesskd"]\n{TEACHER}{ROWS}'
+    options = (*STUDENT, "--data", data, "--batch-size", "24", "--num-classes", str(CLASSES))
+    found = doctor(capsys, recipe, *options)
+    assert {status for status, _ in found.values()} == {"ok"}
+    assert found["images"][1] == f"24 of {data}, of {CLASSES} people"
+    assert found["class order"][1] == "24 of 24 images are nearest to their own class"
+    assert found["taps"][1] == "the head holds the teacher's rows, frozen"
+
+
+def test_another_class_order_is_a_fault(capsys: Captured) -> None:
+    torch.save(torch.load("rows.pt").roll(1, 0), "rolled.pt")
+    recipe = f'methods = ["proxylesskd"]\n{TEACHER}classifier = "rolled.pt"\n'
+    found = doctor(capsys, recipe, *STUDENT, "--data", "folders", status=1)
+    assert found["class order"][0] == "FAULT"
+    assert "must be in the order of the training labels" in found["class order"][1]
+    assert found["taps"] == ("--", "not checked: the fault above comes first")
+
+
+def test_without_data_the_class_order_is_said_to_be_open(capsys: Captured) -> None:
+    found = doctor(capsys, f'methods = ["proxylesskd"]\n{TEACHER}{ROWS}')
+    assert found["class order"][0] == "--"
+    assert found["class order"][1].endswith("give --data FOLDER of the training")
+    assert found["classes"][1].endswith("give --num-classes of the training to compare them")
+    assert found["step"][0] == "ok"
+
+
+class NoGradient:
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        return EmbeddingTap("still", _Embeddings())
+
+
+class _Embeddings(nn.Module):
+    def forward(
+        self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        return teacher.abs().sum() + 0 * student.sum()
+
+
+def test_a_loss_that_trains_nothing_is_a_fault(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdhooks.recipe.create", lambda method: NoGradient())
+    found = doctor(capsys, f'methods = ["still"]\n{TEACHER}', status=1)
+    assert found["gradients"][0] == "FAULT"
+    assert "no gradient of it reaches the student" in found["gradients"][1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "check", "said"),
+    [
+        ('methods = ["fdc"]\n' + TEACHER, STUDENT, "recipe", "did you mean 'fcd'"),
+        ('methods = ["fcd"]\n' + TEACHER, ("--network", "tny"), "student", "'tny' is unknown to"),
+        (
+            'methods = ["fcd"]\n' + TEACHER.replace("tiny", "wide"),
+            STUDENT, "teacher", "does not fit the network named for it",
+        ),
+        (
+            'methods = ["fcd"]\n' + TEACHER + ROWS,
+            (*STUDENT, "--num-classes", "7"), "classes", "has 6 classes, the training 7",
+        ),
+        (
+            'methods = ["fcd"]\n' + TEACHER,
+            ("--network", "tiny", "--embedding-size", "12"), "taps", "12",
+        ),
+        (
+            'methods = ["at"]\n' + TEACHER + '[taps.student]\nstages = ["layer9"]\n',
+            STUDENT, "taps", "student has no submodule 'layer9'",
+        ),
+        (
+            'methods = ["fcd"]\n' + TEACHER,
+            (*STUDENT, "--data", "absent"), "images", "found neither in 'absent'",
+        ),
+        (
+            'methods = ["fcd"]\n' + TEACHER,
+            (*STUDENT, "--data", "folders", "--num-classes", "9"), "images", "has 6 classes, --num",
+        ),
+        ('methods = ["fcd"]\n' + TEACHER, (*STUDENT, "--device", "tpu"), "student", "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_found_where_it_is(
+    recipe: str, options: tuple[str, ...], check: str, said: str, capsys: Captured
+) -> None:
+    found = doctor(capsys, recipe, *options, status=1)
+    assert [name for name, (status, _) in found.items() if status == "FAULT"] == [check]
+    assert said in found[check][1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--recipe", "absent.toml"], "doctor: there is no recipe 'absent.toml'"),
+        (["--recipe", "kd.toml", "--batch-size", "1"], "--batch-size must be at least 2; found 1"),
+        (["--recipe", "kd.toml", "--trainer", "absent"], "--trainer must be a folder"),
+    ],
+)
+def test_a_wrong_command_is_no_fault_of_the_recipe(
+    argv: list[str], said: str, capsys: Captured
+) -> None:
+    Path("kd.toml").write_text(f'methods = ["fcd"]\n{TEACHER}')
+    assert main(["doctor", *STUDENT, *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_images_are_the_trainers(folder: Path) -> None:
+    """Of both kinds of folder: the same pictures, labels and range."""
+    pictures = people(CLASSES, 4)
+    images, labels, classes = read_batch("records", 24, None)
+    pixels = torch.stack([torch.from_numpy(picture) for picture, _ in pictures])
+    torch.testing.assert_close((images + 1) * 127.5, pixels.permute(0, 3, 1, 2).float())
+    assert (labels.tolist(), classes) == ([who for _, who in pictures], CLASSES)
+    assert read_batch("folders", 6, None)[1].tolist() == list(range(CLASSES))
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def test_what_backward_needs_is_counted_once() -> None:
+    layers = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Sigmoid(), nn.Sigmoid())
+    x = torch.rand(4, 8, requires_grad=True)
+    # The input of the first layer, and the output of each sigmoid, in float32; not its weight.
+    kept = kept_for_backward(lambda: layers(x), layers.parameters())
+    assert kept == 4 * (4 * 8 + 2 * 4 * 16)
+    assert kept_for_backward(lambda: layers(x), []) == kept + 4 * 8 * 16
+
+
+def test_weights_count_with_gradient_and_momentum() -> None:
+    network = nn.BatchNorm1d(8)
+    network.bias.requires_grad_(False)
+    statistics = 4 * (8 + 8) + 8
+    assert held([network, network], 3) == 4 * (3 * 8 + 8) + statistics

@@ -1,0 +1,113 @@
+"""`kdhooks taps`: every point that a recipe can name, with what it puts out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kdhooks.cli import main
+from kdhooks_integrations.arcface_tools.taps import listing
+from tests.trainer_folder import imports_undone, write_trainer
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    with imports_undone():
+        yield write_trainer(tmp_path)
+
+
+def lines(capsys: Captured, *argv: str) -> list[list[str]]:
+    assert main(["taps", *argv]) == 0
+    return [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_stages_and_the_embedding_are_marked(capsys: Captured) -> None:
+    head, *rows = lines(capsys, "tiny")
+    assert head == ["path", "shape"]
+    points = dict(rows)
+    assert points["conv1"] == "(8, 28, 28)"
+    assert points["layer3"] == "(16, 4, 4)   stage 3"
+    assert points["(output)"].startswith("(512,)")
+    assert points["(output)"].endswith("embedding")
+    assert "layer3.conv1" not in points
+
+
+def test_depth_shows_what_is_inside(capsys: Captured) -> None:
+    points = dict(lines(capsys, "tiny", "--depth", "2", "--embedding-size", "24")[1:])
+    assert points["layer3.conv1"] == "(16, 4, 4)"
+    assert points["layer3.bn2"].endswith("overwritten in place by what follows")
+    assert points["fc"].startswith("(24,)")
+
+
+def test_a_factory_of_ones_own(capsys: Captured, trainer: Path) -> None:
+    points = dict(lines(capsys, "backbones:blocks", "--trainer", str(trainer))[1:])
+    assert points["0"] == "(4, 7, 7)  overwritten in place by what follows"
+    assert points["(output)"] == "(196,)     embedding"
+
+
+class Odd(nn.Module):
+    """A block that is checkpointed, one that runs twice, one for evaluation, one that drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.only, self.some = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)))
+        x = checkpoint(self.inner, x, use_reentrant=True) if self.training else self.inner(x)
+        if not self.training:
+            x = self.only(x)
+        kept: Tensor = self.some(x[:, :3] if self.training else x)
+        return kept[:, :2]
+
+
+def test_what_is_different_in_training_is_said() -> None:
+    notes = {path: note for path, _, note in listing(Odd(), 2, (4,))}
+    assert notes == {
+        "first": "",
+        "twice": "runs 2 times, the last one counts",
+        "inner.0": "no gradient: inside a checkpointed block, or frozen",
+        "inner.1": "",
+        "inner": "",
+        "only": "does not run in training",
+        "some": "(3,) in training",
+        "(output)": "embedding",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["r19"], "network 'r19' is unknown to the trainer's get_model, which takes names like"),
+        (["absent:f"], "network 'absent:f' can't be imported: No module named 'absent'"),
+        (["backbones:f"], "network 'backbones:f' can't be imported: module 'backbones' has no"),
+        (["backbones:no_network"], "must make an nn.Module; found int"),
+        (["backbones:get_model"], "must be made without further arguments: get_model() missing"),
+        (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so that --emb"),
+        (["tiny", "--trainer", "absent"], "--trainer must be a folder; found 'absent'"),
+    ],
+)
+def test_what_can_not_be_made(argv: list[str], said: str, capsys: Captured) -> None:
+    assert main(["taps", *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_elsewhere_than_in_the_trainers_folder(trainer: Path, capsys: Captured) -> None:
+    (trainer / "backbones.py").unlink()
+    assert main(["taps", "tiny"]) == 2
+    assert "run in the trainer's folder, or give --trainer FOLDER" in capsys.readouterr().err
+
+
+def test_listing_leaves_no_hook() -> None:
+    network = nn.Sequential(nn.Linear(4, 4))
+    listing(network, 1, (4,))
+    assert not any(module._forward_hooks for module in network.modules())
+    assert torch.is_grad_enabled()

@@ -1,0 +1,80 @@
+"""A folder with a package `backbones`, as the commands expect it, and a teacher."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.records import people
+from tests.standin import backbones
+
+CLASSES, WIDTH = 6, 16
+BACKBONES = """
+from torch import nn
+from tests.standin import backbones
+
+def get_model(name, dropout, fp16, num_features):
+    model = backbones.get_model(name, dropout, fp16, num_features)
+    if name != "plain":
+        model.conv1 = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)  # of images of 112
+    return model
+
+def blocks():
+    return nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.ReLU(inplace=True), nn.Flatten())
+
+def no_network():
+    return 1
+"""
+
+
+def write_trainer(folder: Path) -> Path:
+    (folder / "backbones.py").write_text(BACKBONES)
+    return folder
+
+
+@contextmanager
+def imports_undone() -> Iterator[None]:
+    """The import path and `backbones` as they were."""
+    path = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("backbones", None)
+
+
+def faces() -> tuple[Tensor, Tensor]:
+    """(b 3 112 112) in [-1, 1], (b)."""
+    pixels, labels = zip(*people(CLASSES, 4), strict=True)
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().contiguous()
+    return (images - 127.5) / 127.5, torch.tensor(labels)
+
+
+def settled(network: str = "tiny") -> nn.Module:
+    """Random weights, and the statistics of the faces: as good as trained, for the checks."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        model = backbones.get_model(network, 0.0, False, WIDTH)
+        model.conv1 = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(faces()[0])
+    return model.eval()
+
+
+def write_teacher(folder: Path) -> None:
+    """model.pt, and rows.pt with the class means of the faces."""
+    teacher = settled()
+    images, labels = faces()
+    with torch.no_grad():
+        embedding = F.normalize(teacher(images))
+    rows = torch.stack([embedding[labels == label].mean(0) for label in range(CLASSES)])
+    torch.save(teacher.state_dict(), folder / "model.pt")
+    torch.save(rows, folder / "rows.pt")
