@@ -437,6 +437,47 @@ def test_checkpoints_of_two_ages_are_refused(two: Trainer, teacher: dict[str, st
         assert "must be of one step; found [3, 6], by rank" in report["message"]
 
 
+DIES_IN_ITS_SECOND_SAVE = (
+    "import collections, os, signal\n"
+    "class Killer:\n"
+    "    calls = 0\n"
+    "    def __deepcopy__(self, memo):\n"
+    "        return self\n"
+    "    def __reduce__(self):\n"
+    "        Killer.calls += 1\n"
+    "        if Killer.calls == 2:\n"
+    "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    "        return collections.OrderedDict, ()\n"
+    "opt.param_groups[0]['killer'] = Killer()\n"
+)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_kill_while_it_saves_loses_no_more_than_the_epoch(
+    one: Trainer, teacher: dict[str, str], tmp_path: Path, distilled: bool
+) -> None:
+    line = install(teacher, COUPLEFACE) if distilled else ""
+    whole: dict[str, Any] = {"num_epoch": 3, "sample_rate": 1.0}
+    doomed = Trainer(1, tmp_path)
+    with pytest.raises(AssertionError, match="the stand-in died"):
+        doomed.run(line, **whole, before_loop=DIES_IN_ITS_SECOND_SAVE)
+    doomed.close()
+    (resumed,) = one.run(line, **whole, resume=str(tmp_path / "run1"))
+    if not distilled:  # the twin: the trainer's own file is spoilt
+        assert "error" in resumed
+        return
+    (straight,) = one.run(line, **whole)
+    assert resumed["losses"] == straight["losses"][3:]
+    assert resumed["backbone"] == straight["backbone"]
+
+
+def test_a_ranks_checkpoint_keeps_the_one_before(one: Trainer, teacher: dict[str, str]) -> None:
+    (report,) = one.run(install(teacher, FCD), num_epoch=2)
+    previous = torch.load(Path(report["output"], "checkpoint_gpu_0.pt.previous"))
+    assert (previous["epoch"], saved(report)["epoch"]) == (1, 2)
+    assert not list(Path(report["output"]).glob("*.part"))
+
+
 # --- what it logs --------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -14,13 +15,14 @@ from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe
 from kdhooks.shards import world
 from kdhooks_integrations.arcface_torch.attachment import Attachment, attach
+from kdhooks_integrations.arcface_torch.saving import SafeTorch
 
 HEADS = ("PartialFC_V2", "PartialFC", "PartialFCAdamW")
 LOGGER = "CallBackLogging"
 
 
 class Installation:
-    """Names of the script, wrapped, until `remove`: its get_model, heads, schedules and logger."""
+    """Names of the script, wrapped, until `remove`: get_model, heads, schedules, logger, torch."""
 
     def __init__(self, recipe: Recipe, namespace: dict[str, Any]) -> None:
         self._namespace = namespace
@@ -31,6 +33,8 @@ class Installation:
         wrapped: dict[str, Any] = {"get_model": self._get_model}
         wrapped |= {name: self._head(namespace[name]) for name in HEADS if name in namespace}
         wrapped |= {name: self._schedule(namespace[name]) for name in _schedules(namespace)}
+        if namespace.get("torch") is torch:
+            wrapped["torch"] = SafeTorch()
         if LOGGER in namespace:
             wrapped[LOGGER] = self._logger(namespace[LOGGER])
         self._originals = {name: namespace[name] for name in wrapped}

@@ -142,7 +142,8 @@ def _refuse_ranks_apart(ours: State | None) -> None:
     if len(set(steps)) > 1:
         raise KDHooksError(
             f"arcface_torch: the ranks' checkpoints must be of one step; found {steps}, by rank: "
-            "the run ended while it saved; resume from an older copy of all of them"
+            "the run ended while it saved; on the ranks that are ahead put "
+            "checkpoint_gpu_….pt.previous in its place"
         )
 
 
