@@ -1,5 +1,6 @@
 """The adapter of InsightFace's arcface_torch, through a stand-in trainer in its own processes."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -751,17 +752,36 @@ def test_a_teacher_of_another_family_may_teach(one: Trainer) -> None:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["config_line", "after_schedule"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("where", "compiled", "backend"),
+    [
+        ("config_line", "before DDP", "eager"),
+        ("config_line", "before DDP", "aot_eager"),
+        ("config_line", "after DDP", "eager"),
+        ("config_line", "module", "aot_eager"),
+        ("after_schedule", "after DDP", "eager"),
+    ],
+)
 def test_a_compiled_backbone_gives_the_same_losses(
-    one: Trainer, teacher: dict[str, str], where: str, backend: str
+    one: Trainer, teacher: dict[str, str], where: str, compiled: str, backend: str
 ) -> None:
-    line = (attach if where == "after_schedule" else install)(teacher, FCD)
+    line = (attach if where == "after_schedule" else install)(teacher, FCD, {"name": "at"})
     there: dict[str, Any] = {where: line}
-    (report,) = one.run(**there, compile=backend)
+    (report,) = one.run(**there, compile=backend, compiled=compiled)
     (uncompiled,) = one.run(**there)
-    torch.testing.assert_close(report["losses"], uncompiled["losses"])
+    torch.testing.assert_close(report["losses"], uncompiled["losses"], rtol=1e-6, atol=1e-6)
     assert report["groups"] == uncompiled["groups"]
+
+
+@pytest.mark.slow
+def test_a_backbone_compiled_by_inductor_gives_the_same_losses(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    line = install(teacher, FCD, {"name": "at"})
+    (report,) = one.run(line, compile="inductor")
+    torch.testing.assert_close(report["losses"], one.run(line)[0]["losses"], rtol=1e-4, atol=1e-4)
 
 
 FIRST_CALL = (

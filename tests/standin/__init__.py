@@ -33,6 +33,7 @@ _DEFAULTS = {
     "frequent": 2,
     "seed": 2048,
     "compile": "",
+    "compiled": "before DDP",
     "compress": True,
     "resume": "",
     "ask": {},

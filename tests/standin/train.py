@@ -94,7 +94,9 @@ def main(path: str) -> None:
         cfg.network, dropout=0.0, fp16=False, num_features=cfg.embedding_size
     )
     raw = backbone
-    if cfg.compile:
+    if cfg.compile and cfg.compiled == "module":
+        raw.compile(backend=cfg.compile)
+    if cfg.compile and cfg.compiled == "before DDP":
         backbone = torch.compile(backbone, backend=cfg.compile)  # type: ignore[assignment]
     backbone = DistributedDataParallel(
         module=backbone, broadcast_buffers=False, bucket_cap_mb=16, find_unused_parameters=True
@@ -103,6 +105,8 @@ def main(path: str) -> None:
         backbone.register_comm_hook(None, fp16_compress_hook)
     backbone.train()
     backbone._set_static_graph()
+    if cfg.compile and cfg.compiled == "after DDP":
+        backbone = torch.compile(backbone, backend=cfg.compile)  # type: ignore[assignment]
 
     margin_loss = MarginLoss(64.0, 0.5)
     make = PartialFC if cfg.old_head else PartialFC_V2
