@@ -191,6 +191,15 @@ class ClassShard:
         index, mine = self._local(labels, values)
         return values.scatter_add(1, index[:, None], (amount * mine)[:, None])
 
+    def own_rows(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(b) -> (b e), (b), (b): the row of each sample's class here, which of the rows that is,
+        and whether it is the sample's own: else the class is another rank's.
+        """
+        local = labels - self.offset
+        mine = (local >= 0) & (local < len(self.weight))
+        index = local.clamp(0, len(self.weight) - 1)
+        return self.weight[index], index, mine
+
     def _local(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Own class as a column here, and whether this rank holds it."""
         local = labels - self.offset

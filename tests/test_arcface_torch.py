@@ -24,15 +24,18 @@ METHODS: dict[str, dict[str, object]] = {
 EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
     **METHODS,
     "acsr": {"name": "acsr", "warmup_steps": 4},
+    "adadistill": {"name": "adadistill"},
     "at": {"name": "at"},
     "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 4},
     "cakd": {"name": "cakd", "width": 8, "heads": 2, "centres": 4, "prompts": 0},
     "eckd": {"name": "eckd"},
     "kd": {"name": "kd"},
+    "margindistillation": {"name": "margindistillation"},
     "own": {"name": "proxylesskd", "head": "own", "margin_warmup_steps": 4},
     "reviewkd": {"name": "reviewkd", "warmup_steps": 4},
     "rkd": {"name": "rkd"},
     "sp": {"name": "sp"},
+    "thkd": {"name": "thkd"},
 }
 PROJECTED = [{**FCD, "projector": True}, {**COUPLEFACE, "projector": True}]
 OUTCOME = ("losses", "verified", "backbone", "head", "generator", "groups", "files")

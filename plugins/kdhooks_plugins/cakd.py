@@ -7,8 +7,8 @@ Reconstruction: all else. The map that is matched is that of the local features'
 the one map of equal shape on both sides. Both facial distances, anchor and γ. The piecewise index
 in half-cells, since its own defaults make but four buckets of a 7 × 7 grid. L, t, widths, weights
 and what both sides share. And what keeps the two sides, both of which are trained, from agreeing on
-constants, which the plain equation allows: LayerNorm, features standardised over the batch, a guard,
-and the teacher's classification term.
+constants, which the plain equation allows: LayerNorm, features standardised over the batch, a
+guard, and the teacher's classification term.
 """
 
 import logging

@@ -8,18 +8,16 @@ embedding term. Class means stand in for the classifier of a teacher that comes 
 """
 
 import math
-from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._warmup import WarmUp
 
 MARGINS = ("arcface", "cosface", "combined")
-_EPS = 1e-7  # keeps arccos differentiable at ±1
 
 
 class MarginSoftmax(nn.Module):
@@ -53,30 +51,22 @@ class MarginSoftmax(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
         student = self.projector(student)
-        classifier = replace(classifier, weight=classifier.weight.detach())
-        count = (labels >= 0).sum().clamp(min=1)
-        cosines = classifier.cosines(student)
-        own = classifier.pick(cosines, labels)
-        shift = self._psi(own) - own
-        if self.straight_through:
-            shift = shift.detach()
-        log_p = classifier.log_softmax(self.scale * classifier.add(cosines, labels, shift))
-        loss = -classifier.pick(log_p, labels).sum() / count
+        ramp = self.warmup(student.new_ones(()))
+        loss, cosine = margin_softmax(
+            student,
+            labels,
+            classifier,
+            m=self.m * ramp,
+            m2=self.m2 * ramp,
+            scale=self.scale,
+            monotone=self.monotone,
+            straight_through=self.straight_through,
+        )
         if self.fcd_weight:
             assert teacher is not None
             gap = 1 - F.cosine_similarity(student, teacher.detach())
             loss = loss + self.fcd_weight * gap.mean()
-        return loss, {"cosine": own.sum() / count}
-
-    def _psi(self, cosine: Tensor) -> Tensor:
-        """(b) -> (b): cos(θ + m) - m2; past θ = π - m, where that rises, a straight line."""
-        ramp: Tensor = self.warmup(cosine.new_ones(()))
-        m, m2 = self.m * ramp, self.m2 * ramp
-        turned = torch.cos(torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m)
-        if self.monotone:
-            line = cosine - m * torch.sin(math.pi - m)
-            turned = torch.where(cosine > torch.cos(math.pi - m), turned, line)
-        return turned - m2
+        return loss, {"cosine": cosine}
 
 
 class ProxylessKD:

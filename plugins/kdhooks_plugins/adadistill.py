@@ -1,0 +1,111 @@
+"""AdaDistill, Boutros et al., ECCV 2024, arXiv:2407.01332.
+
+From the paper and what its code computes: a margin softmax of the student's embedding against class
+centres that follow the teacher's embeddings of the batch, fast at first and ever more slowly.
+Differs from the code: the samples of a class in one batch are averaged, centres keep unit length,
+all ranks hold the same centres, and the margin goes on along a line past θ = π - m.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks_plugins._margin import margin_softmax
+
+_LEAST = 1e-6  # of alpha
+
+
+class AdaptiveCentres(nn.Module):
+    """w_y <- α w_y + (1 - α) t, then cross-entropy of a margin softmax against w / ‖w‖."""
+
+    centres: Tensor
+
+    def __init__(
+        self, m: float = 0.45, m2: float = 0.0, scale: float = 64.0, weighted: bool = True
+    ) -> None:
+        super().__init__()
+        self.m, self.m2, self.scale, self.weighted = m, m2, scale, weighted
+        self.register_buffer("centres", torch.empty(0))  # (c e) from the first step on
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b), classifier -> ()."""
+        if not len(self.centres):
+            self.centres = F.normalize(classifier.weight.detach().clone())
+        rows = replace(classifier, weight=self.centres)
+        alpha = self._follow(student, teacher, labels, rows) if self.training else None
+        m = student.new_tensor(self.m)
+        loss, cosine = margin_softmax(student, labels, rows, m=m, m2=self.m2, scale=self.scale)
+        return loss, {"cosine": cosine, **({} if alpha is None else {"alpha": alpha})}
+
+    @torch.no_grad()
+    def _follow(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard) -> Tensor:
+        """Move the centres of the batch's classes; the mean of α."""
+        s, t = F.normalize(student), F.normalize(teacher)
+        own, index, mine = rows.own_rows(labels)
+        alpha = (s * t).sum(dim=1)
+        if self.weighted:  # by how well the teacher itself fits the centre
+            fit = rows.sum(((own * t).sum(dim=1) * mine)[:, None])
+            alpha = alpha * fit.clamp(_LEAST, 1.0)
+        alpha = alpha.clamp(_LEAST, 1.0)
+        moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
+        count = torch.zeros_like(self.centres[:, 0]).index_add_(0, index, mine.to(t))
+        total = torch.zeros_like(self.centres).index_add_(0, index, moved * mine[:, None])
+        known = count > 0
+        self.centres[known] = F.normalize(total[known])
+        return alpha.mean()
+
+
+def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """A fresh loss has no centres yet, and takes those of a checkpoint, however many."""
+    saved = state.get(f"{prefix}centres")
+    if saved is not None and not len(module.get_buffer("centres")):
+        module.centres = saved.new_empty(saved.shape, device=module.get_buffer("centres").device)
+
+
+class AdaDistill:
+    """L = cross-entropy of cos(θ + m) - m2 against the centres, at scale σ."""
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 1.0,
+        m: float | None = None,
+        margin_type: str = "arcface",
+        scale: float = 64.0,
+        weighted: bool = True,
+    ) -> None:
+        """
+        margin_type: "arcface" cos(θ + m), m by default 0.45; "cosface" cos θ - m, by default 0.35.
+        scale: σ.
+        weighted: α' = cos(s, t) · cos(w_y, t); False: α = cos(s, t).
+        """
+        if margin_type not in ("arcface", "cosface"):
+            raise KDHooksError(
+                f"adadistill: margin_type must be 'arcface' or 'cosface'; found '{margin_type}'"
+            )
+        m = m if m is not None else (0.45 if margin_type == "arcface" else 0.35)
+        for option, found in (("m", m), ("scale", scale)):
+            if found < 0:
+                raise KDHooksError(f"adadistill: {option} must be at least 0; found {found}")
+        self.weight, self.scale, self.weighted = weight, scale, weighted
+        self.margins = (m, 0.0) if margin_type == "arcface" else (0.0, m)
+
+    @hookimpl
+    def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
+        d, e = student.embedding_dim, teacher.embedding_dim
+        if d != e:
+            raise KDHooksError(
+                f"adadistill: the student's embedding must be as wide as the teacher's; found {d} "
+                f"and {e}; give the student the teacher's width (in arcface_torch: "
+                f"config.embedding_size = {e})"
+            )
+        loss = AdaptiveCentres(*self.margins, scale=self.scale, weighted=self.weighted)
+        return ClassifierShare("adadistill", loss, self.weight, mode="centres")

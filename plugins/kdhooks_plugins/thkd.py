@@ -1,0 +1,56 @@
+"""Teacher-head distillation (TH-KD), Ben-Baruch et al., 2022, arXiv:2201.06945.
+
+From the paper and what its code computes: the student's embedding goes through the teacher's frozen
+classifier, and its softened scores are brought to the teacher's own.
+Differs from the code: the embedding term beside it is a method of its own, `fcd`; scores are scaled
+cosines. The paper's other half, a teacher trained on a student's head, needs no hook.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks.declarations import Weight
+from kdhooks_plugins.kd import SoftenedScores
+
+
+class SharedHead(nn.Module):
+    """T² · KL(teacher ‖ student), both by the teacher's rows."""
+
+    def __init__(self, temperature: float = 4.0, scale: float = 64.0) -> None:
+        super().__init__()
+        self.scores = SoftenedScores(temperature, scale)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b), classifier -> ()."""
+        rows = replace(classifier, weight=classifier.weight.detach())
+        found: tuple[Tensor, dict[str, Tensor]] = self.scores(student, teacher, labels, rows, rows)
+        return found
+
+
+class THKD:
+    """L = T² · mean KL(softmax(σ cos(t, w) / T) ‖ softmax(σ cos(s, w) / T)), w the teacher's."""
+
+    def __init__(
+        self, *, weight: Weight = 1.0, temperature: float = 4.0, scale: float = 64.0
+    ) -> None:
+        """temperature: T; scale: σ, as a rule the trainer's."""
+        for option, found in (("temperature", temperature), ("scale", scale)):
+            if found <= 0:
+                raise KDHooksError(f"thkd: {option} must be above 0; found {found}")
+        self.weight, self.temperature, self.scale = weight, temperature, scale
+
+    @hookimpl
+    def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
+        d, e = student.embedding_dim, teacher.embedding_dim
+        if d != e:
+            raise KDHooksError(
+                "thkd: the student's embedding must be as wide as the teacher's rows; found "
+                f"{d} and {e}; give the student the teacher's width (in arcface_torch: "
+                f"config.embedding_size = {e}), or use kd, where each has its own rows"
+            )
+        loss = SharedHead(self.temperature, self.scale)
+        return ClassifierShare("thkd", loss, self.weight, mode="centres")

@@ -1,0 +1,83 @@
+"""MarginDistillation: margins and loss against their equations."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, KDHooksError, Model
+from kdhooks.testing import check_method
+from kdhooks_plugins.margindistillation import MarginDistillation, TeacherMargins
+from tests import golden
+from tests.references import margindistillation as reference
+from tests.references.differences import central_differences
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def whole(rows: Tensor) -> ClassShard:
+    return ClassShard(rows, 0, len(rows))
+
+
+def declared(width: int = 6, **options: Any) -> TeacherMargins:
+    tap = MarginDistillation(**options).classifier_share(Model(None, width), Model(None, 6))
+    assert isinstance(tap.loss, TeacherMargins)
+    return tap.loss
+
+
+def test_gives_the_golden_margins() -> None:
+    found = declared().margins(golden.T, golden.Y2, whole(golden.W2))
+    assert_close(found.tolist(), [0.5, 0.499791, 0.486769, 0.496316], rtol=0, atol=6e-7)
+
+
+def test_margins_stay_in_bounds_where_the_teacher_knows_no_sample() -> None:
+    """On these every similarity is negative, and the plain equation gives up to 2.03."""
+    assert declared().margins(golden.T, golden.Y, whole(golden.W)).tolist() == [0.2] * 4
+
+
+@pytest.mark.parametrize("lowest", [0, -1])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.5), (0.0, 0.3), (0.4, 0.4)])
+@pytest.mark.parametrize(("b", "c", "e"), [(1, 2, 3), (6, 3, 4), (5, 7, 2)])
+def test_agrees_with_the_equation(
+    b: int, c: int, e: int, low: float, high: float, lowest: int
+) -> None:
+    student, teacher, rows = normal(1, b, e).requires_grad_(), normal(2, b, e), normal(3, c, e)
+    labels = torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(b))
+    value, notes = declared(low=low, high=high, scale=8.0)(student, teacher, labels, whole(rows))
+    value.backward()
+    t, y, w = teacher.numpy(), labels.numpy(), rows.numpy()
+
+    def by_loop(x: np.ndarray) -> float:
+        return reference.loss(x, t, y, w, low, high, 8.0)
+
+    at = student.detach().numpy()
+    assert_close(value.item(), by_loop(at))
+    margins = reference.margins(t, y, w, low, high)
+    assert_close(notes["margin"].item(), sum(margins) / b)
+    assert student.grad is not None
+    found = central_differences(by_loop, at)
+    assert_close(student.grad.numpy(), found, rtol=1e-5, atol=1e-7)
+
+
+def test_conforms_with_options() -> None:
+    check_method(MarginDistillation, low=0.1, high=0.3, scale=32.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low": 0.6}, "low and high must rise from 0; found 0.6 and 0.5"),
+        ({"low": -0.1}, "low and high must rise from 0; found -0.1 and 0.5"),
+        ({"scale": 0.0}, "scale must be above 0; found 0"),
+        ({"width": 4}, "as wide as the teacher's rows; found 4 and 6"),
+    ],
+)
+def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KDHooksError, match=f"margindistillation: .*{message}"):
+        declared(**options)
