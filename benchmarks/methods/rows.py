@@ -13,7 +13,7 @@ SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
 FCD = {"name": "fcd", "weight": 512.0}
 COUPLEFACE = {"name": "coupleface", "weight": 64.0, "k": 100}
 ECKD = {"name": "eckd", "weight": 16.0}
-# The student's classifier is replaced by the teacher's; scale and margin are the labels' loss's.
+# In place of the labels' loss, with its scale and margin: the teacher's rows are the classifier.
 PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
 CAKD = {"name": "cakd", "weight": 1.0, "width": 128, "heads": 4, "prompts": 0}
 ACSR = {"name": "acsr", "weight": 0.08}
@@ -21,6 +21,9 @@ AT = {"name": "at", "weight": 1.0}
 REVIEWKD = {"name": "reviewkd", "weight": 0.25, "mid": 16}
 RKD = {"name": "rkd", "weight": 1.0}
 SP = {"name": "sp", "weight": 50.0}
+THKD = {"name": "thkd", "weight": 1.0, "scale": 32.0}
+ADADISTILL = {"name": "adadistill", "scale": 32.0, "m": 0.3}
+MARGINDISTILLATION = {"name": "margindistillation", "scale": 32.0, "low": 0.1, "high": 0.3}
 KD = {"name": "kd", "weight": 1.0, "scale": 32.0}
 
 ROWS = (
@@ -36,6 +39,9 @@ ROWS = (
     Row("at", [AT]),
     Row("reviewkd", [REVIEWKD]),
     Row("kd", [KD]),
+    Row("thkd", [THKD]),
+    Row("margindistillation", [MARGINDISTILLATION], labels=False),
+    Row("adadistill", [ADADISTILL], labels=False),
     Row("eckd + coupleface", [ECKD, COUPLEFACE]),
     Row("proxylesskd + acsr", [PROXYLESSKD, ACSR], labels=False),
 )
