@@ -1,7 +1,7 @@
 """What is looked at in the first step alone, since it costs a device sync; and what in each."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,32 +98,39 @@ class Finite:
         self._last: _Noted | None = None
         self.skipped = 0
 
+    def usable(
+        self, step: int, teacher: Tensor | None, features: Sequence[Tensor], labels: Tensor
+    ) -> bool:
+        """Whether the losses may see these: a bank would keep what is not finite for good."""
+        if not self._skip:
+            return True
+        finite = [torch.isfinite(tensor.detach()).all() for tensor in features]
+        noted = _noted(step, {}, teacher, labels)
+        return self._all_ranks(torch.stack([*finite, noted.fine]).all(), noted)
+
     def note(
         self, step: int, values: Mapping[str, Tensor], teacher: Tensor | None, labels: Tensor
     ) -> bool:
         """Of this step; False: go on without its terms."""
-        finite = [torch.isfinite(value.detach()) for value in values.values()]
-        samples = torch.isfinite(labels)
-        terms = torch.stack(finite) if finite else samples[:0]
-        if teacher is not None:
-            samples = torch.isfinite(teacher.detach()).all(dim=1)
-        noted = _Noted(step, tuple(values), terms, samples, labels)
-        if not self._skip:
-            self._last = noted
-            return True
-        fine = (terms.all() & samples.all()).float()
+        noted = _noted(step, values, teacher, labels)
+        if self._skip:
+            return self._all_ranks(noted.fine, noted)
+        self._last = noted
+        return True
+
+    def _all_ranks(self, fine: Tensor, noted: "_Noted") -> bool:
+        fine = fine.float()
         if world() is not None:
             dist.all_reduce(fine, dist.ReduceOp.MIN)
         if fine:
             return True
         self.skipped += 1
-        log.warning(
-            "%s; the step goes on without its terms", noted.fault() or "another rank failed"
-        )
+        found = noted.fault() or f"step {noted.step}: a tap, or another rank, is not finite"
+        log.warning("%s; the step goes on without its terms", found)
         return False
 
     def check(self) -> None:
-        """Of the step before, which the device has finished by now."""
+        """Of the step before."""
         noted, self._last = self._last, None
         if noted is not None and (fault := noted.fault()):
             raise KDHooksError(
@@ -138,9 +145,14 @@ class _Noted(NamedTuple):
     terms: Tensor  # (terms), whether finite
     samples: Tensor  # (b), whether the teacher's embedding is
     labels: Tensor  # (b)
+    fine: Tensor  # (), all of them
+    host: Tensor  # fine, on its way to the host
+    arrived: "torch.cuda.Event | None"
 
     def fault(self) -> str:
-        if bool(self.terms.all()) and bool(self.samples.all()):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.host:
             return ""
         bad = [name for name, fine in zip(self.names, self.terms.tolist(), strict=True) if not fine]
         what = [f"{', '.join(bad)} not finite"] if bad else []
@@ -151,3 +163,20 @@ class _Noted(NamedTuple):
                 f"(labels {lost[:8]})"
             )
         return f"step {self.step}: {' and '.join(what)}"
+
+
+def _noted(
+    step: int, values: Mapping[str, Tensor], teacher: Tensor | None, labels: Tensor
+) -> _Noted:
+    """Without waiting for the device: a flag goes to the host, and an event says when it came."""
+    samples = torch.isfinite(labels)
+    if teacher is not None:
+        samples = torch.isfinite(teacher.detach()).all(dim=1)
+    finite = [torch.isfinite(value.detach()) for value in values.values()]
+    terms = torch.stack(finite) if finite else samples[:0]
+    fine = terms.all() & samples.all()
+    host, arrived = fine.to("cpu", non_blocking=True), None
+    if fine.is_cuda:
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return _Noted(step, tuple(values), terms, samples, labels, fine, host, arrived)

@@ -125,7 +125,7 @@ class Distiller(nn.Module):
                 f"{len(labels)}"
             )
         features = {path: _full(tensor) for path, tensor in self._student.take().items()}
-        self._finite.check()
+        self.check_finite()
         if not self._checked:
             check_shapes(features, self._stages)
         teacher = self._teach(images, labels)
@@ -139,17 +139,26 @@ class Distiller(nn.Module):
             classifier=self._classifier(),
             head=self._head,
         )
+        tapped = [*step.teacher_features.values(), *features.values()]
+        if not self._finite.usable(self._step + 1, step.teacher, tapped, labels):
+            return self._nothing(features)
         with torch.autocast(images.device.type, enabled=False):
             values = {tap.name: self._value(tap, step) for tap in self.taps}
         if not self._checked:
             check_terms(values)
             self._checked = True
         weighted = {tap.name: values[tap.name] * self.weight(tap) for tap in self.taps}
+        if not self._finite.note(self._step + 1, values, step.teacher, labels):
+            return self._nothing(features)
         self._step += 1
-        if not self._finite.note(self._step, values, step.teacher, labels):
-            self.metrics.clear()
-            return dict.fromkeys(weighted, _nothing(features))
         return weighted
+
+    def _nothing(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of a step that goes on without them: 0, with a gradient of 0."""
+        self.metrics.clear()
+        self._step += 1
+        zero = torch.stack([tensor.sum() * 0 for tensor in features.values()]).sum()
+        return {tap.name: zero for tap in self.taps}
 
     def weight(self, tap: Tap) -> float:
         """A term's factor in the step at hand."""
@@ -282,17 +291,16 @@ class Distiller(nn.Module):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def check_finite(self) -> None:
+        """Raise where the last step's terms were not finite: before the next, and before a save."""
+        self._finite.check()
+
     def get_extra_state(self) -> Tensor:
-        self._finite.check()  # before a checkpoint is written of what it spoilt
+        self.check_finite()  # before a checkpoint is written of what it spoilt
         return torch.tensor(self._step)
 
     def set_extra_state(self, state: Tensor) -> None:
         self._step = int(state)
-
-
-def _nothing(features: Mapping[str, Tensor]) -> Tensor:
-    """0, with a gradient of 0 for all that is tapped."""
-    return torch.stack([tensor.sum() * 0 for tensor in features.values()]).sum()
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class Recipe:
         _only(taps, ("student", "teacher"), "recipe: taps")
         for side, table in taps.items():
             _only(table, _TAP_KEYS, f"recipe: taps.{side}")
+        _check_simple(source)
         return cls(
             teacher=_checked_teacher(source["teacher"], folder),
             methods=[_checked_method(method) for method in methods],
@@ -153,6 +154,20 @@ def _from_checkpoint(spec: Mapping[str, Any], network: NetworkFactory | None) ->
         )
     state = load_checkpoint(spec["checkpoint"])
     return load_strictly(network(spec["network"], state), state, spec["checkpoint"])
+
+
+def _check_simple(source: Mapping[str, Any]) -> None:
+    shape = source.get("input_shape", (3, 112, 112))
+    if not isinstance(shape, Sequence) or [type(n) for n in shape] != [int] * 3 or min(shape) < 1:
+        raise KDHooksError(
+            f"recipe: input_shape must be channels, height and width; found {shape!r}"
+        )
+    seed = source.get("seed", 0)
+    if type(seed) is not int:
+        raise KDHooksError(f"recipe: seed must be a whole number; found {seed!r}")
+    nonfinite = source.get("nonfinite", "raise")
+    if nonfinite not in ("raise", "skip"):
+        raise KDHooksError(f"recipe: nonfinite must be 'raise' or 'skip'; found {nonfinite!r}")
 
 
 def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:

@@ -198,21 +198,77 @@ def test_install_refuses_another_main_program() -> None:
         arcface_torch.install(given)
 
 
-def scheduled() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+def scheduled(
+    backbone: nn.Module,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
 
 
 def test_attach_refuses_a_head_without_rows() -> None:
     given = {"teacher": nn.Identity(), "methods": ["fcd"]}
+    backbone = nn.Linear(2, 2)
     with pytest.raises(KDHooksError, match="found none in Identity"):
-        arcface_torch.attach(nn.Linear(2, 2), nn.Identity(), *scheduled(), given)
+        arcface_torch.attach(backbone, nn.Identity(), *scheduled(backbone), given)
 
 
 def test_attach_needs_the_trainers_factory_for_a_named_network(teacher: dict[str, str]) -> None:
     given = recipe(teacher, "fcd")
+    backbone = nn.Linear(2, 2)
     with pytest.raises(KDHooksError, match="'backbones' can't be imported; run in its folder"):
-        arcface_torch.attach(nn.Linear(2, 2), nn.Linear(2, 2), *scheduled(), given)
+        arcface_torch.attach(backbone, nn.Linear(2, 2), *scheduled(backbone), given)
+
+
+def test_a_schedule_that_install_does_not_see_is_noticed(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    (report,) = one.run(
+        install(teacher, FCD) + "import __main__\nfrom tests.standin import utils\n"
+        "__main__.PolynomialWarmup = utils.PolynomialWarmup\n"
+    )
+    assert "the head runs, and nothing distils" in report["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("lr_scheduler.step()", "the schedule has taken or resumed steps"),
+        ("opt.state[raw.conv1.weight]['x'] = 1", "the optimizer has taken or resumed steps"),
+        ("opt = torch.optim.SGD([torch.zeros(1)], lr=1)", "the schedule is of another optimizer"),
+        (
+            "opt = torch.optim.SGD([torch.zeros(1)], lr=1); lr_scheduler.optimizer = opt",
+            "the optimizer does not train the backbone",
+        ),
+    ],
+)
+def test_attaching_late_or_elsewhere_is_refused(
+    one: Trainer, teacher: dict[str, str], change: str, found: str
+) -> None:
+    (report,) = one.run(after_schedule=f"{change}\n" + attach(teacher, FCD))
+    assert f"arcface_torch: {found}; attach right after" in report["message"]
+
+
+def test_a_fork_may_subclass_what_the_line_wraps(one: Trainer, teacher: dict[str, str]) -> None:
+    fork = "class Mine(PartialFC_V2):\n    pass\nPartialFC_V2 = Mine\n"
+    (report,) = one.run(
+        below_imports="plain = PartialFC_V2\n" + install(teacher, FCD) + fork,
+        ask={"head": "isinstance(module_partial_fc, plain)"},
+    )
+    assert outcome(report) == outcome(one.run(install(teacher, FCD))[0])
+    assert report["extra"] == {"head": True}
+
+
+def test_a_head_called_otherwise_is_refused(one: Trainer, teacher: dict[str, str]) -> None:
+    line = "module_partial_fc.register_forward_hook(lambda h, given, loss: (loss, 1))\n"
+    (report,) = one.run(after_schedule=line + attach(teacher, FCD))
+    assert "PartialFC_V2 must be called with embeddings and labels and return" in report["message"]
+
+
+def test_a_copy_of_the_head_is_left_alone(one: Trainer, teacher: dict[str, str]) -> None:
+    copied = "__import__('copy').deepcopy(module_partial_fc)"
+    ask = {"copy": f"{copied}(local_embeddings.detach(), local_labels).ndim"}
+    (report,) = one.run(install(teacher, FCD), ask=ask)
+    assert report["extra"] == {"copy": 0}
 
 
 # --- do no harm ----------------------------------------------------------------------------------
@@ -521,6 +577,30 @@ def test_steps_that_the_optimizer_skipped_are_counted(
     assert one.run(below_imports=line, ask=ask)[0]["extra"] == {"skipped": 0}
 
 
+def test_a_term_that_fails_in_the_last_step_is_noticed_before_the_student_is_saved(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    third = (
+        "kd = installed.attachment.distiller\n"
+        "kd._teacher.module.register_forward_hook(\n"
+        "    lambda m, given, out, kd=kd, bad=torch.nan: out * bad if kd.step == 2 else out\n"
+        ")\n"
+    )
+    (report,) = one.run(below_imports=install(teacher, FCD), before_loop=third)
+    assert report["error"] == "KDHooksError"
+    assert "step 3: fcd not finite and the teacher's embedding not finite" in report["message"]
+    assert not (Path(report["output"]) / "model.pt").exists()
+
+
+def test_the_whole_run_is_summed_up(one: Trainer, teacher: dict[str, str]) -> None:
+    ask = {
+        "whole": "installed.attachment._interval.overall()['fcd']",
+        "fcd": "[v for _, tag, v in callback_logging.writer.logged if tag == 'kdhooks/fcd']",
+    }
+    (report,) = one.run(below_imports=install(teacher, FCD), steps=4, ask=ask)
+    assert report["extra"]["whole"] == pytest.approx(sum(report["extra"]["fcd"]) / 2)
+
+
 # --- other heads ---------------------------------------------------------------------------------
 
 
@@ -624,6 +704,20 @@ def test_a_plain_checkpoint_does_not_replace_the_teachers_rows(
     (report,) = one.run(install(teacher, "proxylesskd"), **whole, resume=plain["output"])
     weight = saved(report)["state_dict_softmax_fc"][name]
     assert torch.equal(weight, rows_of(Path(teacher["checkpoint"]).parent))
+
+
+def test_a_schedule_of_its_weight_is_refused(one: Trainer, teacher: dict[str, str]) -> None:
+    """The head is frozen: with weight 0 nothing would train."""
+    later = {"name": "proxylesskd", "weight": {"value": 1.0, "start": 2}}
+    (report,) = one.run(install(teacher, later))
+    assert "proxylesskd: its weight must be a number" in report["message"]
+
+
+def test_it_shows_in_the_log(one: Trainer, teacher: dict[str, str]) -> None:
+    (report,) = one.run(install(teacher, {"name": "proxylesskd", "weight": 0.5}), steps=2)
+    logged = {tag: value for _, tag, value in report["logged"]}
+    assert logged["kdhooks/proxylesskd/weighted"] == pytest.approx(sum(report["losses"]) / 2)
+    assert logged["kdhooks/proxylesskd"] == pytest.approx(sum(report["losses"]))
 
 
 def test_its_weight_scales_the_trainers_loss(one: Trainer, teacher: dict[str, str]) -> None:

@@ -574,6 +574,30 @@ def test_skipping_goes_on_without_the_terms_of_the_step(caplog: pytest.LogCaptur
     assert "step 2: gap not finite; the step goes on without its terms" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "method", ["adadistill", {"name": "coupleface", "k": 2, "relations": "bank"}]
+)
+def test_what_is_left_out_spoils_no_bank(method: object) -> None:
+    known = tiny_teacher()
+    module, calls = known.module, []
+    assert module is not None
+
+    def failing(images: Tensor) -> Tensor:
+        calls.append(1)
+        embedding: Tensor = module(images)
+        return embedding * torch.nan if len(calls) == 3 else embedding
+
+    net, (images, labels) = student(), tiny_batch()
+    teacher = Teacher(failing, classifier=known.classifier)
+    kd = distil(method, net=net, teacher=teacher, nonfinite="skip")
+    for _ in range(4):
+        net(images)
+        kd(images, labels)
+    assert kd.skipped == 1
+    assert kd.step == 4
+    assert all(torch.isfinite(buffer).all() for buffer in kd.buffers())
+
+
 def test_what_to_do_with_them_has_two_names() -> None:
     with pytest.raises(KDHooksError, match="nonfinite must be 'raise' or 'skip'; found 'pass'"):
         distil("fcd", nonfinite="pass")

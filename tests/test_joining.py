@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
 
-from kdhooks import Distiller, EmbeddingTap, hookimpl
+from kdhooks import Distiller, EmbeddingTap, KDHooksError, hookimpl
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_integrations.arcface_torch.joining import Joined
 
@@ -21,6 +27,11 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "linear": lambda optimizer: LinearLR(optimizer, 0.5, total_iters=4),
     "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+    "sequence": lambda optimizer: SequentialLR(
+        optimizer,
+        [LinearLR(optimizer, 0.5, total_iters=2), CosineAnnealingLR(optimizer, 5)],
+        milestones=[2],
+    ),
 }
 KINDS = pytest.mark.parametrize(
     ("kind", "plan"), [(kind, plan) for kind in OPTIMIZERS for plan in SCHEDULES]
@@ -123,8 +134,7 @@ def test_what_is_saved_is_what_a_plain_run_saves_and_one_key_more(kind: str, pla
     assert set(extra) == {"state", "param_groups", "distiller"}
     assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
-    plain = {key: value for key, value in theirs["schedule"].items() if key != "lr_lambdas"}
-    assert {key: value for key, value in ours["schedule"].items() if key in plain} == plain
+    assert ours["schedule"] == theirs["schedule"]
 
 
 @KINDS
@@ -166,3 +176,12 @@ def test_remove_after_some_steps_leaves_no_state() -> None:
     run.joined.remove()
     assert len(run.optimizer.state) == len(Run("adamw", "linear", distilled=False).weights())
     assert "kdhooks" not in run.saved()["optimizer"]
+
+
+def test_an_optimizer_is_joined_once() -> None:
+    run = Run("sgd", "linear", distilled=True)
+    assert run.kd is not None
+    with pytest.raises(KDHooksError, match="trains another distillation's weights already"):
+        Joined(run.kd, run.optimizer, run.schedule)
+    run.joined.remove()
+    Joined(run.kd, run.optimizer, run.schedule)

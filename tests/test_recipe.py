@@ -206,3 +206,17 @@ def export(module: nn.Module, images: Tensor, path: Path) -> None:
             input_names=["data"],
             dynamic_axes={"data": {0: "b"}},
         )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("input_shape", 112, "input_shape must be channels, height and width; found 112"),
+        ("input_shape", [3, 112], r"input_shape must be .* width; found \[3, 112\]"),
+        ("seed", "x", "seed must be a whole number; found 'x'"),
+        ("nonfinite", "skipp", "nonfinite must be 'raise' or 'skip'; found 'skipp'"),
+    ],
+)
+def test_simple_keys_are_checked(key: str, value: object, found: str) -> None:
+    with pytest.raises(KDHooksError, match=f"recipe: {found}"):
+        Recipe.read({"teacher": nn.Identity(), "methods": ["fcd"], key: value})

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdhooks.declarations import ClassifierShare, Weight
+from kdhooks.declarations import ClassifierShare
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
 from kdhooks.replicas import synchronise
+from kdhooks.shards import world
 from kdhooks.taps import Removable
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
@@ -46,12 +48,15 @@ class Attachment:
             plugins=[Backbones()],
         )
         self.distiller.accumulation = accumulation or _gradient_acc()
-        self.task_weight: Weight = 1.0
+        self.task_weight = 1.0
         self._images: Tensor | None = None  # of the batch that some heads have seen
         self._labels: list[Tensor] = []  # what they were given
         self._handles: list[Removable] = []
         self._interval = Interval()
-        self._batches = 0
+        self._inherited = ""  # the term that the head's own loss is
+        self._start: int | None = None  # of the schedule, at the first batch
+        self._warned = False
+        self.rank = 0 if world() is None else dist.get_rank()
         try:
             self._share_classifier(heads)
         except KDHooksError:
@@ -60,7 +65,8 @@ class Attachment:
         self._joined = Joined(self.distiller, optimizer, schedule)
         offset = 0
         for head, shard in zip(heads, shards, strict=True):
-            self._handles.append(head.register_forward_hook(_Terms(self, offset)))
+            hook = _Terms(self, offset)
+            self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
             self._handles.append(head.register_load_state_dict_pre_hook(refuse_other_split))
             offset += shard.total
         self._handles += synchronise(self.distiller)  # DDP, which would do this, knows it not
@@ -80,6 +86,11 @@ class Attachment:
 
     def _inherit(self, tap: ClassifierShare, head: nn.Module) -> None:
         """The teacher's rows become the head's weight, frozen; its margin loss is the term."""
+        if callable(tap.weight):
+            raise KDHooksError(
+                f"{tap.name}: its weight must be a number where the trainer's head computes it, "
+                "since nothing else trains by the labels; set head = 'own' for a schedule"
+            )
         rows = self.distiller.hand_over(tap)
         weight = weight_of(head)
         if not isinstance(weight, nn.Parameter):
@@ -101,7 +112,7 @@ class Attachment:
         first = head.register_forward_pre_hook(hold_once)
         self._handles += [first, head.register_load_state_dict_post_hook(hold)]
         hold()
-        self.task_weight = tap.weight
+        self.task_weight, self._inherited = tap.weight, tap.name
         log.info("%s: the head holds the teacher's %d rows, frozen", tap.name, len(weight))
 
     # --- one step ----------------------------------------------------------------------------
@@ -110,19 +121,34 @@ class Attachment:
         """The loss of a head, and, with the last head of the batch, the terms of all methods."""
         images = self.distiller.pending
         if images is None:
-            if head.training and torch.is_grad_enabled() and not self.distiller.fired:
-                raise KDHooksError(
-                    "arcface_torch: the head ran, but the backbone's hooks did not; attach to the "
-                    "backbone in training, before the first call of a compiled one"
-                )
+            if head.training and torch.is_grad_enabled():
+                self._undistilled()
             return None
-        task = loss * self._task_factor()
+        task = loss * self.task_weight
         if (together := self._all_labels(images, labels)) is None:
             return task
+        if self._start is None:
+            self._start = self._joined.schedule.last_epoch
         terms = self.distiller(images, together)
-        self._batches += 1
-        self._interval.add(self.distiller.metrics, terms)
+        if self.distiller.metrics or not terms:  # else this step goes on without them
+            own = {self._inherited: loss.detach()} if self._inherited else {}
+            weighted = {self._inherited: task.detach()} if self._inherited else {}
+            self._interval.add({**own, **self.distiller.metrics}, {**weighted, **terms})
         return sum(terms.values(), start=task)
+
+    def _undistilled(self) -> None:
+        """The head runs in training on a batch that no hook of the backbone saw."""
+        if not self.distiller.fired:
+            raise KDHooksError(
+                "arcface_torch: the head ran, but the backbone's hooks did not; attach to the "
+                "backbone in training mode, before the first call of a compiled one"
+            )
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "arcface_torch: the head ran on a batch without distillation: the backbone was in "
+                "eval mode, or a head ran twice for one batch"
+            )
 
     def _all_labels(self, images: Tensor, labels: Tensor) -> Tensor | None:
         """The whole batch's, once all heads have seen their parts of it."""
@@ -140,17 +166,23 @@ class Attachment:
         self._images, self._labels = None, []
         return together
 
-    def _task_factor(self) -> float:
-        weight = self.task_weight
-        return weight(self.distiller.step) if callable(weight) else weight
-
     # --- the log -----------------------------------------------------------------------------
 
     def report(self, global_step: int, writer: ScalarWriter | None = None) -> None:
         """Means since the last report: into the log, and as `kdhooks/…` to TensorBoard."""
+        self.distiller.check_finite()
         means = self._interval.means()
-        if not means:
-            return
+        log.info("kdhooks, step %d: %s", global_step, self._described(means))
+        if writer is not None:
+            for name, mean in means.items():
+                writer.add_scalar(f"kdhooks/{name}", mean, global_step)
+
+    def summary(self) -> None:
+        """The means of the whole run, into the log."""
+        means = self._interval.overall()
+        log.info("kdhooks, all %d steps: %s", self.distiller.step, self._described(means))
+
+    def _described(self, means: Mapping[str, float]) -> str:
         terms = [name for name in means if f"{name}/weighted" in means]
         notes = [name for name in means if name not in terms and not name.endswith("/weighted")]
         parts = [
@@ -160,16 +192,22 @@ class Attachment:
         parts += [f"{self.skipped} optimizer steps skipped"] if self.skipped else []
         left_out = self.distiller.skipped
         parts += [f"{left_out} steps without terms that were not finite"] if left_out else []
-        log.info("kdhooks, step %d: %s", global_step, ", ".join(parts))
-        if writer is not None:
-            for name, mean in means.items():
-                writer.add_scalar(f"kdhooks/{name}", mean, global_step)
+        return ", ".join(parts) or "no terms"
 
     @property
     def skipped(self) -> int:
-        """Steps that the optimizer did not take; a GradScaler skips where gradients overflow."""
-        due = self._batches // self.distiller.accumulation
-        return max(0, due - self._joined.steps)
+        """Steps that the optimizer did not take; a GradScaler skips where gradients overflow.
+
+        Fused optimizers skip inside of theirs, and are not seen.
+        """
+        if self._start is None:
+            return 0
+        each, now = self.distiller.accumulation, self._joined.schedule.last_epoch
+        return max(0, now // each - self._start // each - self._joined.steps)
+
+    def adopt(self, schedule: LRScheduler) -> None:
+        """One more schedule of the same optimizer, made later."""
+        self._joined.adopt(schedule)
 
     def remove(self) -> None:
         """Take every hook off. An inherited classifier stays as it is."""
@@ -181,17 +219,36 @@ class Attachment:
 
 
 class _Terms:
-    """A head's forward hook."""
+    """A head's forward hook; a copy of the head is left alone."""
 
     def __init__(self, attachment: Attachment, offset: int) -> None:
         self._attachment = attachment
         self._offset = offset  # of its classes among those of all heads
 
-    def __call__(self, head: nn.Module, args: tuple[Any, ...], loss: Tensor) -> Tensor | None:
-        labels = args[1].reshape(-1).long()
+    def __call__(
+        self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: object
+    ) -> Tensor | None:
+        given = [*args, *kwargs.values()]
+        if len(given) < 2 or not isinstance(given[1], Tensor) or not isinstance(loss, Tensor):
+            raise KDHooksError(
+                f"arcface_torch: {type(head).__name__} must be called with embeddings and labels "
+                f"and return its loss; found {len(given)} arguments and a {type(loss).__name__}"
+            )
+        labels = given[1].reshape(-1).long()
         if self._offset:
             labels = torch.where(labels < 0, labels, labels + self._offset)
         return self._attachment.add_terms(head, loss, labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_idle, ()
+
+
+def _make_idle() -> Callable[..., None]:
+    return _idle
+
+
+def _idle(*_: object) -> None:
+    """What a copy of a distilled head carries for a hook."""
 
 
 def attach(
@@ -214,9 +271,28 @@ def attach(
     heads = [head] if isinstance(head, nn.Module) else list(head)
     if any(isinstance(hook, _Terms) for one in heads for hook in one._forward_hooks.values()):
         raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
+    _refuse_late(backbone, optimizer, schedule)
     return Attachment(
         backbone, heads, optimizer, schedule, Recipe.read(recipe), get_model, accumulation
     )
+
+
+def _refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    faults = {
+        "the schedule is of another optimizer": schedule.optimizer is not optimizer,
+        "the optimizer does not train the backbone": not any(
+            id(p) in trained for p in backbone.parameters()
+        ),
+        "the optimizer has taken or resumed steps": bool(optimizer.state),
+        "the schedule has taken or resumed steps": schedule.last_epoch > 0,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise KDHooksError(
+                f"arcface_torch: {fault}; attach right after the learning rate's schedule is made, "
+                "before anything is resumed"
+            )
 
 
 def _gradient_acc() -> int:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe
-from kdhooks.shards import world
+from kdhooks.taps import Removable
 from kdhooks_integrations.arcface_torch.attachment import Attachment, attach
 from kdhooks_integrations.arcface_torch.saving import SafeTorch
 
@@ -29,12 +28,16 @@ class Installation:
         self._recipe = recipe
         self._backbone: nn.Module | None = None
         self._heads: list[nn.Module] = []
+        self._guards: list[Removable] = []
         self.attachment: Attachment | None = None
         wrapped: dict[str, Any] = {"get_model": self._get_model}
-        wrapped |= {name: self._head(namespace[name]) for name in HEADS if name in namespace}
-        wrapped |= {name: self._schedule(namespace[name]) for name in _schedules(namespace)}
+        for name in HEADS:
+            if name in namespace:
+                wrapped[name] = _noticed(namespace[name], self._made_head)
+        for name in _schedules(namespace):
+            wrapped[name] = _noticed(namespace[name], self._made_schedule)
         if namespace.get("torch") is torch:
-            wrapped["torch"] = SafeTorch()
+            wrapped["torch"] = SafeTorch(self._check)
         if LOGGER in namespace:
             wrapped[LOGGER] = self._logger(namespace[LOGGER])
         self._originals = {name: namespace[name] for name in wrapped}
@@ -46,21 +49,24 @@ class Installation:
         self._backbone = self._backbone or model
         return model
 
-    def _head(self, original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        def make(*args: Any, **kwargs: Any) -> nn.Module:
-            self._heads.append(original(*args, **kwargs))
-            return self._heads[-1]
+    def _made_head(self, head: nn.Module) -> None:
+        """Until it is attached, it trains nothing."""
+        self._heads.append(head)
+        self._guards.append(head.register_forward_pre_hook(self._refuse_undistilled))
 
-        return make
+    def _refuse_undistilled(self, head: nn.Module, *_: object) -> None:
+        if head.training and torch.is_grad_enabled():
+            raise KDHooksError(
+                "arcface_torch: the head runs, and nothing distils: the schedule of the learning "
+                "rate is not made by a class that the script has imported below or above the line; "
+                "import its class by name, or use attach"
+            )
 
-    def _schedule(self, original: Callable[..., LRScheduler]) -> Callable[..., LRScheduler]:
-        def make(*args: Any, **kwargs: Any) -> LRScheduler:
-            schedule = original(*args, **kwargs)
-            if self.attachment is None:
-                self._attach(schedule)
-            return schedule
-
-        return make
+    def _made_schedule(self, schedule: LRScheduler) -> None:
+        if self.attachment is None:
+            self._attach(schedule)
+        else:
+            self.attachment.adopt(schedule)
 
     def _attach(self, schedule: LRScheduler) -> None:
         if self._backbone is None or not self._heads:
@@ -77,6 +83,8 @@ class Installation:
             get_model=self._originals["get_model"],
         )
         self._backbone, self._heads = None, []
+        for guard in self._guards:
+            guard.remove()
 
     def _logger(self, original: type) -> type:
         """The trainer's logging callback, which then logs the terms whenever it logs."""
@@ -91,13 +99,18 @@ class Installation:
 
         return Logger
 
+    def _check(self) -> None:
+        if self.attachment is not None:
+            self.attachment.distiller.check_finite()
+
     def _summary(self) -> None:
-        """The last means, as the program ends."""
-        if self.attachment is not None and (world() is None or dist.get_rank() == 0):
-            self.attachment.report(self.attachment.distiller.step)
+        if self.attachment is not None and self.attachment.rank == 0:
+            self.attachment.summary()
 
     def remove(self) -> None:
         atexit.unregister(self._summary)
+        for guard in self._guards:
+            guard.remove()
         self._namespace.update(self._originals)
         if self.attachment is not None:
             self.attachment.remove()
@@ -125,6 +138,27 @@ def install(
             "the config file that train_v2.py is started with, or below its imports, or use attach"
         )
     return Installation(checked, namespace)
+
+
+def _noticed(original: Any, notice: Callable[[Any], None]) -> Any:
+    """A class, or a function, that tells of each object it makes."""
+    if not isinstance(original, type):
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            made = original(*args, **kwargs)
+            notice(made)
+            return made
+
+        return make
+
+    class Noticed(original):  # type: ignore[misc]  # known when this runs
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            notice(self)
+
+    Noticed.__name__, Noticed.__qualname__ = original.__name__, original.__qualname__
+    Noticed.__module__ = original.__module__
+    return Noticed
 
 
 def _schedules(namespace: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ class Interval:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter()  # of all intervals before
+        self._seen: Counter[str] = Counter()
 
     def add(self, metrics: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
         """metrics: before their weights, with diagnostics; terms: times their weights."""
@@ -35,4 +37,12 @@ class Interval:
         if not sums:
             return {}
         values = torch.stack([value.float() for value in sums.values()]).tolist()
-        return {name: value / counts[name] for name, value in zip(sums, values, strict=True)}
+        found = dict(zip(sums, values, strict=True))
+        self._totals.update(found)
+        self._seen.update(counts)
+        return {name: value / counts[name] for name, value in found.items()}
+
+    def overall(self) -> dict[str, float]:
+        """Since the beginning."""
+        self.means()
+        return {name: total / self._seen[name] for name, total in self._totals.items()}

@@ -6,9 +6,10 @@ passes it over. So either kind of run resumes from a checkpoint of the other.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -26,7 +27,12 @@ KEY = "kdhooks"
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = list[dict[str, Any]]
 
-_BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # a schedule's lists with an entry a group
+_BY_GROUP = (  # a schedule's lists with an entry a group
+    "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
+)  # fmt: skip
+_INNER = "_schedulers"  # of SequentialLR and ChainedScheduler
+
+_joined: "WeakSet[Optimizer]" = WeakSet()
 
 
 class Joined:
@@ -36,9 +42,15 @@ class Joined:
     """
 
     def __init__(self, distiller: Distiller, optimizer: Optimizer, schedule: LRScheduler) -> None:
+        if optimizer in _joined:
+            raise KDHooksError(
+                "arcface_torch: this optimizer trains another distillation's weights already; "
+                "remove() that first, or give each distillation an optimizer"
+            )
+        _joined.add(optimizer)
         self.distiller = distiller
         head = optimizer.param_groups[-1]
-        options = {key: value for key, value in head.items() if key != "params"}
+        options = {key: v for key, v in head.items() if key not in ("params", "param_names")}
         groups = distiller.parameter_groups(options.get("weight_decay", 0.0))
         self._at, self._count = len(optimizer.param_groups) - 1, len(groups)
         for place, group in enumerate(groups, start=self._at):
@@ -50,10 +62,20 @@ class Joined:
             optimizer.register_load_state_dict_pre_hook(self._put_in),
             optimizer.register_step_post_hook(self._count_step),
         ]
-        self._optimizer, self._schedule = optimizer, schedule
-        vars(schedule).update(self.with_ours(vars(schedule)))
-        self._kind = type(schedule)
-        schedule.__class__ = _as_without(self._kind, self)
+        self._optimizer, self.schedule = optimizer, schedule
+        self._dressed: list[tuple[LRScheduler, type[LRScheduler]]] = []
+        self._extend(schedule)
+        self.adopt(schedule)
+
+    def _extend(self, schedule: LRScheduler) -> None:
+        for inner in vars(schedule).get(_INNER, ()):
+            self._extend(inner)
+        vars(schedule).update(self._by_group(vars(schedule), self._with))
+
+    def adopt(self, schedule: LRScheduler) -> None:
+        """Save and load it as if our groups were not there; it may have been made with them."""
+        self._dressed.append((schedule, type(schedule)))
+        schedule.__class__ = _as_without(type(schedule), self)
 
     def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.steps += 1
@@ -106,21 +128,25 @@ class Joined:
 
     def with_ours(self, state: State) -> State:
         """A schedule's state with entries for our groups, those of the head's."""
-        return {
-            key: [*value[: self._at], *value[-1:] * self._count, *value[self._at :]]
-            for key, value in state.items()
-            if key in _BY_GROUP
-        }
+        inner = [self.with_ours(one) for one in state.get(_INNER, ())]
+        return {**state, **self._by_group(state, self._with), **({_INNER: inner} if inner else {})}
 
     def without_ours(self, state: State) -> State:
-        return {
-            key: [*value[: self._at], *value[self._at + self._count :]]
-            for key, value in state.items()
-            if key in _BY_GROUP
-        }
+        inner = [self.without_ours(one) for one in state.get(_INNER, ())]
+        plain = self._by_group(state, self._without)
+        return {**state, **plain, **({_INNER: inner} if inner else {})}
+
+    def _with(self, values: list[Any]) -> list[Any]:
+        return [*values[: self._at], *values[-1:] * self._count, *values[self._at :]]
+
+    def _without(self, values: list[Any]) -> list[Any]:
+        return [*values[: self._at], *values[self._at + self._count :]]
+
+    def _by_group(self, state: State, change: Callable[[list[Any]], list[Any]]) -> State:
+        return {key: change(v) for key, v in state.items() if key in _BY_GROUP and v is not None}
 
     def remove(self) -> None:
-        """Give both back as they were."""
+        """Give all back as it was."""
         for handle in self._handles:
             handle.remove()
         ours = slice(self._at, self._at + self._count)
@@ -128,8 +154,15 @@ class Joined:
             for parameter in group["params"]:
                 self._optimizer.state.pop(parameter, None)
         del self._optimizer.param_groups[ours]
-        vars(self._schedule).update(self.without_ours(vars(self._schedule)))
-        self._schedule.__class__ = self._kind
+        for schedule, kind in self._dressed:
+            schedule.__class__ = kind
+            self._shrink(schedule)
+        _joined.discard(self._optimizer)
+
+    def _shrink(self, schedule: LRScheduler) -> None:
+        for inner in vars(schedule).get(_INNER, ()):
+            self._shrink(inner)
+        vars(schedule).update(self._by_group(vars(schedule), self._without))
 
 
 def _refuse_ranks_apart(ours: State | None) -> None:
@@ -153,10 +186,10 @@ def _as_without(kind: type[LRScheduler], joined: Joined) -> type[LRScheduler]:
     class Schedule(kind):  # type: ignore[misc,valid-type]
         def state_dict(self) -> State:
             state: State = super().state_dict()
-            return {**state, **joined.without_ours(state)}
+            return joined.without_ours(state)
 
         def load_state_dict(self, state_dict: State) -> None:
-            super().load_state_dict({**state_dict, **joined.with_ours(state_dict)})
+            super().load_state_dict(joined.with_ours(state_dict))
 
     return Schedule
 

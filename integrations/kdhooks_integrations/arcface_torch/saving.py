@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,24 +15,30 @@ PREVIOUS = ".previous"
 class SafeTorch(ModuleType):
     """torch for one script; all but `save` is torch's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
+        """check: raises where what would be saved is spoilt."""
         super().__init__("torch")
+        vars(self)["_check"] = check
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def save(self, content: object, file: Any, *args: Any, **kwargs: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(torch, name, value)
+
+    def save(self, obj: object, f: Any, *args: Any, **kwargs: Any) -> None:
         """Beside the old file, which it then replaces at one stroke.
 
         A rank's checkpoint keeps the one before as `….previous`: ranks that are stopped while they
         save may be one checkpoint apart.
         """
-        if not isinstance(file, str | os.PathLike):
-            torch.save(content, file, *args, **kwargs)
+        self._check()
+        if not isinstance(f, str | os.PathLike):
+            torch.save(obj, f, *args, **kwargs)
             return
-        path = Path(file)
+        path = Path(os.path.realpath(f))
         draft = path.with_name(f"{path.name}.part")
-        torch.save(content, draft, *args, **kwargs)
+        torch.save(obj, draft, *args, **kwargs)
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         if path.name.startswith("checkpoint_gpu_") and path.is_file():
