@@ -143,8 +143,8 @@ def _summary(found: list[tuple[float, float]], alone: list[tuple[float, float]])
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_cache", description=__doc__)
     add = parser.add_argument
-    add("--student", type=int, default=16, help="width of its first stage")
-    add("--teacher", type=int, default=32, help="width of its first stage, which has a block more")
+    add("--student", type=int, default=48, help="width of its first stage")
+    add("--teacher", type=int, default=96, help="width of its first stage, which has a block more")
     add("--batch-size", type=int, default=16)
     add("--batches", type=int, default=4, help="different ones")
     add("--turns", type=int, default=24)

@@ -24,36 +24,40 @@ FORMAT = 1
 _SEED = 20180118  # of the weights of the hash: another one makes every cache void
 _SAME = 0.05
 _STEPS = 15  # of a grey level; odd, so that differences of whole levels keep their lowest bit
+_WHOLE = 1.5 * 2**23  # leaves float32 no bits for a fraction: the low ones are the number
 
 
 class ViewKeys:
     """A key of 64 bits for each image, from its content alone.
 
     Pixels are rounded to 1/15 of a grey level, so that the ways in which trainers bring a picture
-    of 8 bits to [-1, 1] all give the same key. The key is the sum of these numbers, each times a
-    fixed random one of 64 bits, modulo 2^64: whole numbers, so that it depends neither on the
+    of 8 bits to [-1, 1] all give the same key. Each half of the key is the sum of these numbers,
+    each times a fixed random one, modulo 2^32: whole numbers, so that it depends neither on the
     device nor on the rest of the batch.
 
-    Two different pictures share a key with probability 2^-64 (2^-(64-n) where all their
+    Two different pictures share a key with probability 2^-64 (2^-(64-2n) where all their
     differences are multiples of 2^n levels). Among 10^8 views any two do with 0.0003. Views that
     differ by less than a rounding step in every pixel count as the same.
     """
 
     def __init__(self) -> None:
-        self._weights = torch.empty(0, dtype=torch.int64)
+        self._weights = torch.empty(2, 0, dtype=torch.int32)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b 3 h w) in [-1, 1] -> (b) int64, on the same device."""
         pixels = images.detach().flatten(1).float()
-        if self._weights.shape != pixels.shape[1:] or self._weights.device != pixels.device:
+        if self._weights.shape[1:] != pixels.shape[1:] or self._weights.device != pixels.device:
             self._weights = _weights(pixels.shape[1]).to(pixels.device)
-        grid = pixels.add(1).mul_(127.5 * _STEPS).round_().to(torch.int64)
-        return grid.mul_(self._weights).sum(dim=1)
+        grid = pixels.add(1).mul_(127.5 * _STEPS).add_(_WHOLE).view(torch.int32)
+        high, low = [(grid * half).sum(1, dtype=torch.int32).long() for half in self._weights]
+        key: Tensor = high << 32 | low & 0xFFFFFFFF
+        return key
 
 
 def _weights(count: int) -> Tensor:
-    """(count) int64; numpy promises this stream of bits for all its versions."""
-    return torch.from_numpy(np.random.PCG64(_SEED).random_raw(count).view(np.int64))
+    """(2 count) int32; numpy promises this stream of bits for all its versions."""
+    raw = np.random.PCG64(_SEED).random_raw(count)
+    return torch.from_numpy(raw.view(np.int32).reshape(2, count))
 
 
 def probe_images(like: Tensor) -> Tensor:

@@ -93,10 +93,6 @@ def filled(folder: Path, stop: int = 8) -> Tensor:
 # --- keys ------------------------------------------------------------------------------------
 
 
-def levels(*pixels: int) -> Tensor:
-    return torch.tensor(pixels).reshape(1, -1, 1, 1)
-
-
 def test_all_trainers_ways_to_scale_a_picture_give_one_key() -> None:
     pixels = torch.randint(0, 256, (8, *SHAPE), generator=torch.Generator().manual_seed(0)).float()
     ways = [
@@ -114,16 +110,22 @@ def test_all_trainers_ways_to_scale_a_picture_give_one_key() -> None:
 
 def test_a_key_is_the_sum_it_is_said_to_be() -> None:
     """A loop over Python's whole numbers; the numbers are part of the format of a cache."""
-    weights = [int(raw) for raw in np.random.PCG64(20180118).random_raw(12)]
-    image = torch.tensor([0, 255, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12.0]).reshape(1, 3, 2, 2)
-    total = sum(w * 15 * int(p) for w, p in zip(weights, image.flatten().tolist(), strict=True))
+    raw = np.random.PCG64(20180118).random_raw(12).view(np.uint32).tolist()
+    pixels = [0, 255, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    high, low = (
+        sum(weight * (0x4B400000 + 15 * pixel) for weight, pixel in zip(half, pixels, strict=True))
+        for half in (raw[:12], raw[12:])
+    )
+    image = torch.tensor(pixels).reshape(1, 3, 2, 2).float()
     (found,) = ViewKeys()((image - 127.5) / 127.5).tolist()
-    assert found % 2**64 == total % 2**64
+    assert found % 2**64 == (high % 2**32) << 32 | low % 2**32
 
 
 def test_a_key_does_not_depend_on_the_batch_and_notices_one_level_of_one_pixel() -> None:
     keys, images = ViewKeys(), views(0, 6)
     assert torch.equal(keys(images)[2:3], keys(images[2:3]))
+    rearranged = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(keys(images), keys(rearranged))
     other = images.clone()
     other[2, 1, 5, 5] += (1 if other[2, 1, 5, 5] < 0 else -1) / 127.5
     assert (keys(images) != keys(other)).tolist() == [False, False, True, False, False, False]
