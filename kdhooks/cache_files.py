@@ -1,9 +1,9 @@
 """The files of a teacher cache: a folder in which each process writes files of its own.
 
 `NAME.rows` holds embeddings (n e) in float16; `NAME.keys` the key of each, with a checksum of both.
-A row is written before its key, and nobody writes into a file of another process or an earlier
-run. So a kill in the middle, a full disk or a lost host leaves whole records, and a tail that
-readers leave out; and ranks need no lock, on one host or on several that share the folder.
+Readers take as many records as both files hold whole, and nobody writes into a file of another
+process or an earlier run. So a kill in the middle, a full disk or a lost host costs the records
+that were being written; and ranks need no lock, on one host or on several that share the folder.
 """
 
 import os
