@@ -5,7 +5,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 
 Identity: TypeAlias = Mapping[str, object]
-"""What a teacher is, by name; JSON can hold it."""
+"""What a teacher is, by name, as JSON holds it; None for what has no name that lasts."""
 
 HEADER = "teacher.json"
 FORMAT = 1
@@ -66,18 +65,9 @@ def probe_images(like: Tensor) -> Tensor:
     return (torch.rand(2, *like.shape[1:], generator=generator) * 2 - 1).to(like)
 
 
-def identity(
-    model: nn.Module | Callable[[Tensor], Tensor], transform: object, dtype: torch.dtype | None
-) -> dict[str, object]:
-    """None for what has no name that lasts: the weights of a function without a `sha256` of its
-    own, a transform that is no dataclass. Their embeddings of `probe_images` must tell them.
-    """
-    weights = digest(model) if isinstance(model, nn.Module) else getattr(model, "sha256", None)
-    return {
-        "weights": weights,
-        "input": repr(transform) if is_dataclass(transform) else None,
-        "dtype": str(dtype or torch.float32),
-    }
+def weights_of(model: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
+    """A SHA-256; None for a function without a `sha256` of its own."""
+    return digest(model) if isinstance(model, nn.Module) else getattr(model, "sha256", None)
 
 
 def digest(module: nn.Module) -> str:

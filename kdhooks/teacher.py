@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.fingerprints import identity, probe_images
+from kdhooks.fingerprints import probe_images, weights_of
 from kdhooks.shards import Rows
 from kdhooks.taps import Taps, unwrap
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
@@ -125,8 +125,14 @@ class Teacher:
                 f"teacher.cache keeps embeddings alone, and the teacher is {kept}; remove "
                 "teacher.cache, or the methods that do this"
             )
-        known = identity(self.module or self._run, self._transform, self._dtype)
-        known |= {"embedding": self.embedding_path, "images": list(images.shape[1:])}
+        ours = isinstance(self._transform, InputTransform)
+        known = {
+            "weights": weights_of(self.module or self._run),
+            "input": repr(self._transform) if ours else None,
+            "dtype": str(self._dtype or torch.float32),
+            "embedding": self.embedding_path,
+            "images": list(images.shape[1:]),
+        }
         probe = self._forward(probe_images(images)).embedding
         self.cache = TeacherCache(self._cache_options, known, probe)
 

@@ -1,6 +1,7 @@
 """Embeddings of views that the teacher has seen, kept in a folder by the views' content."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from kdhooks.fingerprints import Identity, ViewKeys, check_header, check_same
 log = logging.getLogger("kdhooks")
 
 READ_ON_EVERY = 10.0  # seconds between two looks at what other processes wrote
+RESERVE_GB = 2.0  # of the disk, left to the checkpoints of the training
 _ROW_BITS = 40  # of a place: the row; above them the part
 
 
@@ -40,8 +42,8 @@ class TeacherCache:
 
     Embeddings are rounded to float16 (by 0.05 % of a number at most), those of a first epoch too,
     so that on one rank later epochs repeat it to the bit. Rows that float16 can't hold are not
-    kept. When the folder is full, what is there stays and nothing is added; each other rank may
-    pass the bound by one batch. In memory: 16 bytes a view.
+    kept. At max_gb, or when the disk has 2 GB left, what is there stays and nothing is added; each
+    other rank may pass the bound by one batch. In memory: 16 bytes a view.
 
     A call that finds all its views waits for the device once, for the keys. What the teacher gives
     is written in the call after that, when the device is done with it.
@@ -136,10 +138,12 @@ class TeacherCache:
 
     def _write(self, keys: Keys, rows: Embeddings) -> None:
         try:
-            if self._max_gb is None or self._parts.size(len(keys)) <= self._max_gb * 1e9:
-                self._add(*self._parts.append(keys, rows))
-            else:
+            if self._max_gb is not None and self._parts.size(len(keys)) > self._max_gb * 1e9:
                 self._stop_writing(f"holds max_gb = {self._max_gb}")
+            elif shutil.disk_usage(self.folder).free < RESERVE_GB * 1e9:
+                self._stop_writing(f"leaves the disk its last {RESERVE_GB} GB")
+            else:
+                self._add(*self._parts.append(keys, rows))
         except OSError as error:
             self._stop_writing(f"can't be written ({error.strerror})")
 
@@ -147,9 +151,11 @@ class TeacherCache:
         self.writing = False
         log.warning(
             "teacher cache %s %s; what it holds is used on, and nothing more is added: the teacher "
-            "runs on all other views in each epoch",
+            "runs on all other views in each epoch (%d of %d were found so far)",
             self.folder,
             why,
+            self.hits,
+            self.asked,
         )
 
     def _read_on(self) -> bool:

@@ -34,6 +34,7 @@ from kdhooks.teacher_cache import CacheOptions
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import EmbeddingDistance
 from tests.ranks import Results, here, on_two_ranks
+from tests.test_recipe import export
 
 SHAPE = (3, 32, 32)
 Log = pytest.LogCaptureFixture
@@ -147,8 +148,8 @@ def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_it_once(tmp_path
     assert torch.equal(ViewKeys()(images).cpu(), ViewKeys()(images.cpu()))
     teacher = Teacher(Counting(), cache=CacheOptions(tmp_path))
     teacher.start_cache(images)
-    for _ in range(2):
-        expected = teacher(images).embedding
+    teacher(images)
+    expected = teacher(images).embedding
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
@@ -357,6 +358,56 @@ def test_functions_are_told_by_their_embeddings(tmp_path: Path) -> None:
         started(tmp_path, lambda images: images.mean(dim=(2, 3)) * 1.1)
 
 
+class Named:
+    def __init__(self, sha256: str) -> None:
+        self.sha256 = sha256
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def test_a_file_that_runs_as_a_function_is_told_by_its_hash(tmp_path: Path) -> None:
+    for _ in range(2):
+        started(tmp_path, Named("1f"))
+    with pytest.raises(KDHooksError, match="with weights '1f', the teacher at hand has '2e'"):
+        started(tmp_path, Named("2e"))
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_onnx_file_has_the_same_fingerprint_in_each_run(convert: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    export(Counting().inner, views(0, 4), tmp_path / "teacher.onnx")
+    spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert, "cache": tmp_path / "cache"}
+    recipe = Recipe.read({"teacher": spec, "methods": ["fcd"]})
+    for hits in (0, 4):
+        teacher = build_teacher(recipe)
+        teacher.start_cache(views(0, 1))
+        teacher(views(0, 4))
+        assert teacher.cache is not None
+        assert teacher.cache.hits == hits
+        teacher.remove()
+    assert '"weights": null' not in (tmp_path / "cache" / HEADER).read_text()
+
+
+def test_a_transform_of_the_users_own_is_told_by_the_embeddings(tmp_path: Path) -> None:
+    for _ in range(2):
+        started(tmp_path, transform=lambda images: images.flip(1))
+    with pytest.raises(KDHooksError, match="embeddings of one fixed batch are"):
+        started(tmp_path, transform=lambda images: images.flip(-1))
+
+
+def test_of_two_that_begin_a_folder_at_once_the_first_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    before = (tmp_path / HEADER).read_text()
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # as the second one saw it
+    with pytest.raises(KDHooksError, match="was filled with weights"):
+        started(tmp_path, Counting(gain=2.0))
+    assert (tmp_path / HEADER).read_text() == before
+    assert list(tmp_path.glob(f"{HEADER}.*")) == []
+
+
 def test_an_edited_forward_is_noticed_though_the_weights_are_the_same(tmp_path: Path) -> None:
     filled(tmp_path)
     module = Counting()
@@ -512,6 +563,19 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
     assert_close(started(tmp_path)(views(0, 8)).embedding, expected, rtol=0, atol=0)
 
 
+def test_a_write_that_takes_several_goes_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda to, content: real(to, content[:7]))
+    expected = filled(tmp_path)
+    monkeypatch.undo()
+    teacher = started(tmp_path)
+    assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+    assert teacher.cache is not None
+    assert teacher.cache.hits == 8
+
+
 def test_a_folder_without_room_for_a_header_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,6 +601,22 @@ def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog:
     for start in (0, 16):
         teacher(views(start, start + 8))
     assert teacher.cache.hits == 8
+
+
+def test_the_last_of_the_disk_is_left_to_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    expected = filled(tmp_path)
+    monkeypatch.setattr(teacher_cache, "RESERVE_GB", 1e9)
+    teacher = started(tmp_path)
+    for start in (0, 8, 16, 0):
+        teacher(views(start, start + 8))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"{tmp_path} leaves the disk its last 1000000000.0 GB; what it holds is used on" in said
+    assert said.endswith("(8 of 16 were found so far)")
+    assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+    teacher.remove()
+    assert stored(tmp_path) == 8
 
 
 @pytest.mark.parametrize("bound", [0, -1, "20"])
