@@ -21,7 +21,7 @@ HEADER = "teacher.json"
 FORMAT = 1
 
 _SEED = 20180118  # of the weights of the hash: another one makes every cache void
-_SAME = 0.05
+_SAME = 0.05  # a device or a precision makes less, another teacher more
 _STEPS = 15  # of a grey level; odd, so that differences of whole levels keep their lowest bit
 _WHOLE = 1.5 * 2**23  # leaves float32 no bits for a fraction: the low ones are the number
 
@@ -96,8 +96,8 @@ def check_header(folder: Path, teacher: Identity, probe: Tensor) -> None:
 
 def check_same(folder: Path, found: Tensor, wanted: Tensor, what: str) -> None:
     """(n e), (n e): each row within 5 % of the teacher's, as on any device and of any dtype."""
-    wanted = wanted.float()
-    off = float(((found.float() - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+    length = wanted.float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    off = float(((found.float() - wanted.float()).norm(dim=1) / length).max())
     if not off <= _SAME:
         raise KDHooksError(
             f"teacher cache: '{folder}' was filled by another teacher: {what} are {off:.1%} off; "

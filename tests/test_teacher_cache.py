@@ -127,6 +127,9 @@ def test_a_key_does_not_depend_on_the_batch_and_notices_one_level_of_one_pixel()
     assert torch.equal(keys(images)[2:3], keys(images[2:3]))
     rearranged = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(keys(images), keys(rearranged))
+    plain = keys(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(keys(images), plain)
     other = images.clone()
     other[2, 1, 5, 5] += (1 if other[2, 1, 5, 5] < 0 else -1) / 127.5
     assert (keys(images) != keys(other)).tolist() == [False, False, True, False, False, False]
@@ -387,6 +390,13 @@ def test_an_onnx_file_has_the_same_fingerprint_in_each_run(convert: bool, tmp_pa
         assert teacher.cache.hits == hits
         teacher.remove()
     assert '"weights": null' not in (tmp_path / "cache" / HEADER).read_text()
+
+
+def test_embeddings_of_length_zero_are_the_same(tmp_path: Path) -> None:
+    for _ in range(2):
+        teacher = started(tmp_path, lambda images: images.mean(dim=(2, 3)).clamp(1, 2) - 1)
+        assert not teacher(views(0, 4)).embedding.any()
+        teacher.remove()
 
 
 def test_a_transform_of_the_users_own_is_told_by_the_embeddings(tmp_path: Path) -> None:
