@@ -63,6 +63,12 @@ class Variant:
         loss.backward()
         self.optimizer.step()
 
+    def timed_terms(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Of the Distiller alone, after the student's forward."""
+        assert self.kd is not None
+        self.student(images)
+        return timed(partial(self.kd, images, labels), images.device)
+
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of the clock, and of the processor."""
@@ -114,11 +120,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "hash": cache.keys,
         "look_up": lambda images: cache.look_up(cache.keys(images)),  # with the hash
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in [*work, "terms"]}
     for turn in range(options.turns):
         names = list(work) if turn % 2 else list(reversed(work))
         for name in names:
             times[name].append(timed(partial(work[name], batches[turn % options.batches]), device))
+        images = batches[turn % options.batches]
+        times["terms"].append(variants["cached"].timed_terms(images, labels))
         print(f"\r{turn + 1} of {options.turns} turns", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     assert cache.asked - cache.hits == misses, "a timed step was not a cached one"
