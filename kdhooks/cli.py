@@ -14,6 +14,7 @@ _TOOLS = {  # command -> the module that has it, and what it does
     "run": ("launcher", "run a training script of arcface_torch, distilled"),
     "doctor": ("doctor", "try one step of a recipe before the training starts"),
     "taps": ("taps", "list the points of a network that a recipe can tap"),
+    "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),
     "export": ("export", "write a trained student as model.pt and as ONNX"),
 }
 

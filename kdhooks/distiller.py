@@ -95,6 +95,7 @@ class Distiller(nn.Module):
         check_head(self.taps, ours, head)
         self._take_rows(theirs)
         self._connect(ours)
+        self._teacher.start_cache(images)
         self.to(first.device)
 
     # --- one step ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.shards import ClassShard
 from kdhooks.teacher import InputTransform, Teacher, load_checkpoint, load_strictly
+from kdhooks.teacher_cache import CacheOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,9 +31,10 @@ _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "convert",
+    "convert", "cache",
 )  # fmt: skip
 _INPUT_KEYS = ("size", "order", "mean", "std")
+_CACHE_KEYS = ("path", "max_gb")
 _TAP_KEYS = ("embedding", "stages")
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -143,6 +145,7 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         dtype=_DTYPES[spec.get("dtype", "float32")],
         channels_last=spec.get("channels_last", False),
         compile=spec.get("compile", False),
+        cache=spec.get("cache"),
     )
 
 
@@ -203,7 +206,24 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
             if key != "classifier" and not path.is_file():
                 raise KDHooksError(f"recipe: teacher.{key}: there is no file '{path}'")
             checked[key] = path
+    if "cache" in teacher:
+        checked["cache"] = _checked_cache(teacher["cache"], folder)
     return checked
+
+
+def _checked_cache(cache: object, folder: Path) -> CacheOptions:
+    """A folder, or a table with it and a bound."""
+    table: Any = {"path": cache} if isinstance(cache, str | Path) else cache
+    _only(table, _CACHE_KEYS, "recipe: teacher.cache")
+    if not isinstance(table.get("path"), str | Path):
+        raise KDHooksError(
+            'recipe: teacher.cache must name a folder, as "cache" or as '
+            f'{{ path = "cache", max_gb = 20 }}; found {cache!r}'
+        )
+    path = folder / Path(table["path"]).expanduser()
+    if path.exists() and not path.is_dir():
+        raise KDHooksError(f"recipe: teacher.cache must be a folder; '{path}' is a file")
+    return CacheOptions(path, table.get("max_gb"))
 
 
 def _checked_method(method: object) -> object:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
+from kdhooks.fingerprints import probe_images, weights_of
 from kdhooks.shards import Rows
 from kdhooks.taps import Taps, unwrap
+from kdhooks.teacher_cache import CacheOptions, TeacherCache
 
 log = logging.getLogger("kdhooks")
 
@@ -74,8 +76,11 @@ class Teacher:
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        cache: CacheOptions | None = None,
     ) -> None:
-        """embedding: path of the submodule that puts it out; dtype: of its own autocast."""
+        """embedding: path of the submodule that puts it out; dtype: of its own autocast;
+        cache: a folder for embeddings, used from `start_cache` on.
+        """
         self.module = unwrap(model).eval() if isinstance(model, nn.Module) else None
         if self.module is not None:
             self.module.requires_grad_(False)
@@ -87,10 +92,15 @@ class Teacher:
         self._dtype = dtype
         self._channels_last = channels_last
         self._taps: Taps | None = None
+        self._tapped: tuple[str, ...] = ()
+        self._cache_options = cache
+        self.cache: TeacherCache | None = None
         self._device: torch.device | None = None
         self.embedding_path = embedding
         self.classifier = None if classifier is None else Rows.open(classifier)
         self.adapter: nn.Module | None = None
+        if embedding:
+            self.tap(())
 
     def tap(self, paths: Sequence[str]) -> None:
         """Record these submodules' outputs in every call from now on."""
@@ -101,11 +111,39 @@ class Teacher:
                 "ONNX session; kdhooks.onnx_to_torch turns an ONNX file into a module"
             )
         self.remove()
+        self._tapped = tuple(paths)
         if self.module is not None:
             self._taps = Taps(self.module, wanted, "teacher")
 
+    def start_cache(self, images: Tensor) -> None:
+        """Look embeddings up from now on, if a cache was named; images are like the trainer's."""
+        if self._cache_options is None:
+            return
+        if self._tapped or self.adapter:
+            kept = f"tapped at {', '.join(self._tapped)}" if self._tapped else "adapted in training"
+            raise KDHooksError(
+                f"teacher.cache keeps embeddings alone, and the teacher is {kept}; remove "
+                "teacher.cache, or the methods that do this"
+            )
+        ours = isinstance(self._transform, InputTransform)
+        known = {
+            "weights": weights_of(self.module or self._run),
+            "input": repr(self._transform) if ours else None,
+            "dtype": str(self._dtype or torch.float32),
+            "embedding": self.embedding_path,
+            "images": list(images.shape[1:]),
+        }
+        probe = self._forward(probe_images(images)).embedding
+        self.cache = TeacherCache(self._cache_options, known, probe)
+
     def __call__(self, images: Tensor) -> TeacherOutput:
         """(b 3 h w), the trainer's images."""
+        if self.cache is None:
+            return self._forward(images)
+        return TeacherOutput(self.cache(images, lambda some: self._forward(some).embedding), {})
+
+    def _forward(self, images: Tensor) -> TeacherOutput:
+        """The teacher itself, cached or not."""
         self._prepare(images)
         grad = nullcontext() if self.adapter else torch.no_grad()
         cast = torch.autocast(
@@ -139,6 +177,9 @@ class Teacher:
         if self._taps:
             self._taps.remove()
         self._taps = None
+        if self.cache:
+            self.cache.flush()
+        self.cache = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self

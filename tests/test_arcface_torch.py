@@ -154,6 +154,22 @@ def test_a_toml_file_says_the_same(one: Trainer, teacher: dict[str, str], tmp_pa
     assert outcome(one.run(line)[0]) == outcome(one.run(install(teacher, "fcd"))[0])
 
 
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_a_cached_run_repeats_the_run_that_filled_the_cache(
+    ranks: str, teacher: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """To the last bit; and without a cache but for the rounding."""
+    trainer: Trainer = request.getfixturevalue(ranks)
+    cached = install({**teacher, "cache": str(tmp_path / "cache")}, FCD)
+    filling, repeating = (trainer.run(cached, fresh=True) for _ in range(2))
+    assert [outcome(report) for report in filling] == [outcome(report) for report in repeating]
+    files = list((tmp_path / "cache").glob("*.keys"))
+    assert len(files) == len(filling)  # each rank filled one, and the second run added nothing
+    plain = trainer.run(install(teacher, FCD))
+    assert filling[0]["losses"] != plain[0]["losses"]
+    assert filling[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-3)
+
+
 def test_two_installs_count_once(one: Trainer, teacher: dict[str, str]) -> None:
     line = install(teacher, FCD)
     (once,) = one.run(below_imports=line)

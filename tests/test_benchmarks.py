@@ -1,5 +1,7 @@
-"""The benchmark of the methods: who is trained on, what is compared with what."""
+"""The benchmarks: who is trained on, what is compared with what."""
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ pytest.importorskip("tqdm")
 
 import torch
 
+from benchmarks import teacher_cache
 from benchmarks.methods.material import MOST, chosen
 from benchmarks.methods.report import added, table
 from benchmarks.methods.rows import LABELS, ROWS, swept
@@ -42,3 +45,17 @@ def test_every_row_is_a_recipe() -> None:
             Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
     names = [row.name for row in swept()]
     assert len(set(names)) == len(names)
+
+
+def test_the_cached_step_of_the_benchmark_is_a_cached_one(tmp_path: Path) -> None:
+    """Else `measure` raises; the student's ratio to itself is 1."""
+    options = argparse.Namespace(
+        student=2, teacher=4, batch_size=4, batches=2, turns=3, device="cpu"
+    )
+    measured = teacher_cache.measure(options, tmp_path / "cache")
+    assert list(measured) == ["student", "uncached", "cached", "hash", "look_up", "terms"]
+    assert measured["student"]["clock_of_student"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
+    assert (
+        measured["hash"]["clock_seconds"]["median"]
+        < measured["uncached"]["clock_seconds"]["median"]
+    )

@@ -160,7 +160,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr("kdhooks.cli.import_module", missing)
 
 
-@pytest.mark.parametrize("command", ["run", "doctor", "taps", "export"])
+@pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export"])
 def test_a_command_says_its_options_with_examples(command: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -175,7 +175,7 @@ def test_the_help_lists_every_command(capsys: Captured) -> None:
         main(["--help"])
     listed = [line.split()[0] for line in lines_of(capsys) if line.startswith("    ")]
     assert [name for name in listed if name.isalpha()] == [
-        "methods", "run", "doctor", "taps", "export", "demo",
+        "methods", "run", "doctor", "taps", "cache", "export", "demo",
     ]  # fmt: skip
 
 

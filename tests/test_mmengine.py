@@ -326,6 +326,19 @@ def test_a_toml_file_says_the_same(tmp_path: Path, door: str) -> None:
     assert one["loss_kd_fcd"][0] == 0.0 < one["loss_kd_fcd"][1]
 
 
+@each_door
+def test_a_cached_run_repeats_the_run_that_filled_the_cache(tmp_path: Path, door: str) -> None:
+    """Two epochs, of which the second finds all of the first; then both find everything."""
+    teacher = {**KD["teacher"], "cache": {"path": str(tmp_path / "cache"), "max_gb": 1}}
+    filling = train(tmp_path / "1", **both(door, teacher=teacher))
+    (keys,) = (tmp_path / "cache").glob("*.keys")
+    assert keys.stat().st_size == 12 * len(samples("dict"))
+    repeating = train(tmp_path / "2", **both(door, teacher=teacher))
+    assert [*(tmp_path / "cache").glob("*.keys")] == [keys]
+    assert repeating.logs == filling.logs
+    assert same(repeating.state, filling.state)
+
+
 def trained_teacher() -> nn.Module:
     model = Recogniser(width=6)
     model.backbone = Taught()

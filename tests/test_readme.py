@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks import Distiller, methods
+from kdhooks import Distiller, build, methods
 from kdhooks.cli import main
 from kdhooks.discovery import load
 from kdhooks.hookspecs import Specs
@@ -243,6 +243,20 @@ def test_block_onnx_teacher(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) ->
     (home / "kd.toml").write_text(BLOCKS["onnx-teacher"][1])
     recipe = Recipe.read(home / "kd.toml")
     assert build_teacher(recipe).module is not None
+
+
+def test_block_teacher_cache(folder: Path) -> None:
+    """The second time that the batch comes, the teacher does without."""
+    (folder / "kd.toml").write_text(BLOCKS["teacher-cache"][1])
+    student = Network().train()
+    kd = build("kd.toml", student, network=lambda name, state: get_model(name))
+    images, labels = batch()
+    for _ in range(2):
+        student(images)
+        kd(images, labels)
+    cache = kd._teacher.cache
+    assert cache is not None
+    assert (cache.folder, cache.hits) == (Path("teacher/cache"), CLASSES)
 
 
 def test_block_class_means(onnx_file: Path) -> None:

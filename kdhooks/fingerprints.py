@@ -1,0 +1,147 @@
+"""What tells a view from other views, and a teacher from other teachers."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+
+Identity: TypeAlias = Mapping[str, object]
+"""What a teacher is, by name, as JSON holds it; None for what has no name that lasts."""
+
+HEADER = "teacher.json"
+FORMAT = 1
+
+_SEED = 20180118  # of the weights of the hash: another one makes every cache void
+_SAME = 0.05  # a device or a precision makes less, another teacher more
+_STEPS = 15  # of a grey level; odd, so that differences of whole levels keep their lowest bit
+_WHOLE = 1.5 * 2**23  # leaves float32 no bits for a fraction: the low ones are the number
+
+
+class ViewKeys:
+    """A key of 64 bits for each image, from its content alone.
+
+    Pixels are rounded to 1/15 of a grey level, so that the ways in which trainers bring a picture
+    of 8 bits to [-1, 1] all give the same key. Each half of the key is the sum of these numbers,
+    each times a fixed random one, modulo 2^32: whole numbers, so that it depends neither on the
+    device nor on the rest of the batch.
+
+    Two different pictures share a key with probability 2^-64 (2^-(64-2n) where all their
+    differences are multiples of 2^n levels). Among 10^8 views any two do with 0.0003. Views that
+    differ by less than a rounding step in every pixel count as the same.
+    """
+
+    def __init__(self) -> None:
+        self._weights = torch.empty(2, 0, dtype=torch.int32)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b 3 h w) in [-1, 1] -> (b) int64, on the same device."""
+        pixels = images.detach().flatten(1).float()
+        if self._weights.shape[1:] != pixels.shape[1:] or self._weights.device != pixels.device:
+            self._weights = _weights(pixels.shape[1]).to(pixels.device)
+        grid = pixels.add(1).mul_(127.5 * _STEPS).add_(_WHOLE).view(torch.int32)
+        high, low = [(grid * half).sum(1, dtype=torch.int32).long() for half in self._weights]
+        key: Tensor = high << 32 | low & 0xFFFFFFFF
+        return key
+
+
+def _weights(count: int) -> Tensor:
+    """(2 count) int32; numpy promises this stream of bits for all its versions."""
+    raw = np.random.PCG64(_SEED).random_raw(count)
+    return torch.from_numpy(raw.view(np.int32).reshape(2, count))
+
+
+def probe_images(like: Tensor) -> Tensor:
+    """(2 3 h w) in [-1, 1]: always the same for one shape, on any device."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(2, *like.shape[1:], generator=generator) * 2 - 1).to(like)
+
+
+def weights_of(model: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
+    """A SHA-256; None for a function without a `sha256` of its own."""
+    return digest(model) if isinstance(model, nn.Module) else getattr(model, "sha256", None)
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, with their names, shapes and dtypes."""
+    found = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_header(folder: Path, teacher: Identity, probe: Tensor) -> None:
+    """The folder's own, written where there is none, must name the same teacher."""
+    mine = {"dim": probe.shape[1], **teacher}
+    write_header(folder, {"format": FORMAT, **mine, "probe": probe.double().tolist()})
+    known = read_header(folder)
+    for name, value in mine.items():
+        if known[name] != value:
+            raise KDHooksError(
+                f"teacher cache: '{folder}' was filled with {name} {known[name]!r}, the teacher at "
+                f"hand has {value!r}; remove the folder, or name another"
+            )
+    check_same(folder, torch.tensor(known["probe"]), probe.cpu(), "embeddings of one fixed batch")
+
+
+def check_same(folder: Path, found: Tensor, wanted: Tensor, what: str) -> None:
+    """(n e), (n e): each row within 5 % of the teacher's, as on any device and of any dtype."""
+    length = wanted.float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    off = float(((found.float() - wanted.float()).norm(dim=1) / length).max())
+    if not off <= _SAME:
+        raise KDHooksError(
+            f"teacher cache: '{folder}' was filled by another teacher: {what} are {off:.1%} off; "
+            "remove the folder, or name another"
+        )
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise KDHooksError(
+            f"teacher cache: '{folder}' holds no {HEADER}; name the folder of a cache, as "
+            "teacher.cache does"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise KDHooksError(
+            f"teacher cache: '{folder / HEADER}' can't be read ({error}); remove the folder, or "
+            "name another"
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise KDHooksError(
+            f"teacher cache: '{folder / HEADER}' must be of format {FORMAT}, which this kdhooks "
+            "writes; it is of another; remove the folder, or name another"
+        )
+    return header
+
+
+def write_header(folder: Path, header: Mapping[str, Any]) -> None:
+    """Whole, and by the first process that gets there; the others leave it as it is."""
+    draft = folder / f"{HEADER}.{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / HEADER).is_file():
+            return
+        try:
+            draft.write_text(json.dumps(header), encoding="utf-8")
+            os.link(draft, folder / HEADER)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise KDHooksError(
+            f"teacher cache: '{folder}' can't be begun ({error.strerror}); make room, or name "
+            "another folder as teacher.cache"
+        ) from error

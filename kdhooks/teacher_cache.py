@@ -1,0 +1,172 @@
+"""Embeddings of views that the teacher has seen, kept in a folder by the views' content."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.cache_files import Embeddings, Index, Keys, Parts
+from kdhooks.errors import KDHooksError
+from kdhooks.fingerprints import Identity, ViewKeys, check_header, check_same
+
+log = logging.getLogger("kdhooks")
+
+READ_ON_EVERY = 10.0  # seconds between two looks at what other processes wrote
+RESERVE_GB = 2.0  # of the disk, left to the checkpoints of the training
+_ROW_BITS = 40  # of a place: the row; above them the part
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """path: a folder, made where there is none; max_gb: of all its files, 10^9 bytes."""
+
+    path: Path
+    max_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_gb is not None and not (
+            isinstance(self.max_gb, int | float) and self.max_gb > 0
+        ):
+            raise KDHooksError(f"teacher.cache: max_gb must be positive; found {self.max_gb}")
+
+
+class TeacherCache:
+    """Looks each view up, and runs the teacher on those alone that are not there.
+
+    Embeddings are rounded to float16 (by 0.05 % of a number at most), those of a first epoch too,
+    so that on one rank later epochs repeat it to the bit. Rows that float16 can't hold are not
+    kept. At max_gb, or when the disk has 2 GB left, what is there stays and nothing is added; each
+    other rank may pass the bound by one batch. In memory: 16 bytes a view.
+
+    A call that finds all its views waits for the device once, for the keys. What the teacher gives
+    is written in the call after that, when the device is done with it.
+    """
+
+    def __init__(self, options: CacheOptions, teacher: Identity, probe: Tensor) -> None:
+        """teacher, probe (2 e): what the folder must have been filled with."""
+        self.folder, self._max_gb = options.path, options.max_gb
+        check_header(self.folder, teacher, probe)
+        self._hash = ViewKeys()
+        self._index = Index()
+        self._parts = Parts(self.folder, probe.shape[1])
+        self._pending: tuple[Keys, Tensor] | None = None
+        self.writing = True
+        self._proved = False
+        self._read_at = 0.0
+        self.asked = self.hits = 0  # views
+        self._read_on()
+        log.info("teacher cache %s: %d views", self.folder, len(self._index))
+
+    def __call__(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """(b 3 h w) -> (b e), without gradient; embed: the teacher itself."""
+        keys = self.keys(images)
+        self.flush()
+        found, rows = self.look_up(keys)
+        if not found.all() and self._read_on():
+            found, rows = self.look_up(keys)
+        self.asked, self.hits = self.asked + len(keys), self.hits + int(found.sum())
+        result = torch.from_numpy(rows).to(images.device, non_blocking=True)
+        if found.any() and not self._proved:
+            self._prove(result, images, found, embed)
+        if not found.all():
+            missing = np.flatnonzero(~found)
+            result[torch.from_numpy(missing)] = self._run(images, keys, missing, embed)
+        return result.float()
+
+    def keys(self, images: Tensor) -> Keys:
+        """(b 3 h w) -> (b), on the host."""
+        keys: Keys = self._hash(images).cpu().numpy()
+        return keys
+
+    def flush(self) -> None:
+        """Write what the last call added."""
+        if self._pending is None:
+            return
+        keys, embeddings = self._pending
+        self._pending = None
+        rows: Embeddings = embeddings.cpu().numpy()
+        finite = np.isfinite(rows).all(axis=1)
+        if self.writing and finite.any():
+            self._write(keys[finite], rows[finite])
+
+    def look_up(self, keys: Keys) -> tuple[NDArray[np.bool_], Embeddings]:
+        """Which are there, (b), and their rows, (b e)."""
+        places = self._index.find(keys)
+        found = places >= 0
+        rows: Embeddings = np.zeros((len(keys), self._parts.dim), np.float16)
+        for number in np.unique(places[found] >> _ROW_BITS):
+            of_part = places >> _ROW_BITS == number
+            row = places[of_part] & (1 << _ROW_BITS) - 1
+            rows[of_part], found[of_part] = self._parts[number].take(row)
+        return found, rows
+
+    def _run(
+        self,
+        images: Tensor,
+        keys: Keys,
+        missing: NDArray[np.int64],
+        embed: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The missing rows, (m e) in float16, each view embedded once."""
+        unique, first, back = np.unique(keys[missing], return_index=True, return_inverse=True)
+        views = missing[first]
+        # A power of two, so that cuDNN and torch.compile meet few sizes.
+        size = min(1 << (len(views) - 1).bit_length(), len(keys))
+        padded = np.resize(views, size)
+        embeddings = embed(images[torch.from_numpy(padded)])[: len(views)].detach().half()
+        self._pending = unique, embeddings
+        return embeddings[torch.from_numpy(back.reshape(-1))]
+
+    def _prove(
+        self,
+        rows: Tensor,
+        images: Tensor,
+        found: NDArray[np.bool_],
+        embed: Callable[[Tensor], Tensor],
+    ) -> None:
+        """The first batch that hits goes through the teacher all the same."""
+        here = torch.from_numpy(np.flatnonzero(found))
+        check_same(self.folder, rows[here], embed(images[here]), "its rows for the first batch")
+        self._proved = True
+
+    def _write(self, keys: Keys, rows: Embeddings) -> None:
+        try:
+            if self._max_gb is not None and self._parts.size(len(keys)) > self._max_gb * 1e9:
+                self._stop_writing(f"holds max_gb = {self._max_gb}")
+            elif shutil.disk_usage(self.folder).free < RESERVE_GB * 1e9:
+                self._stop_writing(f"leaves the disk its last {RESERVE_GB} GB")
+            else:
+                self._add(*self._parts.append(keys, rows))
+        except OSError as error:
+            self._stop_writing(f"can't be written ({error.strerror})")
+
+    def _stop_writing(self, why: str) -> None:
+        self.writing = False
+        log.warning(
+            "teacher cache %s %s; what it holds is used on, and nothing more is added: the teacher "
+            "runs on all other views in each epoch (%d of %d were found so far)",
+            self.folder,
+            why,
+            self.hits,
+            self.asked,
+        )
+
+    def _read_on(self) -> bool:
+        """Whether anything came from other processes, or from earlier runs."""
+        if self._read_at and time.monotonic() - self._read_at < READ_ON_EVERY:
+            return False
+        self._read_at = time.monotonic()
+        before = len(self._index)
+        for number, first, keys in self._parts.read_on():
+            self._add(number, first, keys)
+        return len(self._index) > before
+
+    def _add(self, number: int, first: int, keys: Keys) -> None:
+        self._index.add(keys, (number << _ROW_BITS) + first + np.arange(len(keys)))

@@ -1,0 +1,196 @@
+"""`kdhooks cache`: a cache filled ahead of a training is the one that the training finds."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+from kdhooks.cache_files import Parts
+from kdhooks.cli import main
+from kdhooks.fingerprints import HEADER
+from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher import Teacher
+from kdhooks_integrations.arcface_tools.networks import enter_trainer
+from kdhooks_integrations.arcface_torch.networks import teacher_factory
+from tests.records import people, png, write_records
+from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer
+
+Captured = pytest.CaptureFixture[str]
+RECIPE = """methods = ["fcd"]
+[teacher]
+network = "tiny"
+checkpoint = "model.pt"
+cache = "cache"
+"""
+BUILD = ("build", "--recipe", "kd.toml", "--batch-size", "10", "--data")
+VIEWS = 2 * 4 * CLASSES
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    write_trainer(tmp_path)
+    write_teacher(tmp_path)
+    Path("kd.toml").write_text(RECIPE)
+    write_pictures(tmp_path)
+    with imports_undone():
+        enter_trainer(".")
+        yield tmp_path
+
+
+def write_pictures(folder: Path) -> None:
+    """The same ones in a folder, in a zip and as records."""
+    pictures = people(CLASSES, 4)
+    write_records(folder / "records", pictures)
+    with zipfile.ZipFile(folder / "faces.zip", "w") as archive:
+        for index, (pixels, who) in enumerate(pictures):
+            name = f"person{who}/{index:03}.png"
+            (folder / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "folders" / name).write_bytes(png(pixels))
+            archive.writestr(name, png(pixels))
+
+
+def cache(*argv: str, status: int = 0) -> None:
+    assert main(["cache", *argv]) == status
+
+
+def teacher() -> Teacher:
+    recipe = Recipe.read("kd.toml")
+    made = build_teacher(recipe, teacher_factory(None, recipe))
+    made.start_cache(faces()[0])
+    return made
+
+
+@pytest.mark.parametrize("data", ["folders", "faces.zip", "records"])
+def test_what_build_embeds_a_training_finds(data: str, capsys: Captured) -> None:
+    cache(*BUILD, data)
+    printed = capsys.readouterr()
+    assert printed.out == f"cache: {VIEWS} views of 24 pictures, of which 0 were there\n"
+    assert printed.err.split("\r")[-1] == "24 of 24 pictures\n"
+    found, images = teacher(), faces()[0]
+    for seen in (images, images.flip(-1), (((images + 1) / 2) - 0.5) / 0.5):
+        found(seen)
+    assert found.cache is not None
+    assert found.cache.hits == found.cache.asked == 72
+
+
+def test_build_goes_on_where_it_was_stopped(capsys: Captured) -> None:
+    """With nothing but the first ten pictures, whose mirror images were not written any more."""
+    found = teacher()
+    found(faces()[0][:10])
+    found.remove()
+    cache(*BUILD, "folders")
+    assert capsys.readouterr().out.endswith(
+        f"cache: {VIEWS} views of 24 pictures, of which 10 were there\n"
+    )
+    assert sum(len(keys) for _, _, keys in Parts(Path("cache"), WIDTH).read_on()) == VIEWS
+
+
+def test_build_again_embeds_nothing(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    files = sorted(path.name for path in Path("cache").iterdir())
+    cache(*BUILD, "faces.zip")
+    assert capsys.readouterr().out.endswith(f"of which {VIEWS} were there\n")
+    assert sorted(path.name for path in Path("cache").iterdir()) == files
+
+
+def test_build_ends_where_the_bound_does(
+    capsys: Captured, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = RECIPE.replace('"cache"', f'{{ path = "cache", max_gb = {25 * (12 + 2 * WIDTH)}e-9 }}')
+    Path("kd.toml").write_text(text)
+    cache(*BUILD, "folders", status=1)
+    assert "holds max_gb" in caplog.text
+    ((_, _, keys),) = Parts(Path("cache"), WIDTH).read_on()
+    assert len(keys) == 20
+
+
+def test_info_says_what_is_there(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    capsys.readouterr()
+    cache("info", "cache")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"views      {VIEWS}, in 1 files with {VIEWS} records"
+    assert lines[1] == f"size       {VIEWS * (12 + 2 * WIDTH) / 1e9:.3g} GB"
+    assert lines[2] == f"embedding  {WIDTH} numbers in float16"
+    assert [line.split()[0] for line in lines[3:]] == ["images", "weights", "input", "dtype"]
+
+
+def test_verify_counts_damaged_records(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    capsys.readouterr()
+    cache("verify", "cache")
+    assert capsys.readouterr().out == f"{VIEWS} records in 1 files, 0 damaged\n"
+    (rows,) = Path("cache").glob("*.rows")
+    content = bytearray(rows.read_bytes())
+    content[5] ^= 1
+    content[2 * WIDTH * 7] ^= 128
+    rows.write_bytes(content)
+    cache("verify", "cache", status=1)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{VIEWS} records in 1 files, 2 damaged\na training embeds the views")
+
+
+def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    compare = ("verify", "cache", "--recipe", "kd.toml", "--data", "records")
+    for sample, count in (("7", 7), ("100", 24)):
+        capsys.readouterr()
+        cache(*compare, "--sample", sample)
+        printed = capsys.readouterr().out
+        said = f"{count} of {count} pictures are there, as the teacher embeds them"
+        assert printed.splitlines()[-1] == said
+    (rows,) = Path("cache").glob("*.rows")
+    for part in (rows, rows.with_suffix(".keys")):
+        part.unlink()
+    foreign = Parts(Path("cache"), WIDTH)
+    found = teacher()
+    assert found.cache is not None
+    keys = found.cache.keys(faces()[0])
+    foreign.append(keys, torch.ones(len(keys), WIDTH).half().numpy())
+    cache(*compare, status=2)
+    assert "another teacher: the rows of these pictures are" in capsys.readouterr().err
+
+
+def test_verify_leaves_the_cache_as_it_is() -> None:
+    cache(*BUILD, "folders")
+    (rows,) = Path("cache").glob("*.rows")
+    os.truncate(rows, 10 * 2 * WIDTH)
+    before = sorted((path.name, path.stat().st_size) for path in Path("cache").iterdir())
+    cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders")
+    assert sorted((p.name, p.stat().st_size) for p in Path("cache").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("info", "absent"), f"'absent' holds no {HEADER}; name the folder of a cache"),
+        (("verify", "."), f"'.' holds no {HEADER}"),
+        ((*BUILD, "absent"), "--data must be a folder or a zip file; 'absent' is neither"),
+        ((*BUILD, "kd.toml"), "--data must be a folder or a zip file; 'kd.toml' is neither"),
+        ((*BUILD, "small"), "must have the size that the trainer gives the student, (112, 112)"),
+        ((*BUILD, "empty"), "folder with train.rec and train.idx; found none in 'empty'"),
+        ((*BUILD[:3], "--batch-size", "0", "--data", "folders"), "must be at least 1; found 0"),
+        (("build", "--recipe", "bare.toml", "--data", "folders"), 'add cache = "cache" below'),
+    ],
+)
+def test_a_wrong_command_says_the_way_out(
+    argv: tuple[str, ...], said: str, capsys: Captured
+) -> None:
+    for name in ("empty", "small"):
+        Path(name).mkdir()
+    Path("small/a.png").write_bytes(png(people(1, 1)[0][0][:50]))
+    Path("bare.toml").write_text(RECIPE.replace('cache = "cache"\n', ""))
+    cache(*argv, status=2)
+    assert said in capsys.readouterr().err
+
+
+def test_recipe_and_data_go_together(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    cache("verify", "cache", "--data", "folders", status=2)
+    assert "--recipe and --data go together; found one of them" in capsys.readouterr().err
