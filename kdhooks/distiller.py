@@ -243,9 +243,10 @@ class Distiller(nn.Module):
         parameters, as in timm.
         """
         spared = set[str]()
-        for prefix, module in self.named_modules(prefix=""):
-            if module is not self and hasattr(module, "no_weight_decay"):
-                spared |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
+        for prefix, module in self.named_modules():
+            names: Any = getattr(module, "no_weight_decay", None)
+            if callable(names):
+                spared |= {f"{prefix}.{name}" for name in names()}
         named = dict(self.named_parameters())
         if unknown := spared - named.keys():
             raise KDHooksError(

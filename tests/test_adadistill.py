@@ -1,8 +1,8 @@
 """AdaDistill: centres and loss against their equations, on one rank and on two."""
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,10 +69,9 @@ def test_three_steps_agree_with_the_equations(
         at, y = student.detach().numpy(), labels.numpy()
         centres = reference.followed(at, teacher.numpy(), y, centres, weighted)
         assert_close(loss.centres.numpy(), centres)
-
-        def by_loop(x: np.ndarray, y: np.ndarray = y, rows: np.ndarray = centres) -> float:
-            return reference.loss(x, y, rows, loss.m, loss.m2, 16.0)
-
+        by_loop = partial(
+            reference.loss, labels=y, centres=centres, m=loss.m, m2=loss.m2, scale=16.0
+        )
         assert_close(value.item(), by_loop(at))
         assert student.grad is not None
         found = central_differences(by_loop, at)
@@ -159,6 +158,7 @@ def _scenario() -> Results:
         student.bias.copy_(normal(21, 4))
     tap = AdaDistill(scale=8.0).classifier_share(Model(None, 4), Model(None, 4))
     tap.loss.double()
+    found: Results = {}
     for step in range(2):
         student.zero_grad()
         seen = Step(
@@ -173,8 +173,8 @@ def _scenario() -> Results:
         )
         loss, notes = tap.loss(*tap.arguments(seen))
         loss.backward()
-    same = {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)}
-    return {"same": same, "centres": tap.loss.get_buffer("centres")}
+        found = {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)}
+    return {"same": found, "centres": tap.loss.get_buffer("centres")}
 
 
 def _scenarios() -> dict[str, Results]:

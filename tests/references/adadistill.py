@@ -17,7 +17,7 @@ def alphas(
     for s, t, y in zip(student, teacher, labels, strict=True):
         alpha = dot(unit(s), unit(t))
         if weighted:
-            fit = dot(centres[y], unit(t)) if y >= 0 else 0.0
+            fit = dot(list(centres[y]), unit(t)) if y >= 0 else 0.0
             alpha *= min(max(fit, 1e-6), 1.0)
         out.append(min(max(alpha, 1e-6), 1.0))
     return out

@@ -143,7 +143,8 @@ def main(path: str) -> None:
             parts = zip(
                 local_embeddings.chunk(cfg.heads), local_labels.chunk(cfg.heads), strict=True
             )
-            loss = sum(h(*part, *third) for h, part in zip(heads, parts, strict=True))
+            of_heads = [h(*part, *third) for h, part in zip(heads, parts, strict=True)]
+            loss = torch.stack(of_heads).sum()
             loss.backward()
             if global_step % cfg.gradient_acc == 0:
                 torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
