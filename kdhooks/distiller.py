@@ -245,7 +245,7 @@ class Distiller(nn.Module):
         spared = set[str]()
         for prefix, module in self.named_modules():
             names: Any = getattr(module, "no_weight_decay", None)
-            if callable(names):
+            if names is not None:
                 spared |= {f"{prefix}.{name}" for name in names()}
         named = dict(self.named_parameters())
         if unknown := spared - named.keys():
