@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--factors", type=float, nargs="*", default=SWEPT, help="of the weights, with --sweep")
     add("--seed", type=int, default=0, help="the first one: initial weights, order of the images")
     add("--seeds", type=int, default=3)
-    add("--images-seen", type=int, default=36000, help="by each student")
+    add("--images-seen", type=int, default=30000, help="by each student")
+    add("--batch", type=int, default=30)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--work", default="bench-work", help="folder for the teacher's outputs, some 6 GB")
     add("--out", default="bench-out", help="folder for results, table and picture")
@@ -72,7 +73,7 @@ def _run(left: list[tuple[Row, int]], options: argparse.Namespace, results: Path
     print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
     exam = Exam(tested, teacher)
     _append(results, _record("teacher", 0, exam.teachers_score, options))
-    settings = Settings(images_seen=options.images_seen, batch=30)
+    settings = Settings(images_seen=options.images_seen, batch=options.batch)
     for row, seed in tqdm(left, desc="students"):
         score = exam.score(train(lesson, row, settings, seed))
         _append(results, _record(row.name, seed, score, options))
