@@ -215,7 +215,9 @@ def test_the_lines_of_a_shell_run(block: str, example: Path) -> None:
 
 def test_the_hook_config_is_the_models_to_the_last_bit(example: Path) -> None:
     # MMEngine names a run by the second in which it starts, and warns of two that share it.
-    command = "python train.py examples/mmengine/configs/{0}.py --cfg-options experiment_name={0}"
+    command = (
+        "python train.py examples/mmengine/configs/{0}.py --cfg-options experiment_name={0}_twin"
+    )
     one, other = (shell(command.format(name)) for name in ("fcd", "fcd_hook"))
     for key, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key])

@@ -505,7 +505,8 @@ def test_a_row_that_is_not_what_was_written_is_embedded_anew(
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from tests.test_teacher_cache import started, views
+import torch
+from tests.test_teacher_cache import Counting, started, views
 
 def write(descriptor, content):
     calls.append(descriptor)
@@ -516,7 +517,9 @@ def write(descriptor, content):
 
 calls = []
 real, os.write = os.write, write
-teacher = started(Path(sys.argv[1]))
+module = Counting()  # the other process's: a few threads more or less give other last bits
+module.load_state_dict(torch.load(sys.argv[3]))
+teacher = started(Path(sys.argv[1]), module)
 for start in range(0, 64, 8):
     teacher(views(start, start + 8))
 """
@@ -527,10 +530,13 @@ def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
     fatal: int, kept: int, tmp_path: Path
 ) -> None:
     """Each batch of 8 is two writes, rows and keys; of the fatal one half gets through."""
-    ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), str(fatal)], check=False)
+    torch.save(Counting().state_dict(), tmp_path / "teacher.pt")
+    folder = tmp_path / "cache"
+    given = [str(folder), str(fatal), str(tmp_path / "teacher.pt")]
+    ended = subprocess.run([sys.executable, "-c", WRITER, *given], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert stored(tmp_path) == kept
-    teacher, plain = started(tmp_path), Teacher(Counting())
+    assert stored(folder) == kept
+    teacher, plain = started(folder), Teacher(Counting())
     for start in range(0, 64, 8):
         wanted = plain(views(start, start + 8)).embedding.half().float()
         found = teacher(views(start, start + 8)).embedding
@@ -538,7 +544,7 @@ def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
     assert teacher.cache is not None
     assert teacher.cache.hits == kept
     teacher.remove()
-    assert stored(tmp_path) == 64
+    assert stored(folder) == 64
 
 
 # --- a full disk, and the bound --------------------------------------------------------------
