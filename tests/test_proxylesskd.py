@@ -216,7 +216,9 @@ def test_the_extra_term_is_one_minus_cosine_of_all_samples(extra: float) -> None
 @pytest.mark.parametrize("extra", [0.0, 2.0])
 @pytest.mark.parametrize(("d", "e"), [(3, 6), (6, 6), (8, 6)])
 def test_the_projector_is_linear_then_batch_norm_and_trained(d: int, e: int, extra: float) -> None:
-    module = made(d, e, projector=True, scale=4.0, extra_fcd_weight=extra)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        module = made(d, e, projector=True, scale=4.0, extra_fcd_weight=extra)
     student = normal(1, 4, d).requires_grad_()
     value, _ = module(student, golden.T, golden.Y, whole(golden.W))
     value.backward()
@@ -246,7 +248,7 @@ def test_the_projector_is_linear_then_batch_norm_and_trained(d: int, e: int, ext
         central_differences(lambda x: loss(at, matrix, gain, x), shift),
     ]
     for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours.numpy(), theirs, rtol=1e-6, atol=1e-8)
+        assert_close(ours.numpy(), theirs, rtol=1e-5, atol=1e-7)
 
 
 _TRAINED = ("0.weight", "1.weight", "1.bias")  # 0.bias moves nothing in front of a BatchNorm
