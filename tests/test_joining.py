@@ -185,3 +185,22 @@ def test_an_optimizer_is_joined_once() -> None:
         Joined(run.kd, run.optimizer, run.schedule)
     run.joined.remove()
     Joined(run.kd, run.optimizer, run.schedule)
+
+
+def test_a_sequence_of_schedules_that_were_joined_one_by_one() -> None:
+    """As the line in a script meets them: the first is there before the sequence is."""
+    run, alone = (Run("sgd", "linear", distilled=distilled) for distilled in (True, False))
+    for one in (run, alone):
+        second = CosineAnnealingLR(one.optimizer, 5)
+        if one is run:
+            one.joined.adopt(second)
+        one.schedule = SequentialLR(one.optimizer, [one.schedule, second], milestones=[2])
+        if one is run:
+            one.joined.adopt(one.schedule)
+        one.train(3)
+    assert run.saved()["schedule"] == alone.saved()["schedule"]
+    run.schedule.load_state_dict(alone.schedule.state_dict())
+    run.train(2)
+    run.joined.remove()
+    assert run.schedule.state_dict().keys() == alone.schedule.state_dict().keys()
+    assert len(run.schedule.get_last_lr()) == len(run.optimizer.param_groups) == 2

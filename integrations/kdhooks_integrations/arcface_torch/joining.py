@@ -6,7 +6,7 @@ passes it over. So either kind of run resumes from a checkpoint of the other.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -26,6 +26,7 @@ KEY = "kdhooks"
 
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = list[dict[str, Any]]
+Change: TypeAlias = Callable[[list[Any]], list[Any]]
 
 _BY_GROUP = (  # a schedule's lists with an entry a group
     "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
@@ -53,6 +54,7 @@ class Joined:
         options = {key: v for key, v in head.items() if key not in ("params", "param_names")}
         groups = distiller.parameter_groups(options.get("weight_decay", 0.0))
         self._at, self._count = len(optimizer.param_groups) - 1, len(groups)
+        self._ours = slice(self._at, self._at + self._count)
         for place, group in enumerate(groups, start=self._at):
             optimizer.add_param_group({**options, **group})
             optimizer.param_groups.insert(place, optimizer.param_groups.pop())
@@ -63,19 +65,22 @@ class Joined:
             optimizer.register_step_post_hook(self._count_step),
         ]
         self._optimizer, self.schedule = optimizer, schedule
-        self._dressed: list[tuple[LRScheduler, type[LRScheduler]]] = []
-        self._extend(schedule)
+        self._dressed: dict[LRScheduler, type[LRScheduler]] = {}
+        self._resize(schedule, self._with)
         self.adopt(schedule)
-
-    def _extend(self, schedule: LRScheduler) -> None:
-        for inner in vars(schedule).get(_INNER, ()):
-            self._extend(inner)
-        vars(schedule).update(self._by_group(vars(schedule), self._with))
 
     def adopt(self, schedule: LRScheduler) -> None:
         """Save and load it as if our groups were not there; it may have been made with them."""
-        self._dressed.append((schedule, type(schedule)))
+        for inner in vars(schedule).get(_INNER, ()):
+            if inner in self._dressed:  # what is saved of it goes through the outer one now
+                inner.__class__ = self._dressed.pop(inner)
+        self._dressed[schedule] = type(schedule)
         schedule.__class__ = _as_without(type(schedule), self)
+
+    def _resize(self, schedule: LRScheduler, change: Change) -> None:
+        for inner in vars(schedule).get(_INNER, ()):
+            self._resize(inner, change)
+        vars(schedule).update(_by_group(vars(schedule), change))
 
     def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.steps += 1
@@ -84,13 +89,9 @@ class Joined:
 
     def _take_out(self, optimizer: Optimizer, state: State) -> State:
         groups: Groups = state["param_groups"]
-        own = groups[self._at : self._at + self._count]
-        rest = groups[: self._at] + groups[self._at + self._count :]
-        ours = _numbered(own, state["state"])
-        return {**_numbered(rest, state["state"]), KEY: {**ours, **self._methods_state()}}
-
-    def _methods_state(self) -> State:
-        return {"distiller": self.distiller.state_dict()}
+        ours = _numbered(groups[self._ours], state["state"])
+        theirs = _numbered(self._without(groups), state["state"])
+        return {**theirs, KEY: {**ours, "distiller": self.distiller.state_dict()}}
 
     def _put_in(self, optimizer: Optimizer, state: State) -> State:
         ours: State | None = state.get(KEY)
@@ -108,7 +109,7 @@ class Joined:
 
     def _fresh_groups(self, optimizer: Optimizer, head: dict[str, Any]) -> Groups:
         """Our groups with what the checkpoint says of the head's, but for their decay."""
-        own = optimizer.param_groups[self._at : self._at + self._count]
+        own = optimizer.param_groups[self._ours]
         sizes = [len(group["params"]) for group in own]
         return [
             {**head, "weight_decay": group["weight_decay"], "params": numbers}
@@ -128,41 +129,38 @@ class Joined:
 
     def with_ours(self, state: State) -> State:
         """A schedule's state with entries for our groups, those of the head's."""
-        inner = [self.with_ours(one) for one in state.get(_INNER, ())]
-        return {**state, **self._by_group(state, self._with), **({_INNER: inner} if inner else {})}
+        return _changed(state, self._with)
 
     def without_ours(self, state: State) -> State:
-        inner = [self.without_ours(one) for one in state.get(_INNER, ())]
-        plain = self._by_group(state, self._without)
-        return {**state, **plain, **({_INNER: inner} if inner else {})}
+        return _changed(state, self._without)
 
     def _with(self, values: list[Any]) -> list[Any]:
         return [*values[: self._at], *values[-1:] * self._count, *values[self._at :]]
 
     def _without(self, values: list[Any]) -> list[Any]:
-        return [*values[: self._at], *values[self._at + self._count :]]
-
-    def _by_group(self, state: State, change: Callable[[list[Any]], list[Any]]) -> State:
-        return {key: change(v) for key, v in state.items() if key in _BY_GROUP and v is not None}
+        return [*values[: self._at], *values[self._ours.stop :]]
 
     def remove(self) -> None:
         """Give all back as it was."""
         for handle in self._handles:
             handle.remove()
-        ours = slice(self._at, self._at + self._count)
-        for group in self._optimizer.param_groups[ours]:
+        for group in self._optimizer.param_groups[self._ours]:
             for parameter in group["params"]:
                 self._optimizer.state.pop(parameter, None)
-        del self._optimizer.param_groups[ours]
-        for schedule, kind in self._dressed:
+        del self._optimizer.param_groups[self._ours]
+        for schedule, kind in self._dressed.items():
             schedule.__class__ = kind
-            self._shrink(schedule)
+            self._resize(schedule, self._without)
         _joined.discard(self._optimizer)
 
-    def _shrink(self, schedule: LRScheduler) -> None:
-        for inner in vars(schedule).get(_INNER, ()):
-            self._shrink(inner)
-        vars(schedule).update(self._by_group(vars(schedule), self._without))
+
+def _by_group(state: State, change: Change) -> State:
+    return {key: change(v) for key, v in state.items() if key in _BY_GROUP and v is not None}
+
+
+def _changed(state: State, change: Change) -> State:
+    inner = [_changed(one, change) for one in state.get(_INNER, ())]
+    return {**state, **_by_group(state, change), **({_INNER: inner} if inner else {})}
 
 
 def _refuse_ranks_apart(ours: State | None) -> None:
@@ -196,7 +194,8 @@ def _as_without(kind: type[LRScheduler], joined: Joined) -> type[LRScheduler]:
 
 def _numbered(groups: Groups, state: dict[int, Any]) -> State:
     """These groups alone, their parameters numbered from 0."""
-    number = {old: new for new, old in enumerate(_params(groups))}
+    every = (old for group in groups for old in group["params"])
+    number = {old: new for new, old in enumerate(every)}
     return {
         "state": {number[old]: of for old, of in state.items() if old in number},
         "param_groups": [{**g, "params": [number[old] for old in g["params"]]} for g in groups],
@@ -217,10 +216,6 @@ def _merged(
         state.update({new: copy(source[old]) for old, new in pairs if old in source})
         merged.append({**group, "params": numbers})
     return {"state": state, "param_groups": merged}
-
-
-def _params(groups: Iterable[dict[str, Any]]) -> list[int]:
-    return [number for group in groups for number in group["params"]]
 
 
 def _consecutive(sizes: Sequence[int]) -> list[list[int]]:
