@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from kdhooks.demo.exam import TEACHER_CHUNK
 from kdhooks.demo.faces import Faces
 from kdhooks.demo.material import views
 from kdhooks.demo.training import Lesson, Maps, as_input
+from kdhooks.fingerprints import weights_of
 from kdhooks.prototypes import class_means
 from kdhooks.teacher import Teacher
 
@@ -40,7 +41,9 @@ class Material:
         self.views = views(faces, VIEWS, seed=0)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        key = {"images": _digest(self.views.images), "teacher": _weights(teacher.module)}
+        module = teacher.module
+        assert module is not None
+        key = {"images": _digest(self.views.images), "teacher": weights_of(module)}
         known = folder / "key.json"
         if not known.is_file() or json.loads(known.read_text()) != key:
             self._record(teacher)
@@ -85,11 +88,3 @@ class Material:
 
 def _digest(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().data).hexdigest()
-
-
-def _weights(module: nn.Module | None) -> str:
-    assert module is not None
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import build
+from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations._mmengine_forward import Arguments, Forward
 from kdhooks_integrations._mmengine_models import (
@@ -125,7 +126,7 @@ def _unsummed(name: str) -> str:
     return f"kd/{name.replace('loss', 'term')}"
 
 
-class _AddTerms:
+class _AddTerms(LeftBehind):
     """The hook on the student; a copy of the student, as EMAHook makes one, is left alone."""
 
     def __init__(self, distillation: Distillation) -> None:
@@ -140,17 +141,6 @@ class _AddTerms:
         if arguments.get("mode") != "loss":
             return None
         return self._distillation.extended(losses, arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make_idle, ()
-
-
-def _idle(*_: object) -> None:
-    """What a copy of a distilled student carries for a hook."""
-
-
-def _make_idle() -> Callable[..., None]:
-    return _idle
 
 
 def attach(student: nn.Module, options: Options) -> Distillation:

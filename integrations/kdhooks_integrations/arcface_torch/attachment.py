@@ -18,6 +18,7 @@ from kdhooks.recipe import Recipe, build
 from kdhooks.replicas import synchronise
 from kdhooks.shards import world
 from kdhooks.taps import Removable
+from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
 from kdhooks_integrations.arcface_torch.joining import Joined
@@ -218,7 +219,7 @@ class Attachment:
         self._handles.clear()
 
 
-class _Terms:
+class _Terms(LeftBehind):
     """A head's forward hook; a copy of the head is left alone."""
 
     def __init__(self, attachment: Attachment, offset: int) -> None:
@@ -239,17 +240,6 @@ class _Terms:
             labels = torch.where(labels < 0, labels, labels + self._offset)
         return self._attachment.add_terms(head, loss, labels)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make_idle, ()
-
-
-def _make_idle() -> Callable[..., None]:
-    return _idle
-
-
-def _idle(*_: object) -> None:
-    """What a copy of a distilled head carries for a hook."""
-
 
 def attach(
     backbone: nn.Module,
@@ -263,8 +253,8 @@ def attach(
 ) -> Attachment:
     """Distil with these very objects: after the schedule is made, before anything is resumed.
 
-    head: several share a batch in their order; the terms join the last one's loss, and the labels
-        of each count on from those of the heads before.
+    head: several share a batch in their order; the terms join the loss of the one that completes
+        it, and the labels of each count on from those of the heads before.
     get_model: the trainer's factory for the teacher's network, by default `backbones.get_model`.
     accumulation: batches an optimizer step, by default the config's gradient_acc.
     """
