@@ -88,12 +88,16 @@ def check_terms(values: dict[str, Tensor]) -> None:
             )
 
 
+def check_nonfinite(found: object, where: str = "") -> None:
+    if found not in ("raise", "skip"):
+        raise KDHooksError(f"{where}nonfinite must be 'raise' or 'skip'; found {found!r}")
+
+
 class Finite:
     """Whether each step's terms and teacher embeddings were finite, without waiting for them."""
 
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
-        if nonfinite not in ("raise", "skip"):
-            raise KDHooksError(f"nonfinite must be 'raise' or 'skip'; found '{nonfinite}'")
+        check_nonfinite(nonfinite)
         self._skip = nonfinite == "skip"
         self._last: _Noted | None = None
         self.skipped = 0

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdhooks.checks import check_nonfinite
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
@@ -168,9 +169,7 @@ def _check_simple(source: Mapping[str, Any]) -> None:
     seed = source.get("seed", 0)
     if type(seed) is not int:
         raise KDHooksError(f"recipe: seed must be a whole number; found {seed!r}")
-    nonfinite = source.get("nonfinite", "raise")
-    if nonfinite not in ("raise", "skip"):
-        raise KDHooksError(f"recipe: nonfinite must be 'raise' or 'skip'; found {nonfinite!r}")
+    check_nonfinite(source.get("nonfinite", "raise"), "recipe: ")
 
 
 def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:

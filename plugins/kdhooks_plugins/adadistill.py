@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._widths import need_teachers_width
 
 _LEAST = 1e-6  # of alpha
 
@@ -100,12 +101,6 @@ class AdaDistill:
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e:
-            raise KDHooksError(
-                f"adadistill: the student's embedding must be as wide as the teacher's; found {d} "
-                f"and {e}; give the student the teacher's width (in arcface_torch: "
-                f"config.embedding_size = {e})"
-            )
+        need_teachers_width("adadistill", student, teacher, theirs="the teacher's")
         loss = AdaptiveCentres(*self.margins, scale=self.scale, weighted=self.weighted)
         return ClassifierShare("adadistill", loss, self.weight, mode="centres")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._widths import need_teachers_width
 
 
 class TeacherMargins(nn.Module):
@@ -64,12 +65,6 @@ class MarginDistillation:
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e:
-            raise KDHooksError(
-                "margindistillation: the student's embedding must be as wide as the teacher's "
-                f"rows; found {d} and {e}; give the student the teacher's width (in "
-                f"arcface_torch: config.embedding_size = {e})"
-            )
+        need_teachers_width("margindistillation", student, teacher)
         loss = TeacherMargins(self.low, self.high, self.scale)
         return ClassifierShare("margindistillation", loss, self.weight, mode="centres")

@@ -16,6 +16,7 @@ from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._warmup import WarmUp
+from kdhooks_plugins._widths import need_teachers_width
 
 MARGINS = ("arcface", "cosface", "combined")
 
@@ -136,12 +137,9 @@ class ProxylessKD:
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e and not self.projector:
-            raise KDHooksError(
-                f"proxylesskd: the student's embedding must be as wide as the teacher's rows; "
-                f"found {d} and {e}; give the student the teacher's width (in arcface_torch: "
-                f"config.embedding_size = {e}), or set projector = true"
-            )
+        if not self.projector:
+            more = ", or set projector = true"
+            need_teachers_width("proxylesskd", student, teacher, more=more)
         loss = MarginSoftmax(
             self.angular,
             self.additive,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks_plugins._widths import need_teachers_width
 from kdhooks_plugins.kd import SoftenedScores
 
 
@@ -45,12 +46,7 @@ class THKD:
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e:
-            raise KDHooksError(
-                "thkd: the student's embedding must be as wide as the teacher's rows; found "
-                f"{d} and {e}; give the student the teacher's width (in arcface_torch: "
-                f"config.embedding_size = {e}), or use kd, where each has its own rows"
-            )
+        more = ", or use kd, where each has its own rows"
+        need_teachers_width("thkd", student, teacher, more=more)
         loss = SharedHead(self.temperature, self.scale)
         return ClassifierShare("thkd", loss, self.weight, mode="centres")
