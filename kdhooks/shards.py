@@ -7,7 +7,7 @@ gradients is the gradient of that loss, with factor exactly 1.
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kdhooks.chunks import chunk_size, measured
 from kdhooks.errors import KDHooksError
 
 
@@ -157,8 +158,9 @@ class ClassShard:
         """
         if self.group is None:
             return self
-        share = self.weight / dist.get_world_size(self.group)
-        return replace(self, weight=share + (self.weight - share).detach())
+        size, weight = dist.get_world_size(self.group), self.weight.view_as(self.weight)
+        weight.register_hook(lambda gradient: gradient / size)
+        return replace(self, weight=weight)
 
     def gather(self, embedding: Tensor) -> Tensor:
         """(b d) -> (w·b d): the batches of all ranks, differentiable."""
@@ -168,23 +170,61 @@ class ClassShard:
         """(b e) -> (b c): margin-free cosines with this rank's rows."""
         return F.normalize(embedding) @ F.normalize(self.weight.to(embedding.dtype)).T
 
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        """(b c) -> (b c): over all classes, of which this rank holds some."""
-        peak = logits.detach().amax(dim=1, keepdim=True)
+    def by_chunks(
+        self,
+        measure: Callable[[Tensor, "ClassShard"], Sequence[Tensor]],
+        embedding: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """(b e) -> m times (n b): what `measure(embedding, chunk)` finds in n chunks of this rank's
+        classes, m times (b) of each; so that the scores of all classes are never held.
+
+        A number of a sample depends on its own embedding and the chunk's rows, all else counts as
+        constant. `total` and `logsumexp` put the chunks of all ranks together.
+        """
+
+        def of_rows(x: Tensor, rows: Tensor, start: int) -> Sequence[Tensor]:
+            return measure(x, ClassShard(rows, self.offset + start, self.total))
+
+        return measured(of_rows, embedding, self.weight).unbind()
+
+    def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
+        """(b e) -> these classes, as many at a time as `by_chunks` compares the batch with."""
+        offset = self.offset
+        for rows in self.weight.split(chunk_size(embedding)):
+            yield ClassShard(rows, offset, self.total)
+            offset += len(rows)
+
+    def part(self, chunk: "ClassShard") -> "ClassShard":
+        """The classes of another classifier's chunk, of this one."""
+        start = chunk.offset - self.offset
+        return ClassShard(self.weight[start : start + len(chunk.weight)], chunk.offset, self.total)
+
+    def logsumexp(self, parts: Tensor) -> Tensor:
+        """(n b) -> (b): over the chunks of all ranks."""
+        peak = parts.detach().amax(dim=0)
         if self.group is not None:
             dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
-        shifted = logits - peak
-        return shifted - self.sum(shifted.exp()).log()[:, None]
+        return self.sum((parts - peak).exp()).log() + peak
 
-    def sum(self, values: Tensor) -> Tensor:
-        """(b c) -> (b): over all classes."""
-        return self._reduced(values.sum(dim=1))
+    def sum(self, parts: Tensor) -> Tensor:
+        """(n b) -> (b): over the chunks of all ranks."""
+        return self._reduced(parts.sum(dim=0))
 
-    def pick(self, values: Tensor, labels: Tensor) -> Tensor:
-        """(b c), (b) -> (b): each sample's value at its own class, whichever rank holds it."""
-        index, mine = self._local(labels, values)
-        own = values.gather(1, index[:, None])[:, 0]
-        return self._reduced(own * mine)
+    def topk(self, values: Tensor, k: int) -> Tensor:
+        """(b n) -> (b k): the largest of all ranks' values, in falling order; not differentiable.
+
+        -inf where the ranks have fewer in all.
+        """
+        values = F.pad(values.detach(), (0, max(0, k - values.shape[1])), value=-torch.inf)
+        return gather(values.T, self.group).T.topk(k, dim=1).values
+
+    def own(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        """(b e), (b) -> (b): each sample's cosine with its own class, whichever rank holds it;
+        0 where that is none.
+        """
+        rows, _, mine = self.own_rows(labels)
+        cosine = (F.normalize(embedding) * F.normalize(rows.to(embedding.dtype))).sum(dim=1)
+        return self._reduced(cosine * mine)
 
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
         """(b c), (b), (b) -> (b c): amount added at each sample's own class."""

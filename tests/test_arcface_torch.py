@@ -29,6 +29,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
     "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 4},
     "cakd": {"name": "cakd", "width": 8, "heads": 2, "centres": 4, "prompts": 0},
     "eckd": {"name": "eckd"},
+    "gkd": {"name": "gkd", "largest": 5},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},
     "own": {"name": "proxylesskd", "head": "own", "margin_warmup_steps": 4},

@@ -25,6 +25,7 @@ THKD = {"name": "thkd", "weight": 1.0, "scale": 32.0}
 ADADISTILL = {"name": "adadistill", "scale": 32.0, "m": 0.3}
 MARGINDISTILLATION = {"name": "margindistillation", "scale": 32.0, "low": 0.1, "high": 0.3}
 KD = {"name": "kd", "weight": 1.0, "scale": 32.0}
+GKD = {"name": "gkd", "weight": 0.25, "scale": 32.0}
 
 ROWS = (
     Row(LABELS),
@@ -39,6 +40,7 @@ ROWS = (
     Row("at", [AT]),
     Row("reviewkd", [REVIEWKD]),
     Row("kd", [KD]),
+    Row("gkd", [GKD]),
     Row("thkd", [THKD]),
     Row("margindistillation", [MARGINDISTILLATION], labels=False),
     Row("adadistill", [ADADISTILL], labels=False),

@@ -1,14 +1,26 @@
-"""Cross-entropy of a margin softmax on rows that the student does not train."""
+"""Scores with a margin, and the cross-entropy of their softmax on rows that are not trained."""
 
 import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks import ClassShard
 
 _EPS = 1e-7  # keeps arccos differentiable at ±1
+GONE = -1e30  # a score that leaves its class out
+
+
+def scores(
+    embedding: Tensor, labels: Tensor, rows: ClassShard, scale: float, margin: float
+) -> Tensor:
+    """(b e), (b), rows (c e) -> (b c): σ cos, the margin taken off at the own class (CosFace)."""
+    cosines = rows.cosines(embedding)
+    if margin:
+        cosines = rows.add(cosines, labels, embedding.new_full((len(embedding),), -margin))
+    return scale * cosines
 
 
 def margin_softmax(
@@ -28,14 +40,20 @@ def margin_softmax(
     The means are over the samples that have a label: those below 0 are left out.
     """
     rows = replace(rows, weight=rows.weight.detach())
-    count = (labels >= 0).sum().clamp(min=1)
-    cosines = rows.cosines(student)
-    own = rows.pick(cosines, labels)
-    shift = _turned(own, m, monotone) - m2 - own
+    cosine = rows.own(student, labels)
+    target = _turned(cosine, m, monotone) - m2
     if straight_through:
-        shift = shift.detach()
-    log_p = rows.log_softmax(scale * rows.add(cosines, labels, shift))
-    return -rows.pick(log_p, labels).sum() / count, own.detach().sum() / count
+        target = cosine + (target - cosine).detach()
+
+    def others(student: Tensor, chunk: ClassShard) -> tuple[Tensor]:
+        gone = student.new_full((len(student),), GONE)
+        return (chunk.add(scale * chunk.cosines(student), labels, gone).logsumexp(dim=1),)
+
+    (parts,) = rows.by_chunks(others, student)
+    loss = F.softplus(rows.logsumexp(parts) - scale * target)  # -log p of the own class
+    known = labels >= 0
+    count = known.sum().clamp(min=1)
+    return (loss * known).sum() / count, cosine.detach().sum() / count
 
 
 def _turned(cosine: Tensor, m: Tensor, monotone: bool) -> Tensor:

@@ -53,8 +53,7 @@ class AdaptiveCentres(nn.Module):
         own, index, mine = rows.own_rows(labels)
         alpha = (s * t).sum(dim=1)
         if self.weighted:  # by how well the teacher itself fits the centre
-            fit = rows.sum(((own * t).sum(dim=1) * mine)[:, None])
-            alpha = alpha * fit.clamp(_LEAST, 1.0)
+            alpha = alpha * rows.own(teacher, labels).clamp(_LEAST, 1.0)
         alpha = alpha.clamp(_LEAST, 1.0)
         moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
         count = torch.zeros_like(self.centres[:, 0]).index_add_(0, index, mine.to(t))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks_plugins._margin import scores
 
 
 class SoftenedScores(nn.Module):
@@ -30,21 +31,22 @@ class SoftenedScores(nn.Module):
         head: ClassShard,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
-        log_s = self._log_p(student, labels, head)
+        teacher, scale = teacher.detach(), self.scale / self.temperature
         classifier = replace(classifier, weight=classifier.weight.detach())
-        log_t = self._log_p(teacher.detach(), labels, classifier)
-        p_t = log_t.exp()
-        divergence = classifier.sum(p_t * (log_t - log_s)).mean()
-        entropy = -classifier.sum(p_t * log_t).mean()  # near 0: the teacher says one class only
-        return self.temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
-    def _log_p(self, embedding: Tensor, labels: Tensor, rows: ClassShard) -> Tensor:
-        """(b d), (b) -> (b c)."""
-        cosines = rows.cosines(embedding)
-        if self.margin:
-            margin = embedding.new_full((len(embedding),), -self.margin)
-            cosines = rows.add(cosines, labels, margin)
-        return rows.log_softmax(self.scale / self.temperature * cosines)
+        def compare(student: Tensor, chunk: ClassShard) -> tuple[Tensor, ...]:
+            z_s = scores(student, labels, chunk, scale, self.margin)
+            z_t = scores(teacher, labels, classifier.part(chunk), scale, self.margin)
+            p_t = z_t.softmax(dim=1)
+            gap, mean = (p_t * (z_t - z_s)).sum(dim=1), (p_t * z_t).sum(dim=1)
+            return z_s.logsumexp(dim=1), z_t.logsumexp(dim=1), gap, mean
+
+        parts_s, parts_t, gap, mean = head.by_chunks(compare, student)
+        all_s, all_t = head.logsumexp(parts_s), head.logsumexp(parts_t)
+        share = (parts_t - all_t).exp()  # of the teacher's softmax in each chunk
+        divergence = (head.sum(share * gap) - all_t + all_s).mean()
+        entropy = (all_t - head.sum(share * mean)).mean()  # near 0: the teacher says one class only
+        return self.temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
 
 class KD:

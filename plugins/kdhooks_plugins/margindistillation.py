@@ -6,10 +6,7 @@ Differs from the code: similarities below 0 count as 0, without which a batch of
 teacher does not know gives margins beyond all bounds; and the line past θ = π - m.
 """
 
-from dataclasses import replace
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
@@ -36,10 +33,7 @@ class TeacherMargins(nn.Module):
     @torch.no_grad()
     def margins(self, teacher: Tensor, labels: Tensor, classifier: ClassShard) -> Tensor:
         """(b e), (b), classifier -> (b), from low to high."""
-        rows = replace(classifier, weight=classifier.weight.to(teacher))
-        own, _, mine = rows.own_rows(labels)
-        fit = F.cosine_similarity(teacher, own) * mine
-        fit = rows.sum(fit[:, None]).clamp(min=0)
+        fit = classifier.own(teacher, labels).clamp(min=0)
         return self.low + (self.high - self.low) * fit / fit.max().clamp(min=1e-6)
 
 

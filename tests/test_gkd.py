@@ -1,0 +1,206 @@
+"""Grouped KD: values and gradients against the equation; groups; classes split over two ranks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, KDHooksError
+from kdhooks.chunks import SCORES
+from kdhooks.declarations import Step
+from kdhooks.testing import check_method
+from kdhooks_plugins.gkd import GKD, GroupedScores
+from kdhooks_plugins.kd import KD
+from tests import golden
+from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
+from tests.references import gkd as reference
+from tests.references.differences import central_differences
+
+
+def made(**options: float) -> GroupedScores:
+    loss = GKD(**options).classifier_share().loss  # type: ignore[arg-type]  # largest is an int
+    assert isinstance(loss, GroupedScores)
+    return loss
+
+
+def whole(rows: Tensor) -> ClassShard:
+    return ClassShard(rows, 0, len(rows))
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def labels_of(seed: int, b: int, c: int) -> Tensor:
+    return torch.randint(-1, c, (b,), generator=torch.Generator().manual_seed(seed))
+
+
+def test_gives_the_golden_values() -> None:
+    rows = whole(golden.W)
+    loss = made(margin=0.4, tau=1, largest=3)
+    value, notes = loss(golden.S, golden.T, golden.Y, rows, rows)
+    assert_close(16 * notes["binary"].item(), 82.85496458, rtol=0, atol=6e-9)
+    assert_close(16 * notes["primary"].item(), 38.54084381, rtol=0, atol=6e-9)
+    assert_close(value.item(), 82.85496458 + 8 * 38.54084381, rtol=0, atol=6e-8)
+    assert notes["group"] == 3
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.93, "largest": 4}, {"tau": 1.0}])
+@pytest.mark.parametrize("margin", [0.0, 0.35])
+@pytest.mark.parametrize("scale", [4.0, 64.0])
+@pytest.mark.parametrize(("b", "c", "d", "e"), [(1, 2, 3, 3), (5, 9, 3, 6), (4, 7, 6, 2)])
+def test_agrees_with_the_equation(
+    b: int, c: int, d: int, e: int, scale: float, margin: float, options: dict[str, Any]
+) -> None:
+    student, ours = normal(1, b, d).requires_grad_(), (2 * normal(2, c, d)).requires_grad_()
+    teacher, theirs, labels = normal(3, b, e), 3 * normal(4, c, e), labels_of(5, b, c)
+    options = {"temperature": 2.0, "scale": scale, "margin": margin, **options}
+    value, notes = made(**options)(student, teacher, labels, whole(theirs), whole(ours))
+    value.backward()
+
+    def loss(x: np.ndarray, w: np.ndarray) -> float:
+        y = labels.numpy()
+        primary, binary, _ = reference.parts(x, teacher.numpy(), y, w, theirs.numpy(), **options)
+        return 4 * (8 * primary + binary)
+
+    at, rows = student.detach().numpy(), ours.detach().numpy()
+    _, _, size = reference.parts(
+        at, teacher.numpy(), labels.numpy(), rows, theirs.numpy(), **options
+    )
+    assert_close(value.item(), loss(at, rows), rtol=1e-7, atol=1e-8)
+    assert_close(notes["group"].item(), size)
+    assert student.grad is not None
+    assert ours.grad is not None
+    by_student = central_differences(lambda x: loss(x, rows), at)
+    by_rows = central_differences(lambda w: loss(at, w), rows)
+    assert_close(student.grad.numpy(), by_student, rtol=1e-4, atol=1e-5)
+    assert_close(ours.grad.numpy(), by_rows, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_of_all_classes_is_logit_distillation() -> None:
+    student, teacher, labels = normal(1, 5, 3), normal(2, 5, 4), labels_of(3, 5, 9)
+    ours, theirs = whole(normal(4, 9, 3)), whole(normal(5, 9, 4))
+    value, notes = made(primary=1, tau=1)(student, teacher, labels, theirs, ours)
+    expected, _ = KD().classifier_share().loss(student, teacher, labels, theirs, ours)
+    assert_close(value, expected)
+    assert notes["binary"] == 0
+
+
+def test_the_order_among_the_rest_does_not_matter() -> None:
+    """Two teachers that swap what they think of two classes outside of every group."""
+    rows = torch.eye(6, dtype=torch.float64)
+    student = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1, 0.1]]).double()
+    one = torch.tensor([[0.9, 0.5, 0.3, 0.2, 0.1, 0.1]]).double()
+    other = torch.tensor([[0.9, 0.5, 0.2, 0.3, 0.1, 0.1]]).double()
+    label = torch.tensor([0])
+    loss = made(tau=1, largest=2, scale=8.0)
+    found = [loss(student, t, label, whole(rows), whole(rows))[0] for t in (one, other)]
+    assert_close(found[0], found[1])
+    inside = torch.tensor([[0.5, 0.9, 0.3, 0.2, 0.1, 0.1]]).double()
+    assert loss(student, inside, label, whole(rows), whole(rows))[0] > found[0] + 0.1
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 9), st.floats(0.01, 1))
+def test_zero_at_equality_and_never_negative(seed: int, b: int, c: int, tau: float) -> None:
+    student = normal(seed, b, 4).requires_grad_()
+    rows, labels = whole(normal(seed + 1, c, 4)), labels_of(seed, b, c)
+    value, _ = made(tau=tau, largest=5)(student, student.detach(), labels, rows, rows)
+    value.backward()
+    assert student.grad is not None
+    assert_close(value.item(), 0.0, rtol=0, atol=1e-9)
+    assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-9)
+    other, _ = made(tau=tau, largest=5)(normal(seed + 2, b, 4), student, labels, rows, rows)
+    assert other > -1e-9
+
+
+@pytest.mark.parametrize("options", [{"margin": 0.4}, {"tau": 1.0, "largest": 2, "binary": 0.0}])
+def test_conforms_with_other_options(options: dict[str, Any]) -> None:
+    check_method(lambda weight=1.0: GKD(weight=weight, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "gkd: temperature must be above 0; found 0"),
+        ({"scale": -1.0}, "gkd: scale must be above 0; found -1"),
+        ({"margin": -0.1}, "gkd: margin must be at least 0; found -0.1"),
+        ({"primary": -1.0}, "gkd: primary must be at least 0; found -1"),
+        ({"binary": -1.0}, "gkd: binary must be at least 0; found -1"),
+        ({"tau": 0.0}, "gkd: tau must lie above 0 and at most at 1; found 0"),
+        ({"tau": 1.1}, "gkd: tau must lie above 0 and at most at 1; found 1.1"),
+        ({"largest": 0}, "gkd: largest must be at least 1; found 0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(KDHooksError, match=message):
+        made(**options)
+
+
+# --- two ranks against one process -----------------------------------------------------------
+
+_CLASSES, _SPLIT, _B = 9, (5, 4), 8
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "by_probability": {"tau": 0.9, "scale": 8.0},
+    "by_size": {"tau": 1.0, "largest": 5},  # more than the second rank has classes
+    "margin": {"margin": 0.4},
+}
+
+
+def _shard(rows: Tensor) -> ClassShard:
+    rank, size = here()
+    split = _SPLIT if size == 2 else (_CLASSES,)
+    part = rows.split(split)[rank].clone().requires_grad_()
+    return ClassShard(part, sum(split[:rank]), _CLASSES, group())
+
+
+def _scenario(options: dict[str, Any]) -> Results:
+    student = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        student.weight.copy_(normal(20, 4, 5))
+        student.bias.copy_(normal(21, 4))
+    head = _shard(normal(22, _CLASSES, 4))
+    tap = GKD(**options).classifier_share()
+    step = Step(
+        student=student(mine(normal(23, _B, 5))),
+        student_features={},
+        teacher=mine(normal(24, _B, 6)),
+        teacher_features={},
+        labels=mine(torch.tensor([0, 8, 3, 4, 2, -1, 5, 3])),
+        parameters={},
+        classifier=_shard(normal(25, _CLASSES, 6)),
+        head=head,
+    )
+    loss, notes = tap.loss(*tap.arguments(step))
+    loss.backward()
+    assert head.weight.grad is not None
+    same = {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)}
+    return {"same": same, "head": head.weight.grad}
+
+
+def _scenarios() -> dict[str, Results]:
+    SCORES["cpu"] = 2 * _B  # two classes at a time, in these processes
+    return {name: _scenario(options) for name, options in _OPTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    return on_two_ranks(_scenarios, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_classes_split_over_ranks_are_those_of_one_process(
+    name: str, ranks: list[dict[str, Results]]
+) -> None:
+    alone = _scenario(_OPTIONS[name])
+    for found in ranks:
+        assert_close(found[name]["same"], alone["same"], rtol=1e-9, atol=1e-12)
+    shards = torch.cat([found[name]["head"] for found in ranks])
+    assert_close(shards, alone["head"], rtol=1e-9, atol=1e-12)
+    assert alone["head"].abs().max() > 1e-3
