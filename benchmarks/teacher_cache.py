@@ -10,38 +10,23 @@ clock, and of the processor where it does the work.
 import argparse
 import copy
 import json
-import os
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measuring import setting, summary, timed
+from benchmarks.networks import DIM, network, settle
 from kdhooks import Distiller, Teacher
 from kdhooks.teacher_cache import CacheOptions
 
-CLASSES, DIM = 1000, 512
-
-
-def network(width: int, blocks: int) -> nn.Sequential:
-    """(b 3 112 112) -> (b 512): stages of 3x3 convolutions at 56, 28, 14 and 7."""
-    layers: list[nn.Module] = []
-    inside = 3
-    for stage in range(4):
-        outside = width * 2**stage
-        for block in range(blocks):
-            conv = nn.Conv2d(inside, outside, 3, 2 - (block > 0), 1, bias=False)
-            layers += [conv, nn.BatchNorm2d(outside), nn.ReLU()]
-            inside = outside
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inside * 49, DIM), nn.BatchNorm1d(DIM))
+CLASSES = 1000
 
 
 class Variant:
@@ -70,29 +55,6 @@ class Variant:
         return timed(partial(self.kd, images, labels), images.device)
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds of the clock, and of the processor."""
-    _wait(device)
-    start = time.perf_counter(), time.process_time()
-    work()
-    _wait(device)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def _settle(teacher: nn.Module, images: Tensor) -> None:
-    """The statistics of a batch, as a trained network has them; its weights don't matter here."""
-    for module in teacher.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        teacher.train()(images)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -101,7 +63,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pixels = torch.randint(0, 256, (options.batches, options.batch_size, 3, 112, 112))
     batches = ((pixels.float() - 127.5) / 127.5).to(device)
     labels = torch.randint(0, CLASSES, (options.batch_size,), device=device)
-    _settle(trained, batches[0])
+    settle(trained, batches[0])
     variants = {
         "student": Variant(student, None),
         "uncached": Variant(student, Teacher(copy.deepcopy(trained))),
@@ -130,22 +92,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"\r{turn + 1} of {options.turns} turns", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     assert cache.asked - cache.hits == misses, "a timed step was not a cached one"
-    return {name: _summary(found, times["student"]) for name, found in times.items()}
+    return {name: summary(found, times["student"]) for name, found in times.items()}
 
 
 def _step(variant: Variant, labels: Tensor, images: Tensor) -> None:
     variant.step(images, labels)
-
-
-def _summary(found: list[tuple[float, float]], alone: list[tuple[float, float]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    for kind, index in (("clock", 0), ("processor", 1)):
-        seconds = [pair[index] for pair in found]
-        ratios = [pair[index] / student[index] for pair, student in zip(found, alone, strict=True)]
-        for name, values in (("seconds", seconds), ("of_student", ratios)):
-            low, _, high = quantiles(values, n=4)
-            summary[f"{kind}_{name}"] = {"median": median(values), "quartiles": [low, high]}
-    return summary
 
 
 def main() -> None:
@@ -162,13 +113,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder) / "cache")
-    setting = {
-        **vars(options),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
-    print(json.dumps({"setting": setting, "measured": measured}, indent=1))
+    print(json.dumps({"setting": setting(vars(options)), "measured": measured}, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def nearest_classes(
     chunk: tuple[int, int] = (ROWS, COLUMNS),
     progress: Progress = list,
 ) -> Mined:
-    """Each class's k nearest others by cosine.
+    """Each class's k nearest others by cosine; the device holds all rows meanwhile.
 
     Classes closer than max_sim count as the same person under two labels: they are passed over.
     folder: keep the index there, and go on with what it holds already.
@@ -64,9 +63,10 @@ def nearest_classes(
     if folder is not None:
         folder = Path(folder).expanduser()
         index, state = _opened(folder, state)
+    unit = torch.cat([part.to(device) for _, part in rows.chunks(COLUMNS)])
     for start in progress(range(state["done"], rows.total, chunk[0])):
         stop = min(start + chunk[0], rows.total)
-        found, close = _nearest(rows, start, stop, k, max_sim, device, chunk[1])
+        found, close = nearest_of(unit, slice(start, stop), k, max_sim, chunk[1])
         index[start:stop] = found.to("cpu", torch.int32).numpy()
         state.update(done=stop, passed_over=state["passed_over"] + close)
         if folder is not None:
@@ -99,31 +99,24 @@ def digest(rows: Rows) -> str:
     return found.hexdigest()
 
 
-def _nearest(
-    rows: Rows,
-    start: int,
-    stop: int,
-    k: int,
-    max_sim: float | None,
-    device: torch.device | str,
-    columns: int,
+def nearest_of(
+    unit: Tensor, own: slice, k: int, max_sim: float | None = None, columns: int = COLUMNS
 ) -> tuple[Tensor, int]:
-    """The index (stop-start k) of some classes, and how many of them have one too close."""
-    own = torch.arange(start, stop, device=device)[:, None]
-    unit = F.normalize(rows.slice(start, stop)).to(device)
-    best = unit.new_full((stop - start, k), -torch.inf)
+    """(c e) -> the index (own k) of some classes, and how many of them have one too close."""
+    number = torch.arange(len(unit), device=unit.device)
+    rows, itself = unit[own], number[own, None]
+    best = rows.new_full((len(rows), k), -torch.inf)
     index = torch.full_like(best, -1, dtype=torch.long)
-    close = torch.zeros(stop - start, dtype=torch.bool, device=device)
-    for offset, others in rows.chunks(columns):
-        cosine = unit @ others.to(device).T
-        label = torch.arange(offset, offset + len(others), device=device)[None]
-        cosine.masked_fill_(label == own, -torch.inf)
+    close = torch.zeros(len(rows), dtype=torch.bool, device=unit.device)
+    for others, numbers in zip(unit.split(columns), number.split(columns), strict=True):
+        cosine = rows @ others.T
+        cosine.masked_fill_(numbers == itself, -torch.inf)
         if max_sim is not None:
             close |= (cosine > max_sim).any(dim=1)
             cosine.masked_fill_(cosine > max_sim, -torch.inf)
         found, place = cosine.topk(min(k, len(others)), dim=1)
         best, kept = torch.cat([best, found], dim=1).topk(k, dim=1)
-        index = torch.cat([index, place + offset], dim=1).gather(1, kept)
+        index = torch.cat([index, numbers[place]], dim=1).gather(1, kept)
     return index.masked_fill_(best == -torch.inf, -1), int(close.sum())
 
 
