@@ -1,7 +1,7 @@
 """What is looked at in the first step alone, since it costs a device sync; and what in each."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
 from kdhooks.shards import Rows, world
 from kdhooks.teacher import TeacherOutput
@@ -94,32 +95,41 @@ def check_nonfinite(found: object, where: str = "") -> None:
 
 
 class Finite:
-    """Whether each step's terms and teacher embeddings were finite, without waiting for them."""
+    """Counts steps, and whether the terms and teacher embeddings of each were finite.
+
+    It doesn't wait for the device to know, unless it is to skip.
+    """
 
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
         check_nonfinite(nonfinite)
         self._skip = nonfinite == "skip"
         self._last: _Noted | None = None
+        self.step = 0  # how many were taken, with their terms or without
         self.skipped = 0
 
-    def usable(
-        self, step: int, teacher: Tensor | None, features: Sequence[Tensor], labels: Tensor
-    ) -> bool:
-        """Whether the losses may see these: a bank would keep what is not finite for good."""
+    def usable(self, step: Step) -> bool:
+        """Whether the losses may see this: a bank would keep what is not finite for good.
+
+        Where they may not, the step is over.
+        """
         if not self._skip:
             return True
-        finite = [torch.isfinite(tensor.detach()).all() for tensor in features]
-        noted = _noted(step, {}, teacher, labels)
-        return self._all_ranks(torch.stack([*finite, noted.fine]).all(), noted)
+        tapped = [*step.teacher_features.values(), *step.student_features.values()]
+        finite = [torch.isfinite(tensor.detach()).all() for tensor in tapped]
+        noted = _noted(self.step + 1, {}, step)
+        usable = self._all_ranks(torch.stack([*finite, noted.fine]).all(), noted)
+        if not usable:
+            self.step += 1
+        return usable
 
-    def note(
-        self, step: int, values: Mapping[str, Tensor], teacher: Tensor | None, labels: Tensor
-    ) -> bool:
-        """Of this step; False: go on without its terms."""
-        noted = _noted(step, values, teacher, labels)
+    def note(self, values: Mapping[str, Tensor], step: Step) -> bool:
+        """Of this step, which is over; False: go on without its terms."""
+        self.step += 1
+        noted = _noted(self.step, values, step)
         if self._skip:
             return self._all_ranks(noted.fine, noted)
-        self._last = noted
+        at_hand = noted.fine.is_cpu and bool(noted.fine)  # what is fine need not be kept
+        self._last = None if at_hand else noted
         return True
 
     def _all_ranks(self, fine: Tensor, noted: "_Noted") -> bool:
@@ -169,18 +179,15 @@ class _Noted(NamedTuple):
         return f"step {self.step}: {' and '.join(what)}"
 
 
-def _noted(
-    step: int, values: Mapping[str, Tensor], teacher: Tensor | None, labels: Tensor
-) -> _Noted:
+def _noted(number: int, values: Mapping[str, Tensor], step: Step) -> _Noted:
     """Without waiting for the device: a flag goes to the host, and an event says when it came."""
-    samples = torch.isfinite(labels)
-    if teacher is not None:
-        samples = torch.isfinite(teacher.detach()).all(dim=1)
-    finite = [torch.isfinite(value.detach()) for value in values.values()]
-    terms = torch.stack(finite) if finite else samples[:0]
+    samples = torch.isfinite(step.labels)
+    if step.teacher is not None:
+        samples = torch.isfinite(step.teacher.detach()).all(dim=1)
+    terms = torch.isfinite(torch.stack([*values.values()])) if values else samples[:0]
     fine = terms.all() & samples.all()
     host, arrived = fine.to("cpu", non_blocking=True), None
     if fine.is_cuda:
         arrived = torch.cuda.Event()
         arrived.record()
-    return _Noted(step, tuple(values), terms, samples, labels, fine, host, arrived)
+    return _Noted(number, tuple(values), terms, samples, step.labels, fine, host, arrived)

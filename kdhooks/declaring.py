@@ -169,8 +169,7 @@ def probe_student(
     """One forward in eval mode without grad, which leaves no trace in the module."""
     taps = Taps(module, [embedding, *stages], "student")
     try:
-        with evaluating(module), torch.no_grad():
-            taps.open()
+        with evaluating(module), torch.no_grad(), taps:
             (run or module)(images)
             outputs = taps.take()
     finally:

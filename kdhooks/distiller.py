@@ -73,7 +73,6 @@ class Distiller(nn.Module):
         self._teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self._embedding = student_embedding
         self._head = head
-        self._step = 0
         self._checked = False
         self._finite = Finite(nonfinite)
         self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
@@ -91,6 +90,7 @@ class Distiller(nn.Module):
             self.taps = asked.taps(ours, theirs)
             self.adapter = self._teacher.adapter = asked.teacher_adapter(theirs)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
+        self._needs_teacher = _need_teacher(self.taps)
         self._stages = {stage.path: stage.shape for stage in ours.stages}
         check_head(self.taps, ours, head)
         self._take_rows(theirs)
@@ -113,20 +113,20 @@ class Distiller(nn.Module):
     @property
     def step(self) -> int:
         """How many steps were taken; schedules count in these."""
-        return self._step
+        return self._finite.step
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
 
         images are what the teacher sees: as a rule those that the student saw.
         """
-        if len(images) != len(labels):
+        features = self._student.take()
+        if images.shape[0] != labels.shape[0]:
             raise KDHooksError(
                 f"images and labels must be of the same samples; found {len(images)} and "
                 f"{len(labels)}"
             )
-        features = {path: _full(tensor) for path, tensor in self._student.take().items()}
-        self.check_finite()
+        self._finite.check()
         if not self._checked:
             check_shapes(features, self._stages)
         teacher = self._teach(images, labels)
@@ -140,30 +140,31 @@ class Distiller(nn.Module):
             classifier=self._classifier(),
             head=self._head,
         )
-        tapped = [*step.teacher_features.values(), *features.values()]
-        if not self._finite.usable(self._step + 1, step.teacher, tapped, labels):
+        if not self._finite.usable(step):
             return self._nothing(features)
+        values: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
-            values = {tap.name: self._value(tap, step) for tap in self.taps}
+            for tap in self.taps:
+                value = self._value(tap, step)
+                values[tap.name] = self.metrics[tap.name] = value.detach()
+                weighted[tap.name] = value * self.weight(tap)
         if not self._checked:
             check_terms(values)
             self._checked = True
-        weighted = {tap.name: values[tap.name] * self.weight(tap) for tap in self.taps}
-        if not self._finite.note(self._step + 1, values, step.teacher, labels):
+        if not self._finite.note(values, step):
             return self._nothing(features)
-        self._step += 1
         return weighted
 
     def _nothing(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The terms of a step that goes on without them: 0, with a gradient of 0."""
         self.metrics.clear()
-        self._step += 1
         zero = torch.stack([tensor.sum() * 0 for tensor in features.values()]).sum()
         return {tap.name: zero for tap in self.taps}
 
     def weight(self, tap: Tap) -> float:
         """A term's factor in the step at hand."""
-        factor = tap.weight(self._step) if callable(tap.weight) else tap.weight
+        factor = tap.weight(self.step) if callable(tap.weight) else tap.weight
         return factor / self.accumulation if isinstance(tap, ParameterTap) else factor
 
     def _teach(self, images: Tensor, labels: Tensor) -> TeacherOutput | None:
@@ -177,7 +178,7 @@ class Distiller(nn.Module):
         return output
 
     def _value(self, tap: Tap, step: Step) -> Tensor:
-        result = self.losses[tap.name](*tap.arguments(step))
+        result = tap.loss(*tap.arguments(step))
         value: Tensor = result[0] if isinstance(result, tuple) else result
         notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
         if value.ndim or not value.requires_grad:
@@ -185,8 +186,8 @@ class Distiller(nn.Module):
                 f"{tap.name}: a loss must be a scalar with a gradient; found shape "
                 f"{tuple(value.shape)}, requires_grad {value.requires_grad}"
             )
-        self.metrics[tap.name] = value.detach()
-        self.metrics.update({f"{tap.name}/{key}": note.detach() for key, note in notes.items()})
+        for key, note in notes.items():
+            self.metrics[f"{tap.name}/{key}"] = note.detach()
         return value
 
     # --- set-up and end ----------------------------------------------------------------------
@@ -227,15 +228,6 @@ class Distiller(nn.Module):
         ours = [path for tap in features for path in tap.student]
         self._student = StudentTaps(student.module, [self._embedding, *ours])
 
-    @property
-    def _needs_teacher(self) -> bool:
-        """False where all losses do without: the teacher then runs in the first step alone."""
-        return any(
-            tap.needs_teacher if isinstance(tap, ClassifierShare) else True
-            for tap in self.taps
-            if not isinstance(tap, ParameterTap)
-        )
-
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; no decay for those that a loss says so of.
 
@@ -268,6 +260,7 @@ class Distiller(nn.Module):
             reason = tap.host_conflict or "it has trainable parts of its own"
             raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
         self.taps = tuple(other for other in self.taps if other is not tap)
+        self._needs_teacher = _need_teacher(self.taps)
         del self.losses[tap.name]
         classifier = self._teacher.classifier
         assert classifier is not None
@@ -299,15 +292,19 @@ class Distiller(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         self.check_finite()  # before a checkpoint is written of what it spoilt
-        return torch.tensor(self._step)
+        return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._step = int(state)
+        self._finite.step = int(state)
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _need_teacher(taps: Sequence[Tap]) -> bool:
+    """False where all losses do without: the teacher then runs in the first step alone."""
+    return any(
+        tap.needs_teacher if isinstance(tap, ClassifierShare) else True
+        for tap in taps
+        if not isinstance(tap, ParameterTap)
+    )
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Recording what named modules put out, and refusing what would train the wrong thing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, listed, near_miss
 
+HALF = (torch.float16, torch.bfloat16)
 _WRAPPERS = ("module", "_orig_mod")  # DDP, DataParallel and torch.compile put these in front
 
 
@@ -51,34 +53,37 @@ def _without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or path
 
 
-class _Taken(NamedTuple):
-    tensor: Tensor
-    version: int
-
-
 class Taps:
     """Keeps the outputs of named modules between `open` and `close`, until they are taken."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
         self._side = side
-        self._open = False
-        self._records: dict[str, _Taken] = {}
+        self.recording = False
+        self._records: dict[str, tuple[Tensor, int]] = {}  # with the version that each had
         self.fired = False
         self._paths = list(dict.fromkeys(paths))
         self._handles: list[Removable] = [
-            find(model, path, side).register_forward_hook(_Record(self, path))
+            find(model, path, side).register_forward_hook(partial(self._record, path))
             for path in self._paths
         ]
 
     def open(self) -> None:
         self._records.clear()
-        self._open = True
+        self.recording = True
 
-    def close(self) -> None:
-        self._open = False
+    def close(self, finished: bool = True) -> None:
+        """finished: False where the forward raised; nobody takes what it left."""
+        if self.recording and not finished:
+            self._records.clear()
+        self.recording = False
 
-    def record(self, path: str, output: object) -> None:
-        if not self._open:
+    __enter__ = open
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(kind is None)
+
+    def _record(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if not self.recording:
             return
         if isinstance(output, tuple | list) and len(output) == 1:
             output = output[0]  # mmpretrain's backbones and necks
@@ -90,26 +95,30 @@ class Taps:
         self.fired = True
         # An inference tensor has no version; nothing can be written into it outside of its mode.
         version = -1 if output.is_inference() else output._version
-        self._records[path] = _Taken(output, version)
+        self._records[path] = output, version
 
     def take(self) -> dict[str, Tensor]:
-        """Each path's output of the last forward; they are let go of here."""
+        """Each path's output of the last forward, in float32 at least; they are let go of here."""
         records, self._records = self._records, {}
-        missing = [path for path in self._paths if path not in records]
-        if missing:
-            raise KDHooksError(self._never_fired(missing, bool(records)))
+        if len(records) < len(self._paths):
+            raise KDHooksError(self._never_fired(records))
+        outputs: dict[str, Tensor] = {}
         for path, (tensor, version) in records.items():
-            if version >= 0 and tensor._version != version:
+            if version < 0:
+                tensor = tensor.clone()  # no loss could use it
+            elif tensor._version != version:
                 raise KDHooksError(
                     f"{self._side} tap '{path}' was overwritten in place after it was recorded "
                     "(an in-place ReLU, dropout or residual sum follows it); tap the module that "
                     "overwrites it, or the block around both"
                 )
-        return {path: tensor for path, (tensor, _) in records.items()}
+            outputs[path] = tensor.float() if tensor.dtype in HALF else tensor
+        return outputs
 
-    def _never_fired(self, missing: list[str], others_fired: bool) -> str:
+    def _never_fired(self, fired: Collection[str]) -> str:
+        missing = [path for path in self._paths if path not in fired]
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
-        if others_fired:
+        if fired:
             return f"{self._side} tap {names} did not run in this forward; tap a module that does"
         return (
             f"{self._side} tap {names} recorded nothing; run the {self._side} in training mode "
@@ -135,14 +144,6 @@ def _disarmed() -> Taps:
     return Taps(nn.Identity(), (), "copy")
 
 
-class _Record:
-    def __init__(self, taps: Taps, path: str) -> None:
-        self.taps, self.path = taps, path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.taps.record(self.path, output)
-
-
 class StudentTaps:
     """Taps of a model in training: each forward with grad records; `take` checks and lets go.
 
@@ -155,7 +156,7 @@ class StudentTaps:
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave),
+            model.register_forward_hook(self._leave, always_call=True),
         ]
 
     @property
@@ -165,12 +166,15 @@ class StudentTaps:
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._handles and model.training and torch.is_grad_enabled():
-            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            self.images = next(tensors, None)
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            self.images = tensors[0] if tensors else None
             self._taps.open()
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._taps.close()
+        finished = output is not None  # torch calls this where the forward raised, too
+        if self._taps.recording and not finished:
+            self.images = None
+        self._taps.close(finished)
 
     def take(self) -> dict[str, Tensor]:
         self.images = None

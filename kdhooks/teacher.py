@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 from kdhooks.fingerprints import probe_images, weights_of
 from kdhooks.shards import Rows
-from kdhooks.taps import Taps, unwrap
+from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
 
 log = logging.getLogger("kdhooks")
@@ -91,7 +90,7 @@ class Teacher:
         self._transform = transform or InputTransform()
         self._dtype = dtype
         self._channels_last = channels_last
-        self._taps: Taps | None = None
+        self._taps = _no_taps()
         self._tapped: tuple[str, ...] = ()
         self._cache_options = cache
         self.cache: TeacherCache | None = None
@@ -145,38 +144,31 @@ class Teacher:
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not."""
         self._prepare(images)
-        grad = nullcontext() if self.adapter else torch.no_grad()
-        cast = torch.autocast(
-            images.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
-        )
-        if self._taps:
-            self._taps.open()
-        with grad, cast:
+        adapted = self.adapter is not None and torch.is_grad_enabled()
+        with self._taps, torch.set_grad_enabled(adapted), self._autocast:
             images = self._transform(images)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             output = self.adapter(self.module, images) if self.adapter else self._run(images)
-        features: dict[str, Tensor] = {}
-        if self._taps:
-            self._taps.close()
-            features = {path: _full(tensor) for path, tensor in self._taps.take().items()}
+        features = self._taps.take()
         if self.embedding_path:
             output = features[self.embedding_path]
-        return TeacherOutput(_full(_embedding(output)), features)
+        return TeacherOutput(_embedding(output), features)
 
     def _prepare(self, images: Tensor) -> None:
-        if self.module is None:
-            return
-        if self.module.training:
+        if self.module is not None and self.module.training:
             self.module.eval()
         if self._device != images.device:
-            self.module.to(images.device)
             self._device = images.device
+            self._autocast = torch.autocast(
+                images.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
+            )
+            if self.module is not None:
+                self.module.to(images.device)
 
     def remove(self) -> None:
-        if self._taps:
-            self._taps.remove()
-        self._taps = None
+        self._taps.remove()
+        self._taps = _no_taps()
         if self.cache:
             self.cache.flush()
         self.cache = None
@@ -188,6 +180,10 @@ class Teacher:
         return _unpickled, ()
 
 
+def _no_taps() -> Taps:
+    return Taps(nn.Identity(), (), "teacher")
+
+
 def _unpickled() -> Callable[[Tensor], TeacherOutput]:
     def absent(images: Tensor) -> TeacherOutput:
         raise KDHooksError("teacher was left out when this model was pickled; build it anew")
@@ -196,20 +192,16 @@ def _unpickled() -> Callable[[Tensor], TeacherOutput]:
 
 
 def _embedding(output: object) -> Tensor:
+    """In float32 at least, and usable in a loss."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise KDHooksError(
             f"teacher embedding must be a tensor (b e); found {found}; name the submodule that "
             "puts it out as taps.teacher.embedding"
         )
-    return output
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """In float32 at least, and usable in a loss."""
-    if tensor.is_inference():
-        tensor = tensor.clone()
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    if output.is_inference():
+        output = output.clone()
+    return output.float() if output.dtype in HALF else output
 
 
 def refuse_untrained(module: nn.Module) -> None:

@@ -490,7 +490,7 @@ def test_a_schedule_of_the_weight_holds_for_every_term() -> None:
         teacher_stages=["layer4"],
         input_shape=(3, 32, 32),
     )
-    distiller._step = 3
+    distiller.set_extra_state(torch.tensor(3))
     weights = {tap.name: distiller.weight(tap) for tap in distiller.taps}
     assert weights == {"cakd": 1.5, "cakd_embedding": 6.0}
 

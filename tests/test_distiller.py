@@ -253,6 +253,7 @@ def test_a_copy_shares_the_teacher_and_disturbs_nothing() -> None:
     kd = distil("fcd", net=net)
     copied = copy.deepcopy(kd)
     assert copied._teacher is kd._teacher
+    assert copied.taps[0].loss is copied.losses["fcd"] is not kd.losses["fcd"]
     assert not any("teacher" in name for name, _ in kd.named_modules())
     assert kd.train()._teacher.module is not None
     assert not kd._teacher.module.training  # type: ignore[union-attr]

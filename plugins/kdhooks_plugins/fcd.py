@@ -21,11 +21,13 @@ class EmbeddingDistance(nn.Module):
     def __init__(self, distance: str = "cosine", projector: nn.Module | None = None) -> None:
         super().__init__()
         self.distance = distance
-        self.projector = projector or nn.Identity()
+        self.projector = projector
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
-        student, teacher = self.projector(student), teacher.detach()
+        teacher = teacher.detach()
+        if self.projector is not None:
+            student = self.projector(student)
         if self.distance == "raw_mse":
             return F.mse_loss(student, teacher)
         s, t = F.normalize(student), F.normalize(teacher)
