@@ -477,15 +477,111 @@ def test_a_plain_checkpoint_can_be_begun_from(
     train(tmp_path)
     plain = str(tmp_path / "epoch_1.pth")
     train(tmp_path / "loaded", **both(door, methods=[PROJECTED]), load_from=plain)
-    assert "written without kdhooks: the methods start from their first step; load" in caplog.text
+    assert "written without kdhooks: the methods start from their first step; to res" in caplog.text
     resumed = train(tmp_path / "resumed", **both(door), load_from=plain, resume=True)
     assert len(resumed.logs) == 3
-    refused = pytest.raises(
-        KDHooksError if door == "hook" else ValueError,
-        match="has no place for the methods' own" if door == "hook" else "parameter group",
-    )
-    with refused:
-        train(tmp_path / "no", **both(door, methods=[PROJECTED]), load_from=plain, resume=True)
+
+
+ONE_GROUP: dict[str, Any] = {"optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9}}
+GROUPS = {**ONE_GROUP, "paramwise_cfg": {"custom_keys": {"kdhooks": {"lr_mult": 0.1}}}}
+COSINE = [{"type": "CosineAnnealingLR", "T_max": 8, "eta_min_ratio": 0.1, "by_epoch": False}]
+
+
+@each_runner
+@pytest.mark.parametrize(
+    ("door", "wrapper"), [("model", ONE_GROUP), ("hook", ONE_GROUP), ("model", GROUPS)]
+)
+def test_a_plain_runs_checkpoint_is_resumed_distilled(
+    tmp_path: Path,
+    safe_globals: None,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    door: str,
+    wrapper: dict[str, Any],
+) -> None:
+    """The student goes on as if nothing had happened, momentum and schedule included."""
+
+    def run(name: str, weight: float, **changes: Any) -> Run:
+        options = both(door, methods=[{**PROJECTED, "weight": weight}])
+        options["hooks"] = [*options.get("hooks", []), RESUME]
+        return train(tmp_path / name, kind, **options, **common, **changes)
+
+    common = {"optim_wrapper": wrapper, "param_scheduler": COSINE}
+    plain = train(tmp_path / "plain", kind, **common)
+    resume = {"load_from": str(tmp_path / "plain" / "epoch_1.pth"), "resume": True}
+    idle, resumed = run("idle", 0.0, **resume), run("resumed", 8.0, **resume)
+    assert idle["loss_cls"] == plain["loss_cls"][3:]
+    assert same(students(idle.state), plain.state)
+    key = "kdhooks.distiller.losses.fcd.projector.weight"
+    assert not torch.equal(resumed.state[key], idle.state[key])
+    assert "without the optimizer's momentum; the student goes on with its own" in caplog.text
+    straight = run("straight", 8.0)
+    assert rates(resumed) == pytest.approx(rates(straight))
+    again = run("again", 8.0, load_from=str(tmp_path / "resumed" / "epoch_2.pth"), resume=True)
+    assert same(again.state, resumed.state)
+
+
+def rates(run: Run) -> list[float]:
+    return [group["lr"] for group in run.runner.optim_wrapper.optimizer.param_groups]
+
+
+@each_door
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_plain_runs_checkpoint_is_resumed_with_averaged_weights(
+    tmp_path: Path,
+    safe_globals: None,
+    caplog: pytest.LogCaptureFixture,
+    door: str,
+    averaged: bool,
+) -> None:
+    """Whether the plain run had EMAHook or not."""
+    ema = {"type": "EMAHook"}
+    plain = train(tmp_path / "plain", hooks=[ema] * averaged)
+    options = both(door, methods=[{**PROJECTED, "weight": 0.0}])
+    options["hooks"] = [ema, *options.get("hooks", []), RESUME]
+    load = str(tmp_path / "plain" / "epoch_1.pth")
+    resumed = train(tmp_path / "resumed", **options, load_from=load, resume=True)
+    assert same(students(resumed.state), plain.state)
+    assert caplog.text.count("written without kdhooks") == 1
+    if averaged:
+        one, other = (saved(tmp_path / name)["state_dict"] for name in ("plain", "resumed"))
+        assert same(students(other), one)
+
+
+def test_a_plain_runs_checkpoint_needs_the_hook(
+    tmp_path: Path, safe_globals: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    mmengine.allow_resume()
+    train(tmp_path)
+    plain = str(tmp_path / "epoch_1.pth")
+    with pytest.raises(ValueError, match="parameter group"):
+        train(tmp_path / "no", **both("model", methods=[PROJECTED]), load_from=plain, resume=True)
+    assert "to resume it, and not to load_from it, add custom_hooks = [dict(ty" in caplog.text
+
+
+def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals: None) -> None:
+    """It resumes where the methods train nothing, and else can be loaded from."""
+    for name, method in (("without", FCD), ("with", PROJECTED)):
+        train(tmp_path / name, **both("model", methods=[method]), hooks=[RESUME])
+    one, other = (str(tmp_path / name / "epoch_1.pth") for name in ("without", "with"))
+    assert len(train(tmp_path / "1", hooks=[RESUME], load_from=one, resume=True).logs) == 3
+    with pytest.raises(ValueError, match="parameter group"):
+        train(tmp_path / "2", hooks=[RESUME], load_from=other, resume=True)
+    assert len(train(tmp_path / "3", hooks=[RESUME], load_from=other).logs) == 6
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_optimizer_without_a_place_for_more_is_refused(several: bool) -> None:
+    model = MODELS.build(distilled(methods=[PROJECTED]))
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    if several:
+        wrapper = OptimWrapperDict(a=wrapper)
+    else:
+        wrapper.optimizer = object.__new__(ZeroRedundancyOptimizer)
+    runner = SimpleNamespace(model=model, optim_wrapper=wrapper, _resume=True)
+    found = "OptimWrapperDict" if several else "ZeroRedundancyOptimizer"
+    with pytest.raises(KDHooksError, match=f"state of a {found} can't be given.*load_from it"):
+        HOOKS.build(RESUME).after_load_checkpoint(runner, {"state_dict": {}, "optimizer": {}})
 
 
 # --- what else a config may ask for --------------------------------------------------------------

@@ -8,15 +8,10 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
-from kdhooks_integrations.mmengine import allow_resume
-
 
 def main(argv: Sequence[str] | None = None) -> Runner:
     options = _parser().parse_args(argv)
-    config = read(options)
-    if options.resume or config.get("load_from"):
-        allow_resume()
-    runner = Runner.from_cfg(config)
+    runner = Runner.from_cfg(read(options))
     runner.train()
     return runner
 
@@ -50,6 +45,8 @@ def read(options: argparse.Namespace) -> Config:
     if options.resume:
         config.resume = True
         config.load_from = None if options.resume == "auto" else options.resume
+    if options.resume or config.get("load_from"):
+        config.custom_hooks = [*config.get("custom_hooks", []), {"type": "kdhooks.ResumeHook"}]
     return config
 
 

@@ -114,7 +114,8 @@ class Distillation(nn.Module):
             return
         log.warning(
             "checkpoint written without kdhooks: the methods start from their first step%s",
-            "; load_from it, for an optimizer can't resume weights that it never had"
+            "; to resume it, and not to load_from it, add custom_hooks = "
+            "[dict(type='kdhooks.ResumeHook')], or the optimizer finds no place for their weights"
             if self.trained()
             else "",
         )

@@ -25,7 +25,8 @@ from kdhooks.replicas import synchronise
 from kdhooks_integrations._mmengine_checkpoints import history
 from kdhooks_integrations._mmengine_models import built
 from kdhooks_integrations._mmengine_options import Options
-from kdhooks_integrations._mmengine_student import CHILD, Distillation, attach
+from kdhooks_integrations._mmengine_resume import complete
+from kdhooks_integrations._mmengine_student import Distillation, attach
 
 
 def Distill(
@@ -72,13 +73,7 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         self.before_run(runner)  # FlexibleRunner loads first
-        known = any(key.startswith(f"{CHILD}.") for key in checkpoint["state_dict"])
-        if self._distillation and runner._resume and not known and self._distillation.trained():
-            raise KDHooksError(
-                "mmengine: this checkpoint was written without kdhooks, and the optimizer's state "
-                "in it has no place for the methods' own weights; load_from it without resume, or "
-                "resume with methods that have none"
-            )
+        complete(runner, checkpoint)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -92,10 +87,15 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
 
 @HOOKS.register_module()
 class ResumeHook(Hook):  # type: ignore[misc]  # mmengine has no types
-    """`allow_resume`, from a config."""
+    """`allow_resume`, from a config; and a plain run's checkpoint is resumed distilled."""
+
+    priority = "VERY_HIGH"  # before EMAHook reads the checkpoint
 
     def __init__(self) -> None:
         allow_resume()
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        complete(runner, checkpoint)
 
 
 def _optimise(wrapper: OptimWrapper | OptimWrapperDict, parameters: list[nn.Parameter]) -> None:

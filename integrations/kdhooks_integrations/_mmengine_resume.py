@@ -1,0 +1,106 @@
+"""A plain run's checkpoint, as a distilled run resumes it.
+
+What the plain run trained keeps its optimizer's state; the methods' own weights begin without any,
+as far along the schedule as the others.
+"""
+
+import logging
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, TypeAlias
+
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from kdhooks.errors import KDHooksError
+from kdhooks_integrations._mmengine_student import CHILD, Distillation
+
+log = logging.getLogger("kdhooks")
+
+State: TypeAlias = dict[str, Any]
+
+
+def complete(runner: Any, checkpoint: State) -> None:
+    """Give it what it lacks of the methods, where it is resumed; else leave it as it is."""
+    distillation = _distillation(runner)
+    trained = [] if distillation is None else distillation.trained()
+    plain = not any(key.startswith(f"{CHILD}.") for key in checkpoint["state_dict"])
+    if distillation is None or not (trained and plain and runner._resume):
+        return
+    if "optimizer" in checkpoint and isinstance(runner.optim_wrapper, OptimWrapper):
+        _complete_optimizer(runner, checkpoint, {id(parameter) for parameter in trained})
+    for key, prefix in (("state_dict", ""), ("ema_state_dict", "module.")):
+        if key in checkpoint:
+            checkpoint[key].update(distillation.state_dict(prefix=f"{prefix}{CHILD}."))
+    log.warning(
+        "checkpoint written without kdhooks: the methods start from their first step, their "
+        "weights as drawn and without the optimizer's momentum; the student goes on with its own"
+    )
+
+
+def _distillation(runner: Any) -> Distillation | None:
+    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    child = dict(model.named_children()).get(CHILD)
+    return child if isinstance(child, Distillation) else None
+
+
+def _complete_optimizer(runner: Any, checkpoint: State, ours: set[int]) -> None:
+    wrapper = runner.optim_wrapper
+    several = isinstance(wrapper, OptimWrapperDict)
+    if several or isinstance(wrapper.optimizer, ZeroRedundancyOptimizer):
+        found = type(wrapper if several else wrapper.optimizer).__name__
+        raise KDHooksError(
+            "mmengine: this checkpoint was written without kdhooks, and the state of a "
+            f"{found} can't be given a place for the methods' own weights; load_from it without "
+            "resume"
+        )
+    groups = wrapper.optimizer.param_groups
+    theirs = [[p for p in group["params"] if id(p) not in ours] for group in groups]
+    saved = checkpoint["optimizer"]
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(group) for group in theirs if group]:
+        return  # another student's, of which torch will say so
+    checkpoint["optimizer"] = _widened(wrapper.optimizer.state_dict(), saved, groups, ours)
+    added = [place for place, group in enumerate(theirs) if not group]
+    for scheduler, state in zip(
+        runner.param_schedulers or (), checkpoint.get("param_schedulers", ()), strict=False
+    ):
+        _add_entries(state, vars(scheduler), added)
+
+
+def _widened(fresh: State, saved: State, groups: list[State], ours: set[int]) -> State:
+    """The saved state, numbered as this optimizer's parameters are."""
+    remaining, merged, theirs = iter(saved["param_groups"]), [], []
+    for live, numbered in zip(groups, fresh["param_groups"], strict=True):
+        pairs = zip(numbered["params"], live["params"], strict=True)
+        kept = [number for number, parameter in pairs if id(parameter) not in ours]
+        group = next(remaining) if kept else _as_far_along(numbered, saved["param_groups"][-1])
+        merged.append({**group, "params": numbered["params"]})
+        theirs.extend(kept)
+    before = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    number = dict(zip(before, theirs, strict=True))
+    state = {number[old]: of for old, of in saved["state"].items()}
+    return {**saved, "state": state, "param_groups": merged}
+
+
+def _as_far_along(group: State, theirs: State) -> State:
+    """Our group, its learning rate and the like scaled as the schedules have scaled theirs."""
+    scaled = {}
+    for initial in (key for key in group if key.startswith("initial_")):
+        key = initial.removeprefix("initial_")
+        if theirs.get(initial):
+            scaled[key] = group[initial] * theirs[key] / theirs[initial]
+    return {**group, **scaled}
+
+
+def _add_entries(state: State, fresh: Mapping[str, Any], added: list[int]) -> None:
+    """To a schedule's lists with an entry a group."""
+    for key, values in state.items():
+        own: object = fresh.get(key)
+        if not (isinstance(values, list) and isinstance(own, list)):
+            continue
+        if len(own) == len(values) + len(added):
+            for place in added:
+                values.insert(place, own[place])
