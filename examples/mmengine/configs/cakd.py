@@ -1,0 +1,13 @@
+# SFace is a CNN, so it gets no prompts. A transformer does, with `prompts` left out:
+# teacher=dict(network=dict(type='YourViT', …), checkpoint='…').
+_base_ = 'labels_alone.py'
+model = dict(
+    _delete_=True, type='kdhooks.Distill', student={{_base_.model}},
+    teacher={{_base_.sface}},
+    taps=dict(
+        student=dict(stages=['backbone.stage4']), teacher=dict(stages=['conv_14_relu'])),
+    methods=[dict(name='cakd', width=128, heads=4, prompts=0)])
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            'urfm.centres': dict(decay_mult=0.0), 'urfm.table': dict(decay_mult=0.0)}))

@@ -1,0 +1,5 @@
+_base_ = 'without_head.py'
+model = dict(
+    _delete_=True, type='kdhooks.Distill', student={{_base_.model}},
+    teacher={{_base_.sface_and_rows}},
+    methods=[dict(name='margindistillation', scale=32.0, low=0.1, high=0.3)])
