@@ -32,7 +32,7 @@ _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "convert", "cache",
+    "micro_batch", "convert", "cache",
 )  # fmt: skip
 _INPUT_KEYS = ("size", "order", "mean", "std")
 _CACHE_KEYS = ("path", "max_gb")
@@ -146,6 +146,7 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         dtype=_DTYPES[spec.get("dtype", "float32")],
         channels_last=spec.get("channels_last", False),
         compile=spec.get("compile", False),
+        micro_batch=spec.get("micro_batch"),
         cache=spec.get("cache"),
     )
 

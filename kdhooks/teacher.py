@@ -75,11 +75,15 @@ class Teacher:
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        micro_batch: int | None = None,
         cache: CacheOptions | None = None,
     ) -> None:
         """embedding: path of the submodule that puts it out; dtype: of its own autocast;
+        micro_batch: so many images at a time, where memory is short;
         cache: a folder for embeddings, used from `start_cache` on.
         """
+        if micro_batch is not None and micro_batch < 1:
+            raise KDHooksError(f"teacher: micro_batch must be at least 1; found {micro_batch}")
         self.module = unwrap(model).eval() if isinstance(model, nn.Module) else None
         if self.module is not None:
             self.module.requires_grad_(False)
@@ -90,6 +94,7 @@ class Teacher:
         self._transform = transform or InputTransform()
         self._dtype = dtype
         self._channels_last = channels_last
+        self._micro_batch = micro_batch
         self._taps = _no_taps()
         self._tapped: tuple[str, ...] = ()
         self._cache_options = cache
@@ -144,6 +149,16 @@ class Teacher:
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not."""
         self._prepare(images)
+        size = self._micro_batch
+        if size is None or len(images) <= size:
+            return self._at_once(images)
+        parts = [self._at_once(part) for part in images.split(size)]
+        features = {
+            path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features
+        }
+        return TeacherOutput(torch.cat([part.embedding for part in parts]), features)
+
+    def _at_once(self, images: Tensor) -> TeacherOutput:
         adapted = self.adapter is not None and torch.is_grad_enabled()
         with self._taps, torch.set_grad_enabled(adapted), self._autocast:
             images = self._transform(images)

@@ -81,7 +81,9 @@ def test_what_a_tap_kept_would_be_noticed() -> None:
     trained = pair()
     step, _ = distilled(trained, SIZE)
     kept: list[Tensor] = []
-    trained.teacher.get_submodule("stage4").register_forward_hook(lambda module, args, out: kept.append(out))
+    trained.teacher.get_submodule("stage4").register_forward_hook(
+        lambda module, args, out: kept.append(out)
+    )
     assert held_after(steady(step)) > 6 * 32 * 2 * 2 * 4
 
 

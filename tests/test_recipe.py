@@ -85,6 +85,7 @@ def test_teacher_options_reach_the_teacher() -> None:
         "module": Mean(),
         "input": {"order": "bgr", "mean": 0, "std": 1, "size": [8, 8]},
         "dtype": "bfloat16",
+        "micro_batch": 1,
     }
     teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
     image = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(2, 3, 16, 16)

@@ -4,10 +4,12 @@ import copy
 import logging
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from kdhooks import InputTransform, KDHooksError, Teacher
 from kdhooks.teacher import load_checkpoint, load_strictly
@@ -28,7 +30,7 @@ def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
     output = teacher(images)
     assert not output.embedding.requires_grad
     assert not any(p.requires_grad for p in module.parameters())
-    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_goes_back_to_eval_when_somebody_woke_it() -> None:
@@ -37,7 +39,7 @@ def test_goes_back_to_eval_when_somebody_woke_it() -> None:
     images, _ = tiny_batch()
     expected = teacher(images).embedding
     module.train()
-    torch.testing.assert_close(teacher(images).embedding, expected, rtol=0, atol=0)
+    assert_close(teacher(images).embedding, expected, rtol=0, atol=0)
 
 
 def test_an_untrained_network_is_refused() -> None:
@@ -77,7 +79,7 @@ def test_taps_features_and_an_inner_embedding() -> None:
     teacher.tap(["layer4"])
     output = teacher(tiny_batch()[0])
     assert output.features["layer4"].shape == (12, 24, 2, 2)
-    torch.testing.assert_close(module.features(output.embedding), module(tiny_batch()[0]))
+    assert_close(module.features(output.embedding), module(tiny_batch()[0]))
 
 
 def test_an_output_that_is_no_matrix_names_the_way_out() -> None:
@@ -102,11 +104,34 @@ def test_its_autocast_is_its_own() -> None:
     assert full.dtype == half.dtype == torch.float32
 
 
-def test_channels_last_and_compile_change_nothing_in_the_result() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize(
+    "options",
+    [{"channels_last": True}, {"compile": True}, *({"micro_batch": n} for n in (1, 5, 12, 99))],
+)
+def test_how_it_is_run_changes_nothing_in_the_result(options: dict[str, Any]) -> None:
     images, _ = tiny_batch()
-    expected = tiny_teacher()(images).embedding
-    fast = Teacher(trained(), channels_last=True)
-    torch.testing.assert_close(fast(images).embedding, expected)
+    outputs = []
+    for teacher in (Teacher(trained()), Teacher(trained(), **options)):
+        teacher.tap(["layer2", "layer4"])
+        outputs.append(teacher(images))
+    expected, found = outputs
+    assert_close(found.embedding, expected.embedding)
+    assert_close(found.features, expected.features)
+
+
+def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
+    seen: list[int] = []
+
+    def embed(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images.mean(dim=(2, 3))
+
+    images, _ = tiny_batch()
+    Teacher(embed, micro_batch=5)(images)
+    assert seen == [5, 5, 2]
+    with pytest.raises(KDHooksError, match="micro_batch must be at least 1; found 0"):
+        Teacher(embed, micro_batch=0)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +146,7 @@ def test_channels_last_and_compile_change_nothing_in_the_result() -> None:
 def test_input_transform(transform: InputTransform, expected: list[float]) -> None:
     image = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
     found = transform(image)
-    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
+    assert_close(found[0, :, 0, 0], torch.tensor(expected))
 
 
 def test_input_transform_resizes() -> None:
@@ -154,7 +179,7 @@ def test_reads_model_pt_and_rank_checkpoints(
         loaded = load_checkpoint(tmp_path / "model.pt")
     assert "sha256" in caplog.text
     fresh = load_strictly(TinyFaceNet(width=6), loaded, "model.pt").eval()
-    torch.testing.assert_close(fresh(tiny_batch()[0]), module(tiny_batch()[0]))
+    assert_close(fresh(tiny_batch()[0]), module(tiny_batch()[0]))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
