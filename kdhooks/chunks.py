@@ -17,7 +17,7 @@ Measure: TypeAlias = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
 They depend on that sample's embedding and on these rows; all else is taken as constant.
 """
 
-SCORES = {"cpu": 1 << 20, "cuda": 1 << 23}  # at a time: these stay in a processor's cache
+NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores, at most
 
 
 def measured(measure: Measure, embedding: Tensor, rows: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def measured(measure: Measure, embedding: Tensor, rows: Tensor) -> Tensor:
 
 def chunk_size(embedding: Tensor) -> int:
     """(b e) -> how many rows to compare it with at a time."""
-    scores = SCORES.get(embedding.device.type, SCORES["cuda"])
-    return max(1, scores // len(embedding))
+    numbers = NUMBERS.get(embedding.device.type, NUMBERS["cuda"])
+    return max(1, numbers // max(embedding.shape))
 
 
 class _Context(FunctionCtx):

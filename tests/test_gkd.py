@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError
-from kdhooks.chunks import SCORES
+from kdhooks.chunks import NUMBERS
 from kdhooks.declarations import Step
 from kdhooks.testing import check_method
 from kdhooks_plugins.gkd import GKD, GroupedScores
@@ -185,7 +185,7 @@ def _scenario(options: dict[str, Any]) -> Results:
 
 
 def _scenarios() -> dict[str, Results]:
-    SCORES["cpu"] = 2 * _B  # two classes at a time, in these processes
+    NUMBERS["cpu"] = 2 * _B  # two classes at a time, in these processes
     return {name: _scenario(options) for name, options in _OPTIONS.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError
-from kdhooks.chunks import SCORES
+from kdhooks.chunks import NUMBERS
 from kdhooks.declarations import Step
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.kd import KD
@@ -266,7 +266,7 @@ def _scenario(options: dict[str, float]) -> Results:
 
 
 def _scenarios() -> dict[str, Results]:
-    SCORES["cpu"] = 2 * _B  # two classes at a time, in these processes
+    NUMBERS["cpu"] = 2 * _B  # two classes at a time, in these processes
     return {name: _scenario(options) for name, options in _OPTIONS.items()}
 
 
