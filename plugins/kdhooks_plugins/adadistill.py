@@ -58,8 +58,8 @@ class AdaptiveCentres(nn.Module):
         moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
         count = torch.zeros_like(self.centres[:, 0]).index_add_(0, index, mine.to(t))
         total = torch.zeros_like(self.centres).index_add_(0, index, moved * mine[:, None])
-        known = count > 0
-        self.centres[known] = F.normalize(total[known])
+        known = (count > 0)[:, None]
+        self.centres.copy_(torch.where(known, F.normalize(total), self.centres))
         return alpha.mean()
 
 

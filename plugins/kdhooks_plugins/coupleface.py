@@ -90,17 +90,26 @@ class MutualRelations(nn.Module):
         if self.bank_momentum is None:
             return
         s, t, labels = gather(s, world()), gather(t, world()), gather(labels, world())
-        known = labels >= 0
         for bank, embedding in ((self.student_bank, s), (self.teacher_bank, t)):
-            _update(bank, embedding[known].to(bank), labels[known], self.bank_momentum)
+            _update(bank, embedding.to(bank), labels, self.bank_momentum)
 
 
 def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) -> None:
     """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean)."""
-    classes, position = torch.unique(labels, return_inverse=True)
-    mean = embedding.new_zeros(len(classes), embedding.shape[1])
-    mean = F.normalize(mean.index_add_(0, position, embedding))
-    bank[classes] = F.normalize(momentum * bank[classes] + (1 - momentum) * mean)
+    known = labels >= 0
+    labels = torch.where(known, labels, labels.amax().clamp(min=0))  # nothing is added there
+    position = _positions(labels)
+    embedding = embedding.masked_fill(~known[:, None], 0)
+    mean = F.normalize(torch.zeros_like(embedding).index_add_(0, position, embedding))[position]
+    moved = F.normalize(momentum * bank[labels] + (1 - momentum) * mean)
+    bank[labels] = torch.where(known.any(), moved, bank[labels])
+
+
+def _positions(labels: Tensor) -> Tensor:
+    """(b) -> (b): which of the batch's classes each is, in shapes that no device is asked for."""
+    ordered, order = labels.sort()
+    number = F.pad((ordered.diff() != 0).long(), (1, 0)).cumsum(dim=0)
+    return torch.empty_like(order).scatter_(0, order, number)
 
 
 class CoupleFace:
