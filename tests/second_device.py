@@ -1,0 +1,128 @@
+"""A device of its own on a machine without one: it computes on the processor, but its tensors mix
+with the processor's as little as a GPU's do, and it knows when the host waits for it.
+
+Torch allows one such device a process, and for good: `in_a_process` makes a process for it.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+NAME = "far"
+_COPIES = (aten._to_copy.default, aten.copy_.default)
+_INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+_WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Far(Tensor):
+    """A tensor of that device; what it holds is `near`."""
+
+    near: Tensor
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> "Far":
+        far: Far = Tensor._make_wrapper_subclass(
+            cls,
+            near.shape,
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
+            device=torch.device(NAME, 0),
+        )
+        far.near = near
+        return far
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch itself calls it so
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(f"{func} outside of the device")
+
+
+class Device(TorchDispatchMode):
+    """While it is entered, tensors can be made on, and moved to, `torch.device(NAME, 0)`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._refusing = False
+
+    @contextmanager
+    def never_waited_for(self) -> Iterator[None]:
+        """Inside, what makes the host wait raises."""
+        self._refusing = True
+        try:
+            yield
+        finally:
+            self._refusing = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        far = [x for x in tensors if isinstance(x, Far)]
+        _refuse_mixed(func, far, [x for x in tensors if not isinstance(x, Far)])
+        target = given[1].get("device")
+        to_far = bool(far) if target is None else torch.device(target).type == NAME
+        if self._refusing and _waits(func, args, given[1], far, to_far):
+            raise RuntimeError(f"the host waits for the device: {func}")
+        return _computed(func, given, far, to_far)
+
+
+def _refuse_mixed(func: Any, far: list[Far], near: list[Tensor]) -> None:
+    """A single number may come from the processor, and copies may go to and fro."""
+    if far and func not in _COPIES and any(x.ndim for x in near):
+        raise RuntimeError(f"tensors must be on one device; {func} found {NAME}:0 and cpu")
+
+
+def _waits(func: Any, args: Any, options: dict[str, Any], far: list[Far], to_far: bool) -> bool:
+    if func is aten._to_copy.default:
+        return bool(far) != to_far and not options.get("non_blocking")
+    if func is aten.copy_.default:
+        crosses = len({isinstance(x, Far) for x in args[:2]}) == 2
+        return crosses and not (args[2] if len(args) > 2 else options.get("non_blocking"))
+    if func in _INDEXED:
+        chosen = [x for x in args[1] if x is not None]
+        return bool(far) and any(x.dtype in (torch.bool, torch.uint8) for x in chosen)
+    return bool(far) and not _WAITING.isdisjoint(func.tags)
+
+
+def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
+    """What is written in place stays the tensor that it was."""
+    known = {id(x.near): x for x in far}
+
+    def near(x: Any) -> Any:
+        if isinstance(x, Far):
+            return x.near
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+
+    def back(x: Any) -> Any:
+        if id(x) in known:
+            return known[id(x)]
+        return Far(x) if to_far and isinstance(x, Tensor) else x
+
+    args, kwargs = pytree.tree_map(near, given)
+    return pytree.tree_map(back, func(*args, **kwargs))
+
+
+def in_a_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_register)
+
+
+def _register() -> None:
+    class Module(backend_registration._DummyBackendModule):
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
+
+    torch.set_num_threads(1)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
+    torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(…, device=NAME) passes us by
