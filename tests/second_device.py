@@ -10,12 +10,17 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+python_devices = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch takes no device that is written in Python",
+)
 aten = torch.ops.aten
 NAME = "far"
 _COPIES = (aten._to_copy.default, aten.copy_.default)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from kdhooks import EmbeddingTap, KDHooksError, hookimpl
 from kdhooks.testing import TinyFaceNet
 from tests.ranks import Results, on_two_ranks
+from tests.second_device import NAME, Device, in_a_process, python_devices
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
@@ -28,6 +31,7 @@ with warnings.catch_warnings():
     import_module("mmengine.runner")
 
 from mmengine.config import Config
+from mmengine.device import utils as device_utils
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, MODELS
@@ -37,6 +41,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from kdhooks_integrations import mmengine
 from kdhooks_integrations._mmengine_forward import Forward
 from kdhooks_integrations._mmengine_models import Conventions
+from kdhooks_integrations._mmengine_student import _AddTerms
 from tests.mmengine_runs import (
     FCD,
     KD,
@@ -652,6 +657,59 @@ def test_an_own_learning_rate_for_the_auxiliaries(tmp_path: Path) -> None:
     run = train(tmp_path, **both("model", methods=[PROJECTED]), optim_wrapper=wrapper)
     groups = run.runner.optim_wrapper.optimizer.param_groups
     assert groups[-1]["lr"] == pytest.approx(0.1 * groups[0]["lr"])
+
+
+# --- another device ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with in_a_process() as pool:
+        yield pool
+
+
+def on_a_device(
+    place: str, door: str, kind: str, folder: Path, nonfinite: str = "raise"
+) -> tuple[str, list[float]]:
+    """Where the methods' weights are, and the losses; after the first step nothing waits."""
+    warnings.simplefilter("ignore")
+    device_utils.DEVICE = place
+    device, ours = Device(), _AddTerms.__call__
+
+    def never_waiting(self: _AddTerms, model: nn.Module, *given: Any) -> Any:
+        first = model.get_submodule("kdhooks.distiller").step == 0
+        with nullcontext() if first else device.never_waited_for():
+            return ours(self, model, *given)
+
+    with device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_AddTerms, "__call__", never_waiting)
+        options = both(door, methods=[PROJECTED, {"name": "rkd"}], nonfinite=nonfinite)
+        run = train(folder / place, kind, **options)
+        projector = next(run.model.get_submodule("kdhooks").parameters())
+        return str(projector.device), run["loss"]
+
+
+@python_devices
+@pytest.mark.parametrize(
+    ("door", "kind"), [("model", "Runner"), ("hook", "Runner"), ("model", "FlexibleRunner")]
+)
+def test_the_methods_are_where_the_model_is(
+    tmp_path: Path, process: ProcessPoolExecutor, door: str, kind: str
+) -> None:
+    far, near = (
+        process.submit(on_a_device, place, door, kind, tmp_path).result()
+        for place in (f"{NAME}:0", "cpu")
+    )
+    assert (far[0], near[0]) == (f"{NAME}:0", "cpu")
+    assert far[1] == pytest.approx(near[1])
+
+
+@python_devices
+def test_a_step_that_waits_is_noticed(tmp_path: Path, process: ProcessPoolExecutor) -> None:
+    """As one does that may go on without its terms."""
+    arguments = (f"{NAME}:0", "model", "Runner", tmp_path, "skip")
+    with pytest.raises(RuntimeError, match="the host waits for the device"):
+        process.submit(on_a_device, *arguments).result()
 
 
 # --- two ranks -----------------------------------------------------------------------------------

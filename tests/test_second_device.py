@@ -12,18 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import backend_registration
 
 from kdhooks import ClassShard, Distiller, EmbeddingTap, hookimpl, methods
 from kdhooks.discovery import load
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
-from tests.second_device import NAME, Device, in_a_process
+from tests.second_device import NAME, Device, in_a_process, python_devices
 from tests.transformers import TinyViT, teacher_of
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch takes no device that is written in Python",
-)
+pytestmark = python_devices
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
