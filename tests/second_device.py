@@ -130,4 +130,5 @@ def _register() -> None:
 
     torch.set_num_threads(1)
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter stays the same one
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(…, device=NAME) passes us by
