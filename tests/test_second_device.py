@@ -24,16 +24,7 @@ pytestmark = python_devices
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 STEPS = 4
-WAITING = {"adadistill": "its margin comes from the host in each step, by new_tensor"}
-NAMES = [
-    pytest.param(
-        info.name,
-        marks=[pytest.mark.xfail(raises=RuntimeError, reason=WAITING[info.name])]
-        if info.name in WAITING
-        else [],
-    )
-    for info in methods()
-]
+NAMES = [info.name for info in methods()]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 
@@ -42,7 +43,7 @@ class AdaptiveCentres(nn.Module):
             self.centres = F.normalize(classifier.weight.detach().clone())
         rows = replace(classifier, weight=self.centres)
         alpha = self._follow(student, teacher, labels, rows) if self.training else None
-        m = student.new_tensor(self.m)
+        m = student.new_full((), self.m)
         loss, cosine = margin_softmax(student, labels, rows, m=m, m2=self.m2, scale=self.scale)
         return loss, {"cosine": cosine, **({} if alpha is None else {"alpha": alpha})}
 
@@ -56,10 +57,10 @@ class AdaptiveCentres(nn.Module):
             alpha = alpha * rows.own(teacher, labels).clamp(_LEAST, 1.0)
         alpha = alpha.clamp(_LEAST, 1.0)
         moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
-        count = torch.zeros_like(self.centres[:, 0]).index_add_(0, index, mine.to(t))
-        total = torch.zeros_like(self.centres).index_add_(0, index, moved * mine[:, None])
-        known = (count > 0)[:, None]
-        self.centres.copy_(torch.where(known, F.normalize(total), self.centres))
+        moved = F.normalize(class_sums(moved, labels))
+        # What another rank holds writes the same as a sample whose class is here, if there is one.
+        source = torch.where(mine, torch.arange(len(mine), device=mine.device), mine.int().argmax())
+        self.centres[index[source]] = torch.where(mine.any(), moved, own)[source]
         return alpha.mean()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks.shards import Rows, gather, world
+from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.neighbours import mined, nearest_classes
 
@@ -98,18 +99,9 @@ def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) ->
     """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean)."""
     known = labels >= 0
     labels = torch.where(known, labels, labels.amax().clamp(min=0))  # nothing is added there
-    position = _positions(labels)
-    embedding = embedding.masked_fill(~known[:, None], 0)
-    mean = F.normalize(torch.zeros_like(embedding).index_add_(0, position, embedding))[position]
+    mean = F.normalize(class_sums(embedding.masked_fill(~known[:, None], 0), labels))
     moved = F.normalize(momentum * bank[labels] + (1 - momentum) * mean)
     bank[labels] = torch.where(known.any(), moved, bank[labels])
-
-
-def _positions(labels: Tensor) -> Tensor:
-    """(b) -> (b): which of the batch's classes each is, in shapes that no device is asked for."""
-    ordered, order = labels.sort()
-    number = F.pad((ordered.diff() != 0).long(), (1, 0)).cumsum(dim=0)
-    return torch.empty_like(order).scatter_(0, order, number)
 
 
 class CoupleFace:
