@@ -1,6 +1,7 @@
 """What is looked at in the first step alone, since it costs a device sync; and what in each."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -115,9 +116,9 @@ class Finite:
         if not self._skip:
             return True
         tapped = [*step.teacher_features.values(), *step.student_features.values()]
-        finite = [torch.isfinite(tensor.detach()).all() for tensor in tapped]
         noted = _noted(self.step + 1, {}, step)
-        usable = self._all_ranks(torch.stack([*finite, noted.fine]).all(), noted)
+        finite = [torch.isfinite(tensor.detach()).all() for tensor in (*tapped, noted.numbers)]
+        usable = self._all_ranks(torch.stack(finite).all(), noted)
         if not usable:
             self.step += 1
         return usable
@@ -127,9 +128,11 @@ class Finite:
         self.step += 1
         noted = _noted(self.step, values, step)
         if self._skip:
-            return self._all_ranks(noted.fine, noted)
-        at_hand = noted.fine.is_cpu and bool(noted.fine)  # what is fine need not be kept
-        self._last = None if at_hand else noted
+            return self._all_ranks(torch.isfinite(noted.numbers).all(), noted)
+        if noted.numbers.is_cuda:
+            self._last = noted.sent()
+        else:
+            self._last = noted if noted.fault() else None
         return True
 
     def _all_ranks(self, fine: Tensor, noted: "_Noted") -> bool:
@@ -156,21 +159,29 @@ class Finite:
 class _Noted(NamedTuple):
     step: int
     names: tuple[str, ...]
-    terms: Tensor  # (terms), whether finite
-    samples: Tensor  # (b), whether the teacher's embedding is
+    numbers: Tensor  # each term's value, then each sample's sum of the teacher's embedding
     labels: Tensor  # (b)
-    fine: Tensor  # (), all of them
-    host: Tensor  # fine, on its way to the host
-    arrived: "torch.cuda.Event | None"
+    arrived: "torch.cuda.Event | None" = None
+
+    def sent(self) -> "_Noted":
+        """Without waiting for the device: the numbers go to the host; an event says when they came.
+
+        Then nothing stays on the device but the labels, which are the trainer's.
+        """
+        host, arrived = self.numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        return self._replace(numbers=host, arrived=arrived)
 
     def fault(self) -> str:
         if self.arrived is not None:
             self.arrived.synchronize()
-        if self.host:
+        finite = list(map(math.isfinite, self.numbers.tolist()))
+        if all(finite):
             return ""
-        bad = [name for name, fine in zip(self.names, self.terms.tolist(), strict=True) if not fine]
+        bad = [name for name, fine in zip(self.names, finite, strict=False) if not fine]
         what = [f"{', '.join(bad)} not finite"] if bad else []
-        lost = self.labels[~self.samples].tolist()
+        samples = zip(self.labels.tolist(), finite[len(self.names) :], strict=False)
+        lost = [label for label, fine in samples if not fine]
         if lost:
             what.append(
                 f"the teacher's embedding not finite for {len(lost)} of {len(self.labels)} samples "
@@ -180,14 +191,8 @@ class _Noted(NamedTuple):
 
 
 def _noted(number: int, values: Mapping[str, Tensor], step: Step) -> _Noted:
-    """Without waiting for the device: a flag goes to the host, and an event says when it came."""
-    samples = torch.isfinite(step.labels)
+    numbers = [value.reshape(1) for value in values.values()]
     if step.teacher is not None:
-        samples = torch.isfinite(step.teacher.detach()).all(dim=1)
-    terms = torch.isfinite(torch.stack([*values.values()])) if values else samples[:0]
-    fine = terms.all() & samples.all()
-    host, arrived = fine.to("cpu", non_blocking=True), None
-    if fine.is_cuda:
-        arrived = torch.cuda.Event()
-        arrived.record()
-    return _Noted(number, tuple(values), terms, samples, step.labels, fine, host, arrived)
+        numbers.append(step.teacher.detach().sum(dim=1))
+    joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
+    return _Noted(number, tuple(values), joined, step.labels)
