@@ -16,6 +16,11 @@ from benchmarks import teacher_cache
 from benchmarks.methods.material import MOST, chosen
 from benchmarks.methods.report import added, table
 from benchmarks.methods.rows import LABELS, ROWS, swept
+from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
+from benchmarks.overhead.parts import parts_of_a_step
+from benchmarks.overhead.report import picture
+from benchmarks.overhead.report import table as overhead_table
+from benchmarks.overhead.ways import Pair, alone, by_hand, material
 from kdhooks.demo.faces import Faces
 from kdhooks.recipe import Recipe
 
@@ -59,3 +64,37 @@ def test_the_cached_step_of_the_benchmark_is_a_cached_one(tmp_path: Path) -> Non
         measured["hash"]["clock_seconds"]["median"]
         < measured["uncached"]["clock_seconds"]["median"]
     )
+
+
+def test_the_overhead_of_every_way_at_hand_is_measured_and_drawn(tmp_path: Path) -> None:
+    size = Size(2, 1, 16, 4)
+    found = measure(size, 2, torch.device("cpu"))
+    rows = found["rows"]
+    assert {"student alone", "without hooks", "by hand", "kdhooks"} <= rows.keys()
+    assert rows["without hooks"]["extra_python_calls"] == 0
+    assert 0 < rows["by hand"]["extra_python_calls"] < rows["kdhooks"]["extra_python_calls"]
+    assert rows["student alone"]["clock_of_student_alone"]["median"] == 1
+    assert set(found["left_out"]) <= {"torchdistill", "modelopt"}
+    picture([found], tmp_path / "overhead.png")
+    assert (tmp_path / "overhead.png").stat().st_size > 0
+    assert "| kdhooks |" in overhead_table(found)
+
+
+def test_a_way_that_computes_another_gradient_is_noticed() -> None:
+    models = material(2, 1, 16)
+    pairs = [Pair(*models, torch.device("cpu")) for _ in range(2)]
+    images, labels = batch_of(Size(2, 1, 16, 4), torch.device("cpu"))
+    alone(pairs[0])(images, labels)
+    by_hand(pairs[1])(images, labels)
+    with pytest.raises(AssertionError, match="student computes another gradient"):
+        check_gradient("student", pairs[0], pairs[1])
+
+
+def test_the_parts_of_a_step_are_timed_and_traced(tmp_path: Path) -> None:
+    models = material(2, 1, 16)
+    batch = batch_of(Size(2, 1, 16, 4), torch.device("cpu"))
+    pair = Pair(*models, torch.device("cpu"))
+    found = parts_of_a_step(pair, *batch, tmp_path / "trace.json")
+    assert found["ms"]["kdhooks"] > found["ms"]["kdhooks itself"] > 0
+    assert found["floor_ms"]["teacher"] > 0
+    assert (tmp_path / "trace.json").is_file()

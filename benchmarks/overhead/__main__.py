@@ -1,0 +1,207 @@
+"""`python -m benchmarks.overhead --out bench-out`: what a library around a step costs.
+
+The same step by hand, with kdhooks, and with torchdistill and modelopt where they are installed,
+all in one process. They take turns, so that whatever else the machine does meets them alike; ratios
+are of one turn. Writes overhead.json and overhead.png; with --profile, where the time of kdhooks'
+step goes instead, as profile.json and a trace for each size.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.overhead.measures import allocator_peak, calls, tensor_bytes
+from benchmarks.overhead.parts import parts_of_a_step
+from benchmarks.overhead.report import picture, summary, table
+from benchmarks.overhead.ways import CLASSES, Pair, Step, alone, by_hand, distilled, material
+from benchmarks.overhead.ways import telling as without_hooks
+from benchmarks.teacher_cache import timed
+
+PEERS = {
+    "torchdistill, hooks": ("torchdistill", "by_hooks"),
+    "torchdistill, box": ("torchdistill", "by_box"),
+    "modelopt": ("modelopt", "converted"),
+}
+COMMANDS = {
+    "torchdistill": "pip install torchdistill==1.1.5, and the torchvision that fits this torch",
+    "modelopt": "pip install nvidia-modelopt==0.47.0 requests scipy omegaconf huggingface_hub",
+}
+TURN = 0.1  # seconds that the student alone should take in a turn: several steps, if they are short
+
+
+class Size(NamedTuple):
+    width: int  # of the first stage, on both sides
+    blocks: int  # of a stage of the student; the teacher has twice as many
+    pixels: int
+    batch: int
+
+
+SIZES = [Size(4, 1, 32, 8), Size(32, 2, 112, 16)]
+
+
+def ways(size: Size) -> tuple[dict[str, Callable[[Pair], Step]], dict[str, str]]:
+    """Those that can be run here, and why the others can't."""
+    found: dict[str, Callable[[Pair], Step]] = {
+        "student alone": alone,
+        "without hooks": without_hooks,
+        "by hand": by_hand,
+        "kdhooks": lambda pair: distilled(pair, size.pixels)[0],
+    }
+    left_out: dict[str, str] = {}
+    for name, (peer, function) in PEERS.items():
+        try:
+            found[name] = getattr(import_module(f"benchmarks.overhead.with_{peer}"), function)
+        except Exception as error:  # a torchvision of another build raises what it likes
+            left_out[peer] = f"{error}; {COMMANDS[peer]}"
+    return found, left_out
+
+
+def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(size.batch, 3, size.pixels, size.pixels, generator=generator) * 2 - 1
+    return images.to(device), torch.randint(CLASSES, (size.batch,), generator=generator).to(device)
+
+
+def measure(size: Size, turns: int, device: torch.device) -> dict[str, Any]:
+    """Each way's counts, bytes and seconds."""
+    models = material(size.width, size.blocks, size.pixels)
+    images, labels = batch_of(size, device)
+    found, left_out = ways(size)
+    pairs = {name: Pair(*models, device) for name in found}
+    work = {name: partial(way(pairs[name]), images, labels) for name, way in found.items()}
+    for name, step in work.items():
+        step()
+        if name != "student alone":
+            check_gradient(name, pairs[name], pairs["without hooks"])
+    counted = {name: costs(step, pairs[name], images) for name, step in work.items()}
+    steps = math.ceil(TURN / max(timed(work["student alone"], device)[0], 1e-6))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    for turn in range(turns):
+        for name in list(work) if turn % 2 else list(reversed(work)):
+            clock, processor = timed(partial(repeat, work[name], steps), device)
+            seconds[name].append((clock / steps, processor / steps))
+        print(f"\r{size}: {turn + 1} of {turns} turns", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    zero = counted["without hooks"]
+    rows = {
+        name: {
+            **counted[name],
+            "extra_python_calls": counted[name]["python_calls"] - zero["python_calls"],
+            "extra_c_calls": counted[name]["c_calls"] - zero["c_calls"],
+            **summary(seconds, name),
+        }
+        for name in work
+    }
+    return {"size": size._asdict(), "steps_a_turn": steps, "rows": rows, "left_out": left_out}
+
+
+def repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def check_gradient(name: str, found: Pair, wanted: Pair) -> None:
+    """Of one direction; its length is the weights', and modelopt's must sum to 1."""
+    directions = []
+    for pair in (found, wanted):
+        gradients = [p.grad.flatten() for p in pair.trained if p.grad is not None]
+        directions.append(torch.nn.functional.normalize(torch.cat(gradients), dim=0))
+    gap = float((directions[0] - directions[1]).norm())
+    assert gap < 1e-3, f"{name} computes another gradient; its direction differs by {gap}"
+
+
+def costs(step: Callable[[], None], pair: Pair, images: Tensor) -> dict[str, int]:
+    """Counts and bytes, of a step in its steady state and of an evaluation after it."""
+
+    def evaluate() -> None:
+        pair.student.eval()
+        with torch.no_grad():
+            pair.student(images)
+
+    repeat(step, 2)
+    counted = calls(step)
+    tensors = tensor_bytes(step)
+    found = {
+        "python_calls": counted.python,
+        "c_calls": counted.c,
+        "peak_bytes": tensors.peak,
+        "held_bytes": tensors.held,
+        "held_bytes_after_evaluation": tensor_bytes(evaluate).held,
+    }
+    if images.is_cuda:
+        found["allocator_peak_bytes"] = allocator_peak(step, images.device)
+    pair.student.train()
+    step()  # what the evaluation left is overwritten
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    add = parser.add_argument
+    add("--out", default="bench-out", help="folder for overhead.json and overhead.png")
+    names = ("WIDTH", "BLOCKS", "PIXELS", "BATCH")
+    add("--size", type=int, nargs=4, metavar=names, action="append", help="may be repeated")
+    add("--turns", type=int, default=40)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--profile", action="store_true", help="where the time of kdhooks' step goes, instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, out = torch.device(options.device), Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = [Size(*size) for size in options.size] if options.size else SIZES
+    found = setting(options)
+    if options.profile:
+        found["sizes"] = [
+            parts_of_a_step(
+                Pair(*material(size.width, size.blocks, size.pixels), device),
+                *batch_of(size, device),
+                out / f"trace{number}.json",
+            )
+            for number, size in enumerate(sizes)
+        ]
+        path = out / "profile.json"
+    else:
+        found["sizes"] = [measure(size, options.turns, device) for size in sizes]
+        picture(found["sizes"], out / "overhead.png")
+        print("\n\n".join(table(size) for size in found["sizes"]))
+        path = out / "overhead.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "turns": options.turns,
+        "device": options.device,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "peers": versions({"torchdistill": "torchdistill", "modelopt": "nvidia-modelopt"}),
+        "load": os.getloadavg()[0],
+    }
+
+
+def versions(packages: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for name, package in packages.items():
+        try:
+            found[name] = version(package)
+        except ImportError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
