@@ -147,7 +147,7 @@ class Distiller(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             for tap in self.taps:
                 value = self._value(tap, step)
-                values[tap.name] = self.metrics[tap.name] = value.detach()
+                values[tap.name] = self.metrics[tap.name]
                 weighted[tap.name] = value * self.weight(tap)
         if not self._checked:
             check_terms(values)
@@ -186,6 +186,7 @@ class Distiller(nn.Module):
                 f"{tap.name}: a loss must be a scalar with a gradient; found shape "
                 f"{tuple(value.shape)}, requires_grad {value.requires_grad}"
             )
+        self.metrics[tap.name] = value.detach()
         for key, note in notes.items():
             self.metrics[f"{tap.name}/{key}"] = note.detach()
         return value
