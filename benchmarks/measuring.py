@@ -48,10 +48,13 @@ def summary(
     for kind, index in (("clock", 0), ("processor", 1)):
         seconds = [pair[index] for pair in found]
         ratios = [pair[index] / other[index] for pair, other in zip(found, first, strict=True)]
-        for name, values in (("seconds", seconds), ("ratio", ratios)):
-            low, _, high = quantiles(values, n=4)
-            summed[f"{kind}_{name}"] = {"median": median(values), "quartiles": [low, high]}
+        summed[f"{kind}_seconds"], summed[f"{kind}_ratio"] = spread(seconds), spread(ratios)
     return summed
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    low, _, high = quantiles(values, n=4)
+    return {"median": median(values), "quartiles": [low, high]}
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
@@ -66,7 +69,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     assert recorded.profiler is not None
     results = recorded.profiler.kineto_results
     assert results is not None
-    events = [event for event in results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

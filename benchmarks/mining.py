@@ -20,7 +20,7 @@ from kdhooks_plugins.neighbours import COLUMNS, ROWS, nearest_of
 
 def products(unit: Tensor, own: slice) -> None:
     for others in unit.split(COLUMNS):
-        unit[own] @ others.T
+        torch.mm(unit[own], others.T)
 
 
 def measure(options: argparse.Namespace, classes: int) -> dict[str, Any]:

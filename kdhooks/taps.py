@@ -1,5 +1,6 @@
 """Recording what named modules put out, and refusing what would train the wrong thing."""
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -171,7 +172,8 @@ class StudentTaps:
             self._taps.open()
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        finished = output is not None  # torch calls this where the forward raised, too
+        # Torch calls this where the forward raised, too, with no output.
+        finished = output is not None or sys.exc_info()[0] is None
         if self._taps.recording and not finished:
             self.images = None
         self._taps.close(finished)

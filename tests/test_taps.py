@@ -104,6 +104,27 @@ def test_evaluation_between_forward_and_take_does_not_disturb() -> None:
     assert taps.take()["block"] is out
 
 
+def test_a_model_that_returns_nothing_is_tapped_and_one_that_raises_is_not() -> None:
+    class Ends(InPlace):
+        raises = False
+
+        def forward(self, x: Tensor) -> None:  # type: ignore[override]  # as those that keep it
+            super().forward(x)
+            if self.raises:
+                raise ValueError("here")
+
+    net = Ends()
+    taps = StudentTaps(net, ["conv"])
+    net(images())
+    assert list(taps.take()) == ["conv"]
+    net.raises = True
+    with pytest.raises(ValueError, match="here"):
+        net(images())
+    assert taps.images is None
+    with pytest.raises(KDHooksError, match="recorded nothing"):
+        taps.take()
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_tap_inside_a_reentrant_checkpoint_carries_no_gradient() -> None:
     net = InPlace(reentrant=True)

@@ -9,8 +9,6 @@ step goes instead, as profile.json and a trace for each size.
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.overhead.measures import allocator_peak, calls, tensor_bytes
+from benchmarks.measuring import peak_bytes, setting, timed
+from benchmarks.overhead.measures import calls, tensor_bytes
 from benchmarks.overhead.parts import parts_of_a_step
 from benchmarks.overhead.report import picture, summary, table
 from benchmarks.overhead.ways import CLASSES, Pair, Step, alone, by_hand, distilled, material
 from benchmarks.overhead.ways import telling as without_hooks
-from benchmarks.teacher_cache import timed
 
 PEERS = {
     "torchdistill, hooks": ("torchdistill", "by_hooks"),
@@ -141,7 +139,7 @@ def costs(step: Callable[[], None], pair: Pair, images: Tensor) -> dict[str, int
         "held_bytes_after_evaluation": tensor_bytes(evaluate).held,
     }
     if images.is_cuda:
-        found["allocator_peak_bytes"] = allocator_peak(step, images.device)
+        found["allocator_peak_bytes"] = peak_bytes(step, images.device)
     pair.student.train()
     step()  # what the evaluation left is overwritten
     return found
@@ -162,7 +160,8 @@ def main() -> None:
     device, out = torch.device(options.device), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     sizes = [Size(*size) for size in options.size] if options.size else SIZES
-    found = setting(options)
+    found = setting(vars(options))
+    found["peers"] = versions({"torchdistill": "torchdistill", "modelopt": "nvidia-modelopt"})
     if options.profile:
         found["sizes"] = [
             parts_of_a_step(
@@ -179,18 +178,6 @@ def main() -> None:
         print("\n\n".join(table(size) for size in found["sizes"]))
         path = out / "overhead.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def setting(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "turns": options.turns,
-        "device": options.device,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "peers": versions({"torchdistill": "torchdistill", "modelopt": "nvidia-modelopt"}),
-        "load": os.getloadavg()[0],
-    }
 
 
 def versions(packages: Mapping[str, str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import timed
 from benchmarks.overhead.ways import DIM, Pair, distilled
-from benchmarks.teacher_cache import timed
 
 STEPS = 40
 PARTS = ("student", "head and labels", "kdhooks", "teacher", "maps", "fcd", "backward")

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import matplotlib as mpl
+
+from benchmarks.measuring import spread
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
@@ -19,17 +20,12 @@ def summary(seconds: Seconds, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, kind in enumerate(("clock", "processor")):
         own = [pair[index] for pair in seconds[name]]
-        found[f"{kind}_seconds"] = _spread(own)
+        found[f"{kind}_seconds"] = spread(own)
         for other in ("student alone", "by hand"):
             theirs = [pair[index] for pair in seconds[other]]
             ratios = [mine / yours for mine, yours in zip(own, theirs, strict=True)]
-            found[f"{kind}_of_{other.replace(' ', '_')}"] = _spread(ratios)
+            found[f"{kind}_of_{other.replace(' ', '_')}"] = spread(ratios)
     return found
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    low, _, high = quantiles(values, n=4)
-    return {"median": median(values), "quartiles": [low, high]}
 
 
 def table(found: Mapping[str, Any]) -> str:
