@@ -215,8 +215,9 @@ class ClassShard:
 
         -inf where the ranks have fewer in all.
         """
-        values = F.pad(values.detach(), (0, max(0, k - values.shape[1])), value=-torch.inf)
-        return gather(values.T, self.group).T.topk(k, dim=1).values
+        best = values.detach().topk(min(k, values.shape[1]), dim=1).values
+        best = F.pad(best, (0, k - best.shape[1]), value=-torch.inf)
+        return gather(best.T, self.group).T.topk(k, dim=1).values
 
     def own(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """(b e), (b) -> (b): each sample's cosine with its own class, whichever rank holds it;

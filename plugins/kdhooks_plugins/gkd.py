@@ -79,13 +79,15 @@ class GroupedScores(nn.Module):
 
         The own class comes first, then the likeliest, until their probabilities reach tau.
         """
-        top, parts = student.new_empty(len(student), 0), []
+        parts: list[Tensor] = []
+        best: list[Tensor] = []
         for chunk in head.chunks(student):
             z = scores(student, labels, chunk, self.scale, self.margin)
             parts.append(z.logsumexp(dim=1))
-            top = torch.cat([top, _own_first(z, labels, chunk)], dim=1)
-            top = top.topk(min(self.largest, top.shape[1]), dim=1).values
-        top = head.topk(top, min(self.largest, head.total))
+            best.append(_own_first(z, labels, chunk))
+            if sum(part.shape[1] for part in best) > 4 * self.largest:
+                best = [torch.cat(best, dim=1).topk(self.largest, dim=1, sorted=False).values]
+        top = head.topk(torch.cat(best, dim=1), min(self.largest, head.total))
         own = self.scale * (head.own(student, labels) - self.margin)
         z = torch.where(top > _FIRST / 2, own[:, None], top)
         p = (z - head.logsumexp(torch.stack(parts))[:, None]).exp()
