@@ -17,7 +17,8 @@ Measure: TypeAlias = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
 They depend on that sample's embedding and on these rows; all else is taken as constant.
 """
 
-NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores, at most
+NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores
+CHUNKS = 64  # at most, since a gradient (b e) is kept of each
 
 
 def measured(measure: Measure, embedding: Tensor, rows: Tensor) -> Tensor:
@@ -25,15 +26,15 @@ def measured(measure: Measure, embedding: Tensor, rows: Tensor) -> Tensor:
 
     Differentiable once: a gradient of this gradient would be wrong.
     """
-    size = chunk_size(embedding)
+    size = chunk_size(embedding, rows)
     found: Tensor = _Measured.apply(measure, embedding, rows, size)  # type: ignore[no-untyped-call]
     return found
 
 
-def chunk_size(embedding: Tensor) -> int:
-    """(b e) -> how many rows to compare it with at a time."""
+def chunk_size(embedding: Tensor, rows: Tensor) -> int:
+    """(b e), (c e) -> how many rows to compare with at a time."""
     numbers = NUMBERS.get(embedding.device.type, NUMBERS["cuda"])
-    return max(1, numbers // max(embedding.shape))
+    return max(1, numbers // max(embedding.shape), -(-len(rows) // CHUNKS))
 
 
 class _Context(FunctionCtx):

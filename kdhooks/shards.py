@@ -190,7 +190,7 @@ class ClassShard:
     def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
         """(b e) -> these classes, as many at a time as `by_chunks` compares the batch with."""
         offset = self.offset
-        for rows in self.weight.split(chunk_size(embedding)):
+        for rows in self.weight.split(chunk_size(embedding, self.weight)):
             yield ClassShard(rows, offset, self.total)
             offset += len(rows)
 

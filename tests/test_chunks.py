@@ -152,9 +152,19 @@ def test_rows_that_change_before_backward_are_noticed() -> None:
 
 def test_a_chunk_has_at_least_one_row() -> None:
     NUMBERS["cpu"] = 10
-    assert chunk_size(torch.ones(3, 2)) == 3
-    assert chunk_size(torch.ones(2, 5)) == 2
-    assert chunk_size(torch.ones(11, 2)) == 1
+    rows = torch.ones(64, 2)
+    assert chunk_size(torch.ones(3, 2), rows) == 3
+    assert chunk_size(torch.ones(2, 5), rows) == 2
+    assert chunk_size(torch.ones(11, 2), rows) == 1
+
+
+def test_there_are_64_chunks_at_most() -> None:
+    NUMBERS["cpu"] = 10
+    x = torch.ones(2, 5)
+    for classes in (127, 128, 129, 640, 1000):
+        size = chunk_size(x, torch.ones(classes, 5))
+        assert -(-classes // size) <= 64
+        assert size <= max(2, classes // 64 + 1)
 
 
 def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
