@@ -1,5 +1,6 @@
 """Knowledge distillation hooks and losses for existing face recognition trainers."""
 
+from kdhooks.chunks import Wanted
 from kdhooks.declarations import (
     ClassifierShare,
     EmbeddingTap,
@@ -29,6 +30,7 @@ __all__ = [
     "ParameterTap",
     "Stage",
     "Teacher",
+    "Wanted",
     "build",
     "class_means",
     "hookimpl",

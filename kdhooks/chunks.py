@@ -1,94 +1,155 @@
-"""Losses over more classes than memory should hold scores of: a chunk of classes at a time.
+"""Sums over more classes than memory should hold scores of: a chunk of classes at a time.
 
 The scores (b c) of two million classes take a gigabyte, and a loss keeps many such matrices. Most
 losses need a few sums over the classes alone, and those add up from chunk to chunk.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-
-Measure: TypeAlias = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
-"""(embedding (b e), rows (k e), the first row's number) -> m numbers of each sample, (b) each.
-
-They depend on that sample's embedding and on these rows; all else is taken as constant.
-"""
+from torch.autograd.graph import saved_tensors_hooks
 
 NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores
-CHUNKS = 64  # at most, since a gradient (b e) is kept of each
 
 
-def measured(measure: Measure, embedding: Tensor, rows: Tensor) -> Tensor:
-    """(b e), (c e) -> (m n b): what `measure` finds in each of n chunks of rows.
+class Wanted(NamedTuple):
+    """What to know of all classes, by the scores (b k) of some."""
 
-    Differentiable once: a gradient of this gradient would be wrong.
+    logs: Sequence[Tensor]  # z: log Σ_c exp(z_c)
+    means: Sequence[tuple[Tensor, Tensor]] = ()  # v and a constant z: Σ_c softmax(z)_c · v_c
+
+
+Measure: TypeAlias = Callable[[Tensor, Tensor, int], Wanted]
+"""(embedding (b e), rows (k e), the first row's number) -> what is wanted.
+
+A sample's scores depend on its own embedding and on these rows; all else is taken as constant.
+"""
+
+
+def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b e), (c e) -> (l b) logs, (m b) means, (m b) log Σ_c exp(z_c) of the z that they go by.
+
+    In the embedding's own precision, whatever autocast is on. Differentiable once: a gradient of
+    this gradient would be wrong.
     """
-    size = chunk_size(embedding, rows)
-    found: Tensor = _Measured.apply(measure, embedding, rows, size)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        embedding, rows = embedding.detach(), rows.detach()
+    found: tuple[Tensor, Tensor, Tensor]
+    found = _OverRows.apply(measure, embedding, rows)  # type: ignore[no-untyped-call]  # torch's
     return found
 
 
-def chunk_size(embedding: Tensor, rows: Tensor) -> int:
-    """(b e), (c e) -> how many rows to compare with at a time."""
+def chunk_size(embedding: Tensor) -> int:
+    """(b e) -> how many rows to compare it with at a time."""
     numbers = NUMBERS.get(embedding.device.type, NUMBERS["cuda"])
-    return max(1, numbers // max(embedding.shape), -(-len(rows) // CHUNKS))
+    return max(1, numbers // max(embedding.shape))
 
 
 class _Context(FunctionCtx):
     measure: Measure
-    size: int
-    slopes: list[tuple[int, int, Tensor]]
+    by_rows: bool
+    sloped: list[int]
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
 
-class _Measured(torch.autograd.Function):
-    """Where the rows are frozen, gradients are taken on the way: (b e) for each number and chunk.
+class _OverRows(torch.autograd.Function):
+    """Where the rows are frozen, the gradient adds up beside the sums, (b e) for each of them.
 
-    The gradient of rows that are trained needs the sums over all chunks, so that backward measures
-    each chunk again.
+    Where they are trained it needs the sums of all chunks, so that backward makes the scores again.
     """
 
     @staticmethod
     def forward(
-        ctx: _Context, measure: Measure, embedding: Tensor, rows: Tensor, size: int
-    ) -> Tensor:
-        ctx.measure, ctx.size, ctx.slopes = measure, size, []
-        _, by_embedding, by_rows, _ = ctx.needs_input_grad
-        if by_rows:
-            ctx.save_for_backward(embedding, rows)
-        x, w = embedding.detach().requires_grad_(by_embedding and not by_rows), rows.detach()
-        numbers = []
-        for chunk, start in enumerate(range(0, len(w), size)):
-            with torch.set_grad_enabled(x.requires_grad):
-                found = measure(x, w[start : start + size], start)
-            for index, number in enumerate(found):
-                if number.requires_grad:
-                    one = torch.ones_like(number)
-                    (slope,) = torch.autograd.grad(number, x, one, retain_graph=True)
-                    ctx.slopes.append((index, chunk, slope))
-            numbers.append(torch.stack([number.detach() for number in found]))
-        return torch.stack(numbers, dim=1)
+        ctx: _Context, measure: Measure, embedding: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, by_embedding, ctx.by_rows = ctx.needs_input_grad
+        if ctx.by_rows:
+            ctx.measure = measure
+        x = embedding.detach().requires_grad_(by_embedding and not ctx.by_rows)
+        total = values = x.new_empty(0, 0)
+        slopes: dict[int, Tensor] = {}
+        logs = 0
+        for start, w in _chunks(x, rows.detach()):
+            with _apart(x, x.requires_grad):
+                wanted = measure(x, w, start)
+                numbers, under = _numbers(wanted)
+                steps = _slopes(numbers, x)
+            part = torch.stack([number.detach() for number in numbers])
+            if not logs:
+                logs, total = len(wanted.logs), torch.full_like(under, -torch.inf)
+                values = torch.zeros_like(under)
+            before, total = total, torch.logaddexp(total, under)
+            old, new = (before - total).exp(), (under - total).exp()
+            values = old * values + new * part
+            for index, slope in steps.items():
+                slope = new[index, :, None] * slope
+                if index in slopes:
+                    slope += old[index, :, None] * slopes[index]
+                slopes[index] = slope
+        ctx.sloped = list(slopes)
+        ctx.save_for_backward(*((embedding, rows, total) if ctx.by_rows else slopes.values()))
+        found = total[:logs], values[logs:], total[logs:]
+        ctx.mark_non_differentiable(found[2])
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's types
-        ctx: _Context, gradient: Tensor
+        ctx: _Context, by_logs: Tensor, by_means: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        if ctx.slopes:
-            parts = [gradient[m, n][:, None] * slope for m, n, slope in ctx.slopes]
-            return None, sum(parts[1:], start=parts[0]), None, None
-        embedding, rows = ctx.saved_tensors
+        gradient = torch.cat([by_logs, by_means])
+        if not ctx.by_rows:
+            pairs = zip(ctx.sloped, ctx.saved_tensors, strict=True)
+            parts = [gradient[index, :, None] * slope for index, slope in pairs]
+            return None, torch.stack(parts).sum(dim=0), None
+        embedding, rows, total = ctx.saved_tensors
         by_embedding, by_rows = torch.zeros_like(embedding), torch.empty_like(rows)
-        for chunk, start in enumerate(range(0, len(rows), ctx.size)):
-            piece = slice(start, start + ctx.size)
-            with torch.enable_grad():
-                x, w = embedding.detach().requires_grad_(), rows[piece].detach().requires_grad_()
-                numbers = torch.stack(list(ctx.measure(x, w, start)))
-            found = torch.autograd.grad(numbers, (x, w), gradient[:, chunk])
+        for start, piece in _chunks(embedding, rows):
+            x, w = embedding.detach().requires_grad_(), piece.detach().requires_grad_()
+            with _apart(x, True):
+                numbers, under = _numbers(ctx.measure(x, w, start))
+                share = gradient * (under - total).exp()
+                found = torch.autograd.grad(torch.stack(numbers), (x, w), share)
             by_embedding += found[0]
-            by_rows[piece] = found[1]
-        return None, by_embedding, by_rows, None
+            by_rows[start : start + len(w)] = found[1]
+        return None, by_embedding, by_rows
+
+
+def _chunks(embedding: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    size = chunk_size(embedding)
+    for start in range(0, len(rows), size):
+        yield start, rows[start : start + size]
+
+
+@contextmanager
+def _apart(x: Tensor, grad: bool) -> Iterator[None]:
+    """A graph of our own: without autocast, and with none of the hooks of a graph around it."""
+    # Detached, since an output that its own graph keeps would never be let go of.
+    as_they_are = saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
+    with torch.set_grad_enabled(grad), torch.autocast(x.device.type, enabled=False), as_they_are:
+        yield
+
+
+def _numbers(wanted: Wanted) -> tuple[list[Tensor], Tensor]:
+    """Of one chunk: what is wanted, m times (b), and the log Σ exp(z) of each, (m b)."""
+    logs = [z.logsumexp(dim=1) for z in wanted.logs]
+    under = [z.logsumexp(dim=1) for _, z in wanted.means]
+    means = [
+        (values * (z - log[:, None]).exp()).sum(dim=1)
+        for (values, z), log in zip(wanted.means, under, strict=True)
+    ]
+    return [*logs, *means], torch.stack([*logs, *under]).detach()
+
+
+def _slopes(numbers: Sequence[Tensor], x: Tensor) -> dict[int, Tensor]:
+    """Of each number that depends on x, each sample's gradient (b e)."""
+    return {
+        index: torch.autograd.grad(number, x, torch.ones_like(number), retain_graph=True)[0]
+        for index, number in enumerate(numbers)
+        if number.requires_grad
+    }

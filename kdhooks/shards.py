@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kdhooks.chunks import chunk_size, measured
+from kdhooks.chunks import Wanted, chunk_size, over_rows
 from kdhooks.errors import KDHooksError
 
 
@@ -156,7 +156,7 @@ class ClassShard:
 
         Backward differentiates the sum over ranks, and nobody takes the mean for a shard.
         """
-        if self.group is None:
+        if self.group is None or not self.weight.requires_grad:
             return self
         size, weight = dist.get_world_size(self.group), self.weight.view_as(self.weight)
         weight.register_hook(lambda gradient: gradient / size)
@@ -170,27 +170,30 @@ class ClassShard:
         """(b e) -> (b c): margin-free cosines with this rank's rows."""
         return F.normalize(embedding) @ F.normalize(self.weight.to(embedding.dtype)).T
 
-    def by_chunks(
-        self,
-        measure: Callable[[Tensor, "ClassShard"], Sequence[Tensor]],
-        embedding: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """(b e) -> m times (n b): what `measure(embedding, chunk)` finds in n chunks of this rank's
-        classes, m times (b) of each; so that the scores of all classes are never held.
+    def over_classes(
+        self, measure: Callable[[Tensor, "ClassShard"], Wanted], embedding: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(b e) -> logs and means, (b) each, over the classes of all ranks; differentiable.
 
-        A number of a sample depends on its own embedding and the chunk's rows, all else counts as
-        constant. `total` and `logsumexp` put the chunks of all ranks together.
+        `measure(embedding, chunk)` says by the scores of a chunk of classes what is wanted, so that
+        those of all classes are never held. A sample's scores depend on its own embedding and on
+        the chunk's rows; all else counts as constant.
         """
 
-        def of_rows(x: Tensor, rows: Tensor, start: int) -> Sequence[Tensor]:
+        def of_rows(x: Tensor, rows: Tensor, start: int) -> Wanted:
             return measure(x, ClassShard(rows, self.offset + start, self.total))
 
-        return measured(of_rows, embedding, self.weight).unbind()
+        logs, means, under = over_rows(of_rows, embedding, self.weight)
+        shares = [(z - self.logsumexp(z)).exp() for z in under]
+        return (
+            tuple(self.logsumexp(z) for z in logs),
+            tuple(self.sum(share * mean) for share, mean in zip(shares, means, strict=True)),
+        )
 
     def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
-        """(b e) -> these classes, as many at a time as `by_chunks` compares the batch with."""
+        """(b e) -> these classes, as many at a time as `over_classes` compares the batch with."""
         offset = self.offset
-        for rows in self.weight.split(chunk_size(embedding, self.weight)):
+        for rows in self.weight.split(chunk_size(embedding)):
             yield ClassShard(rows, offset, self.total)
             offset += len(rows)
 
@@ -199,25 +202,20 @@ class ClassShard:
         start = chunk.offset - self.offset
         return ClassShard(self.weight[start : start + len(chunk.weight)], chunk.offset, self.total)
 
-    def logsumexp(self, parts: Tensor) -> Tensor:
-        """(n b) -> (b): over the chunks of all ranks."""
-        peak = parts.detach().amax(dim=0)
-        if self.group is not None:
-            dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
-        return self.sum((parts - peak).exp()).log() + peak
+    def logsumexp(self, z: Tensor) -> Tensor:
+        """(b) -> (b): over all ranks."""
+        if self.group is None:
+            return z
+        peak = z.detach().clone()
+        dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
+        return self.sum((z - peak).exp()).log() + peak
 
-    def sum(self, parts: Tensor) -> Tensor:
-        """(n b) -> (b): over the chunks of all ranks."""
-        return self._reduced(parts.sum(dim=0))
-
-    def topk(self, values: Tensor, k: int) -> Tensor:
-        """(b n) -> (b k): the largest of all ranks' values, in falling order; not differentiable.
-
-        -inf where the ranks have fewer in all.
-        """
-        best = values.detach().topk(min(k, values.shape[1]), dim=1).values
-        best = F.pad(best, (0, k - best.shape[1]), value=-torch.inf)
-        return gather(best.T, self.group).T.topk(k, dim=1).values
+    def sum(self, values: Tensor) -> Tensor:
+        """(…) -> (…): over all ranks."""
+        if self.group is None:
+            return values
+        summed: Tensor = _Sum.apply(values, self.group)  # type: ignore[no-untyped-call]  # torch's
+        return summed
 
     def own(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """(b e), (b) -> (b): each sample's cosine with its own class, whichever rank holds it;
@@ -225,7 +223,7 @@ class ClassShard:
         """
         rows, _, mine = self.own_rows(labels)
         cosine = (F.normalize(embedding) * F.normalize(rows.to(embedding.dtype))).sum(dim=1)
-        return self._reduced(cosine * mine)
+        return self.sum(cosine * mine)
 
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
         """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
@@ -246,12 +244,6 @@ class ClassShard:
         local = labels - self.offset
         columns = values.shape[1]
         return local.clamp(0, columns - 1), (local >= 0) & (local < columns)
-
-    def _reduced(self, values: Tensor) -> Tensor:
-        if self.group is None:
-            return values
-        reduced: Tensor = _Sum.apply(values, self.group)  # type: ignore[no-untyped-call]  # torch's
-        return reduced
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

@@ -1,6 +1,8 @@
 """Losses by chunks of classes: as of all at once, and never the scores of all."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from kdhooks import ClassShard, Model
-from kdhooks.chunks import NUMBERS, chunk_size, measured
+from benchmarks.overhead.measures import tensor_bytes
+from kdhooks import ClassShard, Model, Wanted
+from kdhooks.chunks import NUMBERS, Measure, chunk_size, over_rows
 from kdhooks_plugins.adadistill import AdaDistill
 from kdhooks_plugins.gkd import GKD
 from kdhooks_plugins.kd import KD
@@ -54,20 +58,31 @@ def loss_of(name: str) -> nn.Module:
     return loss
 
 
-def outcome(name: str, seed: int, b: int, c: int, rows_at_a_time: int) -> list[Tensor]:
-    """Value and gradients."""
+def forward(
+    name: str, seed: int, b: int, c: int, rows_at_a_time: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and what it trains."""
     NUMBERS["cpu"] = rows_at_a_time * max(b, WIDTH)
-    student = normal(seed, b, WIDTH).requires_grad_()
-    head = normal(seed + 1, c, WIDTH).requires_grad_()
+    student = normal(seed, b, WIDTH).to(dtype).requires_grad_()
+    head = normal(seed + 1, c, WIDTH).to(dtype).requires_grad_()
     labels = torch.randint(-1, c, (b,), generator=torch.Generator().manual_seed(seed))
-    rows = [ClassShard(normal(seed + 2, c, WIDTH), 0, c)]
+    rows = [ClassShard(normal(seed + 2, c, WIDTH).to(dtype), 0, c)]
     if name in COMPARE:
         rows.append(ClassShard(head, 0, c))
-    value, notes = loss_of(name)(student, normal(seed + 3, b, WIDTH), labels, *rows)
+    teacher = normal(seed + 3, b, WIDTH).to(dtype)
+    value: Tensor = loss_of(name).to(dtype)(student, teacher, labels, *rows)[0]
+    return value, [student, head][: len(rows)]
+
+
+def outcome(
+    name: str, seed: int, b: int, c: int, some: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Value and gradients."""
+    value, inputs = forward(name, seed, b, c, some, dtype)
     value.backward()
-    gradients = [x.grad for x in (student, head) if x.grad is not None]
-    assert len(gradients) == len(rows)
-    return [value.detach(), *notes.values(), *gradients]
+    gradients = [x.grad for x in inputs if x.grad is not None]
+    assert len(gradients) == len(inputs)
+    return [value.detach(), *gradients]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -107,10 +122,11 @@ def test_the_scores_of_all_classes_are_never_held(name: str) -> None:
     assert largest.numbers >= b * c
 
 
-def counted(calls: list[int]) -> Callable[[Tensor, Tensor, int], Sequence[Tensor]]:
-    def lse(x: Tensor, rows: Tensor, start: int) -> Sequence[Tensor]:
+def counted(calls: list[int]) -> Measure:
+    def lse(x: Tensor, rows: Tensor, start: int) -> Wanted:
         calls.append(start)
-        return (x @ rows.T).logsumexp(dim=1), x.new_ones(len(x))
+        constant = rows.detach()[:, 0].expand(len(x), -1)
+        return Wanted(logs=[x @ rows.T], means=[((x @ rows.T).sin(), constant)])
 
     return lse
 
@@ -122,49 +138,114 @@ def test_frozen_rows_are_measured_once_and_trained_ones_again_for_their_gradient
     NUMBERS["cpu"] = 20  # 4 rows of 5
     calls: list[int] = []
     x, rows = normal(1, 3, 5).requires_grad_(), normal(2, 10, 5).requires_grad_(trained)
-    parts, ones = measured(counted(calls), x, rows)
+    (log,), (mean,), (under,) = over_rows(counted(calls), x, rows)
     assert calls == [0, 4, 8]
-    assert_close(ones, torch.ones(3, 3, dtype=torch.float64))
-    weight = normal(3, 3)
-    ((parts.logsumexp(dim=0) * weight).sum() + ones.sum()).backward()
+    weight = normal(3, 2, 3)
+    (weight * torch.stack([log, mean])).sum().backward()
     assert calls == [0, 4, 8] * (2 if trained else 1)
     again, other = x.detach().requires_grad_(), rows.detach().requires_grad_()
-    ((again @ other.T).logsumexp(dim=1) * weight).sum().backward()
+    scores, constant = again @ other.T, rows.detach()[:, 0]
+    expected = torch.stack(
+        [scores.logsumexp(dim=1), (scores.sin() * constant.softmax(dim=0)).sum(dim=1)]
+    )
+    (weight * expected).sum().backward()
+    assert_close(torch.stack([log, mean]), expected)
+    assert_close(under, constant.logsumexp(dim=0).expand(3))
     assert_close(x.grad, again.grad)
     if trained:
         assert_close(rows.grad, other.grad)
 
 
-def test_without_grad_nothing_is_kept() -> None:
+def test_large_scores_and_chunks_without_any_are_borne() -> None:
+    NUMBERS["cpu"] = 4
+    x = torch.tensor([[1.0, -1.0]], dtype=torch.float64).requires_grad_()
+    rows = torch.tensor([[-1e30, 0.0], [0.0, 1e4], [0.0, -1e4], [0.0, -1e4]]).double()
+    (log,), (mean,), _ = over_rows(
+        lambda x, rows, _: Wanted([x @ rows.T], [(x @ rows.T, (x @ rows.T).detach())]), x, rows
+    )
+    (log + mean).backward()
+    assert_close(log, torch.tensor([1e4 + math.log(2)]).double())
+    assert_close(mean, torch.tensor([1e4]).double())
+    assert x.grad is not None
+    assert_close(x.grad, torch.tensor([[0.0, -2e4]]).double())
+
+
+def test_without_grad_nothing_is_differentiated() -> None:
+    def refuses(x: Tensor, rows: Tensor, start: int) -> Wanted:
+        assert not torch.is_grad_enabled()
+        return Wanted([x @ rows.T])
+
     with torch.no_grad():
-        found = measured(counted([]), normal(1, 3, 5).requires_grad_(), normal(2, 10, 5))
-    assert not found.requires_grad
+        found = over_rows(refuses, normal(1, 3, 5).requires_grad_(), normal(2, 10, 5))
+    assert not found[0].requires_grad
 
 
 def test_rows_that_change_before_backward_are_noticed() -> None:
     x, rows = normal(1, 3, 5).requires_grad_(), normal(2, 10, 5).requires_grad_()
-    found = measured(counted([]), x, rows)[0].sum()
+    found = over_rows(counted([]), x, rows)[0].sum()
     with torch.no_grad():
         rows += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.backward()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_around_backward_changes_nothing(name: str) -> None:
+    found = []
+    for dtype in (None, torch.bfloat16, torch.float16):
+        value, inputs = forward(name, 1, 4, 9, 3, torch.float32)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            value.backward()
+        found.append([x.grad for x in inputs])
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=0, atol=0)
+
+
+def test_autocast_around_scores_changes_nothing() -> None:
+    x, rows = normal(1, 3, 5).float(), normal(2, 10, 5).float()
+    expected = over_rows(counted([]), x, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(over_rows(counted([]), x, rows), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COMPARE])
+def test_a_loss_that_is_kept_after_backward_keeps_no_gradients_of_chunks(name: str) -> None:
+    kept: list[Tensor] = []
+    b, c = 16, 200
+
+    def step(backward: bool) -> None:
+        value, inputs = forward(name, 1, b, c, 50)
+        if backward:
+            value.backward()
+        kept[:] = [value, *inputs, *(x.grad for x in inputs if x.grad is not None)]
+
+    own = 8 * (2 * b * WIDTH + 1)  # the student, its gradient and the value
+    assert tensor_bytes(partial(step, True)).held <= own
+    assert tensor_bytes(partial(step, False)).held > own, "this would be noticed"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint_chunks_are_measured_once_more_at_most(reentrant: bool) -> None:
+    NUMBERS["cpu"] = 20
+    calls: list[int] = []
+    rows, x = normal(2, 40, 5), normal(1, 3, 5).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return over_rows(counted(calls), x, rows)[0].sum()
+
+    value = checkpoint(loss, x, use_reentrant=reentrant)
+    value.backward()
+    assert len(calls) == 2 * 10
+    again = x.detach().requires_grad_()
+    (again @ rows.T).logsumexp(dim=1).sum().backward()
+    assert_close(x.grad, again.grad)
+
+
 def test_a_chunk_has_at_least_one_row() -> None:
     NUMBERS["cpu"] = 10
-    rows = torch.ones(64, 2)
-    assert chunk_size(torch.ones(3, 2), rows) == 3
-    assert chunk_size(torch.ones(2, 5), rows) == 2
-    assert chunk_size(torch.ones(11, 2), rows) == 1
-
-
-def test_there_are_64_chunks_at_most() -> None:
-    NUMBERS["cpu"] = 10
-    x = torch.ones(2, 5)
-    for classes in (127, 128, 129, 640, 1000):
-        size = chunk_size(x, torch.ones(classes, 5))
-        assert -(-classes // size) <= 64
-        assert size <= max(2, classes // 64 + 1)
+    assert chunk_size(torch.ones(3, 2)) == 3
+    assert chunk_size(torch.ones(2, 5)) == 2
+    assert chunk_size(torch.ones(11, 2)) == 1
 
 
 def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
@@ -176,18 +257,19 @@ def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
     assert_close(torch.cat([chunk.weight for chunk in chunks]), rows)
     other = ClassShard(normal(3, 7, 4), 20, 40)
     assert_close(torch.cat([other.part(chunk).weight for chunk in chunks]), other.weight)
-    (seen,) = shard.by_chunks(lambda x, chunk: (x[:, 0] * 0 + chunk.offset,), x)
-    assert seen.tolist() == [[20, 20], [23, 23], [26, 26]]
+    seen: list[tuple[int, int]] = []
+
+    def measure(x: Tensor, chunk: ClassShard) -> Wanted:
+        seen.append((chunk.offset, len(chunk.weight)))
+        return Wanted(logs=[chunk.cosines(x)])
+
+    ((found,), ()) = shard.over_classes(measure, x)
+    assert seen == [(20, 3), (23, 3), (26, 1)]
+    assert_close(found, shard.cosines(x).logsumexp(dim=1))
 
 
-def test_sums_over_chunks_are_those_over_classes() -> None:
-    scores = normal(1, 4, 12) * 1e4
+def test_ones_own_cosine_is_that_of_the_own_class() -> None:
     shard = ClassShard(normal(2, 12, 3), 0, 12)
-    parts = torch.stack([part.logsumexp(dim=1) for part in scores.split(5, dim=1)])
-    assert_close(shard.logsumexp(parts), scores.logsumexp(dim=1))
-    assert_close(shard.sum(parts), parts.sum(dim=0))
-    assert_close(shard.topk(scores, 3), scores.topk(3).values)
-    assert_close(shard.topk(scores[:, :2], 3)[:, :2], scores[:, :2].topk(2).values)
     x, labels = normal(3, 4, 3), torch.tensor([0, 11, 5, -1])
     cosines = F.cosine_similarity(x, shard.weight[labels]) * (labels >= 0)
     assert_close(shard.own(x, labels), cosines)

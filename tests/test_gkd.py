@@ -86,7 +86,7 @@ def test_agrees_with_the_equation(
 def test_a_group_of_all_classes_is_logit_distillation() -> None:
     student, teacher, labels = normal(1, 5, 3), normal(2, 5, 4), labels_of(3, 5, 9)
     ours, theirs = whole(normal(4, 9, 3)), whole(normal(5, 9, 4))
-    value, notes = made(primary=1, tau=1)(student, teacher, labels, theirs, ours)
+    value, notes = made(primary=1, tau=1, margin=0)(student, teacher, labels, theirs, ours)
     expected, _ = KD().classifier_share().loss(student, teacher, labels, theirs, ours)
     assert_close(value, expected)
     assert notes["binary"] == 0
@@ -99,7 +99,7 @@ def test_the_order_among_the_rest_does_not_matter() -> None:
     one = torch.tensor([[0.9, 0.5, 0.3, 0.2, 0.1, 0.1]]).double()
     other = torch.tensor([[0.9, 0.5, 0.2, 0.3, 0.1, 0.1]]).double()
     label = torch.tensor([0])
-    loss = made(tau=1, largest=2, scale=8.0)
+    loss = made(tau=1, largest=2, scale=8.0, margin=0)
     found = [loss(student, t, label, whole(rows), whole(rows))[0] for t in (one, other)]
     assert_close(found[0], found[1])
     inside = torch.tensor([[0.5, 0.9, 0.3, 0.2, 0.1, 0.1]]).double()
@@ -120,7 +120,7 @@ def test_zero_at_equality_and_never_negative(seed: int, b: int, c: int, tau: flo
     assert other > -1e-9
 
 
-@pytest.mark.parametrize("options", [{"margin": 0.4}, {"tau": 1.0, "largest": 2, "binary": 0.0}])
+@pytest.mark.parametrize("options", [{"margin": 0.0}, {"tau": 1.0, "largest": 2, "binary": 0.0}])
 def test_conforms_with_other_options(options: dict[str, Any]) -> None:
     check_method(lambda weight=1.0: GKD(weight=weight, **options))
 
@@ -149,7 +149,7 @@ _CLASSES, _SPLIT, _B = 9, (5, 4), 8
 _OPTIONS: dict[str, dict[str, Any]] = {
     "by_probability": {"tau": 0.9, "scale": 8.0},
     "by_size": {"tau": 1.0, "largest": 5},  # more than the second rank has classes
-    "margin": {"margin": 0.4},
+    "no_margin": {"margin": 0.0},
 }
 
 

@@ -245,7 +245,11 @@ def test_every_config_trains(name: str, example: Path) -> None:
 
 
 def test_every_method_has_its_config() -> None:
-    assert {info.name for info in methods()} == {*CONFIGS} - {*PLAIN, "fcd_hook"}
+    names = {info.name for info in methods()}
+    assert names == {*CONFIGS} - {*PLAIN, "fcd_hook"}
+    for name in names:
+        config = (EXAMPLE / "configs" / f"{name}.py").read_text(encoding="utf-8")
+        assert re.search(rf"methods=\[[^]]*'{name}'", config), config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

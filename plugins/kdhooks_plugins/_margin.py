@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdhooks import ClassShard
+from kdhooks import ClassShard, Wanted
 
 _EPS = 1e-7  # keeps arccos differentiable at ±1
 GONE = -1e30  # a score that leaves its class out
@@ -45,12 +45,12 @@ def margin_softmax(
     if straight_through:
         target = cosine + (target - cosine).detach()
 
-    def others(student: Tensor, chunk: ClassShard) -> tuple[Tensor]:
+    def others(student: Tensor, chunk: ClassShard) -> Wanted:
         gone = student.new_full((len(student),), GONE)
-        return (chunk.add(scale * chunk.cosines(student), labels, gone).logsumexp(dim=1),)
+        return Wanted(logs=[chunk.add(scale * chunk.cosines(student), labels, gone)])
 
-    (parts,) = rows.by_chunks(others, student)
-    loss = F.softplus(rows.logsumexp(parts) - scale * target)  # -log p of the own class
+    ((log_others,), _) = rows.over_classes(others, student)
+    loss = F.softplus(log_others - scale * target)  # -log p of the own class
     known = labels >= 0
     count = known.sum().clamp(min=1)
     return (loss * known).sum() / count, cosine.detach().sum() / count

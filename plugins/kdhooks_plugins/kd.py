@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, hookimpl
+from kdhooks import ClassifierShare, ClassShard, KDHooksError, Wanted, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import scores
 
@@ -34,18 +34,14 @@ class SoftenedScores(nn.Module):
         teacher, scale = teacher.detach(), self.scale / self.temperature
         classifier = replace(classifier, weight=classifier.weight.detach())
 
-        def compare(student: Tensor, chunk: ClassShard) -> tuple[Tensor, ...]:
+        def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s = scores(student, labels, chunk, scale, self.margin)
             z_t = scores(teacher, labels, classifier.part(chunk), scale, self.margin)
-            p_t = z_t.softmax(dim=1)
-            gap, mean = (p_t * (z_t - z_s)).sum(dim=1), (p_t * z_t).sum(dim=1)
-            return z_s.logsumexp(dim=1), z_t.logsumexp(dim=1), gap, mean
+            return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
 
-        parts_s, parts_t, gap, mean = head.by_chunks(compare, student)
-        all_s, all_t = head.logsumexp(parts_s), head.logsumexp(parts_t)
-        share = (parts_t - all_t).exp()  # of the teacher's softmax in each chunk
-        divergence = (head.sum(share * gap) - all_t + all_s).mean()
-        entropy = (all_t - head.sum(share * mean)).mean()  # near 0: the teacher says one class only
+        (log_s, log_t), (gap, mean) = head.over_classes(compare, student)
+        divergence = (gap - log_t + log_s).mean()
+        entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
         return self.temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
 

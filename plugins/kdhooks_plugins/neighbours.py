@@ -63,8 +63,12 @@ def nearest_classes(
     if folder is not None:
         folder = Path(folder).expanduser()
         index, state = _opened(folder, state)
-    unit = torch.cat([part.to(device) for _, part in rows.chunks(COLUMNS)])
-    for start in progress(range(state["done"], rows.total, chunk[0])):
+    left = range(state["done"], rows.total, chunk[0])
+    unit = torch.empty(rows.total if left else 0, rows.dim, device=device)
+    if left:
+        for offset, part in rows.chunks(COLUMNS):
+            unit[offset : offset + len(part)] = part
+    for start in progress(left):
         stop = min(start + chunk[0], rows.total)
         found, close = nearest_of(unit, slice(start, stop), k, max_sim, chunk[1])
         index[start:stop] = found.to("cpu", torch.int32).numpy()

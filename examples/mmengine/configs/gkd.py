@@ -2,4 +2,4 @@ _base_ = 'labels_alone.py'
 model = dict(
     _delete_=True, type='kdhooks.Distill', student={{_base_.model}},
     teacher={{_base_.sface_and_rows}},
-    methods=['kd'])
+    methods=['gkd'])
