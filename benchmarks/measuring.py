@@ -53,7 +53,7 @@ def summary(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    low, _, high = quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": median(values), "quartiles": [low, high]}
 
 

@@ -122,6 +122,8 @@ class ClassifierShare(Tap):
     softmax takes the rows over and computes the loss itself, unless `host_conflict` says why not.
     centres: kdhooks computes the loss on these rows, next to the host's.
     compare: as centres; the student's own `ClassShard` is the fifth argument.
+
+    A loss that keeps something of each class may define `begin(classifier)`, called once.
     """
 
     mode: Literal["inherit", "centres", "compare"] = field(default="inherit", kw_only=True)

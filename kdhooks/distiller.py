@@ -178,7 +178,7 @@ class Distiller(nn.Module):
         return output
 
     def _value(self, tap: Tap, step: Step) -> Tensor:
-        result = tap.loss(*tap.arguments(step))
+        result = self.losses[tap.name](*tap.arguments(step))
         value: Tensor = result[0] if isinstance(result, tuple) else result
         notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
         if value.ndim or not value.requires_grad:
@@ -207,6 +207,9 @@ class Distiller(nn.Module):
             start, stop = self._bounds(rows)
             self.register_buffer("teacher_rows", rows.slice(start, stop), persistent=False)
             self._split = start, rows.total, head.group if head else None
+            for loss in self.losses.values():
+                if begin := getattr(loss, "begin", None):
+                    begin(self._classifier())
 
     def _bounds(self, rows: Rows) -> tuple[int, int]:
         """Of this rank's rows."""

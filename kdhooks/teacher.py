@@ -148,17 +148,9 @@ class Teacher:
 
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not."""
+        if self._micro_batch is not None and len(images) > self._micro_batch:
+            return _joined([self._forward(part) for part in images.split(self._micro_batch)])
         self._prepare(images)
-        size = self._micro_batch
-        if size is None or len(images) <= size:
-            return self._at_once(images)
-        parts = [self._at_once(part) for part in images.split(size)]
-        features = {
-            path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features
-        }
-        return TeacherOutput(torch.cat([part.embedding for part in parts]), features)
-
-    def _at_once(self, images: Tensor) -> TeacherOutput:
         adapted = self.adapter is not None and torch.is_grad_enabled()
         with self._taps, torch.set_grad_enabled(adapted), self._autocast:
             images = self._transform(images)
@@ -204,6 +196,13 @@ def _unpickled() -> Callable[[Tensor], TeacherOutput]:
         raise KDHooksError("teacher was left out when this model was pickled; build it anew")
 
     return absent
+
+
+def _joined(parts: Sequence[TeacherOutput]) -> TeacherOutput:
+    features = {
+        path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features
+    }
+    return TeacherOutput(torch.cat([part.embedding for part in parts]), features)
 
 
 def _embedding(output: object) -> Tensor:

@@ -32,6 +32,7 @@ class Far(Tensor):
     """A tensor of that device; what it holds is `near`."""
 
     near: Tensor
+    is_cuda = True  # what is done for CUDA is done here
 
     @staticmethod
     def __new__(cls, near: Tensor) -> "Far":
@@ -119,6 +120,14 @@ def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
     return pytree.tree_map(back, func(*args, **kwargs))
 
 
+class _Event:
+    """For `torch.cuda.Event`: what was sent has come."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def in_a_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_register)
 
@@ -129,6 +138,7 @@ def _register() -> None:
             return [torch.bfloat16]
 
     torch.set_num_threads(1)
+    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter stays the same one
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(…, device=NAME) passes us by

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import ClassShard, KDHooksError, Model
+from kdhooks import ClassShard, Distiller, KDHooksError, Model, Teacher
 from kdhooks.declarations import Step
-from kdhooks.testing import check_method
+from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.adadistill import AdaDistill, AdaptiveCentres
 from tests import golden
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
@@ -144,14 +144,16 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> Non
 _CLASSES, _SPLIT = 7, (4, 3)
 
 
-def _shard() -> ClassShard:
+def _shard(whole: bool) -> ClassShard:
     rank, size = here()
+    if whole:
+        return ClassShard(normal(25, _CLASSES, 4), 0, _CLASSES)
     split = _SPLIT if size == 2 else (_CLASSES,)
     part = normal(25, _CLASSES, 4).split(split)[rank]
     return ClassShard(part, sum(split[:rank]), _CLASSES, group())
 
 
-def _scenario() -> Results:
+def _scenario(whole: bool = False) -> Results:
     student = nn.Linear(5, 4).double()
     with torch.no_grad():
         student.weight.copy_(normal(20, 4, 5))
@@ -168,7 +170,7 @@ def _scenario() -> Results:
             teacher_features={},
             labels=mine(torch.tensor([0, 6, 3, 4, 6, -1, 5, 3])),
             parameters={},
-            classifier=_shard(),
+            classifier=_shard(whole),
             head=None,
         )
         loss, notes = tap.loss(*tap.arguments(seen))
@@ -178,15 +180,36 @@ def _scenario() -> Results:
 
 
 def _scenarios() -> dict[str, Results]:
-    return {"two steps": _scenario()}
+    return {"split": _scenario(), "whole": _scenario(whole=True)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    return on_two_ranks(_scenarios, tmp_path_factory.mktemp("ranks"))
 
 
 def test_classes_split_over_ranks_are_those_of_one_process(
-    tmp_path_factory: pytest.TempPathFactory,
+    ranks: list[dict[str, Results]],
 ) -> None:
-    ranks = on_two_ranks(_scenarios, tmp_path_factory.mktemp("ranks"))
     alone = _scenario()
     for found in ranks:
-        assert_close(found["two steps"]["same"], alone["same"], rtol=1e-9, atol=1e-12)
-    centres = torch.cat([found["two steps"]["centres"] for found in ranks])
+        assert_close(found["split"]["same"], alone["same"], rtol=1e-9, atol=1e-12)
+    centres = torch.cat([found["split"]["centres"] for found in ranks])
     assert_close(centres, alone["centres"], rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_that_hold_all_classes_move_the_same_centres(
+    ranks: list[dict[str, Results]],
+) -> None:
+    """As in a DistributedDataParallel without a classifier that is split."""
+    expected = _scenario()["centres"]
+    for found in ranks:
+        assert_close(found["whole"]["centres"], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_centres_are_the_teachers_rows_before_the_first_step() -> None:
+    """An average of the model's weights (EMA), for one, needs them to be there."""
+    rows = normal(1, 6, 12).float()
+    teacher = Teacher(tiny_teacher().module or nn.Identity(), classifier=rows)
+    kd = Distiller(TinyFaceNet(), teacher, ["adadistill"], input_shape=(3, 32, 32))
+    assert_close(kd.losses["adadistill"].get_buffer("centres"), F.normalize(rows))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
+from kdhooks.shards import gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
@@ -32,15 +33,19 @@ class AdaptiveCentres(nn.Module):
     ) -> None:
         super().__init__()
         self.m, self.m2, self.scale, self.weighted = m, m2, scale, weighted
-        self.register_buffer("centres", torch.empty(0))  # (c e) from the first step on
+        self.register_buffer("centres", torch.empty(0))  # (c e) once they begin
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+
+    def begin(self, classifier: ClassShard) -> None:
+        """The centres start at the teacher's rows."""
+        self.centres = F.normalize(classifier.weight.detach().clone())
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
         if not len(self.centres):
-            self.centres = F.normalize(classifier.weight.detach().clone())
+            self.begin(classifier)
         rows = replace(classifier, weight=self.centres)
         alpha = self._follow(student, teacher, labels, rows) if self.training else None
         m = student.new_full((), self.m)
@@ -49,7 +54,9 @@ class AdaptiveCentres(nn.Module):
 
     @torch.no_grad()
     def _follow(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard) -> Tensor:
-        """Move the centres of the batch's classes; the mean of α."""
+        """Move the centres of the batch's classes, on all ranks alike; the mean of α."""
+        if rows.group is None:
+            student, teacher, labels = (gather(x, world()) for x in (student, teacher, labels))
         s, t = F.normalize(student), F.normalize(teacher)
         own, index, mine = rows.own_rows(labels)
         alpha = (s * t).sum(dim=1)
