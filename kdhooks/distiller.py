@@ -145,8 +145,8 @@ class Distiller(nn.Module):
         values: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
-            for tap in self.taps:
-                value = self._value(tap, step)
+            for tap, loss in zip(self.taps, self.losses.values(), strict=True):
+                value = self._value(tap, loss, step)
                 values[tap.name] = self.metrics[tap.name]
                 weighted[tap.name] = value * self.weight(tap)
         if not self._checked:
@@ -177,8 +177,8 @@ class Distiller(nn.Module):
                 check_class_order(self._teacher.classifier, output.embedding, labels)
         return output
 
-    def _value(self, tap: Tap, step: Step) -> Tensor:
-        result = self.losses[tap.name](*tap.arguments(step))
+    def _value(self, tap: Tap, loss: nn.Module, step: Step) -> Tensor:
+        result = loss(*tap.arguments(step))
         value: Tensor = result[0] if isinstance(result, tuple) else result
         notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
         if value.ndim or not value.requires_grad:

@@ -106,6 +106,17 @@ def test_the_order_among_the_rest_does_not_matter() -> None:
     assert loss(student, inside, label, whole(rows), whole(rows))[0] > found[0] + 0.1
 
 
+def test_without_a_margin_a_group_is_soon_the_own_class_alone() -> None:
+    """At a cosine of 0.4 to it, among random classes; see docs/methods/gkd.md."""
+    rows = nn.functional.normalize(normal(1, 5000, 512))
+    labels = torch.arange(4)
+    apart = nn.functional.normalize(normal(2, 4, 512))
+    student = 0.4 * rows[labels] + 0.84**0.5 * apart
+    sizes = [made(margin=m).group(student, labels, whole(rows))[1].mean() for m in (0.0, 0.4)]
+    assert sizes[0] < 10
+    assert sizes[1] > 100
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 9), st.floats(0.01, 1))
 def test_zero_at_equality_and_never_negative(seed: int, b: int, c: int, tau: float) -> None:
