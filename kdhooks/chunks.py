@@ -137,8 +137,12 @@ def _apart(x: Tensor, grad: bool) -> Iterator[None]:
 
 def _numbers(wanted: Wanted) -> tuple[list[Tensor], Tensor]:
     """Of one chunk: what is wanted, m times (b), and the log Σ exp(z) of each, (m b)."""
-    logs = [z.logsumexp(dim=1) for z in wanted.logs]
-    under = [z.logsumexp(dim=1) for _, z in wanted.means]
+    each: dict[int, Tensor] = {}  # a z may be wanted several times
+    for z in (*wanted.logs, *(z for _, z in wanted.means)):
+        if id(z) not in each:
+            each[id(z)] = z.logsumexp(dim=1)
+    logs = [each[id(z)] for z in wanted.logs]
+    under = [each[id(z)] for _, z in wanted.means]
     means = [
         (values * (z - log[:, None]).exp()).sum(dim=1)
         for (values, z), log in zip(wanted.means, under, strict=True)

@@ -21,11 +21,11 @@ AT = {"name": "at", "weight": 1.0}
 REVIEWKD = {"name": "reviewkd", "weight": 0.25, "mid": 16}
 RKD = {"name": "rkd", "weight": 1.0}
 SP = {"name": "sp", "weight": 50.0}
-THKD = {"name": "thkd", "weight": 1.0, "scale": 32.0}
+THKD = {"name": "thkd", "weight": 4.0, "scale": 32.0}
 ADADISTILL = {"name": "adadistill", "scale": 32.0, "m": 0.3}
 MARGINDISTILLATION = {"name": "margindistillation", "scale": 32.0, "low": 0.1, "high": 0.3}
 KD = {"name": "kd", "weight": 1.0, "scale": 32.0}
-GKD = {"name": "gkd", "weight": 0.25, "scale": 32.0}
+GKD = {"name": "gkd", "weight": 0.0625, "scale": 32.0}
 
 ROWS = (
     Row(LABELS),
