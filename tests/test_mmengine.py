@@ -34,7 +34,7 @@ from mmengine.config import Config
 from mmengine.device import utils as device_utils
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.structures import BaseDataElement
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -997,3 +997,111 @@ def test_a_train_step_that_passes_the_model_by_is_noticed(tmp_path: Path) -> Non
     runner.model = Aside()
     with pytest.raises(KDHooksError, match="a step was trained, and the model's hooks did not run"):
         runner.train()
+
+
+class OwnMode(Recogniser):
+    """Its train_step has a word of its own for the losses."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
+        return super().forward(inputs, labels, "loss" if mode == "train" else mode)
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        return super()._run_forward(data, "train" if mode == "loss" else mode)
+
+
+class Past(Recogniser):
+    """Its losses come past __call__, where hooks are."""
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        return self.forward(**data, mode=mode)
+
+
+class Frozen(Recogniser):
+    """Trained in evaluation mode."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(False)
+        return self
+
+
+class Choosy(Recogniser):
+    """Trains what it knows by name."""
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> Any:
+        return losses["loss_cls"], {"loss": losses["loss_cls"]}
+
+
+def by_door(runner: Any, student: nn.Module, door: str, **table: Any) -> Any:
+    """The runner, with a student that no registry knows."""
+    runner.model = student
+    if door == "model":
+        runner.model = mmengine.Distill(student, **{**KD, **table})
+    else:
+        runner.register_hook(mmengine.DistillHook(**{**KD, **table}))
+    return runner
+
+
+@each_door
+@pytest.mark.parametrize(
+    ("student", "match"),
+    [
+        (OwnMode, "hooks did not run; its train_step must call .*in training mode and with mode="),
+        (Past, "a step was trained, and the model's hooks did not run"),
+        (Frozen, "a step was trained, and the model's hooks did not run"),
+        (Choosy, "a step was trained without loss_kd_fcd; the model's parse_losses and train_"),
+    ],
+)
+def test_a_run_without_the_terms_is_noticed(
+    tmp_path: Path, door: str, student: type[nn.Module], match: str
+) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        by_door(made(tmp_path), student(), door).train()
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class Parts:
+    """Lists the parts of the model that it knows, for one optimizer or for one each."""
+
+    def __init__(self, optim_wrapper_cfg: Any, paramwise_cfg: Any = None) -> None:
+        self.several, self.also = optim_wrapper_cfg["several"], optim_wrapper_cfg["also"]
+
+    def __call__(self, model: Any) -> Any:
+        names = ("backbone", "head", *self.also)
+        parts = {name: list(getattr(model, name).parameters()) for name in names}
+        if not self.several:
+            parts = {"all": [p for part in parts.values() for p in part]}
+        wrappers = {k: OptimWrapper(torch.optim.SGD(v, lr=0.05)) for k, v in parts.items()}
+        return OptimWrapperDict(**wrappers) if self.several else wrappers["all"]
+
+
+class InTurn(Recogniser):
+    """Steps several optimizers."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        loss, log = self.parse_losses(self(**data, mode="loss"))
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return log
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_methods_that_no_optimizer_trains_are_noticed(tmp_path: Path, several: bool) -> None:
+    def run(also: list[str]) -> None:
+        wrapper = {"constructor": "Parts", "several": several, "also": also}
+        runner = made(tmp_path, optim_wrapper=wrapper, param_scheduler=None)
+        student = (InTurn if several else Recogniser)()
+        by_door(runner, student, "model", methods=[PROJECTED]).train()
+
+    with pytest.raises(KDHooksError, match=r"no optimizer: kdhooks.*projector.weight; give an opt"):
+        run([])
+    run(["kdhooks"])
+
+
+def test_a_trained_models_watch_ends(tmp_path: Path) -> None:
+    hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    before = len(hooks)
+    train(tmp_path, **both("model"))
+    assert len(hooks) == before

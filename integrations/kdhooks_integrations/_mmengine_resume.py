@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations._mmengine_student import CHILD, Distillation
+from kdhooks_integrations._mmengine_student import Distillation
+from kdhooks_integrations._mmengine_watch import CHILD
 
 log = logging.getLogger("kdhooks")
 

@@ -21,10 +21,11 @@ from kdhooks_integrations._mmengine_models import (
     with_embedding,
 )
 from kdhooks_integrations._mmengine_options import Options
+from kdhooks_integrations._mmengine_watch import CHILD, Watch
 
 log = logging.getLogger("kdhooks")
 
-CHILD = "kdhooks"  # the student's child, so the prefix of its keys in checkpoints
+TERM = "loss_kd_"  # MMEngine adds up whatever has 'loss' in its name
 _PIXELS = 16.0  # images beyond that were never normalised
 
 
@@ -51,6 +52,7 @@ class Distillation(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
+        self.ran = False  # in this process
 
     def trained(self) -> list[nn.Parameter]:
         """What is optimised besides the student."""
@@ -70,7 +72,8 @@ class Distillation(nn.Module):
         images = self.forward_of.images(arguments)
         labels = self.forward_of.labels(arguments, len(images)).to(images.device)
         terms = self.distiller(self._as_recipe_says(images), labels)
-        ours = {f"loss_kd_{name}": term for name, term in terms.items()}
+        self.ran = True
+        ours = {f"{TERM}{name}": term for name, term in terms.items()}
         ours.update({_unsummed(name): value for name, value in self.distiller.metrics.items()})
         for key in ours:
             if key in losses:
@@ -123,15 +126,16 @@ class Distillation(nn.Module):
 
 
 def _unsummed(name: str) -> str:
-    """MMEngine adds up whatever has 'loss' in its name."""
+    """A name that MMEngine adds up no term by."""
     return f"kd/{name.replace('loss', 'term')}"
 
 
 class _AddTerms(LeftBehind):
     """The hook on the student; a copy of the student, as EMAHook makes one, is left alone."""
 
-    def __init__(self, distillation: Distillation) -> None:
+    def __init__(self, student: nn.Module, distillation: Distillation) -> None:
         self._distillation = distillation
+        self._watch = Watch(student)
 
     def __call__(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: object
@@ -141,7 +145,9 @@ class _AddTerms(LeftBehind):
         arguments = self._distillation.forward_of.named(args, kwargs)
         if arguments.get("mode") != "loss":
             return None
-        return self._distillation.extended(losses, arguments)
+        extended = self._distillation.extended(losses, arguments)
+        self._watch.note({key: extended[key] for key in extended if key.startswith(TERM)})
+        return extended
 
 
 def attach(student: nn.Module, options: Options) -> Distillation:
@@ -155,5 +161,5 @@ def attach(student: nn.Module, options: Options) -> Distillation:
         raise KDHooksError("mmengine: this model is distilled already; use one door alone")
     distillation = Distillation(student, options)
     student.add_module(CHILD, distillation)
-    student.register_forward_hook(_AddTerms(distillation), with_kwargs=True)
+    student.register_forward_hook(_AddTerms(student, distillation), with_kwargs=True)
     return distillation

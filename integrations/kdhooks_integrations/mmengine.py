@@ -27,6 +27,7 @@ from kdhooks_integrations._mmengine_models import built
 from kdhooks_integrations._mmengine_options import Options
 from kdhooks_integrations._mmengine_resume import complete
 from kdhooks_integrations._mmengine_student import Distillation, attach
+from kdhooks_integrations._mmengine_watch import NOT_RUN
 
 
 def Distill(
@@ -78,11 +79,8 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        if self._distillation is not None and not self._distillation.distiller.step:
-            raise KDHooksError(
-                "mmengine: a step was trained, and the model's hooks did not run; its train_step "
-                "must call the model itself, as BaseModel's does"
-            )
+        if self._distillation is not None and not self._distillation.ran:
+            raise KDHooksError(NOT_RUN)
 
 
 @HOOKS.register_module()
