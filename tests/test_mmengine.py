@@ -570,9 +570,60 @@ def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals
         train(tmp_path / name, **both("model", methods=[method]), hooks=[RESUME])
     one, other = (str(tmp_path / name / "epoch_1.pth") for name in ("without", "with"))
     assert len(train(tmp_path / "1", hooks=[RESUME], load_from=one, resume=True).logs) == 3
-    with pytest.raises(ValueError, match="parameter group"):
+    with pytest.raises(KDHooksError, match=r"other methods.*fcd.projector.weight; resume it"):
         train(tmp_path / "2", hooks=[RESUME], load_from=other, resume=True)
     assert len(train(tmp_path / "3", hooks=[RESUME], load_from=other).logs) == 6
+
+
+ECKD = {"name": "eckd", "exclusivity_weight": 0}  # its one weight has the shape of fcd's
+
+
+@each_runner
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("before", "after"), [([PROJECTED, ECKD], [ECKD, PROJECTED]),
+                                               ([PROJECTED], [ECKD])])  # fmt: skip
+def test_other_methods_dont_get_the_state_of_these(
+    tmp_path: Path,
+    safe_globals: None,
+    kind: str,
+    told: bool,
+    before: list[dict[str, Any]],
+    after: list[dict[str, Any]],
+) -> None:
+    """With ResumeHook, or where a script has called allow_resume: at the first step at last."""
+    mmengine.allow_resume()
+    hooks = [RESUME] * told
+    train(tmp_path / "a", kind, **both("model", methods=before), hooks=hooks)
+    given = {"hooks": hooks, "load_from": str(tmp_path / "a" / "epoch_1.pth")}
+    with pytest.raises(KDHooksError, match=r"other methods.*it holds: kdhooks.*fcd.projector"):
+        train(tmp_path / "b", kind, **both("model", methods=after), **given, resume=True)
+    train(tmp_path / "c", kind, **both("model", methods=after), **given)
+    train(tmp_path / "d", kind, **both("model", methods=before), **given, resume=True)
+
+
+def test_a_method_more_has_no_place_in_the_optimizers_state(
+    tmp_path: Path, safe_globals: None
+) -> None:
+    train(tmp_path / "a", **both("model", methods=[PROJECTED]), hooks=[RESUME])
+    given = {"hooks": [RESUME], "load_from": str(tmp_path / "a" / "epoch_1.pth"), "resume": True}
+    for methods in ([PROJECTED, ECKD], [FCD]):
+        with pytest.raises(KDHooksError, match="or load_from it without resume"):
+            train(tmp_path / "b", **both("model", methods=methods), **given)
+    train(tmp_path / "c", **both("model", methods=["rkd", PROJECTED]), **given)
+
+
+@each_runner
+@each_door
+def test_a_loaded_checkpoint_begins_its_schedule_anew(
+    tmp_path: Path, safe_globals: None, kind: str, door: str
+) -> None:
+    mmengine.allow_resume()
+    table = both(door, methods=[{**FCD, "weight": {"value": 8.0, "warmup": 6}}])
+    first = train(tmp_path / "a", kind, **copy.deepcopy(table))
+    again = train(tmp_path / "b", kind, **table, load_from=str(tmp_path / "a" / "epoch_2.pth"))
+    for run in (first, again):
+        weights = [log["loss_kd_fcd"] / log["kd/fcd"] for log in run.logs]
+        assert weights == pytest.approx([8 * step / 6 for step in range(6)])
 
 
 @pytest.mark.parametrize("several", [False, True])

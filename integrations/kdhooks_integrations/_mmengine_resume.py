@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations._mmengine_student import Distillation
+from kdhooks_integrations._mmengine_student import Distillation, refusal
 from kdhooks_integrations._mmengine_watch import CHILD
 
 log = logging.getLogger("kdhooks")
@@ -26,6 +26,8 @@ State: TypeAlias = dict[str, Any]
 def complete(runner: Any, checkpoint: State) -> None:
     """Give it what it lacks of the methods, where it is resumed; else leave it as it is."""
     distillation = _distillation(runner)
+    if runner._resume and "optimizer" in checkpoint:
+        _check_methods(runner, distillation, checkpoint)
     trained = [] if distillation is None else distillation.trained()
     plain = not any(key.startswith(f"{CHILD}.") for key in checkpoint["state_dict"])
     if distillation is None or not (trained and plain and runner._resume):
@@ -39,6 +41,28 @@ def complete(runner: Any, checkpoint: State) -> None:
         "checkpoint written without kdhooks: the methods start from their first step, their "
         "weights as drawn and without the optimizer's momentum; the student goes on with its own"
     )
+
+
+def _check_methods(runner: Any, distillation: Distillation | None, checkpoint: State) -> None:
+    """The optimizer's state goes by places; torch would take others' of the same shapes."""
+    found = [key for key in checkpoint["state_dict"] if key.startswith(f"{CHILD}.")]
+    if not found:
+        return
+    known = set[str]()
+    if distillation is not None:
+        known = set(distillation.state_dict(prefix=f"{CHILD}."))
+        if why := distillation.other_methods(found):
+            raise KDHooksError(why)
+    if isinstance(runner.optim_wrapper, OptimWrapper) and not known.issuperset(found):
+        sizes, now = (
+            [len(group["params"]) for group in groups]
+            for groups in (
+                checkpoint["optimizer"]["param_groups"],
+                runner.optim_wrapper.param_groups,
+            )
+        )
+        if sizes != now:
+            raise KDHooksError(refusal(found))
 
 
 def _distillation(runner: Any) -> Distillation | None:

@@ -1,14 +1,15 @@
 """A student of MMEngine's with the losses of kdhooks among its own."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.recipe import build
 from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations._mmengine_checkpoints import readable
@@ -53,6 +54,7 @@ class Distillation(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
         self.ran = False  # in this process
+        self._others = ""  # what a checkpoint's methods were, where not these
 
     def trained(self) -> list[nn.Parameter]:
         """What is optimised besides the student."""
@@ -69,6 +71,8 @@ class Distillation(nn.Module):
                 "mmengine: the student's forward must return a dict of losses in mode 'loss'; "
                 f"found {type(losses).__name__}"
             )
+        if not self.ran:
+            self._begin()
         images = self.forward_of.images(arguments)
         labels = self.forward_of.labels(arguments, len(images)).to(images.device)
         terms = self.distiller(self._as_recipe_says(images), labels)
@@ -83,13 +87,21 @@ class Distillation(nn.Module):
                 )
         return {**losses, **ours}
 
+    def _begin(self) -> None:
+        """Ahead of the first step: a runner that loads a checkpoint, and resumes none, is at 0."""
+        iteration = MessageHub.get_current_instance().get_info("iter")  # None without a runner
+        if iteration == 0:
+            self.distiller.set_extra_state(torch.tensor(0))
+        elif iteration is not None and self._others:
+            raise KDHooksError(self._others)
+
     def _as_recipe_says(self, images: Tensor) -> Tensor:
         """RGB, (pixel - 127.5) / 127.5."""
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
         if self.bgr:
             images = images.flip(1)
-        if self.distiller.step == 0 and images.abs().amax() > _PIXELS:
+        if not self.ran and images.abs().amax() > _PIXELS:
             raise KDHooksError(
                 f"mmengine: images must be normalised; found values up to "
                 f"{float(images.abs().amax()):.0f}; normalise them in the data_preprocessor, or "
@@ -111,9 +123,16 @@ class Distillation(nn.Module):
                 "its images"
             ) from error
 
+    def other_methods(self, state: Iterable[str], prefix: str = f"{CHILD}.") -> str:
+        """What to say of a checkpoint with these keys if its optimizer's state is not for these."""
+        trained = [f"{prefix}{name}" for name, p in self.named_parameters() if p.requires_grad]
+        found = [key for key in state if key.startswith(prefix)]
+        return "" if [key for key in found if key in trained] == trained else refusal(found)
+
     def _complete(self, _: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
         """Let a run begin from a checkpoint that was written without kdhooks."""
         if any(key.startswith(prefix) for key in state):
+            self._others = self.other_methods(state, prefix)
             return
         log.warning(
             "checkpoint written without kdhooks: the methods start from their first step%s",
@@ -123,6 +142,15 @@ class Distillation(nn.Module):
             else "",
         )
         state.update(self.state_dict(prefix=prefix))
+
+
+def refusal(found: Iterable[str]) -> str:
+    weights = (key for key in found if not key.endswith("_extra_state"))
+    return (
+        "mmengine: this checkpoint was written with other methods, or in another order, and the "
+        f"optimizer's state has no names to tell them by; it holds: {listed(weights)}; resume it "
+        "with the methods that it was written with, or load_from it without resume"
+    )
 
 
 def _unsummed(name: str) -> str:
