@@ -13,10 +13,11 @@ from kdhooks.discovery import methods
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
+from kdhooks.inputs import InputTransform
 from kdhooks.prototypes import class_means
 from kdhooks.recipe import build
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import InputTransform, Teacher
+from kdhooks.teacher import Teacher
 
 __all__ = [
     "ClassShard",

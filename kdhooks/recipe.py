@@ -14,10 +14,11 @@ from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.inputs import InputTransform, channels
 from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import InputTransform, Teacher, load_checkpoint, load_strictly
+from kdhooks.teacher import Teacher, load_checkpoint, load_strictly
 from kdhooks.teacher_cache import CacheOptions
 
 if sys.version_info >= (3, 11):
@@ -34,6 +35,7 @@ _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
     "micro_batch", "convert", "cache",
 )  # fmt: skip
+_FLAGS = ("channels_last", "compile", "convert")
 _INPUT_KEYS = ("size", "order", "mean", "std")
 _CACHE_KEYS = ("path", "max_gb")
 _TAP_KEYS = ("embedding", "stages")
@@ -134,7 +136,8 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
             spec["insightface"], spec.get("root", "~/.insightface")
         )
         given = spec.get("input", {})
-        scale = (given["mean"], given["std"]) if {"mean", "std"} <= set(given) else None
+        said = {"mean", "std"} <= set(given)  # three of each are for the transform below
+        scale = (_average(given["mean"]), _average(given["std"])) if said else None
         opened = (to_torch if spec.get("convert") else OnnxModel)(path, scale)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
@@ -159,6 +162,11 @@ def _from_checkpoint(spec: Mapping[str, Any], network: NetworkFactory | None) ->
         )
     state = load_checkpoint(spec["checkpoint"])
     return load_strictly(network(spec["network"], state), state, spec["checkpoint"])
+
+
+def _average(value: object) -> float:
+    numbers = channels(value, "recipe: teacher.input")
+    return sum(numbers) / 3 if isinstance(numbers, tuple) else numbers
 
 
 def _check_simple(source: Mapping[str, Any]) -> None:
@@ -193,7 +201,17 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
             "recipe: teacher must be a table, a module or a function; found "
             f"{type(teacher['module']).__name__}"
         )
-    _only(teacher.get("input", {}), _INPUT_KEYS, "recipe: teacher.input")
+    given: Any = teacher.get("input", {})
+    _only(given, _INPUT_KEYS, "recipe: teacher.input")
+    InputTransform(**given)
+    for key in _FLAGS:
+        if not isinstance(teacher.get(key, False), bool):
+            raise KDHooksError(
+                f"recipe: teacher.{key} must be true or false; found {teacher[key]!r}"
+            )
+    for key in ("checkpoint", "onnx", "insightface"):
+        if not isinstance(teacher.get(key, ""), str | Path):
+            raise KDHooksError(f"recipe: teacher.{key} must be a path; found {teacher[key]!r}")
     if teacher.get("dtype", "float32") not in _DTYPES:
         raise KDHooksError(
             f"recipe: teacher.dtype must be one of {listed(_DTYPES)}; found '{teacher['dtype']}'"

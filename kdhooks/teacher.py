@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
 from kdhooks.fingerprints import probe_images, weights_of
+from kdhooks.inputs import InputTransform
 from kdhooks.shards import Rows
 from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
@@ -20,34 +20,6 @@ from kdhooks.teacher_cache import CacheOptions, TeacherCache
 log = logging.getLogger("kdhooks")
 
 _PREFIXES = ("module.", "_orig_mod.")
-
-
-@dataclass(frozen=True)
-class InputTransform:
-    """From the trainer's images to what the teacher expects.
-
-    The trainer gives RGB, (pixel - 127.5) / 127.5. The teacher gets `order` channels at `size`
-    (height, width), (pixel - mean) / std with pixels in 0..255.
-    """
-
-    size: tuple[int, int] | None = None
-    order: str = "rgb"
-    mean: float = 127.5
-    std: float = 127.5
-
-    def __post_init__(self) -> None:
-        if self.order not in ("rgb", "bgr"):
-            raise KDHooksError(f"teacher input: order must be 'rgb' or 'bgr'; found '{self.order}'")
-        if self.std <= 0:
-            raise KDHooksError(f"teacher input: std must be positive; found {self.std}")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(b 3 h w) -> (b 3 h w)."""
-        if self.size is not None and tuple(images.shape[-2:]) != tuple(self.size):
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        if (self.mean, self.std) != (127.5, 127.5):
-            images = images * (127.5 / self.std) + (127.5 - self.mean) / self.std
-        return images.flip(1) if self.order == "bgr" else images
 
 
 @dataclass(frozen=True)
@@ -82,8 +54,10 @@ class Teacher:
         micro_batch: so many images at a time, where memory is short;
         cache: a folder for embeddings, used from `start_cache` on.
         """
-        if micro_batch is not None and micro_batch < 1:
-            raise KDHooksError(f"teacher: micro_batch must be at least 1; found {micro_batch}")
+        if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
+            raise KDHooksError(
+                f"teacher: micro_batch must be a whole number, at least 1; found {micro_batch!r}"
+            )
         self.module = unwrap(model).eval() if isinstance(model, nn.Module) else None
         if self.module is not None:
             self.module.requires_grad_(False)

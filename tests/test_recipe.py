@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdhooks import KDHooksError, build
+from kdhooks import InputTransform, KDHooksError, build
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
@@ -177,6 +177,38 @@ def test_a_networks_name_needs_a_factory(checkpoint: Path) -> None:
 def test_reading_a_recipe_twice_is_reading_it_once() -> None:
     recipe = Recipe.read({"teacher": TEACHER, "methods": ["fcd"]})
     assert Recipe.read(recipe) is recipe
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ({"network": "r50", "checkpoint": None}, "teacher.checkpoint must be a path; found None"),
+        ({"network": "r50", "checkpoint": 3}, "teacher.checkpoint must be a path; found 3"),
+        ({"onnx": 3}, "teacher.onnx must be a path; found 3"),
+        ({"insightface": None}, "teacher.insightface must be a path; found None"),
+        ({**TEACHER, "channels_last": "yes"}, "channels_last must be true or false; found 'yes'"),
+        ({**TEACHER, "compile": 1}, "teacher.compile must be true or false; found 1"),
+        ({**TEACHER, "convert": "no"}, "teacher.convert must be true or false; found 'no'"),
+        ({**TEACHER, "input": {"size": 64}}, "size must be height and width; found 64"),
+    ],
+)
+def test_a_teachers_keys_are_checked(spec: dict[str, object], match: str) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        Recipe.read({"teacher": spec, "methods": ["fcd"]})
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_onnx_file_takes_means_of_three_channels(convert: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    module = tiny_teacher().module
+    assert module is not None
+    images, _ = tiny_batch()
+    export(module, images, tmp_path / "teacher.onnx")
+    said: dict[str, Any] = {"mean": [100.0, 110.0, 120.0], "std": [50, 60, 70]}
+    spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert, "input": said}
+    teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
+    wanted = module(InputTransform(mean=said["mean"], std=said["std"])(images)).detach()
+    torch.testing.assert_close(teacher(images).embedding, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("convert", [False, True])

@@ -130,8 +130,9 @@ def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
     images, _ = tiny_batch()
     Teacher(embed, micro_batch=5)(images)
     assert seen == [5, 5, 2]
-    with pytest.raises(KDHooksError, match="micro_batch must be at least 1; found 0"):
-        Teacher(embed, micro_batch=0)
+    for wrong in (0, "4", True):
+        with pytest.raises(KDHooksError, match=f"whole number, at least 1; found {wrong!r}"):
+            Teacher(embed, micro_batch=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,9 @@ def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
         (InputTransform(order="bgr"), [1.0, 0.0, -1.0]),
         (InputTransform(mean=0, std=1), [0.0, 127.5, 255.0]),
         (InputTransform(mean=127.5, std=128), [-127.5 / 128, 0.0, 127.5 / 128]),
+        (InputTransform(mean=[0.0], std=1), [0.0, 127.5, 255.0]),
+        (InputTransform(mean=[0, 7.5, 55], std=[1, 2, 4]), [0.0, 60.0, 50.0]),
+        (InputTransform(mean=(5.0, 7.5, 0.0), std=50, order="bgr"), [5.0, 2.4, 0.0]),
     ],
 )
 def test_input_transform(transform: InputTransform, expected: list[float]) -> None:
@@ -158,11 +162,27 @@ def test_input_transform_resizes() -> None:
     [
         ({"order": "grb"}, "order must be 'rgb' or 'bgr'; found 'grb'"),
         ({"std": 0.0}, "std must be positive; found 0"),
+        ({"std": [1, 1, -1]}, r"std must be positive; found \(1.0, 1.0, -1.0\)"),
+        (
+            {"mean": "0"},
+            "teacher input: mean must be a number, or one for each of three; found '0'",
+        ),
+        ({"mean": [1, 2]}, r"mean must be a number, or one for each of three; found \[1, 2\]"),
+        ({"std": float("nan")}, "std must be a number, or one for each of three; found nan"),
+        ({"size": 64}, "size must be height and width; found 64"),
+        ({"size": [64, 0]}, r"size must be height and width; found \[64, 0\]"),
     ],
 )
 def test_input_transform_refuses(options: dict[str, object], match: str) -> None:
     with pytest.raises(KDHooksError, match=match):
         InputTransform(**options)  # type: ignore[arg-type]
+
+
+def test_an_input_transform_is_written_the_same_however_it_was_given() -> None:
+    """The teacher's cache is known by it."""
+    given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3])]
+    assert len({repr(InputTransform(mean=mean)) for mean in given}) == 1
+    assert repr(InputTransform(mean=0)).endswith("order='rgb', mean=0, std=127.5)")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])

@@ -1,0 +1,72 @@
+"""What the trainer's images become before the teacher sees them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """From the trainer's images to what the teacher expects.
+
+    The trainer gives RGB, (pixel - 127.5) / 127.5. The teacher gets `order` channels at `size`
+    (height, width), (pixel - mean) / std with pixels in 0..255. mean and std are a number each, or
+    one for each of the channels, in that order.
+    """
+
+    size: tuple[int, int] | None = None
+    order: str = "rgb"
+    mean: float | Sequence[float] = 127.5
+    std: float | Sequence[float] = 127.5
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not _is_size(self.size):
+            raise KDHooksError(f"teacher input: size must be height and width; found {self.size!r}")
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, channels(getattr(self, name), f"teacher input: {name}"))
+        if self.order not in ("rgb", "bgr"):
+            raise KDHooksError(f"teacher input: order must be 'rgb' or 'bgr'; found '{self.order}'")
+        if min(_three(self.std)) <= 0:
+            raise KDHooksError(f"teacher input: std must be positive; found {self.std}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b 3 h w)."""
+        if self.size is not None and tuple(images.shape[-2:]) != tuple(self.size):
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        if self.order == "bgr":
+            images = images.flip(1)
+        if (self.mean, self.std) == (127.5, 127.5):
+            return images
+        if isinstance(self.mean, int | float) and isinstance(self.std, int | float):
+            return images * (127.5 / self.std) + (127.5 - self.mean) / self.std
+        of_each = zip(images.unbind(dim=1), _three(self.mean), _three(self.std), strict=True)
+        return torch.stack(
+            [x * (127.5 / std) + (127.5 - mean) / std for x, mean, std in of_each], 1
+        )
+
+
+def channels(value: object, what: str) -> float | tuple[float, ...]:
+    """A number, or three as a tuple; a list of one is that number."""
+    given: Any = value.tolist() if isinstance(value, Tensor) else value
+    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    known = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+    if not known or len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+        raise KDHooksError(f"{what} must be a number, or one for each of three; found {value!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(map(float, numbers))
+
+
+def _three(value: float | Sequence[float]) -> Sequence[float]:
+    return [value] * 3 if isinstance(value, int | float) else value
+
+
+def _is_size(size: object) -> bool:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        return False
+    return all(type(n) is int and n > 0 for n in size)
