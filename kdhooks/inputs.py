@@ -55,11 +55,12 @@ class InputTransform:
 def channels(value: object, what: str) -> float | tuple[float, ...]:
     """A number, or three as a tuple; a list of one is that number."""
     given: Any = value.tolist() if isinstance(value, Tensor) else value
-    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    numbers: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     known = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
     if not known or len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
         raise KDHooksError(f"{what} must be a number, or one for each of three; found {value!r}")
-    return numbers[0] if len(numbers) == 1 else tuple(map(float, numbers))
+    single: float = numbers[0]
+    return single if len(numbers) == 1 else tuple(map(float, numbers))
 
 
 def _three(value: float | Sequence[float]) -> Sequence[float]:

@@ -358,6 +358,14 @@ def test_a_teachers_init_cfg_says_where_its_weights_are(tmp_path: Path) -> None:
     model = MODELS.build(distilled(teacher={"module": module}))
     loaded = model.kdhooks.distiller._teacher.module
     assert same(loaded.state_dict(), taught.state_dict())
+    inside = {f"teacher.{key}": value for key, value in taught.state_dict().items()}
+    torch.save({"state_dict": inside}, tmp_path / "teacher.pth")
+    pretrained["prefix"] = "teacher"
+    MODELS.build(distilled(teacher={"module": module}))
+    del inside["teacher.head.weight"]
+    torch.save({"state_dict": inside}, tmp_path / "teacher.pth")
+    with pytest.raises(KDHooksError, match=r"does not fit the network(.|\n)*head.weight"):
+        MODELS.build(distilled(teacher={"module": module}))
 
 
 # --- what is logged ------------------------------------------------------------------------------
@@ -903,6 +911,8 @@ def test_labels_are_found(path: str, value: dict[str, Any]) -> None:
 
 # --- a wrong config at each place ----------------------------------------------------------------
 
+ROUND = {"type": "ImgDataPreprocessor", "rgb_to_bgr": True}
+SCALED = {"type": "ImgDataPreprocessor", "mean": [0.0] * 3, "std": [255.0] * 3}
 ROWS = {"module": {"type": "Taught"}, "classifier": torch.randn(6, 12)}
 
 
@@ -930,6 +940,29 @@ ROWS = {"module": {"type": "Taught"}, "classifier": torch.randn(6, 12)}
         ({"student": TinyFaceNet()}, "the student must be a BaseModel.*found TinyFaceNet"),
         ({"student": {"type": "Recognizer"}}, "student: Recognizer is not in the"),
         ({"student": "Recogniser"}, "student must be a model's config.*found 'Recogniser'"),
+        ({"student": None}, "student must be a model's config, dict.*found None"),
+        ({"backbone": {}}, "no key 'backbone'; a model's line over .* needs _delete_=True.*recipe"),
+        ({"images": 3}, "images must be a path like 'data_samples.gt_label'; found 3"),
+        ({"classifier": None}, "classifier must be a path like .*; found None"),
+        ({"input": None}, r"input must be dict\(mean=…, std=…, order=…\); found None"),
+        (
+            {"input": {"mean": "a"}},
+            "input.mean must be a number, or one for each of three; f.* 'a'",
+        ),
+        ({"input": {"mean": [1, 2]}}, r"input.mean must be a number, .* found \[1, 2\]"),
+        ({"input": {"std": 0}}, "input.std must be positive; found 0"),
+        (
+            {"student": {**STUDENT, "data_preprocessor": ROUND}},
+            r"student's data_preprocessor turns the channels .*: input = dict\(order='rgb'\) after",
+        ),
+        (
+            {"teacher": {"module": {**STUDENT, "data_preprocessor": ROUND}}},
+            r"teacher's data_preprocessor turns the channels .*: teacher.input = dict\(order='rgb'",
+        ),
+        (
+            {"teacher": {"module": {**STUDENT, "data_preprocessor": SCALED}}},
+            r"normalises with mean \[0.*teacher.input = dict",
+        ),
     ],
 )
 def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> None:
@@ -952,12 +985,59 @@ def test_a_wrong_hook_line_is_refused_when_it_is_read(changes: dict[str, Any], m
 
 def test_a_teachers_own_normalisation_must_be_said(tmp_path: Path) -> None:
     torch.save(trained_teacher().state_dict(), tmp_path / "teacher.pth")
-    own = {"type": "ImgDataPreprocessor", "mean": [0.0] * 3, "std": [255.0] * 3}
-    network = {"type": "Recogniser", "width": 6, "data_preprocessor": own}
+    network = {"type": "Recogniser", "width": 6, "data_preprocessor": SCALED}
     teacher = {"network": network, "checkpoint": tmp_path / "teacher.pth"}
     with pytest.raises(KDHooksError, match=r"normalises with mean \[0.*teacher.input = dict"):
         MODELS.build(distilled(teacher=teacher))
-    MODELS.build(distilled(teacher={**teacher, "input": {"mean": 0.0, "std": 255.0}}))
+    for mean in (0.0, [0.0], [0.0] * 3):
+        MODELS.build(distilled(teacher={**teacher, "input": {"mean": mean, "std": 255.0}}))
+
+
+def test_channels_that_are_turned_round_must_be_said() -> None:
+    seen: list[Tensor] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.mean(dim=(2, 3)).repeat(1, 4)
+
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    for order in ("rgb", "bgr"):
+        student = {**STUDENT, "data_preprocessor": ROUND}
+        model = MODELS.build(distilled(student, teacher=teacher, input={"order": order}))
+        model(images, torch.arange(4), mode="loss")
+        assert torch.equal(seen[-1], images.flip(1) if order == "bgr" else images)
+
+
+@pytest.mark.parametrize("source", ["network", "module"])
+def test_a_teachers_embedding_is_found_as_the_students_is(tmp_path: Path, source: str) -> None:
+    """And not the logits that a classifier's forward returns, unless that is asked for."""
+    torch.manual_seed(0)
+    trained = Classifier().train()
+    trained(torch.randn(8, 3, 32, 32))
+    torch.save(trained.state_dict(), tmp_path / "teacher.pth")
+    teacher: dict[str, Any] = {
+        "network": {"type": "Classifier"},
+        "checkpoint": tmp_path / "teacher.pth",
+    }
+    if source == "module":
+        teacher = {"module": trained}
+    student = {"type": "Classifier"}
+    for taps, dim in (({}, 16), ({"teacher": {"embedding": ""}}, 6)):
+        model = MODELS.build(distilled(student, teacher=teacher, taps=taps, methods=["rkd"]))
+        found = model.kdhooks.distiller._teacher(torch.randn(2, 3, 32, 32)).embedding
+        assert found.shape == (2, dim)
+
+
+def test_images_between_0_and_1_are_doubted(caplog: pytest.LogCaptureFixture) -> None:
+    labels = torch.arange(4)
+    for said, images, doubted in (
+        ({}, torch.rand(4, 3, 32, 32), True),
+        ({"mean": 0, "std": 255}, torch.rand(4, 3, 32, 32), False),
+        ({}, torch.rand(4, 3, 32, 32) * 2 - 1, False),
+    ):
+        caplog.clear()
+        MODELS.build(distilled(input=said))(images, labels, mode="loss")
+        assert ("lie in [0, 1]: the teacher takes them for (pixel" in caplog.text) == doubted
 
 
 @pytest.mark.parametrize(

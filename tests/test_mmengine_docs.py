@@ -31,6 +31,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 
 from kdhooks import methods
+from kdhooks_integrations.mmengine import allow_resume
 from tests.test_demo import made_faces, written
 
 ROOT = Path(__file__).parents[1]
@@ -126,16 +127,19 @@ def test_block_schedule(folder: None) -> None:
     assert [bool(value) for value in history] == [False, True, True, False]
 
 
-def test_block_resume(folder: None) -> None:
+@pytest.fixture
+def safe_globals() -> Iterator[None]:
+    before = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+def test_block_resume(folder: None, safe_globals: None) -> None:
     Path("work_dirs/distilled").mkdir(parents=True)
     Path("teacher.pth").rename("work_dirs/distilled/iter_40.pth")
     Path("work_dirs/distilled/last_checkpoint").write_text("work_dirs/distilled/iter_40.pth")
-    before = torch.serialization.get_safe_globals()
-    try:
-        assert ran("resume").iter == 40
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+    assert ran("resume").iter == 40
 
 
 def test_block_student(folder: None) -> None:
@@ -144,6 +148,20 @@ def test_block_student(folder: None) -> None:
     plain = import_module("face_recognition").MODELS.build(Config.fromfile("your_config.py").model)
     plain.load_state_dict(torch.load("student.pth"), strict=True)
     assert torch.equal(plain.head.weight, runner.model.head.weight)
+
+
+def test_a_plain_config_tests_a_distilled_student(folder: None, safe_globals: None) -> None:
+    head = ran("distill").model.head
+    Path("teacher.pth").unlink()
+    config = Config.fromfile("your_config.py")
+    config.merge_from_dict({"load_from": "work_dirs/distilled/iter_4.pth", "experiment_name": "t"})
+    config.test_dataloader, config.test_evaluator = config.val_dataloader, config.val_evaluator
+    config.test_cfg = {}
+    allow_resume()
+    runner = Runner.from_cfg(config)
+    runner.test()
+    found: Any = runner.model.get_submodule("head")
+    assert torch.equal(found.weight, head.weight)
 
 
 def test_block_install() -> None:

@@ -1,17 +1,22 @@
 """MMEngine's models: how they are built, and where they keep embedding, stages and classifier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
+from kdhooks.inputs import channels
 from kdhooks.recipe import Recipe
 from kdhooks.shards import ClassShard
+from kdhooks.teacher import load_checkpoint, load_strictly
+from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations.arcface_torch import Backbones
 
 _BACKBONES = ("backbone", "img_backbone")
@@ -54,7 +59,7 @@ def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
     if recipe.embedding("student"):
         return recipe
     children = dict(student.named_children())
-    path = next((name for name in _EMBEDDING if name in children), None)
+    path = _embedding_of(student)
     if path is None:
         raise KDHooksError(
             f"mmengine: the student has no child {' or '.join(_EMBEDDING)} to take its embedding "
@@ -63,6 +68,11 @@ def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
         )
     taps = {**recipe.taps, "student": {**recipe.taps.get("student", {}), "embedding": path}}
     return replace(recipe, taps=taps)
+
+
+def _embedding_of(model: nn.Module) -> str | None:
+    children = dict(model.named_children())
+    return next((name for name in _EMBEDDING if name in children), None)
 
 
 def own_classifier(student: nn.Module, path: str) -> ClassShard | None:
@@ -82,20 +92,62 @@ def own_classifier(student: nn.Module, path: str) -> ClassShard | None:
     return ClassShard(rows, 0, len(rows))
 
 
-def network_factory(recipe: Recipe) -> Callable[[Any, Mapping[str, Tensor]], nn.Module]:
-    def make(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
-        model: nn.Module = built(network, "teacher.network")
-        mean, std = _normalisation(model)
-        usual = (mean == 127.5).all() and (std == 127.5).all()
-        if not usual and not {"mean", "std"} <= set(recipe.teacher.get("input", {})):
-            raise KDHooksError(
-                "mmengine: the teacher's data_preprocessor normalises with mean "
-                f"{mean.flatten().tolist()} and std {std.flatten().tolist()}; say the same as "
-                "teacher.input = dict(mean=…, std=…)"
-            )
-        return model
+def with_teacher(recipe: Recipe) -> Recipe:
+    """A teacher of MMEngine's kind: built, found to be given what it expects, its embedding named.
 
-    return make
+    Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
+    """
+    spec = dict(recipe.teacher)
+    if "network" in spec:
+        path = spec.pop("checkpoint")
+        state = load_checkpoint(path)
+        spec["module"] = load_strictly(built(spec.pop("network"), "teacher.network"), state, path)
+    model = spec.get("module")
+    if not isinstance(model, BaseModel):
+        return replace(recipe, teacher=spec)
+    _check_images(model, spec.get("input", {}))
+    taps = dict(recipe.taps.get("teacher", {}))
+    taps.setdefault("embedding", _embedding_of(model) or "")
+    return replace(recipe, teacher=spec, taps={**recipe.taps, "teacher": taps})
+
+
+def initialised(config: Mapping[str, Any]) -> nn.Module:
+    """A teacher that its own init_cfg gives its weights: all of them, where it names a file."""
+    model: nn.Module = built(config, "teacher.module")
+    init = getattr(model, "init_cfg", None)
+    if not init:
+        return model
+    file = init.get("checkpoint", "") if isinstance(init, dict) else ""
+    if not Path(file).is_file():
+        model.init_weights()  # type: ignore[operator]  # of mmengine's BaseModule
+        return model
+    prefix = f"{init.get('prefix', '')}.".lstrip(".")
+    with readable():
+        state = load_checkpoint(file)
+    of_it = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    return load_strictly(model, of_it, file)
+
+
+def _check_images(model: nn.Module, said: Mapping[str, Any]) -> None:
+    """What the teacher's own data_preprocessor would do is said in teacher.input."""
+    mean, std = _normalisation(model)
+    usual = (mean == 127.5).all() and (std == 127.5).all()
+    if not usual and not {"mean", "std"} <= set(said):
+        raise KDHooksError(
+            "mmengine: the teacher's data_preprocessor normalises with mean "
+            f"{mean.flatten().tolist()} and std {std.flatten().tolist()}; say the same as "
+            "teacher.input = dict(mean=…, std=…)"
+        )
+    _check_order(model, said, "teacher", "teacher.input")
+
+
+def _check_order(model: nn.Module, said: Mapping[str, Any], whose: str, key: str) -> None:
+    preprocessor: Any = getattr(model, "data_preprocessor", None)
+    if getattr(preprocessor, "_channel_conversion", False) and "order" not in said:
+        raise KDHooksError(
+            f"mmengine: the {whose}'s data_preprocessor turns the channels round; say how they "
+            f"come out: {key} = dict(order='rgb') after bgr_to_rgb, 'bgr' after rgb_to_bgr"
+        )
 
 
 def _normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -112,9 +164,16 @@ def to_recipes_images(
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """scale, shift (3 1 1) and whether to flip: from the student's images to the recipe's."""
     mean, std = (
-        torch.as_tensor(given[key], dtype=torch.float32).reshape(-1, 1, 1) if key in given else own
+        torch.tensor(channels(given[key], f"mmengine: input.{key}"), dtype=torch.float32).reshape(
+            -1, 1, 1
+        )
+        if key in given
+        else own
         for key, own in zip(("mean", "std"), _normalisation(student), strict=True)
     )
+    if not (std > 0).all():
+        raise KDHooksError(f"mmengine: input.std must be positive; found {given['std']!r}")
+    _check_order(student, given, "student", "input")
     order = given.get("order", "rgb")
     if order not in ("rgb", "bgr"):
         raise KDHooksError(f"mmengine: input.order must be 'rgb' or 'bgr'; found '{order}'")

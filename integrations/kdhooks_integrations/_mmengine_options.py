@@ -10,7 +10,7 @@ import torch
 from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.recipe import Recipe
-from kdhooks_integrations._mmengine_models import built
+from kdhooks_integrations._mmengine_models import initialised
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,18 @@ class Options:
         for key in table:
             if key not in (*known, *own, "input"):
                 every = ["recipe", *known, *own, "input"]
+                hint = near_miss(key, every) or (
+                    "a model's line over that of a base config needs _delete_=True, or the keys of "
+                    "both are mixed; "
+                )
                 raise KDHooksError(
-                    f"mmengine: there is no key '{key}'; {near_miss(key, every)}"
-                    f"the keys are: {listed(every)}"
+                    f"mmengine: there is no key '{key}'; {hint}the keys are: {listed(every)}"
+                )
+        for key in own:
+            if not isinstance(table.get(key, ""), str):
+                raise KDHooksError(
+                    f"mmengine: {key} must be a path like 'data_samples.gt_label'; found "
+                    f"{table[key]!r}"
                 )
         given = {key: table[key] for key in known if key in table}
         if recipe is not None and given:
@@ -43,6 +52,10 @@ class Options:
             )
         checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
         transform = table.get("input", {})
+        if not isinstance(transform, Mapping):
+            raise KDHooksError(
+                f"mmengine: input must be dict(mean=…, std=…, order=…); found {transform!r}"
+            )
         for key in transform:
             if key not in ("mean", "std", "order"):
                 raise KDHooksError(
@@ -57,7 +70,5 @@ def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(teacher, Mapping) or not isinstance(teacher.get("module"), Mapping):
         return table
     with undisturbed_generators(0, torch.device("cpu")):
-        module = built(teacher["module"], "teacher.module")
-        if getattr(module, "init_cfg", None):
-            module.init_weights()
+        module = initialised(teacher["module"])
     return {**table, "teacher": {**teacher, "module": module}}

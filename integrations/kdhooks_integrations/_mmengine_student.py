@@ -9,6 +9,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.recipe import build
 from kdhooks_integrations._copies import LeftBehind
@@ -16,10 +17,10 @@ from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations._mmengine_forward import Arguments, Forward
 from kdhooks_integrations._mmengine_models import (
     Conventions,
-    network_factory,
     own_classifier,
     to_recipes_images,
     with_embedding,
+    with_teacher,
 )
 from kdhooks_integrations._mmengine_options import Options
 from kdhooks_integrations._mmengine_watch import CHILD, Watch
@@ -40,11 +41,13 @@ class Distillation(nn.Module):
         super().__init__()
         self.forward_of = Forward(student, options.images, options.labels)
         recipe = with_embedding(options.recipe, student)
+        device = next(student.parameters()).device
         with readable():  # a teacher's checkpoint
+            with undisturbed_generators(recipe.seed, device):
+                recipe = with_teacher(recipe)
             self.distiller = build(
                 recipe,
                 student,
-                network=network_factory(recipe),
                 head=own_classifier(student, options.classifier),
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
@@ -101,12 +104,8 @@ class Distillation(nn.Module):
             images = images * self.scale + self.shift
         if self.bgr:
             images = images.flip(1)
-        if not self.ran and images.abs().amax() > _PIXELS:
-            raise KDHooksError(
-                f"mmengine: images must be normalised; found values up to "
-                f"{float(images.abs().amax()):.0f}; normalise them in the data_preprocessor, or "
-                "say what the student sees: input = dict(mean=0, std=1)"
-            )
+        if not self.ran:
+            _check_range(images)
         return images
 
     def _run(self, student: nn.Module, images: Tensor) -> None:
@@ -142,6 +141,21 @@ class Distillation(nn.Module):
             else "",
         )
         state.update(self.state_dict(prefix=prefix))
+
+
+def _check_range(images: Tensor) -> None:
+    low, high = (float(bound) for bound in images.aminmax())
+    if max(-low, high) > _PIXELS:
+        raise KDHooksError(
+            f"mmengine: images must be normalised; found values up to {max(-low, high):.0f}; "
+            "normalise them in the data_preprocessor, or say what the student sees: "
+            "input = dict(mean=0, std=1)"
+        )
+    if low >= 0 and high <= 1:
+        log.warning(
+            "all images of the first batch lie in [0, 1]: the teacher takes them for "
+            "(pixel - 127.5) / 127.5; if they are pixel / 255, say input = dict(mean=0, std=255)"
+        )
 
 
 def refusal(found: Iterable[str]) -> str:

@@ -31,7 +31,9 @@ from kdhooks_integrations._mmengine_watch import NOT_RUN
 
 
 def Distill(
-    student: Mapping[str, Any] | nn.Module, recipe: str | Path | None = None, **table: Any
+    student: Mapping[str, Any] | nn.Module | None = None,
+    recipe: str | Path | None = None,
+    **table: Any,
 ) -> nn.Module:
     """The student itself, built by its config, with the losses of the methods among its own.
 
