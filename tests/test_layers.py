@@ -29,7 +29,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks.registry kdhooks_integrations.*mmengine*",
 }
-FOR_PLUGINS = {"declarations", "hookspecs", "shards", "errors"}
+FOR_PLUGINS = {"chunks", "declarations", "hookspecs", "shards", "errors"}
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")
 
 
