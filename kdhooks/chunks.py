@@ -74,7 +74,7 @@ class _OverRows(torch.autograd.Function):
         total = values = x.new_empty(0, 0)
         slopes: dict[int, Tensor] = {}
         logs = 0
-        for start, w in _chunks(x, rows.detach()):
+        for start, w in row_chunks(x, rows.detach()):
             with _apart(x, x.requires_grad):
                 wanted = measure(x, w, start)
                 numbers, under = _numbers(wanted)
@@ -109,7 +109,7 @@ class _OverRows(torch.autograd.Function):
             return None, torch.stack(parts).sum(dim=0), None
         embedding, rows, total = ctx.saved_tensors
         by_embedding, by_rows = torch.zeros_like(embedding), torch.empty_like(rows)
-        for start, piece in _chunks(embedding, rows):
+        for start, piece in row_chunks(embedding, rows):
             x, w = embedding.detach().requires_grad_(), piece.detach().requires_grad_()
             with _apart(x, True):
                 numbers, under = _numbers(ctx.measure(x, w, start))
@@ -120,7 +120,8 @@ class _OverRows(torch.autograd.Function):
         return None, by_embedding, by_rows
 
 
-def _chunks(embedding: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def row_chunks(embedding: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(b e), (c e) -> the first row's number and the rows (k e) of each chunk."""
     size = chunk_size(embedding)
     for start in range(0, len(rows), size):
         yield start, rows[start : start + size]

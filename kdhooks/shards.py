@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kdhooks.chunks import Wanted, chunk_size, over_rows
+from kdhooks.chunks import Wanted, over_rows, row_chunks
 from kdhooks.errors import KDHooksError
 
 
@@ -192,10 +192,8 @@ class ClassShard:
 
     def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
         """(b e) -> these classes, as many at a time as `over_classes` compares the batch with."""
-        offset = self.offset
-        for rows in self.weight.split(chunk_size(embedding)):
-            yield ClassShard(rows, offset, self.total)
-            offset += len(rows)
+        for start, rows in row_chunks(embedding, self.weight):
+            yield ClassShard(rows, self.offset + start, self.total)
 
     def part(self, chunk: "ClassShard") -> "ClassShard":
         """The classes of another classifier's chunk, of this one."""

@@ -26,13 +26,13 @@ class GroupedScores(nn.Module):
 
     def __init__(
         self,
-        primary: float = 8.0,
-        binary: float = 1.0,
-        tau: float = 0.93,
-        largest: int = 10_000,
-        temperature: float = 4.0,
-        scale: float = 64.0,
-        margin: float = 0.4,
+        primary: float,
+        binary: float,
+        tau: float,
+        largest: int,
+        temperature: float,
+        scale: float,
+        margin: float,
     ) -> None:
         super().__init__()
         self.primary, self.binary, self.tau, self.largest = primary, binary, tau, largest
