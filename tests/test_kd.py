@@ -11,11 +11,11 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError
 from kdhooks.chunks import NUMBERS
-from kdhooks.declarations import Step
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.kd import KD
 from tests import golden
-from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
+from tests.compared import normal, scenario, whole
+from tests.ranks import Results, on_two_ranks
 from tests.references import kd as reference
 from tests.references.differences import central_differences
 
@@ -30,15 +30,6 @@ options_drawn = st.fixed_dictionaries(
 
 def made(**options: float) -> nn.Module:
     return KD(**options).classifier_share().loss
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def labels_of(seed: int, b: int, c: int) -> Tensor:
@@ -224,7 +215,7 @@ def test_an_option_out_of_range_is_refused(options: dict[str, float], message: s
 
 # --- two ranks against one process -----------------------------------------------------------
 
-_CLASSES, _SPLIT, _B = 7, (4, 3), 8
+_SPLIT, _LABELS = (4, 3), torch.tensor([0, 6, 3, 4, 2, -1, 5, 3])
 _OPTIONS: dict[str, dict[str, float]] = {
     "plain": {},
     "margin": {"margin": 0.4},
@@ -232,41 +223,12 @@ _OPTIONS: dict[str, dict[str, float]] = {
 }
 
 
-def _shard(rows: Tensor) -> ClassShard:
-    rank, size = here()
-    split = _SPLIT if size == 2 else (_CLASSES,)
-    part = rows.split(split)[rank].clone().requires_grad_()
-    return ClassShard(part, sum(split[:rank]), _CLASSES, group())
-
-
 def _scenario(options: dict[str, float]) -> Results:
-    """DDP takes the mean of the student's gradient; of a shard's, nobody does."""
-    student = nn.Linear(5, 4).double()
-    with torch.no_grad():
-        student.weight.copy_(normal(20, 4, 5))
-        student.bias.copy_(normal(21, 4))
-    head = _shard(normal(22, _CLASSES, 4))
-    tap = KD(**options).classifier_share()
-    step = Step(
-        student=student(mine(normal(23, _B, 5))),
-        student_features={},
-        teacher=mine(normal(24, _B, 6)),
-        teacher_features={},
-        labels=mine(torch.tensor([0, 6, 3, 4, 2, -1, 5, 3])),
-        parameters={},
-        classifier=_shard(normal(25, _CLASSES, 6)),
-        head=head,
-    )
-    loss, notes = tap.loss(*tap.arguments(step))
-    loss.backward()
-    return {
-        "same": {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)},
-        "head": gradient(head.weight),
-    }
+    return scenario(KD(**options).classifier_share(), _SPLIT, _LABELS)
 
 
 def _scenarios() -> dict[str, Results]:
-    NUMBERS["cpu"] = 2 * _B  # two classes at a time, in these processes
+    NUMBERS["cpu"] = 2 * len(_LABELS)  # two classes at a time, in these processes
     return {name: _scenario(options) for name, options in _OPTIONS.items()}
 
 
