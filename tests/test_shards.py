@@ -363,6 +363,7 @@ def _run_primitives() -> Results:
             "cosines": shard.cosines(normal(27, _B, 6)),
         },
         "world": world() is not None,
+        "frozen": shard.trained() is shard,
     }
 
 
@@ -437,3 +438,8 @@ def test_what_is_split_by_class_fits_together(
 def test_two_ranks_are_a_world(ranks: list[dict[str, Results]], alone: dict[str, Results]) -> None:
     assert [results["primitives"]["world"] for results in ranks] == [True, True]
     assert not alone["primitives"]["world"]
+
+
+def test_a_head_that_another_method_froze_is_no_error(ranks: list[dict[str, Results]]) -> None:
+    """As proxylesskd does in a trainer's head, beside a method that compares."""
+    assert all(found["primitives"]["frozen"] for found in ranks)
