@@ -4,6 +4,7 @@ A block is named by the word after its language; each name has its test here.
 """
 
 import copy
+import itertools
 import math
 import re
 import shlex
@@ -88,10 +89,15 @@ def folder(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     shutil.copy(material / "work_dirs" / "teacher" / "iter_40.pth", tmp_path / "teacher.pth")
 
 
+_numbers = itertools.count()
+
+
 def ran(block: str) -> Any:
     """The runner of a config file with this text, after its training."""
     Path(f"{block}.py").write_text(BLOCKS[block])
-    runner = Runner.from_cfg(Config.fromfile(f"{block}.py"))
+    config = Config.fromfile(f"{block}.py")
+    config.experiment_name = f"block{next(_numbers)}"  # else of the second of the clock
+    runner = Runner.from_cfg(config)
     runner.train()
     return runner
 
