@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
+from kdhooks.sent import Sent
 from kdhooks.shards import Rows, world
 from kdhooks.teacher import TeacherOutput
 
@@ -104,7 +105,7 @@ class Finite:
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
         check_nonfinite(nonfinite)
         self._skip = nonfinite == "skip"
-        self._last: _Noted | None = None
+        self._last: tuple[_Noted, Sent] | None = None
         self.step = 0  # how many were taken, with their terms or without
         self.skipped = 0
 
@@ -116,9 +117,9 @@ class Finite:
         if not self._skip:
             return True
         tapped = [*step.teacher_features.values(), *step.student_features.values()]
-        noted = _noted(self.step + 1, {}, step)
-        finite = [torch.isfinite(tensor.detach()).all() for tensor in (*tapped, noted.numbers)]
-        usable = self._all_ranks(torch.stack(finite).all(), noted)
+        noted, numbers = _noted(self.step + 1, {}, step)
+        finite = [torch.isfinite(tensor.detach()).all() for tensor in (*tapped, numbers)]
+        usable = self._all_ranks(torch.stack(finite).all(), noted, numbers)
         if not usable:
             self.step += 1
         return usable
@@ -126,30 +127,31 @@ class Finite:
     def note(self, values: Mapping[str, Tensor], step: Step) -> bool:
         """Of this step, which is over; False: go on without its terms."""
         self.step += 1
-        noted = _noted(self.step, values, step)
+        noted, numbers = _noted(self.step, values, step)
         if self._skip:
-            return self._all_ranks(torch.isfinite(noted.numbers).all(), noted)
-        if noted.numbers.is_cuda:
-            self._last = noted.sent()
-        else:
-            self._last = noted if noted.fault() else None
+            return self._all_ranks(torch.isfinite(numbers).all(), noted, numbers)
+        known = not numbers.is_cuda and not noted.fault(numbers)
+        self._last = None if known else (noted, Sent(numbers))
         return True
 
-    def _all_ranks(self, fine: Tensor, noted: "_Noted") -> bool:
+    def _all_ranks(self, fine: Tensor, noted: "_Noted", numbers: Tensor) -> bool:
         fine = fine.float()
         if world() is not None:
             dist.all_reduce(fine, dist.ReduceOp.MIN)
         if fine:
             return True
         self.skipped += 1
-        found = noted.fault() or f"step {noted.step}: a tap, or another rank, is not finite"
+        found = noted.fault(numbers) or f"step {noted.step}: a tap, or another rank, is not finite"
         log.warning("%s; the step goes on without its terms", found)
         return False
 
     def check(self) -> None:
         """Of the step before."""
-        noted, self._last = self._last, None
-        if noted is not None and (fault := noted.fault()):
+        last, self._last = self._last, None
+        if last is None:
+            return
+        noted, sent = last
+        if fault := noted.fault(sent.read()):
             raise KDHooksError(
                 f"{fault}; lower the weight or the learning rate, or look at these samples; "
                 "nonfinite = 'skip' goes on without the terms of such a step"
@@ -159,23 +161,11 @@ class Finite:
 class _Noted(NamedTuple):
     step: int
     names: tuple[str, ...]
-    numbers: Tensor  # each term's value, then each sample's sum of the teacher's embedding
     labels: Tensor  # (b)
-    arrived: "torch.cuda.Event | None" = None
 
-    def sent(self) -> "_Noted":
-        """Without waiting for the device: the numbers go to the host; an event says when they came.
-
-        Then nothing stays on the device but the labels, which are the trainer's.
-        """
-        host, arrived = self.numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
-        return self._replace(numbers=host, arrived=arrived)
-
-    def fault(self) -> str:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        finite = list(map(math.isfinite, self.numbers.tolist()))
+    def fault(self, numbers: Tensor) -> str:
+        """Of each term's value, then each sample's sum of the teacher's embedding; "" is none."""
+        finite = list(map(math.isfinite, numbers.tolist()))
         if all(finite):
             return ""
         bad = [name for name, fine in zip(self.names, finite, strict=False) if not fine]
@@ -190,9 +180,10 @@ class _Noted(NamedTuple):
         return f"step {self.step}: {' and '.join(what)}"
 
 
-def _noted(number: int, values: Mapping[str, Tensor], step: Step) -> _Noted:
+def _noted(number: int, values: Mapping[str, Tensor], step: Step) -> tuple[_Noted, Tensor]:
+    """And the numbers by which to tell, on the device."""
     numbers = [value.reshape(1) for value in values.values()]
     if step.teacher is not None:
         numbers.append(step.teacher.detach().sum(dim=1))
     joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
-    return _Noted(number, tuple(values), joined, step.labels)
+    return _Noted(number, tuple(values), step.labels), joined

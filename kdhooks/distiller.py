@@ -96,6 +96,7 @@ class Distiller(nn.Module):
         self._take_rows(theirs)
         self._connect(ours)
         self._teacher.start_cache(images)
+        self._begin_early()
         self.to(first.device)
 
     # --- one step ----------------------------------------------------------------------------
@@ -232,6 +233,11 @@ class Distiller(nn.Module):
         ours = [path for tap in features for path in tap.student]
         self._student = StudentTaps(student.module, [self._embedding, *ours])
 
+    def _begin_early(self) -> None:
+        """The teacher, at the student's entrance, where it has anything to begin with."""
+        early = self._needs_teacher and self._teacher.begins
+        self._student.on_enter = self._teacher.begin if early else None
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; no decay for those that a loss says so of.
 
@@ -265,6 +271,7 @@ class Distiller(nn.Module):
             raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
         self.taps = tuple(other for other in self.taps if other is not tap)
         self._needs_teacher = _need_teacher(self.taps)
+        self._begin_early()
         del self.losses[tap.name]
         classifier = self._teacher.classifier
         assert classifier is not None

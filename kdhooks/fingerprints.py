@@ -83,7 +83,7 @@ def digest(module: nn.Module) -> str:
 def check_header(folder: Path, teacher: Identity, probe: Tensor) -> None:
     """The folder's own, written where there is none, must name the same teacher."""
     mine = {"dim": probe.shape[1], **teacher}
-    write_header(folder, {"format": FORMAT, **mine, "probe": probe.double().tolist()})
+    write_header(folder, {"format": FORMAT, **mine, "probe": probe.double().cpu().tolist()})
     known = read_header(folder)
     for name, value in mine.items():
         if known[name] != value:

@@ -18,7 +18,7 @@ from kdhooks.inputs import InputTransform, channels
 from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher, load_checkpoint, load_strictly
+from kdhooks.teacher import Teacher, check_compile, load_checkpoint, load_strictly
 from kdhooks.teacher_cache import CacheOptions
 
 if sys.version_info >= (3, 11):
@@ -33,9 +33,9 @@ _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "micro_batch", "convert", "cache",
+    "side_stream", "micro_batch", "convert", "cache",
 )  # fmt: skip
-_FLAGS = ("channels_last", "compile", "convert")
+_FLAGS = ("channels_last", "side_stream", "convert")
 _INPUT_KEYS = ("size", "order", "mean", "std")
 _CACHE_KEYS = ("path", "max_gb")
 _TAP_KEYS = ("embedding", "stages")
@@ -149,6 +149,7 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         dtype=_DTYPES[spec.get("dtype", "float32")],
         channels_last=spec.get("channels_last", False),
         compile=spec.get("compile", False),
+        side_stream=spec.get("side_stream", False),
         micro_batch=spec.get("micro_batch"),
         cache=spec.get("cache"),
     )
@@ -209,6 +210,7 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
             raise KDHooksError(
                 f"recipe: teacher.{key} must be true or false; found {teacher[key]!r}"
             )
+    check_compile(teacher.get("compile", False), "recipe: ")
     for key in ("checkpoint", "onnx", "insightface"):
         if not isinstance(teacher.get(key, ""), str | Path):
             raise KDHooksError(f"recipe: teacher.{key} must be a path; found {teacher[key]!r}")

@@ -1,7 +1,7 @@
 """Recording what named modules put out, and refusing what would train the wrong thing."""
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -149,11 +149,12 @@ class StudentTaps:
     """Taps of a model in training: each forward with grad records; `take` checks and lets go.
 
     A forward opens at the model's entrance and closes at its exit, so that neither evaluation
-    nor the recomputation of activation checkpointing is recorded.
+    nor the recomputation of activation checkpointing is recorded. `on_enter` is told its images.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.images: Tensor | None = None
+        self.on_enter: Callable[[Tensor], None] | None = None
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -169,6 +170,8 @@ class StudentTaps:
         if self._handles and model.training and torch.is_grad_enabled():
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             self.images = tensors[0] if tensors else None
+            if self.images is not None and self.on_enter is not None:
+                self.on_enter(self.images)
             self._taps.open()
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -191,7 +194,7 @@ class StudentTaps:
         return outputs
 
     def remove(self) -> None:
-        self.images = None
+        self.images = self.on_enter = None
         self._taps.remove()
         for handle in self._handles:
             handle.remove()

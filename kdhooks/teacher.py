@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.fingerprints import probe_images, weights_of
 from kdhooks.inputs import InputTransform
 from kdhooks.shards import Rows
@@ -20,6 +20,7 @@ from kdhooks.teacher_cache import CacheOptions, TeacherCache
 log = logging.getLogger("kdhooks")
 
 _PREFIXES = ("module.", "_orig_mod.")
+_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,24 @@ class TeacherOutput:
     features: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    images: Tensor
+    version: int
+    finish: Callable[[], TeacherOutput]
+
+    def is_of(self, images: Tensor) -> bool:
+        return self.images is images and self.version == images._version
+
+
 class Teacher:
     """A frozen model in eval mode, run without grad. Not an nn.Module, so nobody's child.
 
     Neither the student's checkpoint nor its optimizer, `.train()`, deepcopy or pickle can reach
     it. `model` is a torch module, or any function (b 3 h w) -> (b e).
+
+    `begin(images)`, before the student's forward, puts the device to work on what a call with the
+    same images then finishes: the keys of a cache, or the whole teacher on a stream of its own.
     """
 
     def __init__(
@@ -46,14 +60,18 @@ class Teacher:
         embedding: str = "",
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | str = False,
+        side_stream: bool = False,
         micro_batch: int | None = None,
         cache: CacheOptions | None = None,
     ) -> None:
         """embedding: path of the submodule that puts it out; dtype: of its own autocast;
+        compile: by torch.compile; a name is its mode, "reduce-overhead" or "max-autotune";
+        side_stream: run beside the student's forward, on CUDA; it takes memory of its own;
         micro_batch: so many images at a time, where memory is short;
         cache: a folder for embeddings, used from `start_cache` on.
         """
+        check_compile(compile)
         if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
             raise KDHooksError(
                 f"teacher: micro_batch must be a whole number, at least 1; found {micro_batch!r}"
@@ -64,10 +82,17 @@ class Teacher:
             refuse_untrained(self.module)
             if channels_last:
                 self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._run = torch.compile(self.module) if compile and self.module else self.module or model
+        self._run = self.module or model
+        if compile and self.module is not None:
+            self._run = torch.compile(self.module, mode=None if compile is True else compile)
+        self._overwrites = isinstance(compile, str)  # its output, in the next call
         self._transform = transform or InputTransform()
         self._dtype = dtype
         self._channels_last = channels_last
+        self._side_stream = side_stream
+        self._stream: torch.cuda.Stream | None = None
+        self._begun: _Begun | None = None
+        self._ahead = True
         self._micro_batch = micro_batch
         self._taps = _no_taps()
         self._tapped: tuple[str, ...] = ()
@@ -114,11 +139,55 @@ class Teacher:
         probe = self._forward(probe_images(images)).embedding
         self.cache = TeacherCache(self._cache_options, known, probe)
 
+    @property
+    def begins(self) -> bool:
+        """Whether `begin` does anything."""
+        return self.cache is not None or (self._side_stream and self.adapter is None)
+
+    def begin(self, images: Tensor) -> None:
+        """(b 3 h w), which the next call is to be about."""
+        if torch.compiler.is_compiling() or not self._ahead or images.is_inference():
+            return
+        if self._device != images.device:  # the first call takes the teacher there
+            return
+        if self.cache is not None:
+            self._begun = _Begun(images, images._version, self._look_up(images))
+        elif images.is_cuda:
+            self._begun = _Begun(images, images._version, self._beside(images))
+
     def __call__(self, images: Tensor) -> TeacherOutput:
         """(b 3 h w), the trainer's images."""
-        if self.cache is None:
-            return self._forward(images)
-        return TeacherOutput(self.cache(images, lambda some: self._forward(some).embedding), {})
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.is_of(images):
+            return begun.finish()
+        # Other images than the student's, or the student wrote into them: not again.
+        self._ahead = self._ahead and begun is None
+        return self._forward(images) if self.cache is None else self._look_up(images)()
+
+    def _look_up(self, images: Tensor) -> Callable[[], TeacherOutput]:
+        """Sends the keys to the host; the result takes what the cache has, and adds what not."""
+        assert self.cache is not None
+        embedding = self.cache.begin(images, lambda some: self._forward(some).embedding)
+        return lambda: TeacherOutput(embedding(), {})
+
+    def _beside(self, images: Tensor) -> Callable[[], TeacherOutput]:
+        """Runs on a stream of its own; the result lets the current stream wait for it."""
+        if self._stream is None or self._stream.device != images.device:
+            self._stream = torch.cuda.Stream(images.device)
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):
+            output = self._forward(images)
+        images.record_stream(stream)  # who frees memory that another stream uses must know it
+
+        def finish() -> TeacherOutput:
+            current = torch.cuda.current_stream(images.device)
+            current.wait_stream(stream)
+            for tensor in (output.embedding, *output.features.values()):
+                tensor.record_stream(current)
+            return output
+
+        return finish
 
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not."""
@@ -134,7 +203,8 @@ class Teacher:
         features = self._taps.take()
         if self.embedding_path:
             output = features[self.embedding_path]
-        return TeacherOutput(_embedding(output), features)
+        found = TeacherOutput(_embedding(output), features)
+        return _cloned(found) if self._overwrites else found
 
     def _prepare(self, images: Tensor) -> None:
         if self.module is not None and self.module.training:
@@ -150,6 +220,9 @@ class Teacher:
     def remove(self) -> None:
         self._taps.remove()
         self._taps = _no_taps()
+        self._begun = None
+        if self._stream is not None:  # it may be at work on what nobody took
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if self.cache:
             self.cache.flush()
         self.cache = None
@@ -161,6 +234,14 @@ class Teacher:
         return _unpickled, ()
 
 
+def check_compile(found: object, where: str = "") -> None:
+    if not isinstance(found, bool) and found not in _MODES:
+        raise KDHooksError(
+            f"{where}teacher.compile must be true, false or one of {listed(_MODES)}; "
+            f"found {found!r}"
+        )
+
+
 def _no_taps() -> Taps:
     return Taps(nn.Identity(), (), "teacher")
 
@@ -170,6 +251,11 @@ def _unpickled() -> Callable[[Tensor], TeacherOutput]:
         raise KDHooksError("teacher was left out when this model was pickled; build it anew")
 
     return absent
+
+
+def _cloned(output: TeacherOutput) -> TeacherOutput:
+    features = {path: tensor.clone() for path, tensor in output.features.items()}
+    return TeacherOutput(output.embedding.clone(), features)
 
 
 def _joined(parts: Sequence[TeacherOutput]) -> TeacherOutput:

@@ -5,7 +5,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from kdhooks.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.errors import KDHooksError
 from kdhooks.fingerprints import Identity, ViewKeys, check_header, check_same
+from kdhooks.sent import Sent
 
 log = logging.getLogger("kdhooks")
 
@@ -45,8 +48,8 @@ class TeacherCache:
     kept. At max_gb, or when the disk has 2 GB left, what is there stays and nothing is added; each
     other rank may pass the bound by one batch. In memory: 16 bytes a view.
 
-    A call that finds all its views waits for the device once, for the keys. What the teacher gives
-    is written in the call after that, when the device is done with it.
+    `begin` makes the keys; what it gives waits for them, and looks them up: in between the device
+    has other things to do. What the teacher gives is written in the call after that.
     """
 
     def __init__(self, options: CacheOptions, teacher: Identity, probe: Tensor) -> None:
@@ -56,7 +59,7 @@ class TeacherCache:
         self._hash = ViewKeys()
         self._index = Index()
         self._parts = Parts(self.folder, probe.shape[1])
-        self._pending: tuple[Keys, Tensor] | None = None
+        self._pending: tuple[Keys, Sent] | None = None
         self.writing = True
         self._proved = False
         self._read_at = 0.0
@@ -64,34 +67,37 @@ class TeacherCache:
         self._read_on()
         log.info("teacher cache %s: %d views", self.folder, len(self._index))
 
-    def __call__(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """(b 3 h w) -> (b e), without gradient; embed: the teacher itself."""
-        keys = self.keys(images)
-        self.flush()
-        found, rows = self.look_up(keys)
-        if not found.all() and self._read_on():
-            found, rows = self.look_up(keys)
-        self.asked, self.hits = self.asked + len(keys), self.hits + int(found.sum())
-        result = torch.from_numpy(rows).to(images.device, non_blocking=True)
-        if found.any() and not self._proved:
-            self._prove(result, images, found, embed)
-        if not found.all():
-            missing = np.flatnonzero(~found)
-            result[torch.from_numpy(missing)] = self._run(images, keys, missing, embed)
-        return result.float()
+    def begin(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        """(b 3 h w) -> what gives (b e), without gradient; embed: the teacher itself."""
+        return partial(self._finish, Sent(self._hash(images)), images, embed)
 
     def keys(self, images: Tensor) -> Keys:
         """(b 3 h w) -> (b), on the host."""
         keys: Keys = self._hash(images).cpu().numpy()
         return keys
 
+    def _finish(self, sent: Sent, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        keys: Keys = sent.read().numpy()
+        self.flush()
+        found, rows = self.look_up(keys)
+        if not found.all() and self._read_on():
+            found, rows = self.look_up(keys)
+        self.asked, self.hits = self.asked + len(keys), self.hits + int(found.sum())
+        result = _on(images.device, rows)
+        if found.any() and not self._proved:
+            self._prove(result, images, found, embed)
+        if not found.all():
+            missing = np.flatnonzero(~found)
+            result[_on(images.device, missing)] = self._run(images, keys, missing, embed)
+        return result.float()
+
     def flush(self) -> None:
         """Write what the last call added."""
         if self._pending is None:
             return
-        keys, embeddings = self._pending
+        keys, sent = self._pending
         self._pending = None
-        rows: Embeddings = embeddings.cpu().numpy()
+        rows: Embeddings = sent.read().numpy()
         finite = np.isfinite(rows).all(axis=1)
         if self.writing and finite.any():
             self._write(keys[finite], rows[finite])
@@ -120,9 +126,9 @@ class TeacherCache:
         # A power of two, so that cuDNN and torch.compile meet few sizes.
         size = min(1 << (len(views) - 1).bit_length(), len(keys))
         padded = np.resize(views, size)
-        embeddings = embed(images[torch.from_numpy(padded)])[: len(views)].detach().half()
-        self._pending = unique, embeddings
-        return embeddings[torch.from_numpy(back.reshape(-1))]
+        embeddings = embed(images[_on(images.device, padded)])[: len(views)].detach().half()
+        self._pending = unique, Sent(embeddings)
+        return embeddings[_on(images.device, back.reshape(-1))]
 
     def _prove(
         self,
@@ -132,7 +138,7 @@ class TeacherCache:
         embed: Callable[[Tensor], Tensor],
     ) -> None:
         """The first batch that hits goes through the teacher all the same."""
-        here = torch.from_numpy(np.flatnonzero(found))
+        here = _on(images.device, np.flatnonzero(found))
         check_same(self.folder, rows[here], embed(images[here]), "its rows for the first batch")
         self._proved = True
 
@@ -170,3 +176,11 @@ class TeacherCache:
 
     def _add(self, number: int, first: int, keys: Keys) -> None:
         self._index.add(keys, (number << _ROW_BITS) + first + np.arange(len(keys)))
+
+
+def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
+    """Without waiting for the device."""
+    found = torch.from_numpy(array)
+    if device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import second_streams
+
 python_devices = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no device that is written in Python",
@@ -32,6 +34,7 @@ class Far(Tensor):
     """A tensor of that device; what it holds is `near`."""
 
     near: Tensor
+    held: second_streams.Held
     is_cuda = True  # what is done for CUDA is done here
 
     @staticmethod
@@ -44,8 +47,11 @@ class Far(Tensor):
             dtype=near.dtype,
             device=torch.device(NAME, 0),
         )
-        far.near = near
+        far.near, far.held = near, second_streams.Held(near)
         return far
+
+    def record_stream(self, s: Any) -> None:
+        self.held.memory.recorded.add(s)
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
@@ -81,7 +87,10 @@ class Device(TorchDispatchMode):
         to_far = bool(far) if target is None else torch.device(target).type == NAME
         if self._refusing and _waits(func, args, given[1], far, to_far):
             raise RuntimeError(f"the host waits for the device: {func}")
-        return _computed(func, given, far, to_far)
+        found = _computed(func, given, far, to_far)
+        made = [x.held for x in pytree.tree_leaves(found) if isinstance(x, Far)]
+        second_streams.ran(func, args, [x.held for x in far], made)
+        return found
 
 
 def _refuse_mixed(func: Any, far: list[Far], near: list[Tensor]) -> None:
@@ -120,14 +129,6 @@ def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
     return pytree.tree_map(back, func(*args, **kwargs))
 
 
-class _Event:
-    """For `torch.cuda.Event`: what was sent has come."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 def in_a_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_register)
 
@@ -138,7 +139,8 @@ def _register() -> None:
             return [torch.bfloat16]
 
     torch.set_num_threads(1)
-    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
+    second_streams.install()
+    Tensor.pin_memory = lambda self: self  # type: ignore[assignment, method-assign, misc]
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter stays the same one
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(…, device=NAME) passes us by

@@ -7,15 +7,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, EmbeddingTap, hookimpl, methods
 from kdhooks.discovery import load
+from kdhooks.sent import Sent
+from kdhooks.teacher import Teacher
+from kdhooks.teacher_cache import CacheOptions
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from tests import second_streams
 from tests.second_device import NAME, Device, in_a_process, python_devices
 from tests.transformers import TinyViT, teacher_of
 
@@ -33,10 +39,23 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+def run(teacher: Teacher, **options: Any) -> Teacher:
+    """The same in another way."""
+    assert teacher.module is not None
+    return Teacher(teacher.module, classifier=teacher.classifier, **options)
+
+
 def trained(
-    place: str, make: Callable[[], object], transformer: bool = False, waiting: bool = False
+    place: str,
+    make: Callable[[], object],
+    transformer: bool = False,
+    waits: int = 1,
+    **options: Any,
 ) -> list[Tensor]:
-    """Each step's loss, and then the student's and the losses' weights."""
+    """Each step's loss, and then the student's and the losses' weights.
+
+    waits: steps, from the first on, in which the host may wait; options: the teacher's.
+    """
     device = Device()
     with device:
         torch.manual_seed(0)
@@ -44,7 +63,7 @@ def trained(
         rows = nn.Parameter(torch.randn(6, 12).to(place))
         kd = Distiller(
             student,
-            teacher_of(TinyViT) if transformer else tiny_teacher(),
+            run(teacher_of(TinyViT) if transformer else tiny_teacher(), **options),
             [make()],
             student_stages=STAGES,
             teacher_stages=BLOCKS if transformer else STAGES,
@@ -56,7 +75,7 @@ def trained(
         optimizer = torch.optim.SGD(learned, lr=0.01, momentum=0.9)
         losses = []
         for step in range(STEPS):
-            with nullcontext() if waiting or step == 0 else device.never_waited_for():
+            with nullcontext() if step < waits else device.never_waited_for():
                 task = student(images).square().mean()
                 loss = torch.stack([task, *kd(images, labels).values()]).sum()
                 optimizer.zero_grad()
@@ -65,6 +84,7 @@ def trained(
             losses.append(loss)
         kd.check_finite()
         kd.remove()
+        assert not second_streams.faults
         return [x.detach().cpu() for x in (*losses, *learned)]
 
 
@@ -83,7 +103,7 @@ def test_a_method_trains_on_another_device_and_never_waits(
     process: ProcessPoolExecutor, name: str
 ) -> None:
     """The first step may wait, since its checks do."""
-    torch.testing.assert_close(*both(process, partial(method, name)))
+    assert_close(*both(process, partial(method, name)))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +117,76 @@ def test_a_method_trains_on_another_device_and_never_waits(
 def test_an_options_state_trains_on_another_device_and_never_waits(
     process: ProcessPoolExecutor, name: str, options: dict[str, Any]
 ) -> None:
-    torch.testing.assert_close(*both(process, partial(method, name, **options)))
+    assert_close(*both(process, partial(method, name, **options)))
 
 
 def test_prompts_train_on_another_device_and_never_wait(process: ProcessPoolExecutor) -> None:
     make = partial(method, "cakd", prompts=2)
-    torch.testing.assert_close(*both(process, make, transformer=True))
+    assert_close(*both(process, make, transformer=True))
+
+
+@pytest.mark.parametrize("name", ["fcd", "at", "cakd"])
+def test_a_teacher_on_a_stream_of_its_own_gives_the_same_without_a_race(
+    process: ProcessPoolExecutor, name: str
+) -> None:
+    assert_close(*both(process, partial(method, name), side_stream=True))
+
+
+def test_prompts_are_trained_on_the_students_stream(process: ProcessPoolExecutor) -> None:
+    """Else their gradient would be another stream's."""
+    make = partial(method, "cakd", prompts=2)
+    assert_close(*both(process, make, transformer=True, side_stream=True))
+
+
+def test_a_cached_step_waits_for_the_keys_alone(
+    process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """After the first, and the second, in which the teacher is asked what the cache has found."""
+    make = partial(method, "fcd")
+    far = process.submit(trained, NAME, make, waits=2, cache=CacheOptions(tmp_path / "far"))
+    near = process.submit(trained, "cpu", make, cache=CacheOptions(tmp_path / "near"))
+    assert_close(far.result(), near.result())
+
+
+def order(**options: Any) -> list[str]:
+    """Of the teacher and the student, in the second step."""
+    with Device():
+        student, teacher = TinyFaceNet().to(NAME).train(), run(tiny_teacher(), **options)
+        shape = (3, 32, 32)
+        kd = Distiller(student, teacher, ["fcd"], input_shape=shape)
+        images, labels = (x.to(NAME) for x in tiny_batch())
+        student(images)
+        kd(images, labels)
+        found: list[str] = []
+        for name, model in (("student", student), ("teacher", teacher.module)):
+            assert model is not None
+            first = next(module for module in model.modules() if not list(module.children()))
+            first.register_forward_hook(lambda *_, name=name: found.append(name))
+        student(images)
+        kd(images, labels)
+        student(images.clone())  # whose losses nobody takes
+        kd.remove()
+        assert not second_streams.faults
+        return found[:2]
+
+
+def test_a_stream_of_its_own_begins_before_the_student(process: ProcessPoolExecutor) -> None:
+    assert process.submit(order, side_stream=True).result() == ["teacher", "student"]
+    assert process.submit(order).result() == ["student", "teacher"]
+
+
+def read_from_the_host() -> None:
+    side = torch.cuda.Stream()
+    with Device(), torch.cuda.stream(side):
+        sent = Sent(made := torch.ones(2, device=NAME) * 2)
+    assert sent.read().tolist() == [2, 2]
+    with Device():
+        made.sum()  # no race, since the host waited for it
+        made.record_stream(torch.cuda.current_stream())
+
+
+def test_who_reads_what_was_sent_waits_for_it(process: ProcessPoolExecutor) -> None:
+    process.submit(read_from_the_host).result()
 
 
 # --- that it would be noticed --------------------------------------------------------------------
@@ -164,11 +248,55 @@ def test_a_loss_that_waits_is_noticed(
     make = partial(_Method, loss)
     with pytest.raises(RuntimeError, match=f"the host waits for the device: aten.{cause}"):
         process.submit(trained, NAME, make).result()
-    process.submit(trained, NAME, make, waiting=True).result()
+    process.submit(trained, NAME, make, waits=STEPS).result()
+
+
+def read_too_early() -> None:
+    side = torch.cuda.Stream()
+    with Device(), torch.cuda.stream(side):
+        made = torch.ones(2, device=NAME) * 2
+    with Device():
+        made.sum()
+
+
+def written_too_early() -> None:
+    side = torch.cuda.Stream()
+    with Device():
+        made = torch.ones(2, device=NAME) * 2
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            made.sum()
+        made.add_(1)
+
+
+@pytest.mark.parametrize("race", [read_too_early, written_too_early])
+def test_a_race_is_noticed(process: ProcessPoolExecutor, race: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError, match="races with another stream"):
+        process.submit(race).result()
+
+
+def given_away(recorded: bool) -> list[str]:
+    side = torch.cuda.Stream()
+    with Device():
+        made = torch.ones(2, device=NAME) * 2
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            made.sum()
+        if recorded:
+            made.record_stream(side)
+        del made
+    found = list(second_streams.faults)
+    second_streams.faults.clear()
+    return found
+
+
+def test_memory_that_is_given_away_in_use_is_noticed(process: ProcessPoolExecutor) -> None:
+    assert process.submit(given_away, recorded=False).result()
+    assert not process.submit(given_away, recorded=True).result()
 
 
 def test_a_tensor_left_on_the_processor_is_noticed(process: ProcessPoolExecutor) -> None:
     make = partial(_Method, _Homeless)
     with pytest.raises(RuntimeError, match=r"on one device; aten.mul.Tensor found far:0 and"):
-        process.submit(trained, NAME, make, waiting=True).result()
+        process.submit(trained, NAME, make, waits=STEPS).result()
     process.submit(trained, "cpu", make).result()

@@ -107,7 +107,13 @@ def test_its_autocast_is_its_own() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize(
     "options",
-    [{"channels_last": True}, {"compile": True}, *({"micro_batch": n} for n in (1, 5, 12, 99))],
+    [
+        {"channels_last": True},
+        {"side_stream": True},
+        {"compile": True},
+        {"compile": "reduce-overhead"},
+        *({"micro_batch": n} for n in (1, 5, 12, 99)),
+    ],
 )
 def test_how_it_is_run_changes_nothing_in_the_result(options: dict[str, Any]) -> None:
     images, _ = tiny_batch()
