@@ -17,7 +17,13 @@ from kdhooks.onnx_files import (
     require,
 )
 
-_TORCH_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_TORCH = {
+    "tensor(double)": torch.float64,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+}
+_CUDA = "CUDAExecutionProvider"
+_NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}
 
 
 class OnnxModel:
@@ -39,16 +45,21 @@ class OnnxModel:
         self.mean = file.mean
         self.std = file.std
         self.sha256 = file.sha256
-        self._input = file.input
+        self._input, self._output = file.input, file.output
+        if device_id is None:
+            device_id = torch.cuda.current_device() if torch.cuda.is_available() else 0
         self._session = _open_session(file, device_id, threads or torch.get_num_threads())
         self.provider: str = self._session.get_providers()[0]
-        self._dtype = _TORCH_DTYPES.get(self._session.get_inputs()[0].type)
-        if self._dtype is None:
+        on_cuda = self.provider == _CUDA and torch.cuda.is_available()
+        self._device = torch.device("cuda", device_id) if on_cuda else torch.device("cpu")
+        takes, gives = self._session.get_inputs()[0].type, self._session.get_outputs()[0].type
+        if takes not in _TORCH or gives not in _TORCH:
             raise KDHooksError(
-                f"{self.path.name} must take float images, got "
-                f"{self._session.get_inputs()[0].type}; export it without quantised input"
+                f"{self.path.name} must take float images and give float embeddings, got {takes} "
+                f"and {gives}; export it without quantised input and output"
             )
-        self.embedding_dim = self._run(torch.zeros(1, 3, *self.size)).shape[1]
+        self._takes, self._gives = _TORCH[takes], _TORCH[gives]
+        self.embedding_dim = self._tried()
         self.one_by_one = file.batch == 1 or not self._takes_batches()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -63,33 +74,55 @@ class OnnxModel:
             )
         if not len(images):
             return torch.zeros(0, self.embedding_dim, device=images.device)
-        step = 1 if self.one_by_one else len(images)
-        runs = [self._run(images[start : start + step]) for start in range(0, len(images), step)]
-        return torch.cat(runs).to(images.device)
+        embedding = self._embed(images.detach(), 1 if self.one_by_one else len(images))
+        return embedding.float().to(images.device)
 
-    def _run(self, images: Tensor) -> Tensor:
-        """(b 3 h w) -> (b e), on the CPU."""
-        feed = images.detach().to("cpu", self._dtype).contiguous().numpy()
+    def _embed(self, images: Tensor, at_once: int) -> Tensor:
+        """(b 3 h w) -> (b e), where onnxruntime computes."""
+        images = images.to(self._device, self._takes).contiguous()
+        embedding = images.new_empty(len(images), self.embedding_dim, dtype=self._gives)
+        for some, into in zip(images.split(at_once), embedding.split(at_once), strict=True):
+            self._run(some, into)
+        return embedding
+
+    def _tried(self) -> int:
+        """The width of the embedding of one image."""
+        feed = np.zeros((1, 3, *self.size), _NUMPY[self._takes])
         embedding = np.asarray(self._session.run(None, {self._input: feed})[0])
         if embedding.ndim != 2:
             raise KDHooksError(
                 f"a recognition model gives one embedding (b e), but {self.path.name} makes "
-                f"{embedding.shape} of {tuple(images.shape)}; choose another file"
+                f"{embedding.shape} of {feed.shape}; choose another file"
             )
-        return torch.from_numpy(embedding).float()
+        dim: int = embedding.shape[1]
+        return dim
+
+    def _run(self, images: Tensor, into: Tensor) -> None:
+        """(b 3 h w), (b e): read and written where they are."""
+        binding = self._session.io_binding()
+        binding.bind_input(self._input, *_buffer(images))
+        binding.bind_output(self._output, *_buffer(into))
+        if images.is_cuda:  # onnxruntime has a stream of its own, done when it returns
+            torch.cuda.current_stream(images.device).synchronize()
+        self._session.run_with_iobinding(binding)
 
     def _takes_batches(self) -> bool:
         """Tried, not read: insightface opens the batch axis of graphs traced for one image."""
         images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        single = torch.cat([self._run(images[:1]), self._run(images[1:])])
+        single = self._embed(images, 1)
         try:
-            both = self._run(images)
+            both = self._embed(images, 2)
         except Exception:  # the errors of onnxruntime have no class in common
             return False
-        return both.shape == single.shape and torch.allclose(both, single, rtol=1e-2, atol=1e-4)
+        return torch.allclose(both.float(), single.float(), rtol=1e-2, atol=1e-4)
 
 
-def _open_session(file: RecognitionFile, device_id: int | None, threads: int) -> Any:
+def _buffer(x: Tensor) -> tuple[str, int, type, list[int], int]:
+    """Device, its number, dtype, shape and address, as an IOBinding takes them."""
+    return x.device.type, x.device.index or 0, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
+
+
+def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
     """An onnxruntime.InferenceSession, on CUDA where onnxruntime has it."""
     ort = require("onnxruntime")
     options = ort.SessionOptions()
@@ -99,14 +132,12 @@ def _open_session(file: RecognitionFile, device_id: int | None, threads: int) ->
     if not any(node.op_type == "QuantizeLinear" for node in file.model.graph.node):
         # Only weights are quantised, if anything: make them float once, not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Errors are raised anyway, and insightface packs, which declare an output of batch 1, would
-    # warn with every larger batch.
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # errors are raised anyway
+    # insightface packs declare an output of batch 1, which a buffer of a larger one contradicts.
+    file.model.graph.output[0].type.tensor_type.ClearField("shape")
     providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" in ort.get_available_providers():
-        if device_id is None:
-            device_id = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device_id}))
+    if _CUDA in ort.get_available_providers():
+        providers.insert(0, (_CUDA, {"device_id": device_id}))
     try:
         return ort.InferenceSession(file.model.SerializeToString(), options, providers=providers)
     except Exception as error:  # the errors of onnxruntime have no class in common
