@@ -1,33 +1,29 @@
 """What losses over all classes cost by chunks, and what they cost written down as in a paper.
 
-    python -m benchmarks.class_losses --out bench-out/class_losses
+    python -m benchmarks.class_losses --threads 1 --out bench-out
 
 The two take turns. Writes class_losses.json and class_losses.png: seconds of forward and backward,
 and the most memory that they held, with the gradients that are their result.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
-import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.measuring import in_turns, peak_bytes, setting
+from benchmarks.command import command, start, write
+from benchmarks.measuring import in_turns, judged_by, peak_bytes, summaries
 from kdhooks import ClassShard, Model
 from kdhooks_plugins.gkd import GKD
 from kdhooks_plugins.kd import KD
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from kdhooks_plugins.thkd import THKD
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
 
 T, SCALE, MARGIN, GROUP = 4.0, 64.0, 0.5, 10_000
 COMPARE = ("kd", "gkd")  # where the student's own rows are trained
@@ -97,7 +93,7 @@ PLAIN: dict[str, Loss] = {
 
 
 def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, Any]:
-    device = torch.device(options.device)
+    device = options.device
     generator = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=device)
     theirs = normal(classes, options.dim)
@@ -117,10 +113,9 @@ def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, A
     works = {form: partial(step, forms[form]) for form in options.forms}
     found: dict[str, Any] = {
         "classes": classes,
-        "device": device.type,
         "bytes": {form: peak_bytes(work, device) for form, work in works.items()},
         "gradient_bytes": sum(tensor.nbytes for tensor in trained),
-        "times": in_turns(works, options.turns, device),
+        "times": summaries(in_turns(works, options.turns, device)),
     }
     if len(works) == 2:
         found["difference"] = _difference(*(work() for work in works.values()))
@@ -135,74 +130,64 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return max(gaps)
 
 
-def seconds_of(one: dict[str, Any], form: str) -> float:
-    """The processor's, where it does the work: what else the machine does is not in them."""
-    kind = "clock" if one["device"] == "cuda" else "processor"
+def seconds_of(one: dict[str, Any], form: str, kind: str) -> float:
     found: float = one["times"][form][f"{kind}_seconds"]["median"]
     return found
 
 
-def picture(measured: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4))
+def picture(measured: dict[str, list[dict[str, Any]]], kind: str) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    times, memory = figure.subplots(1, 2)
     for number, (name, found) in enumerate(measured.items()):
         classes = [one["classes"] for one in found]
         for form in found[0]["times"]:
             style = {"color": f"C{number}", "marker": ".", "linestyle": STYLES[form]}
-            seconds = [seconds_of(one, form) for one in found]
+            seconds = [seconds_of(one, form, kind) for one in found]
             times.plot(classes, seconds, label=f"{name}, {form}", **style)
             memory.plot(classes, [one["bytes"][form] / 1e9 for one in found], **style)
-    for axis, what in ((times, "seconds"), (memory, "memory at its peak, GB")):
+    for axis, what in ((times, f"{kind} seconds"), (memory, "memory at its peak, GB")):
         axis.set(xlabel="classes", ylabel=what, xscale="log", yscale="log")
     times.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def exponent(found: Sequence[dict[str, Any]], form: str) -> float:
+def exponent(found: Sequence[dict[str, Any]], form: str, kind: str) -> float:
     """To which seconds grow with classes; 1 is linear."""
     classes = np.log([one["classes"] for one in found])
-    seconds = np.log([seconds_of(one, form) for one in found])
+    seconds = np.log([seconds_of(one, form, kind) for one in found])
     return float(np.polyfit(classes, seconds, 1)[0])
 
 
-def _line(one: dict[str, Any]) -> str:
+def _line(one: dict[str, Any], kind: str) -> str:
     held = one["bytes"]
     cells = [
-        f"{form} {seconds_of(one, form):.3f} s, {held[form] / 1e9:.3f} GB" for form in one["times"]
+        f"{form} {seconds_of(one, form, kind):.3f} s, {held[form] / 1e9:.3f} GB"
+        for form in one["times"]
     ]
     return f"{one['classes']}: {'; '.join(cells)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.class_losses", description=__doc__)
+    parser = command("class_losses", __doc__, turns=7)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(PLAIN), choices=list(PLAIN))
     add("--classes", type=int, nargs="+", default=[20_000, 50_000, 100_000, 200_000])
     add("--forms", nargs="+", default=list(STYLES), choices=list(STYLES))
     add("--batch-size", type=int, default=128)
     add("--dim", type=int, default=512)
-    add("--turns", type=int, default=7)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--out", type=Path, default=Path("bench-out/class_losses"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = start(parser)
+    kind = judged_by(options.device)
     measured: dict[str, Any] = {}
     for name in options.methods:
         measured[name] = [measure(options, name, classes) for classes in options.classes]
         for one in measured[name]:
-            print(name, _line(one))
-    picture(measured, options.out / "class_losses.png")
+            print(name, _line(one, kind))
     last = options.forms[-1]
-    record = {
-        "setting": setting({**vars(options), "out": str(options.out)}),
-        "exponents": {
-            name: exponent(found, last) for name, found in measured.items() if len(found) > 1
-        },
-        "measured": measured,
+    exponents = {
+        name: exponent(found, last, kind) for name, found in measured.items() if len(found) > 1
     }
-    (options.out / "class_losses.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record = {"exponents": exponents, "measured": measured}
+    write(options, "class_losses", record, picture(measured, kind))
 
 
 if __name__ == "__main__":

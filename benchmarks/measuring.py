@@ -1,16 +1,20 @@
 """Seconds, bytes and their ratios, alike in every benchmark."""
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
+from tqdm import trange
 
 Work: TypeAlias = Callable[[], object]
+Times: TypeAlias = NDArray[np.float64]
+"""(t 2): in each turn, by the clock and by the processor."""
+Spread: TypeAlias = Mapping[str, Any]
 
 
 def timed(work: Work, device: torch.device) -> tuple[float, float]:
@@ -27,34 +31,49 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turns(works: Mapping[str, Work], turns: int, device: torch.device) -> dict[str, Any]:
-    """Each work's seconds, and their ratios to the first one's of the same turn.
+def judged_by(device: torch.device) -> str:
+    """The processor's seconds, where it does the work: what else runs there is not in them."""
+    return "clock" if device.type == "cuda" else "processor"
+
+
+def in_turns(works: Mapping[str, Work], turns: int, device: torch.device) -> dict[str, Times]:
+    """Each work's seconds.
 
     They take turns, forwards and backwards, so that whatever else the machine does meets all alike.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    for turn in range(turns):
+    seconds = {name: np.empty((turns, 2)) for name in works}
+    for turn in trange(turns, desc="turns", leave=False):
         for name in list(works)[:: 1 if turn % 2 else -1]:
-            times[name].append(timed(works[name], device))
-    first = times[next(iter(works))]
-    return {name: summary(found, first) for name, found in times.items()}
+            seconds[name][turn] = timed(works[name], device)
+    return seconds
 
 
-def summary(
-    found: Sequence[tuple[float, float]], first: Sequence[tuple[float, float]]
-) -> dict[str, Any]:
-    """Medians and quartiles of seconds, and of ratios turn by turn."""
-    summed: dict[str, Any] = {}
-    for kind, index in (("clock", 0), ("processor", 1)):
-        seconds = [pair[index] for pair in found]
-        ratios = [pair[index] / other[index] for pair, other in zip(found, first, strict=True)]
-        summed[f"{kind}_seconds"], summed[f"{kind}_ratio"] = spread(seconds), spread(ratios)
-    return summed
+def summaries(seconds: Mapping[str, Times]) -> dict[str, dict[str, Spread]]:
+    """Each work's seconds, and their ratios to the first one's of the same turn."""
+    first = next(iter(seconds.values()))
+    return {
+        name: {**spreads("seconds", found), **spreads("ratio", found / first)}
+        for name, found in seconds.items()
+    }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spreads(what: str, values: Times) -> dict[str, Spread]:
+    return {
+        f"{kind}_{what}": spread(column.tolist())
+        for kind, column in zip(("clock", "processor"), values.T, strict=True)
+    }
+
+
+def spread(values: Sequence[float]) -> Spread:
     low, _, high = quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": median(values), "quartiles": [low, high]}
+
+
+def told(spread: Spread, digits: int, factor: float = 1) -> str:
+    """The median, and the quartiles in brackets."""
+    values = [spread["median"], *spread["quartiles"]]
+    middle, low, high = (f"{factor * value:.{digits}f}" for value in values)
+    return f"{middle} ({low} to {high})"
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
@@ -75,15 +94,3 @@ def peak_bytes(work: Work, device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
-
-
-def setting(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on."""
-    return {
-        **options,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load": os.getloadavg()[0],
-    }

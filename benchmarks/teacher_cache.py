@@ -1,119 +1,177 @@
 """What a step costs: the student alone, with its teacher, and with the teacher's cache filled.
 
-    python -m benchmarks.teacher_cache > teacher_cache.json
+    python -m benchmarks.teacher_cache --threads 1 --out bench-out
 
 The three take turns on the same batches, so that whatever else the machine does meets them alike.
-Ratios are medians of the turns' own ratios to the student alone. Times are in seconds: of the
-clock, and of the processor where it does the work.
+Ratios are medians of the turns' own ratios to the student alone. Writes teacher_cache.json and
+teacher_cache.png; with --profile they also say where the time of a step with a filled cache goes,
+and teacher_cache_trace.json is its trace.
 """
 
 import argparse
 import copy
-import json
-import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.measuring import setting, summary, timed
+from benchmarks.command import bars, command, start, write
+from benchmarks.measuring import Spread, in_turns, judged_by, summaries, told
 from benchmarks.networks import DIM, network, settle
+from benchmarks.profiling import fastest_step, parts_of
 from kdhooks import Distiller, Teacher
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.fingerprints import ViewKeys
+from kdhooks.teacher_cache import CacheOptions, TeacherCache
 
 CLASSES = 1000
+WAYS = ("student alone", "with the teacher", "with a filled cache")
+KDHOOKS = (
+    "hash",
+    "keys to the host",
+    "look-up",
+    "rows to the device",
+    "loss terms",
+    "kdhooks itself",
+)
 
 
 class Variant:
-    """A student in training, with or without a Distiller."""
+    """A student in training, with or without a Distiller; a step is one of the next batch."""
 
-    def __init__(self, student: nn.Module, teacher: Teacher | None) -> None:
-        self.student, self.teacher = copy.deepcopy(student).train(), teacher
-        self.head = nn.Linear(DIM, CLASSES, bias=False).to(next(student.parameters()).device)
+    def __init__(
+        self, student: nn.Module, teacher: Teacher | None, batches: Tensor, labels: Tensor
+    ) -> None:
+        """batches (n b 3 h w), labels (b)."""
+        self.student = copy.deepcopy(student).train()
+        self.head = nn.Linear(DIM, CLASSES, bias=False).to(batches.device)
         self.kd = None if teacher is None else Distiller(self.student, teacher, ["fcd"])
         modules = [self.student, self.head, *([self.kd] if self.kd else [])]
         parameters = [p for module in modules for p in module.parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+        self.batches, self.labels = cycle(batches), labels
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        loss = F.cross_entropy(self.head(self.student(images)), labels)
+    def step(self) -> None:
+        images = next(self.batches)
+        loss = self.task_loss(self.student(images))
         if self.kd is not None:
-            loss = sum(self.kd(images, labels).values(), start=loss)
+            loss = sum(self.kd(images, self.labels).values(), start=loss)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def timed_terms(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Of the Distiller alone, after the student's forward."""
-        assert self.kd is not None
-        self.student(images)
-        return timed(partial(self.kd, images, labels), images.device)
+    def task_loss(self, embedding: Tensor) -> Tensor:
+        """(b d) -> ()."""
+        return F.cross_entropy(self.head(embedding), self.labels)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    student = network(options.student, 2).to(device)
-    trained = network(options.teacher, 3).to(device)
-    pixels = torch.randint(0, 256, (options.batches, options.batch_size, 3, 112, 112))
-    batches = ((pixels.float() - 127.5) / 127.5).to(device)
-    labels = torch.randint(0, CLASSES, (options.batch_size,), device=device)
-    settle(trained, batches[0])
-    variants = {
-        "student": Variant(student, None),
-        "uncached": Variant(student, Teacher(copy.deepcopy(trained))),
-        "cached": Variant(student, Teacher(trained, cache=CacheOptions(folder))),
-    }
-    for images in [*batches, batches[0]]:  # fills the cache, and lets the first hits be tried
-        for variant in variants.values():
-            variant.step(images, labels)
-    teacher = variants["cached"].teacher
-    assert teacher is not None
-    cache = teacher.cache
-    assert cache is not None
-    misses = cache.asked - cache.hits
-    work: dict[str, Callable[[Tensor], object]] = {
-        **{name: partial(_step, variant, labels) for name, variant in variants.items()},
-        "hash": cache.keys,
-        "look_up": lambda images: cache.look_up(cache.keys(images)),  # with the hash
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in [*work, "terms"]}
-    for turn in range(options.turns):
-        names = list(work) if turn % 2 else list(reversed(work))
-        for name in names:
-            times[name].append(timed(partial(work[name], batches[turn % options.batches]), device))
-        images = batches[turn % options.batches]
-        times["terms"].append(variants["cached"].timed_terms(images, labels))
-        print(f"\r{turn + 1} of {options.turns} turns", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    assert cache.asked - cache.hits == misses, "a timed step was not a cached one"
-    return {name: summary(found, times["student"]) for name, found in times.items()}
+class Measurement:
+    """The three variants, with the cache filled in this folder."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.device: torch.device = options.device
+        torch.manual_seed(0)
+        student = network(options.student, 2).to(self.device)
+        trained = network(options.teacher, 3).to(self.device)
+        pixels = torch.randint(0, 256, (options.batches, options.batch_size, 3, 112, 112))
+        batches = ((pixels.float() - 127.5) / 127.5).to(self.device)
+        labels = torch.randint(0, CLASSES, (options.batch_size,), device=self.device)
+        settle(trained, batches[0])
+        teacher = Teacher(trained, cache=CacheOptions(folder))
+        teachers = (None, Teacher(copy.deepcopy(trained)), teacher)
+        self.variants = {
+            name: Variant(student, one, batches, labels)
+            for name, one in zip(WAYS, teachers, strict=True)
+        }
+        for _ in range(options.batches + 1):  # the first hits are tried in the last one
+            for variant in self.variants.values():
+                variant.step()
+        assert teacher.cache is not None
+        self.cache = teacher.cache
+        self._missed = self._misses()
+
+    def _misses(self) -> int:
+        return self.cache.asked - self.cache.hits
+
+    def _check(self) -> None:
+        assert self._misses() == self._missed, "a measured step was not a cached one"
+
+    def times(self, turns: int) -> dict[str, dict[str, Spread]]:
+        works = {name: variant.step for name, variant in self.variants.items()}
+        seconds = in_turns(works, turns, self.device)
+        self._check()
+        return summaries(seconds)
+
+    def parts(self, trace: Path) -> dict[str, float]:
+        """Milliseconds of a cached step, part by part.
+
+        On a GPU the keys are waited for, and with them all that the device has still to do.
+        """
+        cached = self.variants["with a filled cache"]
+        assert cached.kd is not None
+        spans = {
+            "student, forward": (cached.student, "forward"),
+            "head and cross entropy": (cached, "task_loss"),
+            "kdhooks": (cached.kd, "forward"),
+            "cache": (TeacherCache, "__call__"),
+            "keys": (TeacherCache, "keys"),
+            "hash": (ViewKeys, "__call__"),
+            "look-up": (TeacherCache, "look_up"),
+            "loss terms": (cached.kd.losses["fcd"], "forward"),
+            "backward": (Tensor, "backward"),
+            "optimizer": (cached.optimizer, "step"),
+        }
+        ms = parts_of(cached.step, spans, self.device, trace)
+        cache, keys = ms.pop("cache"), ms.pop("keys")
+        ms["keys to the host"] = keys - ms["hash"]
+        ms["rows to the device"] = cache - keys - ms["look-up"]
+        ms["kdhooks itself"] = ms["kdhooks"] - cache - ms["loss terms"]
+        self._check()
+        return fastest_step(ms)
 
 
-def _step(variant: Variant, labels: Tensor, images: Tensor) -> None:
-    variant.step(images, labels)
+def picture(
+    times: Mapping[str, Mapping[str, Spread]], parts: Mapping[str, float], kind: str
+) -> Figure:
+    """The steps, and below them what kdhooks does in a cached one."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(2 if parts else 1, 1, squeeze=False)[:, 0]
+    bars(panels[0], {"": {name: found[f"{kind}_seconds"] for name, found in times.items()}})
+    panels[0].set_xlabel(f"{kind} seconds")
+    if parts:
+        panels[1].barh(KDHOOKS, [parts[name] for name in KDHOOKS])
+        panels[1].invert_yaxis()
+        panels[1].set_xlabel("milliseconds of a step with a filled cache")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_cache", description=__doc__)
+    parser = command("teacher_cache", __doc__, turns=24)
     add = parser.add_argument
     add("--student", type=int, default=48, help="width of its first stage")
     add("--teacher", type=int, default=96, help="width of its first stage, which has a block more")
     add("--batch-size", type=int, default=16)
     add("--batches", type=int, default=4, help="different ones")
-    add("--turns", type=int, default=24)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    add("--profile", action="store_true", help="also where the time of a cached step goes")
+    options = start(parser)
+    kind = judged_by(options.device)
+    parts: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(options, Path(folder) / "cache")
-    print(json.dumps({"setting": setting(vars(options)), "measured": measured}, indent=1))
+        measurement = Measurement(options, Path(folder) / "cache")
+        times = measurement.times(options.turns)
+        if options.profile:
+            parts = measurement.parts(options.out / "teacher_cache_trace.json")
+    for name, found in times.items():
+        seconds, ratio = found[f"{kind}_seconds"], found[f"{kind}_ratio"]
+        print(f"{name}: {told(seconds, 3)} s, {told(ratio, 3)} of the student alone")
+    for name, ms in parts.items():
+        print(f"of a step with a filled cache, {name}: {ms:.3f} ms")
+    record = {"measured": times, "cached_step_ms": parts}
+    write(options, "teacher_cache", record, picture(times, parts, kind))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,39 @@
     python -m benchmarks.teacher_run --arcface-torch insightface/recognition/arcface_torch
 
 The student alone, the teacher alone, and steps of both take turns on the same images. Without a
-checkout of arcface_torch two networks of 3x3 convolutions stand in. Prints JSON: seconds, ratios
-to the loop by hand, and how far the embeddings are from those in float32.
+checkout of arcface_torch two networks of 3x3 convolutions stand in. Writes teacher_run.json and
+teacher_run.png: seconds, images a second, ratios to the loop by hand and to the two alone, memory,
+and how far the embeddings are from those in float32.
 """
 
 import argparse
 import copy
 import importlib
-import json
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.measuring import Work, in_turns, setting
+from benchmarks.command import bars, command, start, write
+from benchmarks.measuring import (
+    Times,
+    Work,
+    in_turns,
+    judged_by,
+    peak_bytes,
+    spreads,
+    summaries,
+    told,
+)
 from benchmarks.networks import network, settle
 from kdhooks import Distiller, Teacher
 
+STAND_IN = "stand-in"
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -35,14 +48,12 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def networks(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher."""
-    if not options.arcface_torch:
+def networks(student: str, teacher: str) -> tuple[nn.Module, nn.Module]:
+    if teacher == STAND_IN:
         return network(24, 2), network(64, 3)
-    sys.path.insert(0, options.arcface_torch)
     get_model = importlib.import_module("backbones").get_model
     sizes = {"fp16": False, "num_features": 512}
-    return get_model(options.student, **sizes), get_model(options.teacher, **sizes)
+    return get_model(student, **sizes), get_model(teacher, **sizes)
 
 
 class ByHand:
@@ -69,9 +80,9 @@ class ByHand:
         self._update(self.student(images).pow(2).mean())
 
     def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # here, as peak_bytes sees no end of what was there before it
 
 
 class ByRecipe(ByHand):
@@ -86,11 +97,12 @@ class ByRecipe(ByHand):
         self._update(self.kd(images, labels)["fcd"])
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device)
+def measure(options: argparse.Namespace, name: str, batch_size: int) -> dict[str, Any]:
+    """name: the teacher's."""
+    device = options.device
     torch.manual_seed(0)
-    student, teacher = (net.to(device) for net in networks(options))
-    images = torch.rand(options.batch_size, 3, 112, 112, device=device) * 2 - 1
+    student, teacher = (net.to(device) for net in networks(options.student, name))
+    images = torch.rand(batch_size, 3, 112, 112, device=device) * 2 - 1
     settle(teacher, images)
     teacher.eval().requires_grad_(False)
     student.train()
@@ -98,34 +110,81 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     works: dict[str, Work] = {"by hand": partial(hand.step, images)}
     works["by hand, bfloat16"] = partial(hand.in_bfloat16, images)
     works["student alone"] = partial(hand.alone, images)
-    found: dict[str, Any] = {}
+    agreement: dict[str, Any] = {}
     with torch.no_grad():
         exact = teacher(images)
-    for name in options.runs:
-        recipe = ByRecipe(copy.deepcopy(student), copy.deepcopy(teacher), RUNS[name])
-        works[f"kdhooks, {name}"] = partial(recipe.step, images)
-        works[f"teacher alone, {name}"] = partial(recipe.run, images)
+    for run in options.runs:
+        recipe = ByRecipe(copy.deepcopy(student), copy.deepcopy(teacher), RUNS[run])
+        works[f"kdhooks, {run}"] = partial(recipe.step, images)
+        works[f"teacher alone, {run}"] = partial(recipe.run, images)
         near = F.cosine_similarity(recipe.run(images).embedding, exact)
-        found[name] = {"least_cosine": near.min().item(), "mean_cosine": near.mean().item()}
+        agreement[run] = {"least_cosine": near.min().item(), "mean_cosine": near.mean().item()}
     for work in works.values():
         work()
-    return {"agreement": found, "times": in_turns(works, options.turns, device)}
+    ways = compared(in_turns(works, options.turns, device), batch_size)
+    for way, work in works.items():
+        ways[way]["peak_bytes"] = peak_bytes(work, device)
+    return {"teacher": name, "batch_size": batch_size, "agreement": agreement, "ways": ways}
+
+
+def compared(seconds: Mapping[str, Times], batch_size: int) -> dict[str, dict[str, Any]]:
+    """Summaries, with images a second, and kdhooks' ratios to its student and teacher alone."""
+    ways: dict[str, dict[str, Any]] = summaries(seconds)
+    for way, found in seconds.items():
+        ways[way] |= spreads("images_a_second", batch_size / found)
+        if way.startswith("kdhooks, "):
+            teacher = seconds[way.replace("kdhooks", "teacher alone")]
+            ways[way] |= spreads("of_both_alone", found / (seconds["student alone"] + teacher))
+    return ways
+
+
+def lines(one: Mapping[str, Any], kind: str) -> list[str]:
+    found = []
+    for way, row in one["ways"].items():
+        cells = [f"{told(row[f'{kind}_ratio'], 3)} of by hand"]
+        if f"{kind}_of_both_alone" in row:
+            cells.append(f"{told(row[f'{kind}_of_both_alone'], 3)} of both alone")
+        cells.append(f"{row[f'{kind}_images_a_second']['median']:.1f} images a second")
+        cells.append(f"{row['peak_bytes'] / 1e6:.0f} MB at its peak")
+        found.append(f"{one['teacher']}, {one['batch_size']} images, {way}: {'; '.join(cells)}")
+    return found
+
+
+def picture(measured: Sequence[Mapping[str, Any]], kind: str) -> Figure:
+    """A panel for each teacher, a bar for each batch size."""
+    groups: dict[str, dict[str, Any]] = {}
+    for one in measured:
+        ratios = {way: row[f"{kind}_ratio"] for way, row in one["ways"].items()}
+        groups.setdefault(one["teacher"], {})[f"{one['batch_size']} images"] = ratios
+    height = 1.5 + 0.2 * len(measured[0]["ways"]) * (1 + len(groups[measured[0]["teacher"]]))
+    figure = Figure(figsize=(4 + 4 * len(groups), height), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (teacher, sizes) in zip(panels, groups.items(), strict=True):
+        bars(axes, sizes)
+        axes.axvline(1, color="k", linewidth=0.8)
+        axes.set(title=teacher, xlabel=f"{kind} time, of the loop by hand")
+    panels[0].legend()
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_run", description=__doc__)
+    parser = command("teacher_run", __doc__, turns=7)
     add = parser.add_argument
     add("--arcface-torch", help="a checkout's folder recognition/arcface_torch")
     add("--student", default="mbf", help="a backbone of the checkout")
-    add("--teacher", default="r50", help="likewise")
+    add("--teacher", nargs="+", default=["r50"], help="likewise; each in turn")
     add("--runs", nargs="+", default=list(RUNS)[:-1], choices=list(RUNS))
-    add("--batch-size", type=int, default=16)
-    add("--turns", type=int, default=7)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(json.dumps({"setting": setting(vars(options)), **measure(options)}, indent=1))
+    add("--batch-size", type=int, nargs="+", default=[16], help="each in turn")
+    options = start(parser)
+    if options.arcface_torch:
+        sys.path.insert(0, options.arcface_torch)
+    kind = judged_by(options.device)
+    measured = []
+    for teacher in options.teacher if options.arcface_torch else [STAND_IN]:
+        for batch_size in options.batch_size:
+            measured.append(measure(options, teacher, batch_size))
+            print("\n".join(lines(measured[-1], kind)), flush=True)
+            write(options, "teacher_run", {"measured": measured}, picture(measured, kind))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """The benchmarks: who is trained on, what is compared with what."""
 
 import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -10,6 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+import numpy as np
 import torch
 
 from benchmarks import teacher_cache
@@ -17,12 +23,14 @@ from benchmarks.methods.material import MOST, chosen
 from benchmarks.methods.report import added, table
 from benchmarks.methods.rows import LABELS, ROWS, swept
 from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
-from benchmarks.overhead.parts import parts_of_a_step
-from benchmarks.overhead.report import picture
 from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
+from benchmarks.teacher_run import compared
 from kdhooks.demo.faces import Faces
 from kdhooks.recipe import Recipe
+
+Run: TypeAlias = Callable[[str, str], dict[str, bytes]]
+CACHE = "--student 2 --teacher 4 --batch-size 4 --batches 2"
 
 
 def test_people_with_one_image_are_left_out_and_none_has_too_many() -> None:
@@ -52,21 +60,80 @@ def test_every_row_is_a_recipe() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_cached_step_of_the_benchmark_is_a_cached_one(tmp_path: Path) -> None:
-    """Else `measure` raises; the student's ratio to itself is 1."""
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a benchmark's command; the names and texts of what it leaves."""
+
+    def command(module: str, options: str) -> dict[str, bytes]:
+        common = f"--device cpu --turns 2 --threads {torch.get_num_threads()} --out {tmp_path}"
+        monkeypatch.setattr(sys, "argv", [module, *options.split(), *common.split()])
+        import_module(f"benchmarks.{module}").main()
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("class_losses", "--methods kd --classes 300 600 --batch-size 4 --dim 8"),
+        ("mining", "--classes 1024 2048 --dim 8 --k 5"),
+        ("overhead.__main__", "--size 2 1 16 4"),
+        ("teacher_cache", CACHE),
+        ("teacher_run", "--runs float32 --batch-size 2 3"),
+    ],
+)
+def test_a_benchmark_is_one_command_that_leaves_numbers_and_a_picture(
+    module: str, options: str, run: Run
+) -> None:
+    name = module.partition(".")[0]
+    left = run(module, options)
+    assert left.keys() == {f"{name}.json", f"{name}.png"}
+    assert json.loads(left[f"{name}.json"])["setting"]["turns"] == 2
+
+
+def test_kdhooks_is_compared_with_its_student_and_teacher_alone() -> None:
+    seconds = {
+        "by hand": np.array([[8.0, 4.0]]),
+        "student alone": np.array([[2.0, 1.0]]),
+        "kdhooks, float32": np.array([[6.0, 4.0]]),
+        "teacher alone, float32": np.array([[3.0, 3.0]]),
+    }
+    way = compared(seconds, 12)["kdhooks, float32"]
+    assert way["clock_ratio"]["median"] == 0.75
+    assert way["clock_of_both_alone"]["median"] == 1.2
+    assert way["processor_images_a_second"]["median"] == 3
+
+
+def cached(folder: Path) -> teacher_cache.Measurement:
     options = argparse.Namespace(
-        student=2, teacher=4, batch_size=4, batches=2, turns=3, device="cpu"
+        student=2, teacher=4, batch_size=4, batches=2, device=torch.device("cpu")
     )
-    measured = teacher_cache.measure(options, tmp_path / "cache")
-    assert list(measured) == ["student", "uncached", "cached", "hash", "look_up", "terms"]
-    assert measured["student"]["clock_ratio"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
-    assert (
-        measured["hash"]["clock_seconds"]["median"]
-        < measured["uncached"]["clock_seconds"]["median"]
-    )
+    return teacher_cache.Measurement(options, folder)
 
 
-def test_the_overhead_of_every_way_at_hand_is_measured_and_drawn(tmp_path: Path) -> None:
+def test_the_cached_step_of_the_benchmark_is_a_cached_one(tmp_path: Path) -> None:
+    """Else `times` raises; the student's ratio to itself is 1."""
+    times = cached(tmp_path / "cache").times(turns=3)
+    assert times["student alone"]["clock_ratio"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
+
+
+def test_a_step_that_was_not_cached_is_noticed(tmp_path: Path) -> None:
+    measurement = cached(tmp_path / "cache")
+    measurement.variants["with a filled cache"].batches = cycle(torch.rand(1, 4, 3, 112, 112))
+    with pytest.raises(AssertionError, match="was not a cached one"):
+        measurement.times(turns=1)
+
+
+def test_the_parts_of_a_cached_step_are_timed_and_traced(run: Run) -> None:
+    left = run("teacher_cache", f"{CACHE} --profile")
+    assert left.keys() == {f"teacher_cache{end}" for end in (".json", ".png", "_trace.json")}
+    ms = json.loads(left["teacher_cache.json"])["cached_step_ms"]
+    assert min(ms.values()) >= 0
+    assert ms["kdhooks"] > ms["hash"] + ms["look-up"] + ms["loss terms"]
+
+
+def test_the_overhead_of_every_way_at_hand_is_measured() -> None:
     size = Size(2, 1, 16, 4)
     found = measure(size, 2, torch.device("cpu"))
     rows = found["rows"]
@@ -75,8 +142,6 @@ def test_the_overhead_of_every_way_at_hand_is_measured_and_drawn(tmp_path: Path)
     assert 0 < rows["by hand"]["extra_python_calls"] < rows["kdhooks"]["extra_python_calls"]
     assert rows["student alone"]["clock_of_student_alone"]["median"] == 1
     assert set(found["left_out"]) <= {"torchdistill", "modelopt"}
-    picture([found], tmp_path / "overhead.png")
-    assert (tmp_path / "overhead.png").stat().st_size > 0
     assert "| kdhooks |" in overhead_table(found)
 
 
@@ -90,11 +155,9 @@ def test_a_way_that_computes_another_gradient_is_noticed() -> None:
         check_gradient("student", pairs[0], pairs[1])
 
 
-def test_the_parts_of_a_step_are_timed_and_traced(tmp_path: Path) -> None:
-    models = material(2, 1, 16)
-    batch = batch_of(Size(2, 1, 16, 4), torch.device("cpu"))
-    pair = Pair(*models, torch.device("cpu"))
-    found = parts_of_a_step(pair, *batch, tmp_path / "trace.json")
+def test_the_parts_of_a_step_are_timed_and_traced(run: Run) -> None:
+    left = run("overhead.__main__", "--size 2 1 16 4 --profile")
+    assert left.keys() == {"overhead_profile.json", "overhead_trace0.json"}
+    (found,) = json.loads(left["overhead_profile.json"])["sizes"]
     assert found["ms"]["kdhooks"] > found["ms"]["kdhooks itself"] > 0
     assert found["floor_ms"]["teacher"] > 0
-    assert (tmp_path / "trace.json").is_file()

@@ -1,26 +1,25 @@
-"""`python -m benchmarks.overhead --out bench-out`: what a library around a step costs.
+"""What a library around a step costs.
+
+    python -m benchmarks.overhead --threads 1 --out bench-out
 
 The same step by hand, with kdhooks, and with torchdistill and modelopt where they are installed,
 all in one process. They take turns, so that whatever else the machine does meets them alike; ratios
 are of one turn. Writes overhead.json and overhead.png; with --profile, where the time of kdhooks'
-step goes instead, as profile.json and a trace for each size.
+step goes instead, as overhead_profile.json and a trace for each size.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import peak_bytes, setting, timed
+from benchmarks.command import command, start, write
+from benchmarks.measuring import in_turns, peak_bytes, timed
 from benchmarks.overhead.measures import calls, tensor_bytes
 from benchmarks.overhead.parts import parts_of_a_step
 from benchmarks.overhead.report import picture, summary, table
@@ -85,13 +84,8 @@ def measure(size: Size, turns: int, device: torch.device) -> dict[str, Any]:
             check_gradient(name, pairs[name], pairs["without hooks"])
     counted = {name: costs(step, pairs[name], images) for name, step in work.items()}
     steps = math.ceil(TURN / max(timed(work["student alone"], device)[0], 1e-6))
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for turn in range(turns):
-        for name in list(work) if turn % 2 else list(reversed(work)):
-            clock, processor = timed(partial(repeat, work[name], steps), device)
-            seconds[name].append((clock / steps, processor / steps))
-        print(f"\r{size}: {turn + 1} of {turns} turns", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    works = {name: partial(repeat, step, steps) for name, step in work.items()}
+    seconds = {name: spent / steps for name, spent in in_turns(works, turns, device).items()}
     zero = counted["without hooks"]
     rows = {
         name: {
@@ -146,38 +140,29 @@ def costs(step: Callable[[], None], pair: Pair, images: Tensor) -> dict[str, int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser = command("overhead", __doc__, turns=40)
     add = parser.add_argument
-    add("--out", default="bench-out", help="folder for overhead.json and overhead.png")
     names = ("WIDTH", "BLOCKS", "PIXELS", "BATCH")
     add("--size", type=int, nargs=4, metavar=names, action="append", help="may be repeated")
-    add("--turns", type=int, default=40)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
     add("--profile", action="store_true", help="where the time of kdhooks' step goes, instead")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device, out = torch.device(options.device), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    options = start(parser)
+    device = options.device
     sizes = [Size(*size) for size in options.size] if options.size else SIZES
-    found = setting(vars(options))
-    found["peers"] = versions({"torchdistill": "torchdistill", "modelopt": "nvidia-modelopt"})
+    peers = versions({"torchdistill": "torchdistill", "modelopt": "nvidia-modelopt"})
     if options.profile:
-        found["sizes"] = [
+        parts = [
             parts_of_a_step(
                 Pair(*material(size.width, size.blocks, size.pixels), device),
                 *batch_of(size, device),
-                out / f"trace{number}.json",
+                options.out / f"overhead_trace{number}.json",
             )
             for number, size in enumerate(sizes)
         ]
-        path = out / "profile.json"
-    else:
-        found["sizes"] = [measure(size, options.turns, device) for size in sizes]
-        picture(found["sizes"], out / "overhead.png")
-        print("\n\n".join(table(size) for size in found["sizes"]))
-        path = out / "overhead.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(options, "overhead_profile", {"peers": peers, "sizes": parts})
+        return
+    measured = [measure(size, options.turns, device) for size in sizes]
+    print("\n\n".join(table(size) for size in measured))
+    write(options, "overhead", {"peers": peers, "sizes": measured}, picture(measured))
 
 
 def versions(packages: Mapping[str, str]) -> dict[str, str]:

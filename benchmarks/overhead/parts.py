@@ -1,83 +1,45 @@
 """Where the time of kdhooks' step goes, by torch.profiler, and the least that it could take."""
 
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import timed
+from benchmarks.measuring import Work, timed
 from benchmarks.overhead.ways import DIM, Pair, distilled
+from benchmarks.profiling import STEPS, fastest_step, parts_of
 
-STEPS = 40
-PARTS = ("student", "head and labels", "kdhooks", "teacher", "maps", "fcd", "backward")
 MAPS_BACKWARD = "autograd::engine::evaluate_function: MseLossBackward0"
-T = TypeVar("T")
 
 
 def parts_of_a_step(pair: Pair, images: Tensor, labels: Tensor, trace: Path) -> dict[str, Any]:
-    """Milliseconds of a step, part by part; its operations and bytes, and what those need.
-
-    The fastest of many, since other work on the machine can only add. Of the host's clock; on a
-    GPU, whose work comes later, the trace says more.
-    """
+    """Milliseconds of a step, part by part; its operations and bytes, and what those need."""
     device = images.device
-    _, kd = distilled(pair, images.shape[-1])
-    spans: dict[str, nn.Module] = {"student": pair.student, "teacher": pair.teacher}
-    spans |= {tap.name: tap.loss for tap in kd.taps}
-    for name, module in spans.items():
-        module.forward = _named(name, module.forward)
-
-    def step() -> None:
-        embedding = pair.student(images)
-        task_loss = _named("head and labels", pair.task_loss)(embedding, labels)
-        loss = sum(_named("kdhooks", kd)(images, labels).values(), start=task_loss)
-        _named("backward", loss.backward)()
-
-    for _ in range(3):
-        step()
-    activities = [ProfilerActivity.CPU]
-    if images.is_cuda:
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            step()
-    profiler.export_chrome_trace(str(trace))
-    events = profiler.events()
-    assert events is not None
-    spent = np.array([_of_each_step(name, events) for name in (*PARTS, MAPS_BACKWARD)]) / 1e3
-    names: list[str] = [*PARTS, "maps, backward"]
-    ms = dict(zip(names, spent, strict=True))
+    step, kd = distilled(pair, images.shape[-1])
+    spans: dict[str, tuple[object, str]] = {
+        "student": (pair.student, "forward"),
+        "head and labels": (pair, "task_loss"),
+        "kdhooks": (kd, "forward"),
+        "teacher": (pair.teacher, "forward"),
+        **{tap.name: (tap.loss, "forward") for tap in kd.taps},
+        "backward": (Tensor, "backward"),
+    }
+    work = partial(step, images, labels)
+    ms = parts_of(work, spans, device, trace, [MAPS_BACKWARD])
+    ms["maps, backward"] = ms.pop(MAPS_BACKWARD)
     ms["kdhooks itself"] = ms["kdhooks"] - ms["teacher"] - ms["maps"] - ms["fcd"]
     return {
         "batch": list(images.shape),
-        "ms": {name: round(float(values.min()), 4) for name, values in ms.items()},
-        "unprofiled_step_ms": round(1e3 * _fastest(step, device), 4),
+        "ms": fastest_step(ms),
+        "unprofiled_step_ms": round(1e3 * _fastest(work, device), 4),
         **_floor(pair, images),
     }
 
 
-def _of_each_step(name: str, events: Iterable[Any]) -> list[float]:
-    """Microseconds of all events of this name, in each step."""
-    spent = np.array([event.cpu_time_total for event in events if event.name == name])
-    each: list[float] = spent.reshape(STEPS, -1).sum(axis=1).tolist()
-    return each
-
-
-def _named(name: str, work: Callable[..., T]) -> Callable[..., T]:
-    def named(*args: object) -> T:
-        with record_function(name):
-            return work(*args)
-
-    return named
-
-
-def _fastest(work: Callable[[], object], device: torch.device) -> float:
+def _fastest(work: Work, device: torch.device) -> float:
     return min(timed(work, device)[0] for _ in range(STEPS))
 
 

@@ -1,0 +1,72 @@
+"""What the commands have in common: options, a JSON file and a picture."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.measuring import Spread
+
+
+def command(name: str, about: str | None, turns: int) -> argparse.ArgumentParser:
+    """With the options of all benchmarks."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--turns", type=int, default=turns)
+    add("--device", type=torch.device, default=device)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--out", type=Path, default=Path("bench-out"), help="folder for the results")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of the command line, obeyed as far as they are those of all benchmarks."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def write(
+    options: argparse.Namespace, name: str, record: Mapping[str, Any], figure: Figure | None = None
+) -> None:
+    """name.json, with the setting, and name.png."""
+    content = {"setting": setting(options), **record}
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    (options.out / f"{name}.json").write_text(text, encoding="utf-8")
+    if figure:
+        figure.savefig(options.out / f"{name}.png", dpi=110)
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """What a result depends on."""
+    return {
+        **{name: value for name, value in vars(options).items() if name != "out"},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": os.getloadavg()[0],
+    }
+
+
+def bars(axes: Axes, groups: Mapping[str, Mapping[str, Spread]]) -> None:
+    """Medians with their quartiles: a line for each name, with a bar of each group."""
+    names = list(next(iter(groups.values())))
+    height = 0.8 / len(groups)
+    for number, (label, spreads) in enumerate(groups.items()):
+        middles = np.array([spreads[name]["median"] for name in names])
+        quartiles = np.array([spreads[name]["quartiles"] for name in names])
+        places = np.arange(len(names)) + (number - (len(groups) - 1) / 2) * height
+        axes.barh(places, middles, height, xerr=abs(quartiles.T - middles), label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first one above
