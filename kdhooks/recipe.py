@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdhooks.checkpoints import load_checkpoint, load_strictly
 from kdhooks.checks import check_nonfinite
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
@@ -18,7 +19,7 @@ from kdhooks.inputs import InputTransform, channels
 from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher, check_compile, load_checkpoint, load_strictly
+from kdhooks.teacher import Teacher, check_compile
 from kdhooks.teacher_cache import CacheOptions
 
 if sys.version_info >= (3, 11):

@@ -77,6 +77,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     ("module", "options"),
     [
         ("class_losses", "--methods kd --classes 300 600 --batch-size 4 --dim 8"),
+        ("look_up", "--views 300 600 --dim 8 --batch-size 4"),
         ("mining", "--classes 1024 2048 --dim 8 --k 5"),
         ("overhead.__main__", "--size 2 1 16 4"),
         ("teacher_cache", CACHE),

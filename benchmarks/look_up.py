@@ -1,0 +1,99 @@
+"""What it costs to open a teacher cache of many views, and to look into it.
+
+    python -m benchmarks.look_up --out bench-out
+
+Fills a folder with random keys and rows, as a training does: 10.4 GB for ten million views of 512
+numbers. Writes look_up.json and look_up.png.
+"""
+
+import argparse
+import tempfile
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.command import command, start, write
+from benchmarks.measuring import in_turns, summaries, timed, told
+from kdhooks.cache_files import Keys, Parts
+from kdhooks.teacher_cache import CacheOptions, TeacherCache
+
+AT_ONCE = 1 << 16  # records to write
+CPU = torch.device("cpu")
+
+
+def filled(folder: Path, views: int, dim: int) -> Keys:
+    """The keys that are in it."""
+    random = np.random.default_rng(0)
+    keys = random.integers(-(1 << 63), (1 << 63) - 1, views, np.int64)
+    rows = random.standard_normal((AT_ONCE, dim)).astype(np.float16)
+    parts = Parts(folder, dim)
+    for some in np.split(keys, range(AT_ONCE, len(keys), AT_ONCE)):
+        parts.append(some, rows[: len(some)])
+    return keys
+
+
+def batches(keys: Keys, size: int) -> Iterator[Keys]:
+    random = np.random.default_rng(1)
+    while True:
+        yield random.choice(keys, size)
+
+
+def measure(options: argparse.Namespace, views: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        opened = partial(TeacherCache, CacheOptions(Path(place)), {}, torch.zeros(2, options.dim))
+        opened()  # which begins the folder
+        batch = batches(filled(Path(place), views, options.dim), options.batch_size)
+        opening, _ = timed(opened, CPU)
+        tracemalloc.start()
+        cache = opened()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        seconds = in_turns({"look-up": lambda: cache.look_up(next(batch))}, options.turns, CPU)
+        found, _ = cache.look_up(next(batch))
+        assert found.all()
+    return {
+        "views": views,
+        "opening_seconds": opening,
+        "bytes_held": held,
+        **summaries(seconds)["look-up"],
+    }
+
+
+def picture(measured: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    views = [one["views"] for one in measured]
+    axes.plot(views, [one["opening_seconds"] for one in measured], ".-", label="opening")
+    look_ups = [one["clock_seconds"]["median"] for one in measured]
+    axes.plot(views, look_ups, ".-", label="a look-up")
+    axes.set(xlabel="views", ylabel="seconds", xscale="log", yscale="log")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = command("look_up", __doc__, turns=200)
+    add = parser.add_argument
+    add("--views", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    add("--dim", type=int, default=512)
+    add("--batch-size", type=int, default=128)
+    options = start(parser)
+    measured = []
+    for views in options.views:
+        one = measure(options, views)
+        measured.append(one)
+        print(
+            f"{views} views: {told(one['clock_seconds'], 3, 1e3)} ms for {options.batch_size}, "
+            f"{one['opening_seconds']:.2f} s to open, {one['bytes_held'] / 1e6:.0f} MB held"
+        )
+    write(options, "look_up", {"measured": measured}, picture(measured))
+
+
+if __name__ == "__main__":
+    main()
