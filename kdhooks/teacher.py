@@ -1,5 +1,6 @@
 """Running a teacher: frozen, and no dearer than it must be."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from kdhooks.inputs import InputTransform
 from kdhooks.shards import Rows
 from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
+
+log = logging.getLogger("kdhooks")
 
 _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
 
@@ -64,7 +67,7 @@ class Teacher:
         """embedding: path of the submodule that puts it out; dtype: of its own autocast;
         compile: by torch.compile; a name is its mode, "reduce-overhead" or "max-autotune";
         side_stream: run beside the student's forward, on CUDA; it takes memory of its own;
-        micro_batch: so many images at a time, where memory is short;
+        micro_batch: so many images at a time; by itself fewer, where a GPU's memory is short;
         cache: a folder for embeddings, used from `start_cache` on.
         """
         check_compile(compile)
@@ -186,9 +189,26 @@ class Teacher:
         return finish
 
     def _forward(self, images: Tensor) -> TeacherOutput:
-        """The teacher itself, cached or not."""
+        """The teacher itself, cached or not, on as many images at a time as memory is there for."""
         if self._micro_batch is not None and len(images) > self._micro_batch:
             return _joined([self._forward(part) for part in images.split(self._micro_batch)])
+        try:
+            return self._at_once(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        # Outside of the handler, which holds what the first try has left.
+        self._micro_batch = (len(images) + 1) // 2
+        log.warning(
+            "teacher: no memory for %d images at once; it sees %d at a time from now on, as "
+            "teacher.micro_batch = %d would say",
+            len(images),
+            self._micro_batch,
+            self._micro_batch,
+        )
+        return self._forward(images)
+
+    def _at_once(self, images: Tensor) -> TeacherOutput:
         self._prepare(images)
         adapted = self.adapter is not None and torch.is_grad_enabled()
         with self._taps, torch.set_grad_enabled(adapted), self._autocast:

@@ -141,6 +141,33 @@ def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
             Teacher(embed, micro_batch=wrong)  # type: ignore[arg-type]
 
 
+def test_where_memory_is_short_it_sees_fewer_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+
+    def embed(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.mean(dim=(2, 3))
+
+    images, _ = tiny_batch()
+    teacher = Teacher(embed)
+    assert_close(teacher(images).embedding, images.mean(dim=(2, 3)))
+    assert seen == [12, 6, 3, 3, 3, 3]
+    seen.clear()
+    teacher(images)
+    assert seen == [3, 3, 3, 3]
+    assert "no memory for 6 images at once; it sees 3 at a time" in caplog.text
+
+
+def test_no_memory_for_a_single_image_is_an_error() -> None:
+    def embed(images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Teacher(embed)(tiny_batch()[0])
+
+
 @pytest.mark.parametrize(
     ("transform", "expected"),
     [
