@@ -77,9 +77,10 @@ class _OverRows(torch.autograd.Function):
         for start, w in row_chunks(x, rows.detach()):
             with _apart(x, x.requires_grad):
                 wanted = measure(x, w, start)
-                numbers, under = _numbers(wanted)
+                numbers = _numbers(wanted)
                 steps = _slopes(numbers, x)
-            part = torch.stack([number.detach() for number in numbers])
+            under = torch.stack([number.log for number in numbers])
+            part = torch.stack([(number.p * number.v.detach()).sum(dim=1) for number in numbers])
             if not logs:
                 logs, total = len(wanted.logs), torch.full_like(under, -torch.inf)
                 values = torch.zeros_like(under)
@@ -112,9 +113,7 @@ class _OverRows(torch.autograd.Function):
         for start, piece in row_chunks(embedding, rows):
             x, w = embedding.detach().requires_grad_(), piece.detach().requires_grad_()
             with _apart(x, True):
-                numbers, under = _numbers(ctx.measure(x, w, start))
-                share = gradient * (under - total).exp()
-                found = torch.autograd.grad(torch.stack(numbers), (x, w), share)
+                found = _gradients(ctx.measure(x, w, start), gradient, total, (x, w))
             by_embedding += found[0]
             by_rows[start : start + len(w)] = found[1]
         return None, by_embedding, by_rows
@@ -136,25 +135,50 @@ def _apart(x: Tensor, grad: bool) -> Iterator[None]:
         yield
 
 
-def _numbers(wanted: Wanted) -> tuple[list[Tensor], Tensor]:
-    """Of one chunk: what is wanted, m times (b), and the log Σ exp(z) of each, (m b)."""
-    each: dict[int, Tensor] = {}  # a z may be wanted several times
-    for z in (*wanted.logs, *(z for _, z in wanted.means)):
-        if id(z) not in each:
-            each[id(z)] = z.logsumexp(dim=1)
-    logs = [each[id(z)] for z in wanted.logs]
-    under = [each[id(z)] for _, z in wanted.means]
-    means = [
-        (values * (z - log[:, None]).exp()).sum(dim=1)
-        for (values, z), log in zip(wanted.means, under, strict=True)
-    ]
-    return [*logs, *means], torch.stack([*logs, *under]).detach()
+class _Number(NamedTuple):
+    """What is wanted, of one chunk: Σ_c p_c · v_c with p = softmax(z), or log Σ_c exp(z_c).
+
+    The gradient of both is Σ_c p_c times that of v_c: v of a logarithm is z.
+    """
+
+    v: Tensor  # (b k)
+    p: Tensor  # (b k)
+    log: Tensor  # (b): log Σ_c exp(z_c)
 
 
-def _slopes(numbers: Sequence[Tensor], x: Tensor) -> dict[int, Tensor]:
+def _numbers(wanted: Wanted) -> list[_Number]:
+    pairs = [*((z, z) for z in wanted.logs), *wanted.means]
+    once = {id(z): z.detach() for _, z in pairs}  # a z may be wanted several times
+    found = {key: _softmax(z) for key, z in once.items()}
+    return [_Number(v, *found[id(z)]) for v, z in pairs]
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(b k) -> (b k), (b): softmax(z) and log Σ exp(z).
+
+    Not by torch.logsumexp, whose exp takes a processor ten times as long where it underflows.
+    """
+    p = z.softmax(dim=1)
+    return p, z.amax(dim=1) - p.amax(dim=1).log()
+
+
+def _slopes(numbers: Sequence[_Number], x: Tensor) -> dict[int, Tensor]:
     """Of each number that depends on x, each sample's gradient (b e)."""
     return {
-        index: torch.autograd.grad(number, x, torch.ones_like(number), retain_graph=True)[0]
+        index: torch.autograd.grad(number.v, x, number.p, retain_graph=True)[0]
         for index, number in enumerate(numbers)
-        if number.requires_grad
+        if number.v.requires_grad
     }
+
+
+def _gradients(
+    wanted: Wanted, gradient: Tensor, total: Tensor, inputs: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """(m b), (m b) log Σ exp(z) of all classes -> a chunk's part of the gradient by each input."""
+    trained = [
+        (number.v, (by * (number.log - log).exp())[:, None] * number.p)
+        for number, by, log in zip(_numbers(wanted), gradient, total, strict=True)
+        if number.v.requires_grad
+    ]
+    outputs, weights = zip(*trained, strict=True)
+    return torch.autograd.grad(outputs, inputs, weights)
