@@ -168,7 +168,10 @@ class ClassShard:
 
     def cosines(self, embedding: Tensor) -> Tensor:
         """(b e) -> (b c): margin-free cosines with this rank's rows."""
-        return F.normalize(embedding) @ F.normalize(self.weight.to(embedding.dtype)).T
+        rows = self.weight.to(embedding.dtype)
+        # F.normalize, but of the product: rows are the larger matrix as a rule.
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).clamp(min=1e-12)
+        return F.normalize(embedding) @ rows.T / lengths
 
     def over_classes(
         self, measure: Callable[[Tensor, "ClassShard"], Wanted], embedding: Tensor
