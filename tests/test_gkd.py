@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from kdhooks import KDHooksError
 from kdhooks.chunks import NUMBERS
 from kdhooks.testing import check_method
+from kdhooks_plugins._margin import scores
 from kdhooks_plugins.gkd import GKD, GroupedScores
 from kdhooks_plugins.kd import KD
 from tests import golden
@@ -74,6 +75,30 @@ def test_agrees_with_the_equation(
     assert_close(ours.grad.numpy(), by_rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.93}, {"tau": 1, "largest": 100}])
+@pytest.mark.parametrize(("scale", "away"), [(16.0, 0.0), (64.0, 30.0)])
+@pytest.mark.parametrize(("dtype", "alike"), [(torch.float64, 0), (torch.float32, 1)])
+def test_groups_of_many_classes_are_those_of_sorted_scores(
+    dtype: torch.dtype, alike: int, scale: float, away: float, options: dict[str, Any]
+) -> None:
+    """With scores around 0, and with all of one sample's near the least that there is, where
+    float32 tells few of them apart.
+    """
+    student, labels = normal(1, 6, 8).to(dtype), labels_of(2, 6, 3000)
+    rows = whole((normal(3, 3000, 8) - away * student[0]).to(dtype))
+    loss = made(scale=scale, margin=0.2, **options)
+    least, size = loss.group(student, labels, rows)
+    z = scores(student, labels, rows, scale, 0.2)
+    taken = rows.add(z, labels, torch.full((6,), 100).to(z)) >= least[:, None]
+    expected = torch.zeros_like(taken)
+    for row, one, label in zip(expected, z, labels, strict=True):
+        chosen = reference.group(one.tolist(), int(label), loss.tau, loss.largest)
+        row[list(chosen)] = True
+    assert (taken != expected).sum(dim=1).max() <= alike
+    assert_close(size, taken.sum(dim=1).to(dtype))
+    assert size[0] > 10
+
+
 def test_a_group_of_all_classes_is_logit_distillation() -> None:
     student, teacher, labels = normal(1, 5, 3), normal(2, 5, 4), labels_of(3, 5, 9)
     ours, theirs = whole(normal(4, 9, 3)), whole(normal(5, 9, 4))
@@ -81,6 +106,14 @@ def test_a_group_of_all_classes_is_logit_distillation() -> None:
     expected, _ = KD().classifier_share().loss(student, teacher, labels, theirs, ours)
     assert_close(value, expected)
     assert notes["binary"] == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_embedding_that_is_not_finite_makes_a_loss_that_is_not(value: float) -> None:
+    student, teacher, rows = normal(1, 4, 3), normal(2, 4, 3), whole(normal(3, 9, 3))
+    student[1, 0] = value
+    loss, _ = made()(student, teacher, labels_of(4, 4, 9), rows, rows)
+    assert loss.isnan()
 
 
 def test_the_order_among_the_rest_does_not_matter() -> None:

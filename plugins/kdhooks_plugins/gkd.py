@@ -11,14 +11,13 @@ The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Wanted, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import GONE, scores
 
-_HALVINGS = 40  # of the range of scores, until a threshold lies between two of them
+_BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
 
 
 class GroupedScores(nn.Module):
@@ -54,12 +53,11 @@ class GroupedScores(nn.Module):
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s = scores(student, labels, chunk, self.scale, self.margin)
             z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin)
-            first = least.new_full((len(least),), -GONE)
-            inside = chunk.add(z_s.detach(), labels, first) >= least[:, None]
+            rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
             z_s, z_t = z_s / self.temperature, z_t / self.temperature
-            in_s, in_t = z_s.where(inside, GONE), z_t.where(inside, GONE)
-            out_s, out_t = z_s.where(~inside, GONE), z_t.where(~inside, GONE)
-            return Wanted(logs=[in_s, out_s, in_t, out_t], means=[(in_t - in_s, in_t)])
+            in_s, in_t = z_s + GONE * rest, z_t + GONE * rest
+            out_s, out_t = z_s + GONE * (1 - rest), z_t + GONE * (1 - rest)
+            return Wanted(logs=[in_s, out_s, in_t, out_t], means=[(z_t - z_s, in_t)])
 
         (in_s, out_s, in_t, out_t), (gap,) = head.over_classes(compare, student)
         primary = gap - in_t + in_s
@@ -77,45 +75,57 @@ class GroupedScores(nn.Module):
         """(b d), (b), head -> (b), (b): the least score that a sample's group takes, and its size.
 
         The own class is always in it; the likeliest others follow until their probabilities reach
-        tau, or the group is full.
+        tau, or the group is full. Of all bins of the range of scores one holds the least, and of
+        all bins of that one again, until they are as narrow as rounding.
         """
-        likely, log_all = self._likeliest(student, labels, head)
-        p = F.pad((likely - log_all[:, None]).exp().cumsum(dim=1), (1, 0))
-        known = (labels >= 0).to(p)
-        own = (self.scale * (head.own(student, labels) - self.margin) - log_all).exp() * known
+        low, width = student.new_full((len(student),), -1.1 * self.scale), 2.2 * self.scale
+        while True:
+            # A little more than the bin, whose outermost class may have been rounded into it.
+            low, width = low - 0.01 * width, 1.02 * width / _BINS
+            low, size = self._last_full(student, labels, head, low, width)
+            if width < 2 * torch.finfo(low.dtype).eps * self.scale:
+                return low, size
 
-        def above(threshold: Tensor) -> tuple[Tensor, Tensor]:
-            """(b) -> (b), (b): how many classes are, and their probability."""
-            place = torch.searchsorted(-likely, -threshold[:, None], right=True)
-            counted = torch.stack([place[:, 0].to(p), p.gather(1, place)[:, 0]])
-            count, mass = head.sum(counted)
-            return count + known, mass + own
-
-        enough = self.tau if self.tau < 1 else torch.inf
-        high = p.new_full((len(p),), self.scale * (1 + self.margin) + 1)
-        low = -high
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            count, mass = above(middle)
-            full = (mass >= enough) | (count >= self.largest)
-            low, high = torch.where(full, middle, low), torch.where(full, high, middle)
-        return low, above(low)[0]
-
-    def _likeliest(
-        self, student: Tensor, labels: Tensor, head: ClassShard
+    def _last_full(
+        self, student: Tensor, labels: Tensor, head: ClassShard, low: Tensor, width: float
     ) -> tuple[Tensor, Tensor]:
-        """(b k): this rank's highest scores of other classes, falling; (b): log Σ exp of all."""
-        best: list[Tensor] = []
-        log_all = student.new_full((len(student),), -torch.inf)
-        gone = torch.full_like(log_all, GONE)
+        """(b d), (b), head, (b) -> (b), (b): the highest of the scores low + k · width that makes a
+        group full, or low where none does; and that group's size.
+        """
+        at_least = self._at_least(student, labels, head, low, width)
+        enough = self.tau if self.tau < 1 else torch.inf
+        place = torch.zeros_like(labels[:, None])
+        step = _BINS
+        while step := step // 2:
+            count, mass = head.sum(at_least.gather(2, (place + step).expand(2, -1, -1)))
+            place = place + step * ((mass >= enough) | (count >= self.largest))
+        size = head.sum(at_least[0].gather(1, place))
+        return low + place[:, 0] * width, size[:, 0]
+
+    def _at_least(
+        self, student: Tensor, labels: Tensor, head: ClassShard, low: Tensor, width: float
+    ) -> Tensor:
+        """(b d), (b), head, (b) -> (2 b n): how many classes of this rank score low + k · width or
+        more, or are the own; and how likely these are together.
+        """
+        bins = student.new_zeros(2, len(student), _BINS + 2)  # the outer two: all below, all above
+        peak = torch.full_like(low, -torch.inf)
         for chunk in head.chunks(student):
             z = scores(student, labels, chunk, self.scale, self.margin)
-            log_all = torch.logaddexp(log_all, z.logsumexp(dim=1))
-            best.append(chunk.add(z, labels, gone))
-            if sum(part.shape[1] for part in best) > 2 * self.largest:
-                best = [torch.cat(best, dim=1).topk(self.largest, dim=1, sorted=False).values]
-        found = torch.cat(best, dim=1)
-        return found.topk(min(self.largest, found.shape[1]), dim=1).values, head.logsumexp(log_all)
+            before, peak = peak, torch.maximum(peak, z.amax(dim=1))
+            place = (_own_first(z, labels, chunk) - low[:, None]) / width + 1
+            index = place.nan_to_num().clamp(0, _BINS + 1).long()
+            bins[0].scatter_add_(1, index, z.new_ones(()).expand_as(z))
+            bins[1] *= (before - peak).exp()[:, None]
+            bins[1].scatter_add_(1, index, (z - peak[:, None]).exp())
+        count, mass = bins.flip(2).cumsum(dim=2).flip(2)
+        log_all = head.logsumexp(mass[:, 0].log() + peak)
+        return torch.stack([count, mass * (peak - log_all).exp()[:, None]])[:, :, 1:-1]
+
+
+def _own_first(z: Tensor, labels: Tensor, chunk: ClassShard) -> Tensor:
+    """(b k), (b), chunk -> (b k): scores as groups take them in, the own class's above all."""
+    return chunk.add(z, labels, z.new_full((len(z),), -GONE))
 
 
 def _shares(inside: Tensor, outside: Tensor) -> Tensor:
@@ -143,7 +153,7 @@ class GKD:
         primary, binary: weights of the two parts; the paper's λ1 and λ2.
         tau: the student's probability that a group reaches, at temperature 1; 1: a group is always
             as large as it may be.
-        largest: a group's size at most, which bounds memory and time.
+        largest: a group's size at most.
         temperature: T.
         scale: σ of both sides, as a rule the trainer's.
         margin: taken off the cosine of the own class on both sides (CosFace). With none a group is
