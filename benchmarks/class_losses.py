@@ -7,89 +7,52 @@ and the most memory that they held, with the gradients that are their result.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.command import command, start, write
 from benchmarks.measuring import in_turns, judged_by, peak_bytes, summaries
+from benchmarks.plain_losses import GROUP, Loss, plain_of
 from kdhooks import ClassShard, Model
+from kdhooks_plugins.adadistill import AdaDistill
 from kdhooks_plugins.gkd import GKD
 from kdhooks_plugins.kd import KD
+from kdhooks_plugins.margindistillation import MarginDistillation
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from kdhooks_plugins.thkd import THKD
 
-T, SCALE, MARGIN, GROUP = 4.0, 64.0, 0.5, 10_000
+METHODS: dict[str, Any] = {
+    "kd": KD(),
+    "gkd": GKD(tau=1.0, largest=GROUP, margin=0.0),
+    "thkd": THKD(),
+    "proxylesskd": ProxylessKD(head="own"),
+    "margindistillation": MarginDistillation(),
+    "adadistill": AdaDistill(),
+}
 COMPARE = ("kd", "gkd")  # where the student's own rows are trained
-Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""student (b d), teacher (b d), labels (b), teacher's rows (c d), student's own rows (c d) -> ()"""
-
-
-def cosines(x: Tensor, rows: Tensor) -> Tensor:
-    return F.normalize(x) @ F.normalize(rows).T
-
-
-def plain_kd(s: Tensor, t: Tensor, labels: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
-    log_s = F.log_softmax(SCALE / T * cosines(s, ours), dim=1)
-    p_t = F.softmax(SCALE / T * cosines(t, theirs), dim=1)
-    return T**2 * F.kl_div(log_s, p_t, reduction="batchmean")
-
-
-def plain_thkd(s: Tensor, t: Tensor, labels: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
-    return plain_kd(s, t, labels, theirs, theirs)
-
-
-def plain_arcface(s: Tensor, t: Tensor, labels: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
-    scores = cosines(s, theirs)
-    own = scores.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)
-    scores = scores.scatter(1, labels[:, None], torch.cos(torch.acos(own) + MARGIN))
-    return F.cross_entropy(SCALE * scores, labels)
-
-
-def plain_gkd(s: Tensor, t: Tensor, labels: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
-    z_s, z_t = SCALE * cosines(s, ours), SCALE * cosines(t, theirs)
-    first = z_s.detach().scatter(1, labels[:, None], torch.inf)
-    chosen = first.topk(min(GROUP, len(ours)), dim=1).indices
-    log_s, log_t = F.log_softmax(z_s / T, dim=1), F.log_softmax(z_t / T, dim=1)
-    in_s, in_t = log_s.gather(1, chosen), log_t.gather(1, chosen)
-    share_s, share_t = in_s.logsumexp(dim=1), in_t.logsumexp(dim=1)
-    log_p, log_q = in_t - share_t[:, None], in_s - share_s[:, None]
-    primary = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    rest_s, rest_t = torch.log(-torch.expm1(share_s)), torch.log(-torch.expm1(share_t))
-    binary = share_t.exp() * (share_t - share_s) + rest_t.exp() * (rest_t - rest_s)
-    return T**2 * (8 * primary + binary).mean()
 
 
 def ours_of(name: str) -> Loss:
     """The method's loss, called like the plain forms."""
-    compare: dict[str, Any] = {"kd": KD(), "gkd": GKD(tau=1.0, largest=GROUP, margin=0.0)}
-    if name in COMPARE:
-        loss = compare[name].classifier_share().loss
-    else:
-        method = THKD() if name == "thkd" else ProxylessKD(head="own")
-        loss = method.classifier_share(Model(None, 1), Model(None, 1)).loss
+    compares = name in COMPARE
+    models = () if compares else (Model(None, 1), Model(None, 1))
+    loss = METHODS[name].classifier_share(*models).loss
 
     def run(s: Tensor, t: Tensor, labels: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
         heads = [ClassShard(rows, 0, len(rows)) for rows in (theirs, ours)]
-        value: Tensor = loss(s, t, labels, *heads[: 2 if name in COMPARE else 1])[0]
+        value: Tensor = loss(s, t, labels, *heads[: 2 if compares else 1])[0]
         return value
 
     return run
 
 
 STYLES = {"plain": "--", "kdhooks": "-"}
-PLAIN: dict[str, Loss] = {
-    "kd": plain_kd,
-    "gkd": plain_gkd,
-    "thkd": plain_thkd,
-    "proxylesskd": plain_arcface,
-}
 
 
 def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, Any]:
@@ -98,7 +61,7 @@ def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, A
     normal = partial(torch.randn, generator=generator, device=device)
     theirs = normal(classes, options.dim)
     ours = normal(classes, options.dim) if name in COMPARE else theirs
-    labels = torch.randint(classes, (options.batch_size,), generator=generator, device=device)
+    labels = torch.randperm(classes, generator=generator, device=device)[: options.batch_size]
     teacher = theirs[labels] + normal(options.batch_size, options.dim)
     student = ours[labels] + normal(options.batch_size, options.dim)
     trained = (student, ours) if name in COMPARE else (student,)
@@ -109,8 +72,10 @@ def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, A
         value = loss(student, teacher, labels, theirs, ours)
         return value.detach(), *torch.autograd.grad(value, trained)
 
-    forms = {"plain": PLAIN[name], "kdhooks": ours_of(name)}
+    forms = {"plain": plain_of(name), "kdhooks": ours_of(name)}
     works = {form: partial(step, forms[form]) for form in options.forms}
+    for work in works.values():
+        work()
     found: dict[str, Any] = {
         "classes": classes,
         "bytes": {form: peak_bytes(work, device) for form, work in works.items()},
@@ -170,7 +135,7 @@ def _line(one: dict[str, Any], kind: str) -> str:
 def main() -> None:
     parser = command("class_losses", __doc__, turns=7)
     add = parser.add_argument
-    add("--methods", nargs="+", default=list(PLAIN), choices=list(PLAIN))
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--classes", type=int, nargs="+", default=[20_000, 50_000, 100_000, 200_000])
     add("--forms", nargs="+", default=list(STYLES), choices=list(STYLES))
     add("--batch-size", type=int, default=128)
