@@ -11,7 +11,7 @@ class Sent:
         self._host = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
         self._arrived = torch.cuda.Event() if tensor.is_cuda else None
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> Tensor:
         if self._arrived is not None:

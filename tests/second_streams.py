@@ -36,8 +36,8 @@ class Stream:
 class Event:
     """For `torch.cuda.Event`: a host that waits for it is behind all that came before it."""
 
-    def record(self) -> None:
-        self._clock = dict(current().clock)
+    def record(self, stream: Stream) -> None:
+        self._clock = dict(stream.clock)
 
     def synchronize(self) -> None:
         merge(_HOST, self._clock)
