@@ -26,7 +26,7 @@ from benchmarks.networks import DIM, network, settle
 from benchmarks.profiling import fastest_step, parts_of
 from kdhooks import Distiller, Teacher
 from kdhooks.fingerprints import ViewKeys
-from kdhooks.sent import Sent
+from kdhooks.streams import Sent
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
 
 CLASSES = 1000

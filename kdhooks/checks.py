@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
-from kdhooks.sent import Sent
 from kdhooks.shards import Rows, world
+from kdhooks.streams import Sent
 from kdhooks.teacher import TeacherOutput
 
 log = logging.getLogger("kdhooks")

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from kdhooks.errors import KDHooksError
+
 NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores
 
 
 class Wanted(NamedTuple):
-    """What to know of all classes, by the scores (b k) of some."""
+    """What to know of all classes, by the scores (b k) of some; -1e30 leaves a class out."""
 
     logs: Sequence[Tensor]  # z: log Σ_c exp(z_c)
     means: Sequence[tuple[Tensor, Tensor]] = ()  # v and a constant z: Σ_c softmax(z)_c · v_c
@@ -147,6 +149,8 @@ class _Number(NamedTuple):
 
 
 def _numbers(wanted: Wanted) -> list[_Number]:
+    if any(z.requires_grad for _, z in wanted.means):
+        raise KDHooksError("chunks: a mean must go by a constant z; detach it, or ask for its log")
     pairs = [*((z, z) for z in wanted.logs), *wanted.means]
     once = {id(z): z.detach() for _, z in pairs}  # a z may be wanted several times
     found = {key: _softmax(z) for key, z in once.items()}

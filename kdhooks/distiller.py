@@ -23,7 +23,7 @@ from kdhooks.declaring import (
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.shards import ClassShard, Rows
 from kdhooks.taps import StudentTaps, unwrap
-from kdhooks.teacher import Teacher, TeacherOutput
+from kdhooks.teacher import Begun, Teacher, TeacherOutput
 
 
 class Distiller(nn.Module):
@@ -96,7 +96,6 @@ class Distiller(nn.Module):
         self._take_rows(theirs)
         self._connect(ours)
         self._teacher.start_cache(images)
-        self._begin_early()
         self.to(first.device)
 
     # --- one step ----------------------------------------------------------------------------
@@ -121,6 +120,7 @@ class Distiller(nn.Module):
 
         images are what the teacher sees: as a rule those that the student saw.
         """
+        seen, begun = self._student.images, self._student.begun
         features = self._student.take()
         if images.shape[0] != labels.shape[0]:
             raise KDHooksError(
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         self._finite.check()
         if not self._checked:
             check_shapes(features, self._stages)
-        teacher = self._teach(images, labels)
+        teacher = self._teach(images, labels, begun)
         step = Step(
             student=features[self._embedding],
             student_features=features,
@@ -153,6 +153,8 @@ class Distiller(nn.Module):
         if not self._checked:
             check_terms(values)
             self._checked = True
+            if self._needs_teacher and seen is images:
+                self._student.on_enter = self._teacher.begin  # from now on
         if not self._finite.note(values, step):
             return self._nothing(features)
         return weighted
@@ -168,10 +170,10 @@ class Distiller(nn.Module):
         factor = tap.weight(self.step) if callable(tap.weight) else tap.weight
         return factor / self.accumulation if isinstance(tap, ParameterTap) else factor
 
-    def _teach(self, images: Tensor, labels: Tensor) -> TeacherOutput | None:
+    def _teach(self, images: Tensor, labels: Tensor, begun: Begun | None) -> TeacherOutput | None:
         if self._checked and not self._needs_teacher:
             return None
-        output = self._teacher(images)
+        output = self._teacher(images, begun)
         if not self._checked:
             check_teacher(output, images)
             if self._teacher.classifier is not None:
@@ -233,11 +235,6 @@ class Distiller(nn.Module):
         ours = [path for tap in features for path in tap.student]
         self._student = StudentTaps(student.module, [self._embedding, *ours])
 
-    def _begin_early(self) -> None:
-        """The teacher, at the student's entrance, where it has anything to begin with."""
-        early = self._needs_teacher and self._teacher.begins
-        self._student.on_enter = self._teacher.begin if early else None
-
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; no decay for those that a loss says so of.
 
@@ -271,7 +268,6 @@ class Distiller(nn.Module):
             raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
         self.taps = tuple(other for other in self.taps if other is not tap)
         self._needs_teacher = _need_teacher(self.taps)
-        self._begin_early()
         del self.losses[tap.name]
         classifier = self._teacher.classifier
         assert classifier is not None

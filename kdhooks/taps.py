@@ -149,12 +149,14 @@ class StudentTaps:
     """Taps of a model in training: each forward with grad records; `take` checks and lets go.
 
     A forward opens at the model's entrance and closes at its exit, so that neither evaluation
-    nor the recomputation of activation checkpointing is recorded. `on_enter` is told its images.
+    nor the recomputation of activation checkpointing is recorded. `on_enter` is told its images,
+    and what it gives is kept as `begun`.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.images: Tensor | None = None
-        self.on_enter: Callable[[Tensor], None] | None = None
+        self.on_enter: Callable[[Tensor], object] | None = None
+        self.begun: Any = None
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -167,22 +169,24 @@ class StudentTaps:
         return self._taps.fired
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._handles and model.training and torch.is_grad_enabled():
+        # In a backward it is activation checkpointing that runs the model again.
+        backward = torch._C._current_graph_task_id() != -1
+        if self._handles and model.training and torch.is_grad_enabled() and not backward:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            self.images = tensors[0] if tensors else None
-            if self.images is not None and self.on_enter is not None:
-                self.on_enter(self.images)
+            self.images, self.begun = tensors[0] if tensors else None, None
             self._taps.open()
+            if self.images is not None and self.on_enter is not None:
+                self.begun = self.on_enter(self.images)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         # Torch calls this where the forward raised, too, with no output.
         finished = output is not None or sys.exc_info()[0] is None
         if self._taps.recording and not finished:
-            self.images = None
+            self.images = self.begun = None
         self._taps.close(finished)
 
     def take(self) -> dict[str, Tensor]:
-        self.images = None
+        self.images = self.begun = None
         outputs = self._taps.take()
         for path, tensor in outputs.items():
             if not tensor.requires_grad:
@@ -194,7 +198,7 @@ class StudentTaps:
         return outputs
 
     def remove(self) -> None:
-        self.images = self.on_enter = None
+        self.images = self.begun = self.on_enter = None
         self._taps.remove()
         for handle in self._handles:
             handle.remove()

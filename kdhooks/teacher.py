@@ -1,10 +1,10 @@
 """Running a teacher: frozen, and no dearer than it must be."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.fingerprints import probe_images, weights_of
 from kdhooks.inputs import InputTransform
 from kdhooks.shards import Rows
+from kdhooks.streams import SideStream
 from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher_cache import CacheOptions, TeacherCache
 
 log = logging.getLogger("kdhooks")
 
+_PATIENCE = 8  # how often what was begun may be of no use
 _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
 
 
@@ -29,15 +31,13 @@ class TeacherOutput:
     embedding: Tensor
     features: dict[str, Tensor]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.embedding
+        yield from self.features.values()
 
-@dataclass(frozen=True)
-class _Begun:
-    images: Tensor
-    version: int
-    finish: Callable[[], TeacherOutput]
 
-    def is_of(self, images: Tensor) -> bool:
-        return self.images is images and self.version == images._version
+Begun: TypeAlias = tuple[Tensor, int, Callable[[], TeacherOutput]]
+"""Images, their version, and what gives the output for them."""
 
 
 class Teacher:
@@ -46,8 +46,8 @@ class Teacher:
     Neither the student's checkpoint nor its optimizer, `.train()`, deepcopy or pickle can reach
     it. `model` is a torch module, or any function (b 3 h w) -> (b e).
 
-    `begin(images)`, before the student's forward, puts the device to work on what a call with the
-    same images then finishes: the keys of a cache, or the whole teacher on a stream of its own.
+    What `begin(images)` gives, before the student's forward, a call with the same images takes: the
+    keys of a cache, or all of the teacher's output, on a stream of its own if wanted.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class Teacher:
         cache: a folder for embeddings, used from `start_cache` on.
         """
         check_compile(compile)
+        if side_stream and isinstance(compile, str):
+            raise KDHooksError(
+                f"teacher: side_stream and compile = {compile!r} exclude each other, since CUDA "
+                "graphs of two streams would share their memory; take compile = true"
+            )
         if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
             raise KDHooksError(
                 f"teacher: micro_batch must be a whole number, at least 1; found {micro_batch!r}"
@@ -89,9 +94,8 @@ class Teacher:
         self._dtype = dtype
         self._channels_last = channels_last
         self._side_stream = side_stream
-        self._stream: torch.cuda.Stream | None = None
-        self._begun: _Begun | None = None
-        self._ahead = True
+        self._beside: SideStream | None = None
+        self._wasted = 0  # of what was begun
         self._micro_batch = micro_batch
         self._taps = _no_taps()
         self._tapped: tuple[str, ...] = ()
@@ -138,55 +142,47 @@ class Teacher:
         probe = self._forward(probe_images(images)).embedding
         self.cache = TeacherCache(self._cache_options, known, probe)
 
-    @property
-    def begins(self) -> bool:
-        """Whether `begin` does anything."""
-        return self.cache is not None or (self._side_stream and self.adapter is None)
+    def begin(self, images: Tensor) -> Begun | None:
+        """(b 3 h w), at the student's entrance, whose activations take no memory yet.
 
-    def begin(self, images: Tensor) -> None:
-        """(b 3 h w), which the next call is to be about."""
-        if torch.compiler.is_compiling() or not self._ahead or images.is_inference():
-            return
-        if self._device != images.device:  # the first call takes the teacher there
-            return
-        if self.cache is not None:
-            self._begun = _Begun(images, images._version, self._look_up(images))
-        elif images.is_cuda:
-            self._begun = _Begun(images, images._version, self._beside(images))
+        What it gives goes with a call about the same images. Where too much of it is not asked
+        for, nothing is begun any more.
+        """
+        if torch.compiler.is_compiling() or images.is_inference() or self._wasted > _PATIENCE:
+            return None
+        if self._device != images.device:  # a call takes the teacher there
+            return None
+        self._wasted += 1  # until it is taken
+        if self._wasted > _PATIENCE:
+            log.info("the teacher is asked for other images than the student's, and runs after it")
+            return None
+        return images, images._version, self._start(images)
 
-    def __call__(self, images: Tensor) -> TeacherOutput:
+    def __call__(self, images: Tensor, begun: Begun | None = None) -> TeacherOutput:
         """(b 3 h w), the trainer's images."""
-        begun, self._begun = self._begun, None
-        if begun is not None and begun.is_of(images):
-            return begun.finish()
-        # Other images than the student's, or the student wrote into them: not again.
-        self._ahead = self._ahead and begun is None
+        if begun is not None:
+            seen, version, finish = begun
+            if seen is images and version == images._version:
+                self._wasted -= 1
+                return finish()
         return self._forward(images) if self.cache is None else self._look_up(images)()
 
+    def _start(self, images: Tensor) -> Callable[[], TeacherOutput]:
+        """Puts the device to work; the result gives what came of it."""
+        if self.cache is not None:
+            return self._look_up(images)
+        if self._side_stream and images.is_cuda and self.adapter is None:
+            if self._beside is None or self._beside.device != images.device:
+                self._beside = SideStream(images.device)
+            return self._beside.run(self._forward, images)
+        output = self._forward(images)
+        return lambda: output
+
     def _look_up(self, images: Tensor) -> Callable[[], TeacherOutput]:
-        """Sends the keys to the host; the result takes what the cache has, and adds what not."""
+        """Sends the keys to the host; the result waits for them."""
         assert self.cache is not None
         embedding = self.cache.begin(images, lambda some: self._forward(some).embedding)
         return lambda: TeacherOutput(embedding(), {})
-
-    def _beside(self, images: Tensor) -> Callable[[], TeacherOutput]:
-        """Runs on a stream of its own; the result lets the current stream wait for it."""
-        if self._stream is None or self._stream.device != images.device:
-            self._stream = torch.cuda.Stream(images.device)
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            output = self._forward(images)
-        images.record_stream(stream)  # who frees memory that another stream uses must know it
-
-        def finish() -> TeacherOutput:
-            current = torch.cuda.current_stream(images.device)
-            current.wait_stream(stream)
-            for tensor in (output.embedding, *output.features.values()):
-                tensor.record_stream(current)
-            return output
-
-        return finish
 
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not, on as many images at a time as memory is there for."""
@@ -236,9 +232,8 @@ class Teacher:
     def remove(self) -> None:
         self._taps.remove()
         self._taps = _no_taps()
-        self._begun = None
-        if self._stream is not None:  # it may be at work on what nobody took
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        if self._beside is not None:  # it may be at work on what nobody took
+            self._beside.join()
         if self.cache:
             self.cache.flush()
         self.cache = None

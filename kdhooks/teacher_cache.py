@@ -17,7 +17,7 @@ from torch import Tensor
 from kdhooks.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.errors import KDHooksError
 from kdhooks.fingerprints import Identity, ViewKeys, check_header, check_same
-from kdhooks.sent import Sent
+from kdhooks.streams import Sent
 
 log = logging.getLogger("kdhooks")
 

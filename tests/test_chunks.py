@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead.measures import tensor_bytes
-from kdhooks import ClassShard, Model, Wanted
+from kdhooks import ClassShard, KDHooksError, Model, Wanted
 from kdhooks.chunks import NUMBERS, Measure, chunk_size, over_rows
 from kdhooks_plugins import gkd
 from kdhooks_plugins.adadistill import AdaDistill
@@ -277,3 +277,14 @@ def test_ones_own_cosine_is_that_of_the_own_class() -> None:
     x, labels = normal(3, 4, 3), torch.tensor([0, 11, 5, -1])
     cosines = F.cosine_similarity(x, shard.weight[labels]) * (labels >= 0)
     assert_close(shard.own(x, labels), cosines)
+
+
+def test_a_mean_by_scores_that_are_trained_is_refused() -> None:
+    """Its gradient would need all chunks."""
+
+    def of(x: Tensor, rows: Tensor, start: int) -> Wanted:
+        z = x @ rows.T
+        return Wanted(logs=[z], means=[(z, z)])
+
+    with pytest.raises(KDHooksError, match="a mean must go by a constant z; detach it, or ask for"):
+        over_rows(of, torch.rand(2, 3, requires_grad=True), torch.rand(4, 3))

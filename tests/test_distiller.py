@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kdhooks import (
     ClassifierShare,
@@ -325,6 +326,68 @@ def test_hook_feature_tap() -> None:
     kd(images, labels)["stages"].backward()
     assert net.get_parameter("layer4.0.weight").grad is not None
     assert net.fc.weight.grad is None
+
+
+def order(steps: int, seen: Callable[[Tensor, int], Tensor]) -> list[str]:
+    """In which teacher and student run; seen: (images, step) -> what the teacher is given."""
+    net, teacher = student(), tiny_teacher()
+    kd = distil("fcd", net=net, teacher=teacher)
+    images, labels = tiny_batch()
+    assert teacher.module is not None
+    found: list[str] = []
+    for name, model in (("s", net), ("t", teacher.module)):
+        model.register_forward_hook(lambda *_, name=name: found.append(name))
+    for step in range(steps):
+        net(images)
+        kd(seen(images, step), labels)
+    return found
+
+
+def test_the_teacher_runs_at_the_students_entrance_but_for_the_first_step() -> None:
+    """Where the student's activations take no memory yet; the first step has checks to make."""
+    assert order(3, lambda images, step: images) == ["s", "t", "t", "s", "t", "s"]
+
+
+def test_a_teacher_of_other_images_is_asked_for_them_alone() -> None:
+    assert order(3, lambda images, step: images.clone()) == ["s", "t"] * 3
+
+
+def test_a_teacher_of_other_images_from_some_step_on_is_asked_for_them_alone_in_the_end() -> None:
+    found = order(11, lambda images, step: images.clone() if step else images)
+    assert found == ["s", "t", *8 * ["t", "s", "t"], *2 * ["s", "t"]]
+
+
+def test_a_student_that_is_checkpointed_as_a_whole_is_recorded_once() -> None:
+    net, (images, labels), calls = student(), tiny_batch(), list[int]()
+
+    def embed(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return images.flatten(1)[:, :12]
+
+    kd = distil("fcd", net=net, teacher=Teacher(embed))
+    calls.clear()
+    for _ in range(3):
+        checkpoint(net, images, use_reentrant=False)
+        sum(kd(images, labels).values()).backward()
+        assert kd.pending is None
+    assert calls == [12, 12, 12]
+
+
+class Conditioned(TinyFaceNet):
+    """Takes something else before the images."""
+
+    def forward(self, domain: Tensor, images: Tensor) -> Tensor:  # type: ignore[override]
+        embedding: Tensor = super().forward(images)
+        return embedding + domain.sum()
+
+
+def test_a_student_may_take_something_else_first() -> None:
+    net, (images, labels) = Conditioned().train(), tiny_batch()
+    domain = torch.zeros(len(images))
+    kd = distil("fcd", net=net, run_student=lambda images: net(domain[: len(images)], images))
+    for _ in range(3):
+        net(domain, images)
+        kd(images, labels)
 
 
 def test_stages_that_differ_from_the_probe_are_refused() -> None:

@@ -163,8 +163,9 @@ def test_conforms_with_other_options(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "gkd: temperature must be above 0; found 0"),
-        ({"scale": -1.0}, "gkd: scale must be above 0; found -1"),
+        ({"temperature": 0.0}, "gkd: temperature must be above 0 and finite; found 0"),
+        ({"scale": -1.0}, "gkd: scale must be above 0 and finite; found -1"),
+        ({"scale": float("nan")}, "gkd: scale must be above 0 and finite; found nan"),
         ({"margin": -0.1}, "gkd: margin must be at least 0; found -0.1"),
         ({"primary": -1.0}, "gkd: primary must be at least 0; found -1"),
         ({"binary": -1.0}, "gkd: binary must be at least 0; found -1"),

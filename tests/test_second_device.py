@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, EmbeddingTap, hookimpl, methods
 from kdhooks.discovery import load
-from kdhooks.sent import Sent
+from kdhooks.streams import Sent
 from kdhooks.teacher import Teacher
 from kdhooks.teacher_cache import CacheOptions
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
@@ -148,20 +148,22 @@ def test_a_cached_step_waits_for_the_keys_alone(
     assert_close(far.result(), near.result())
 
 
-def order(**options: Any) -> list[str]:
-    """Of the teacher and the student, in the second step."""
+def order(**options: Any) -> list[tuple[str, bool]]:
+    """Of the teacher and the student in the second step, and whether on a stream of its own."""
     with Device():
         student, teacher = TinyFaceNet().to(NAME).train(), run(tiny_teacher(), **options)
-        shape = (3, 32, 32)
-        kd = Distiller(student, teacher, ["fcd"], input_shape=shape)
+        kd = Distiller(student, teacher, ["fcd"], input_shape=(3, 32, 32))
         images, labels = (x.to(NAME) for x in tiny_batch())
         student(images)
         kd(images, labels)
-        found: list[str] = []
+        found: list[tuple[str, bool]] = []
+        main = torch.cuda.current_stream()
         for name, model in (("student", student), ("teacher", teacher.module)):
             assert model is not None
             first = next(module for module in model.modules() if not list(module.children()))
-            first.register_forward_hook(lambda *_, name=name: found.append(name))
+            first.register_forward_hook(
+                lambda *_, name=name: found.append((name, torch.cuda.current_stream() != main))
+            )
         student(images)
         kd(images, labels)
         student(images.clone())  # whose losses nobody takes
@@ -171,8 +173,9 @@ def order(**options: Any) -> list[str]:
 
 
 def test_a_stream_of_its_own_begins_before_the_student(process: ProcessPoolExecutor) -> None:
-    assert process.submit(order, side_stream=True).result() == ["teacher", "student"]
-    assert process.submit(order).result() == ["student", "teacher"]
+    beside = process.submit(order, side_stream=True).result()
+    assert beside == [("teacher", True), ("student", False)]
+    assert process.submit(order).result() == [("teacher", False), ("student", False)]
 
 
 def read_from_the_host() -> None:

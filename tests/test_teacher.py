@@ -141,6 +141,12 @@ def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
             Teacher(embed, micro_batch=wrong)  # type: ignore[arg-type]
 
 
+def test_cuda_graphs_of_two_streams_are_refused() -> None:
+    Teacher(trained(), side_stream=True, compile=True)
+    with pytest.raises(KDHooksError, match="side_stream and compile = 'max-autotune' exclude each"):
+        Teacher(trained(), side_stream=True, compile="max-autotune")
+
+
 def test_where_memory_is_short_it_sees_fewer_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[int] = []
 

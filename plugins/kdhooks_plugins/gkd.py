@@ -8,6 +8,7 @@ takes a fixed one, or one for a batch; scores are scale · cos, with the margin 
 The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -92,15 +93,11 @@ class GroupedScores(nn.Module):
         """(b d), (b), head, (b) -> (b), (b): the highest of the scores low + k · width that makes a
         group full, or low where none does; and that group's size.
         """
-        at_least = self._at_least(student, labels, head, low, width)
+        count, mass = head.sum(self._at_least(student, labels, head, low, width))
         enough = self.tau if self.tau < 1 else torch.inf
-        place = torch.zeros_like(labels[:, None])
-        step = _BINS
-        while step := step // 2:
-            count, mass = head.sum(at_least.gather(2, (place + step).expand(2, -1, -1)))
-            place = place + step * ((mass >= enough) | (count >= self.largest))
-        size = head.sum(at_least[0].gather(1, place))
-        return low + place[:, 0] * width, size[:, 0]
+        full = (mass >= enough) | (count >= self.largest)  # true up to a place
+        place = (full.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        return low + place[:, 0].to(low) * width, count.gather(1, place)[:, 0]
 
     def _at_least(
         self, student: Tensor, labels: Tensor, head: ClassShard, low: Tensor, width: float
@@ -160,8 +157,8 @@ class GKD:
             soon the own class alone, and `primary` trains nothing.
         """
         for option, found in (("temperature", temperature), ("scale", scale)):
-            if found <= 0:
-                raise KDHooksError(f"gkd: {option} must be above 0; found {found}")
+            if not 0 < found < math.inf:
+                raise KDHooksError(f"gkd: {option} must be above 0 and finite; found {found}")
         for option, found in (("primary", primary), ("binary", binary), ("margin", margin)):
             if found < 0:
                 raise KDHooksError(f"gkd: {option} must be at least 0; found {found}")
