@@ -173,10 +173,11 @@ class StudentTaps:
         backward = torch._C._current_graph_task_id() != -1
         if self._handles and model.training and torch.is_grad_enabled() and not backward:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            self.images, self.begun = tensors[0] if tensors else None, None
+            self.images = self.begun = None
+            if tensors and self.on_enter is not None:
+                self.begun = self.on_enter(tensors[0])
+            self.images = tensors[0] if tensors else None
             self._taps.open()
-            if self.images is not None and self.on_enter is not None:
-                self.begun = self.on_enter(self.images)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         # Torch calls this where the forward raised, too, with no output.

@@ -154,7 +154,7 @@ class Teacher:
             return None
         self._wasted += 1  # until it is taken
         if self._wasted > _PATIENCE:
-            log.info("the teacher is asked for other images than the student's, and runs after it")
+            log.info("the teacher runs after the student: it was not asked for what it had begun")
             return None
         return images, images._version, self._start(images)
 
