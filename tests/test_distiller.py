@@ -388,6 +388,7 @@ def test_a_student_may_take_something_else_first() -> None:
     for _ in range(3):
         net(domain, images)
         kd(images, labels)
+    assert kd.step == 3
 
 
 def test_stages_that_differ_from_the_probe_are_refused() -> None:

@@ -73,15 +73,6 @@ each_runner = pytest.mark.parametrize("kind", RUNNERS)
 SCHEDULED = {**PROJECTED, "weight": {"value": 8.0, "start": 1, "warmup": 3}}
 
 
-@pytest.fixture
-def safe_globals() -> Iterator[None]:
-    """What a test allows to be read from checkpoints is forbidden again."""
-    before = torch.serialization.get_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
-
-
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 

@@ -133,14 +133,6 @@ def test_block_schedule(folder: None) -> None:
     assert [bool(value) for value in history] == [False, True, True, False]
 
 
-@pytest.fixture
-def safe_globals() -> Iterator[None]:
-    before = torch.serialization.get_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
-
-
 def test_block_resume(folder: None, safe_globals: None) -> None:
     Path("work_dirs/distilled").mkdir(parents=True)
     Path("teacher.pth").rename("work_dirs/distilled/iter_40.pth")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdhooks import InputTransform, KDHooksError, build
+from kdhooks import InputTransform, KDHooksError, Teacher, build
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
@@ -198,29 +198,29 @@ def test_a_teachers_keys_are_checked(spec: dict[str, object], match: str) -> Non
         Recipe.read({"teacher": spec, "methods": ["fcd"]})
 
 
-@pytest.mark.parametrize("convert", [False, True])
-def test_an_onnx_file_takes_means_of_three_channels(convert: bool, tmp_path: Path) -> None:
+def from_onnx(folder: Path, **spec: object) -> tuple[nn.Module, Teacher]:
+    """A network, and the teacher of its ONNX file."""
     pytest.importorskip("onnxruntime")
     module = tiny_teacher().module
     assert module is not None
-    images, _ = tiny_batch()
-    export(module, images, tmp_path / "teacher.onnx")
+    export(module, tiny_batch()[0], folder / "teacher.onnx")
+    teacher = {"onnx": folder / "teacher.onnx", **spec}
+    return module, build_teacher(Recipe.read({"teacher": teacher, "methods": ["fcd"]}))
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_onnx_file_takes_means_of_three_channels(convert: bool, tmp_path: Path) -> None:
     said: dict[str, Any] = {"mean": [100.0, 110.0, 120.0], "std": [50, 60, 70]}
-    spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert, "input": said}
-    teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
+    module, teacher = from_onnx(tmp_path, convert=convert, input=said)
+    images, _ = tiny_batch()
     wanted = module(InputTransform(mean=said["mean"], std=said["std"])(images)).detach()
     torch.testing.assert_close(teacher(images).embedding, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("convert", [False, True])
 def test_an_onnx_file_is_a_teacher(convert: bool, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    module = tiny_teacher().module
-    assert module is not None
+    module, teacher = from_onnx(tmp_path, convert=convert)
     images, _ = tiny_batch()
-    export(module, images, tmp_path / "teacher.onnx")
-    spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert}
-    teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
     torch.testing.assert_close(
         teacher(images).embedding, module(images).detach(), rtol=1e-4, atol=1e-5
     )

@@ -262,13 +262,18 @@ def read_too_early() -> None:
         made.sum()
 
 
+def read_by_another() -> tuple[Tensor, torch.cuda.Stream]:
+    """A tensor that another stream may still be reading, and that stream."""
+    side, made = torch.cuda.Stream(), torch.ones(2, device=NAME) * 2
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        made.sum()
+    return made, side
+
+
 def written_too_early() -> None:
-    side = torch.cuda.Stream()
     with Device():
-        made = torch.ones(2, device=NAME) * 2
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            made.sum()
+        made, _ = read_by_another()
         made.add_(1)
 
 
@@ -279,12 +284,9 @@ def test_a_race_is_noticed(process: ProcessPoolExecutor, race: Callable[[], None
 
 
 def given_away(recorded: bool) -> list[str]:
-    side = torch.cuda.Stream()
+    second_streams.faults.clear()
     with Device():
-        made = torch.ones(2, device=NAME) * 2
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            made.sum()
+        made, side = read_by_another()
         if recorded:
             made.record_stream(side)
         del made
