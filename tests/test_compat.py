@@ -18,7 +18,7 @@ from kdhooks_integrations.arcface_tools import compat, recordio
 
 pytest.importorskip("PIL")
 
-from tests.records import MAGIC, labelled, people, record, write_pairs, write_records
+from benchmarks.recordio_files import MAGIC, labelled, people, record, write_pairs, write_records
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
 

@@ -9,11 +9,11 @@ from torch import nn
 
 pytest.importorskip("PIL")
 
+from benchmarks.recordio_files import people, png, write_records
 from kdhooks import EmbeddingTap, hookimpl
 from kdhooks.cli import main
 from kdhooks_integrations.arcface_tools.cost import held, kept_for_backward
 from kdhooks_integrations.arcface_tools.faces import read_batch
-from tests.records import people, png, write_records
 from tests.trainer_folder import CLASSES, imports_undone, write_teacher, write_trainer
 
 Captured = pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("PIL")
 
-from tests.records import people, write_pairs, write_records
+from benchmarks.recordio_files import people, write_pairs, write_records
 
 NEEDED = ("easydict", "scipy", "sklearn", "torchvision", "tensorboard", "onnx", "onnxruntime")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.records import people
+from benchmarks.recordio_files import people
 from tests.standin import backbones
 
 CLASSES, WIDTH = 6, 16

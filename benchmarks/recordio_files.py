@@ -1,29 +1,33 @@
-"""train.rec, train.idx and verification files, written as mxnet's tools write them."""
+"""Made-up people in train.rec, train.idx and verification files, as mxnet's tools write them."""
 
 import io
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 MAGIC = struct.pack("<I", 0xCED7230A)
-Pixels = NDArray[np.uint8]
+Pixels: TypeAlias = NDArray[np.uint8]
 
 
 def people(classes: int, each: int, seed: int = 0) -> list[tuple[Pixels, int]]:
-    """Pictures (112 112 3), and of whom: a pattern a person, under noise."""
+    """Pictures (112 112 3), and of whom: a pattern per person, under noise."""
+    return list(crowd(classes, each, seed))
+
+
+def crowd(classes: int, each: int, seed: int = 0) -> Iterator[tuple[Pixels, int]]:
+    """The same, one picture at a time."""
     generator = np.random.default_rng(seed)
     patterns = np.random.default_rng(7).integers(30, 225, (classes, 7, 7, 3))
-    found = []
     for index in range(classes * each):
         noisy = patterns[index % classes] + generator.integers(-30, 30, (7, 7, 3))
         pixels = np.kron(noisy, np.ones((16, 16, 1))).astype(np.uint8)
-        found.append((pixels, index % classes))
-    return found
+        yield pixels, index % classes
 
 
 def png(pixels: Pixels) -> bytes:
@@ -50,17 +54,17 @@ def labelled(label: float | Sequence[float], number: int, content: bytes) -> byt
     return struct.pack("<IfQQ", len(label), 0.0, number, 0) + numbers + content
 
 
-def write_records(folder: Path, samples: Sequence[tuple[Pixels, int]]) -> None:
+def write_records(folder: Path, samples: Iterable[tuple[Pixels, int]]) -> None:
     """As InsightFace's data sets: record 0 says where the images end; labels are pairs."""
-    entries = [labelled([len(samples) + 1.0, len(samples) + 1.0], 0, b"")]
-    entries += [labelled([float(who), 0.0], i, png(p)) for i, (p, who) in enumerate(samples, 1)]
-    offsets, data = [], b""
-    for entry in entries:
-        offsets.append(len(data))
-        data += record(entry)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.rec").write_bytes(data)
-    lines = [f"{key}\t{offset}\n" for key, offset in enumerate(offsets)]
+    pictures = [(png(pixels), who) for pixels, who in samples]
+    offset, lines = 0, []
+    with (folder / "train.rec").open("wb") as file:
+        entries = [labelled([len(pictures) + 1.0, len(pictures) + 1.0], 0, b"")]
+        entries += [labelled([float(who), 0.0], i, p) for i, (p, who) in enumerate(pictures, 1)]
+        for key, entry in enumerate(entries):
+            lines.append(f"{key}\t{offset}\n")
+            offset += file.write(record(entry))
     (folder / "train.idx").write_text("".join(lines))
 
 
