@@ -80,7 +80,8 @@ class Distiller(nn.Module):
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
         first = next(student.parameters())
         with undisturbed_generators(seed, first.device):
-            images = torch.rand(2, *input_shape, device=first.device, dtype=first.dtype) * 2 - 1
+            # Drawn on the processor, so that a seed gives the same losses on every device.
+            images = (torch.rand(2, *input_shape, dtype=first.dtype) * 2 - 1).to(first.device)
             asked = Declarations(methods, plugins)
             stages = asked.stages(student, student_stages)
             ours = probe_student(student, student_embedding, stages, images, run_student)
