@@ -15,7 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdhooks.errors import KDHooksError
 
-NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a chunk's rows, and of its scores
+# Of a chunk's rows, and of its scores. A processor wants them in its cache. On a GPU each chunk
+# costs the host some fifty launches, and rows that are trained take several times their memory.
+NUMBERS = {"cpu": 1 << 20, "cuda": 3 << 25, "cuda, trained": 1 << 26}
 
 
 class Wanted(NamedTuple):
@@ -45,9 +47,10 @@ def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor
     return found
 
 
-def chunk_size(embedding: Tensor) -> int:
+def chunk_size(embedding: Tensor, trained: bool) -> int:
     """(b e) -> how many rows to compare it with at a time."""
-    numbers = NUMBERS.get(embedding.device.type, NUMBERS["cuda"])
+    on_cpu = embedding.device.type == "cpu"
+    numbers = NUMBERS["cpu" if on_cpu else "cuda, trained" if trained else "cuda"]
     return max(1, numbers // max(embedding.shape))
 
 
@@ -73,30 +76,27 @@ class _OverRows(torch.autograd.Function):
         if ctx.by_rows:
             ctx.measure = measure
         x = embedding.detach().requires_grad_(by_embedding and not ctx.by_rows)
-        total = values = x.new_empty(0, 0)
+        logs, total, values = 0, x.new_empty(0, 0), x.new_empty(0, 0)
         slopes: dict[int, Tensor] = {}
-        logs = 0
-        for start, w in row_chunks(x, rows.detach()):
-            with _apart(x, x.requires_grad):
+        with _apart(x, x.requires_grad):
+            for start, w in row_chunks(x, rows.detach(), ctx.by_rows):
                 wanted = measure(x, w, start)
                 numbers = _numbers(wanted)
+                under = torch.stack([number.log for number in numbers])
+                part = [(n.p * n.v.detach()).sum(dim=1) for n in numbers[len(wanted.logs) :]]
+                means = torch.stack(part) if part else under[:0]
                 steps = _slopes(numbers, x)
-            under = torch.stack([number.log for number in numbers])
-            part = torch.stack([(number.p * number.v.detach()).sum(dim=1) for number in numbers])
-            if not logs:
-                logs, total = len(wanted.logs), torch.full_like(under, -torch.inf)
-                values = torch.zeros_like(under)
-            before, total = total, torch.logaddexp(total, under)
-            old, new = (before - total).exp(), (under - total).exp()
-            values = old * values + new * part
-            for index, slope in steps.items():
-                slope = new[index, :, None] * slope
-                if index in slopes:
-                    slope += old[index, :, None] * slopes[index]
-                slopes[index] = slope
+                if start == 0:
+                    logs, total, values, slopes = len(wanted.logs), under, means, steps
+                    continue
+                share = torch.sigmoid(under - total)  # of this chunk, among all so far
+                total = torch.logaddexp(total, under)
+                values = values.lerp(means, share[logs:])
+                for index, slope in steps.items():
+                    slopes[index].lerp_(slope, share[index, :, None])
         ctx.sloped = list(slopes)
         ctx.save_for_backward(*((embedding, rows, total) if ctx.by_rows else slopes.values()))
-        found = total[:logs], values[logs:], total[logs:]
+        found = total[:logs], values, total[logs:]
         ctx.mark_non_differentiable(found[2])
         return found
 
@@ -112,7 +112,7 @@ class _OverRows(torch.autograd.Function):
             return None, torch.stack(parts).sum(dim=0), None
         embedding, rows, total = ctx.saved_tensors
         by_embedding, by_rows = torch.zeros_like(embedding), torch.empty_like(rows)
-        for start, piece in row_chunks(embedding, rows):
+        for start, piece in row_chunks(embedding, rows, trained=True):
             x, w = embedding.detach().requires_grad_(), piece.detach().requires_grad_()
             with _apart(x, True):
                 found = _gradients(ctx.measure(x, w, start), gradient, total, (x, w))
@@ -121,9 +121,9 @@ class _OverRows(torch.autograd.Function):
         return None, by_embedding, by_rows
 
 
-def row_chunks(embedding: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def row_chunks(embedding: Tensor, rows: Tensor, trained: bool) -> Iterator[tuple[int, Tensor]]:
     """(b e), (c e) -> the first row's number and the rows (k e) of each chunk."""
-    size = chunk_size(embedding)
+    size = chunk_size(embedding, trained)
     for start in range(0, len(rows), size):
         yield start, rows[start : start + size]
 
@@ -148,13 +148,21 @@ class _Number(NamedTuple):
     log: Tensor  # (b): log Σ_c exp(z_c)
 
 
-def _numbers(wanted: Wanted) -> list[_Number]:
+def _numbers(wanted: Wanted, trained: bool = False) -> list[_Number]:
+    """trained: those alone that have a gradient."""
     if any(z.requires_grad for _, z in wanted.means):
         raise KDHooksError("chunks: a mean must go by a constant z; detach it, or ask for its log")
-    pairs = [*((z, z) for z in wanted.logs), *wanted.means]
+    pairs = _pairs(wanted)
+    if trained:
+        pairs = [(v, z) for v, z in pairs if v.requires_grad]
     once = {id(z): z.detach() for _, z in pairs}  # a z may be wanted several times
     found = {key: _softmax(z) for key, z in once.items()}
     return [_Number(v, *found[id(z)]) for v, z in pairs]
+
+
+def _pairs(wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+    """Of each number its v and its z."""
+    return [*((z, z) for z in wanted.logs), *wanted.means]
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,10 +187,10 @@ def _gradients(
     wanted: Wanted, gradient: Tensor, total: Tensor, inputs: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
     """(m b), (m b) log Σ exp(z) of all classes -> a chunk's part of the gradient by each input."""
-    trained = [
-        (number.v, (by * (number.log - log).exp())[:, None] * number.p)
-        for number, by, log in zip(_numbers(wanted), gradient, total, strict=True)
-        if number.v.requires_grad
+    trained = [index for index, (v, _) in enumerate(_pairs(wanted)) if v.requires_grad]
+    numbers = _numbers(wanted, trained=True)
+    weights = [
+        (gradient[index] * (number.log - total[index]).exp())[:, None] * number.p
+        for index, number in zip(trained, numbers, strict=True)
     ]
-    outputs, weights = zip(*trained, strict=True)
-    return torch.autograd.grad(outputs, inputs, weights)
+    return torch.autograd.grad([number.v for number in numbers], inputs, weights)

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kdhooks.chunks import Wanted, over_rows, row_chunks
 from kdhooks.errors import KDHooksError
+
+_LEAST = 1e-12  # a length that divides is at least this, as in F.normalize
 
 
 class Rows:
@@ -150,6 +152,13 @@ class ClassShard:
     offset: int
     total: int
     group: "dist.ProcessGroup | None" = None
+    lengths: Tensor | None = None  # (c), of the rows, for as long as these stay as they are
+
+    def measured(self) -> "ClassShard":
+        """These rows with their lengths, so that a loss computes them once, not in each chunk."""
+        if self.lengths is not None:
+            return self
+        return replace(self, lengths=_lengths(self.weight.detach()))
 
     def trained(self) -> "ClassShard":
         """These rows, for a loss of the global batch that trains them.
@@ -166,12 +175,12 @@ class ClassShard:
         """(b d) -> (w·b d): the batches of all ranks, differentiable."""
         return gather(embedding, self.group)
 
-    def cosines(self, embedding: Tensor) -> Tensor:
-        """(b e) -> (b c): margin-free cosines with this rank's rows."""
+    def cosines(self, embedding: Tensor, scale: float = 1.0) -> Tensor:
+        """(b e) -> (b c): margin-free cosines with this rank's rows, times scale."""
         rows = self.weight.to(embedding.dtype)
-        # F.normalize, but of the product: rows are the larger matrix as a rule.
-        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).clamp(min=1e-12)
-        return F.normalize(embedding) @ rows.T / lengths
+        lengths = self.measured().lengths
+        cosines: Tensor = _Cosines.apply(embedding, rows, lengths, scale)  # type: ignore[no-untyped-call]
+        return cosines
 
     def over_classes(
         self, measure: Callable[[Tensor, "ClassShard"], Wanted], embedding: Tensor
@@ -183,8 +192,12 @@ class ClassShard:
         the chunk's rows; all else counts as constant.
         """
 
+        lengths = self.measured().lengths
+        assert lengths is not None
+
         def of_rows(x: Tensor, rows: Tensor, start: int) -> Wanted:
-            return measure(x, ClassShard(rows, self.offset + start, self.total))
+            own = lengths[start : start + len(rows)]
+            return measure(x, ClassShard(rows, self.offset + start, self.total, lengths=own))
 
         logs, means, under = over_rows(of_rows, embedding, self.weight)
         shares = [(z - self.logsumexp(z)).exp() for z in under]
@@ -195,13 +208,18 @@ class ClassShard:
 
     def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
         """(b e) -> these classes, as many at a time as `over_classes` compares the batch with."""
-        for start, rows in row_chunks(embedding, self.weight):
-            yield ClassShard(rows, self.offset + start, self.total)
+        for start, rows in row_chunks(embedding, self.weight, self.weight.requires_grad):
+            yield self._slice(start, start + len(rows))
 
     def part(self, chunk: "ClassShard") -> "ClassShard":
         """The classes of another classifier's chunk, of this one."""
         start = chunk.offset - self.offset
-        return ClassShard(self.weight[start : start + len(chunk.weight)], chunk.offset, self.total)
+        return self._slice(start, start + len(chunk.weight))
+
+    def _slice(self, start: int, stop: int) -> "ClassShard":
+        lengths = None if self.lengths is None else self.lengths[start:stop]
+        rows, offset = self.weight[start:stop], self.offset + start
+        return ClassShard(rows, offset, self.total, lengths=lengths)
 
     def logsumexp(self, z: Tensor) -> Tensor:
         """(b) -> (b): over all ranks."""
@@ -228,8 +246,11 @@ class ClassShard:
 
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
         """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
-        index, mine = self._local(labels, values)
-        return values.scatter_add(1, index[:, None], (amount * mine)[:, None])
+        return values.scatter_add(1, *self._at_own(values, labels, amount))
+
+    def add_(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
+        """The same in place: for scores of rows that are not trained."""
+        return values.scatter_add_(1, *self._at_own(values, labels, amount))
 
     def own_rows(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(b) -> (b e), (b), (b): the row of each sample's class here, which of the rows that is,
@@ -240,11 +261,13 @@ class ClassShard:
         index = local.clamp(0, len(self.weight) - 1)
         return self.weight[index], index, mine
 
-    def _local(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Own class as a column here, and whether this rank holds it."""
-        local = labels - self.offset
-        columns = values.shape[1]
-        return local.clamp(0, columns - 1), (local >= 0) & (local < columns)
+    def _at_own(self, values: Tensor, labels: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
+        """(b c), (b), (b) -> (b 1), (b 1): own class as a column here, and the amount; 0 where
+        another rank holds the class.
+        """
+        local = (labels - self.offset)[:, None]
+        column = local.clamp(0, values.shape[1] - 1)
+        return column, amount[:, None] * (local == column)
 
 
 def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
@@ -267,6 +290,56 @@ def world() -> "dist.ProcessGroup | None":
 
 class _Context(FunctionCtx):
     group: "dist.ProcessGroup"
+
+
+class _CosinesContext(FunctionCtx):
+    scale: float
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _Cosines(torch.autograd.Function):
+    """scale · cos. What is divided by the rows' lengths is the product: the rows are the larger
+    matrix as a rule.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _CosinesContext, x: Tensor, rows: Tensor, lengths: Tensor, scale: float
+    ) -> Tensor:
+        """(b e), (c e), (c) -> (b c)."""
+        length = _lengths(x)[:, None].to(x.dtype)
+        unit = x / length
+        cosines = ((unit * scale) @ rows.T).div_(lengths)
+        ctx.scale = scale
+        trained = [cosines] if ctx.needs_input_grad[1] else []
+        ctx.save_for_backward(rows, lengths, unit, length, *trained)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's types
+        ctx: _CosinesContext, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        rows, lengths, unit, length, *trained = ctx.saved_tensors
+        gradient = (gradient / lengths).to(rows.dtype)
+        by_x = by_rows = None
+        if ctx.needs_input_grad[0]:
+            by_x = gradient @ rows
+            along = (by_x * unit).sum(dim=1, keepdim=True)
+            by_x.addcmul_(unit, along, value=-1).mul_(ctx.scale / length)
+        if trained:
+            along = ((gradient * trained[0]).sum(dim=0) / lengths).to(rows.dtype)
+            by_rows = gradient.T @ (unit * ctx.scale)
+            by_rows.addcmul_(rows, along[:, None], value=-1)
+        return by_x, by_rows, None, None
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """(c e) -> (c), in float32 at least."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).clamp_(min=_LEAST)
+    return lengths
 
 
 class _Sum(torch.autograd.Function):

@@ -247,9 +247,9 @@ def test_inside_a_checkpoint_chunks_are_measured_once_more_at_most(reentrant: bo
 
 def test_a_chunk_has_at_least_one_row() -> None:
     NUMBERS["cpu"] = 10
-    assert chunk_size(torch.ones(3, 2)) == 3
-    assert chunk_size(torch.ones(2, 5)) == 2
-    assert chunk_size(torch.ones(11, 2)) == 1
+    assert chunk_size(torch.ones(3, 2), False) == 3
+    assert chunk_size(torch.ones(2, 5), False) == 2
+    assert chunk_size(torch.ones(11, 2), False) == 1
 
 
 def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
@@ -277,6 +277,48 @@ def test_ones_own_cosine_is_that_of_the_own_class() -> None:
     x, labels = normal(3, 4, 3), torch.tensor([0, 11, 5, -1])
     cosines = F.cosine_similarity(x, shard.weight[labels]) * (labels >= 0)
     assert_close(shard.own(x, labels), cosines)
+
+
+def test_a_mean_without_any_log_is_that_of_all_chunks() -> None:
+    NUMBERS["cpu"] = 15
+    rows, x = normal(1, 7, 5), normal(2, 2, 5).requires_grad_()
+
+    def of(x: Tensor, chunk: ClassShard) -> Wanted:
+        z = x @ chunk.weight.T
+        return Wanted(logs=[], means=[(z, z.detach())])
+
+    ((), (found,)) = ClassShard(rows, 0, 7).over_classes(of, x)
+    z = x @ rows.T
+    expected = (z * z.detach().softmax(dim=1)).sum(dim=1)
+    assert_close(found, expected)
+    assert_close(*(torch.autograd.grad(y.sum(), x) for y in (found, expected)))
+
+
+class _Norms(TorchDispatchMode):
+    """Counts how many rows' lengths were computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.linalg_vector_norm.default and args[0].shape[1] == WIDTH:
+            self.rows += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "classifiers"), [("kd", 2), ("thkd", 1), ("proxylesskd", 1)])
+def test_the_rows_lengths_are_computed_once_however_many_chunks(
+    name: str, classifiers: int
+) -> None:
+    b, c = 2, 300
+    with _Norms() as counted:
+        value, trained = forward(name, 1, b, c, rows_at_a_time=50)
+        torch.autograd.grad(value, trained)
+    others = counted.rows - classifiers * c
+    assert 0 < others < c / 2, "the embeddings' alone, a few of each chunk"
 
 
 def test_a_mean_by_scores_that_are_trained_is_refused() -> None:

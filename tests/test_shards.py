@@ -253,6 +253,43 @@ def test_gradients_of_a_lone_shard_are_those_of_plain_torch() -> None:
     assert torch.autograd.gradcheck(by_shard, normal(2, 4, 3).requires_grad_())
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_scaled_cosines_and_their_gradients_are_those_of_unit_vectors(
+    measured: bool, trained: bool
+) -> None:
+    x, rows = normal(1, 4, 3).requires_grad_(), normal(2, 5, 3)
+    rows[3] = 0  # has no direction; F.normalize leaves it as it is
+    rows.requires_grad_(trained)
+    shard = ClassShard(rows, 0, 5)
+    found = (shard.measured() if measured else shard).cosines(x, 7.0)
+    expected = 7 * F.normalize(x) @ F.normalize(rows).T
+    assert_close(found, expected)
+    inputs, weights = [x, rows][: 1 + trained], normal(3, 4, 5)
+    weights[:, 3] = 0  # there the gradient is 1e12 times the others
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)]
+    assert_close(*gradients)
+
+
+def test_an_amount_is_added_in_place_where_no_copy_is_wanted() -> None:
+    shard, values = ClassShard(normal(1, 3, 2), 4, 7), normal(2, 5, 3)
+    labels, amount = torch.tensor([4, 6, 3, -1, 7]), normal(3, 5)
+    expected = shard.add(values, labels, amount)
+    assert shard.add_(values, labels, amount) is values
+    assert_close(values, expected)
+
+
+def test_a_part_keeps_the_lengths_that_were_measured() -> None:
+    shard = ClassShard(normal(1, 6, 3), 10, 20)
+    chunk = ClassShard(normal(2, 2, 3), 13, 20)
+    assert shard.part(chunk).lengths is None
+    measured = shard.measured()
+    assert measured.measured() is measured
+    lengths = measured.part(chunk).lengths
+    assert lengths is not None
+    assert_close(lengths, shard.weight[3:5].norm(dim=1))
+
+
 def test_one_process_has_no_group() -> None:
     assert world() is None
     x = normal(1, 3, 2)

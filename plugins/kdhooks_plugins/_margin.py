@@ -17,10 +17,10 @@ def scores(
     embedding: Tensor, labels: Tensor, rows: ClassShard, scale: float, margin: float
 ) -> Tensor:
     """(b e), (b), rows (c e) -> (b c): σ cos, the margin taken off at the own class (CosFace)."""
-    cosines = rows.cosines(embedding)
+    found = rows.cosines(embedding, scale)
     if margin:
-        cosines = rows.add(cosines, labels, embedding.new_full((len(embedding),), -margin))
-    return scale * cosines
+        found = rows.add(found, labels, embedding.new_full((len(embedding),), -scale * margin))
+    return found
 
 
 def margin_softmax(
@@ -45,9 +45,10 @@ def margin_softmax(
     if straight_through:
         target = cosine + (target - cosine).detach()
 
+    gone = student.new_full((len(student),), GONE)
+
     def others(student: Tensor, chunk: ClassShard) -> Wanted:
-        gone = student.new_full((len(student),), GONE)
-        return Wanted(logs=[chunk.add(scale * chunk.cosines(student), labels, gone)])
+        return Wanted(logs=[chunk.add_(chunk.cosines(student, scale), labels, gone)])
 
     ((log_others,), _) = rows.over_classes(others, student)
     loss = F.softplus(log_others - scale * target)  # -log p of the own class

@@ -48,7 +48,8 @@ class GroupedScores(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
         teacher = teacher.detach()
-        classifier = replace(classifier, weight=classifier.weight.detach())
+        classifier = replace(classifier, weight=classifier.weight.detach()).measured()
+        head = head.measured()
         least, size = self.group(student, labels, head)
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:

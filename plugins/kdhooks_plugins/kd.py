@@ -32,7 +32,7 @@ class SoftenedScores(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
         teacher, scale = teacher.detach(), self.scale / self.temperature
-        classifier = replace(classifier, weight=classifier.weight.detach())
+        classifier = replace(classifier, weight=classifier.weight.detach()).measured()
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s = scores(student, labels, chunk, scale, self.margin)

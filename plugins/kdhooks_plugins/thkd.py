@@ -27,7 +27,7 @@ class SharedHead(nn.Module):
         self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
-        rows = replace(classifier, weight=classifier.weight.detach())
+        rows = replace(classifier, weight=classifier.weight.detach()).measured()
         found: tuple[Tensor, dict[str, Tensor]] = self.scores(student, teacher, labels, rows, rows)
         return found
 
