@@ -109,34 +109,37 @@ class Finite:
         self.step = 0  # how many were taken, with their terms or without
         self.skipped = 0
 
-    def usable(self, step: Step) -> bool:
+    def usable(self, step: Step, unsure: Tensor | None) -> bool:
         """Whether the losses may see this: a bank would keep what is not finite for good.
 
-        Where they may not, the step is over.
+        Where they may not, the step is over. unsure (b e): the teacher's embedding, unless there
+        is none, or it is known to be finite.
         """
         if not self._skip:
             return True
         tapped = [*step.teacher_features.values(), *step.student_features.values()]
-        noted, numbers = _noted(self.step + 1, {}, step)
-        finite = [torch.isfinite(tensor.detach()).all() for tensor in (*tapped, numbers)]
-        usable = self._all_ranks(torch.stack(finite).all(), noted, numbers)
+        noted, numbers = _noted(self.step + 1, {}, step, unsure)
+        # 0 times a number is 0 where it is finite, and else it is not a number.
+        zeros = [(tensor.detach() * 0).sum() for tensor in (*tapped, numbers)]
+        usable = self._all_ranks(torch.stack(zeros).sum() == 0, noted, numbers)
         if not usable:
             self.step += 1
         return usable
 
-    def note(self, values: Mapping[str, Tensor], step: Step) -> bool:
-        """Of this step, which is over; False: go on without its terms."""
+    def note(self, values: Mapping[str, Tensor], step: Step, unsure: Tensor | None) -> bool:
+        """Of this step, which is over; False: go on without its terms. unsure: as in `usable`."""
         self.step += 1
-        noted, numbers = _noted(self.step, values, step)
-        if self._skip:
+        if self._skip:  # `usable` has looked at the embedding
+            noted, numbers = _noted(self.step, values, step, None)
             return self._all_ranks(torch.isfinite(numbers).all(), noted, numbers)
+        noted, numbers = _noted(self.step, values, step, unsure)
         known = not numbers.is_cuda and not noted.fault(numbers)
         self._last = None if known else (noted, Sent(numbers))
         return True
 
     def _all_ranks(self, fine: Tensor, noted: "_Noted", numbers: Tensor) -> bool:
-        fine = fine.float()
         if world() is not None:
+            fine = fine.float()
             dist.all_reduce(fine, dist.ReduceOp.MIN)
         if fine:
             return True
@@ -180,10 +183,15 @@ class _Noted(NamedTuple):
         return f"step {self.step}: {' and '.join(what)}"
 
 
-def _noted(number: int, values: Mapping[str, Tensor], step: Step) -> tuple[_Noted, Tensor]:
+def _noted(
+    number: int, values: Mapping[str, Tensor], step: Step, unsure: Tensor | None
+) -> tuple[_Noted, Tensor]:
     """And the numbers by which to tell, on the device."""
     numbers = [value.reshape(1) for value in values.values()]
-    if step.teacher is not None:
-        numbers.append(step.teacher.detach().sum(dim=1))
-    joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
+    if unsure is not None:
+        numbers.append(unsure.sum(dim=1))
+    if len(numbers) == 1:
+        joined = numbers[0]
+    else:
+        joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
     return _Noted(number, tuple(values), step.labels), joined

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -142,11 +142,14 @@ class Distiller(nn.Module):
             classifier=self._classifier(),
             head=self._head,
         )
-        if not self._finite.usable(step):
+        unsure = None if teacher is None or teacher.finite else teacher.embedding
+        if not self._finite.usable(step, unsure):
             return self._nothing(features)
         values: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
-        with torch.autocast(images.device.type, enabled=False):
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
                 value = self._value(tap, loss, step)
                 values[tap.name] = self.metrics[tap.name]
@@ -156,7 +159,7 @@ class Distiller(nn.Module):
             self._checked = True
             if self._needs_teacher and seen is images:
                 self._student.on_enter = self._teacher.begin  # from now on
-        if not self._finite.note(values, step):
+        if not self._finite.note(values, step, unsure):
             return self._nothing(features)
         return weighted
 

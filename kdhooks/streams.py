@@ -16,7 +16,8 @@ class Sent:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._host = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        self._host = tensor.to("cpu", non_blocking=tensor.is_cuda)
         self._arrived = torch.cuda.Event() if tensor.is_cuda else None
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(tensor.device))

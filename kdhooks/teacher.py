@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,10 +27,14 @@ _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """embedding (b e) and the tapped features, both detached unless the teacher is adapted."""
+    """embedding (b e) and the tapped features, both detached unless the teacher is adapted.
+
+    finite: the embedding is known to be, so that nobody need look.
+    """
 
     embedding: Tensor
     features: dict[str, Tensor]
+    finite: bool = False
 
     def __iter__(self) -> Iterator[Tensor]:
         yield self.embedding
@@ -181,8 +186,13 @@ class Teacher:
     def _look_up(self, images: Tensor) -> Callable[[], TeacherOutput]:
         """Sends the keys to the host; the result waits for them."""
         assert self.cache is not None
-        embedding = self.cache.begin(images, lambda some: self._forward(some).embedding)
-        return lambda: TeacherOutput(embedding(), {})
+        finish = self.cache.begin(images, lambda some: self._forward(some).embedding)
+
+        def output() -> TeacherOutput:
+            embedding, finite = finish()
+            return TeacherOutput(embedding, {}, finite)
+
+        return output
 
     def _forward(self, images: Tensor) -> TeacherOutput:
         """The teacher itself, cached or not, on as many images at a time as memory is there for."""
@@ -207,7 +217,9 @@ class Teacher:
     def _at_once(self, images: Tensor) -> TeacherOutput:
         self._prepare(images)
         adapted = self.adapter is not None and torch.is_grad_enabled()
-        with self._taps, torch.set_grad_enabled(adapted), self._autocast:
+        switched = self._dtype is not None or torch.is_autocast_enabled(images.device.type)
+        autocast = self._autocast if switched else nullcontext()
+        with self._taps, torch.set_grad_enabled(adapted), autocast:
             images = self._transform(images)
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)

@@ -67,8 +67,13 @@ class TeacherCache:
         self._read_on()
         log.info("teacher cache %s: %d views", self.folder, len(self._index))
 
-    def begin(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        """(b 3 h w) -> what gives (b e), without gradient; embed: the teacher itself."""
+    def begin(
+        self, images: Tensor, embed: Callable[[Tensor], Tensor]
+    ) -> Callable[[], tuple[Tensor, bool]]:
+        """(b 3 h w) -> what gives (b e), without gradient; embed: the teacher itself.
+
+        And whether all are known to be finite: each row was, when it was written.
+        """
         return partial(self._finish, Sent(self._hash(images)), images, embed)
 
     def keys(self, images: Tensor) -> Keys:
@@ -76,20 +81,26 @@ class TeacherCache:
         keys: Keys = self._hash(images).cpu().numpy()
         return keys
 
-    def _finish(self, sent: Sent, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    def _finish(
+        self, sent: Sent, images: Tensor, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, bool]:
         keys: Keys = sent.read().numpy()
         self.flush()
-        found, rows = self.look_up(keys)
+        # Pinned memory from the start, so that the device can fetch it without another copy.
+        pinned = images.device.type == "cuda"
+        rows = torch.empty(len(keys), self._parts.dim, dtype=torch.float16, pin_memory=pinned)
+        found, _ = self.look_up(keys, rows.numpy())
         if not found.all() and self._read_on():
-            found, rows = self.look_up(keys)
-        self.asked, self.hits = self.asked + len(keys), self.hits + int(found.sum())
-        result = _on(images.device, rows)
-        if found.any() and not self._proved:
+            found, _ = self.look_up(keys, rows.numpy())
+        hits = int(np.count_nonzero(found))
+        self.asked, self.hits = self.asked + len(keys), self.hits + hits
+        result = rows.to(images.device, non_blocking=True)
+        if hits and not self._proved:
             self._prove(result, images, found, embed)
-        if not found.all():
+        if hits < len(keys):
             missing = np.flatnonzero(~found)
             result[_on(images.device, missing)] = self._run(images, keys, missing, embed)
-        return result.float()
+        return result.float(), hits == len(keys)
 
     def flush(self) -> None:
         """Write what the last call added."""
@@ -102,13 +113,17 @@ class TeacherCache:
         if self.writing and finite.any():
             self._write(keys[finite], rows[finite])
 
-    def look_up(self, keys: Keys) -> tuple[NDArray[np.bool_], Embeddings]:
-        """Which are there, (b), and their rows, (b e)."""
+    def look_up(
+        self, keys: Keys, rows: Embeddings | None = None
+    ) -> tuple[NDArray[np.bool_], Embeddings]:
+        """Which are there, (b), and their rows, (b e), written into `rows` if that is given."""
         places = self._index.find(keys)
         found = places >= 0
-        rows: Embeddings = np.zeros((len(keys), self._parts.dim), np.float16)
-        for number in np.unique(places[found] >> _ROW_BITS):
-            of_part = places >> _ROW_BITS == number
+        if rows is None:
+            rows = np.zeros((len(keys), self._parts.dim), np.float16)
+        parts = places >> _ROW_BITS
+        for number in set(parts.tolist()) - {-1}:
+            of_part = parts == number
             row = places[of_part] & (1 << _ROW_BITS) - 1
             rows[of_part], found[of_part] = self._parts[number].take(row)
         return found, rows

@@ -105,9 +105,9 @@ def by_hand(accumulate: int, steps: int) -> tuple[list[float], dict[str, Tensor]
         embedding = student.backbone(images)
         task = F.cross_entropy(student.head(embedding), labels)
         with torch.no_grad():
-            target = F.normalize(teacher(images))
-        gap = 1 - (F.normalize(projector(embedding)) * target).sum(dim=1)
-        loss = task + gap.mean() * 8.0
+            target = teacher(images)
+        s, t = (F.rms_norm(x, x.shape[1:], eps=1e-24) for x in (projector(embedding), target))
+        loss = task + F.mse_loss(s, t) / 2 * 8.0  # rounded as kdhooks does
         last = step >= steps - steps % accumulate
         (loss / (steps % accumulate if last else accumulate)).backward()
         if (step + 1) % accumulate == 0 or step + 1 == steps:

@@ -122,6 +122,24 @@ def test_a_key_is_the_sum_it_is_said_to_be() -> None:
     assert found % 2**64 == (high % 2**32) << 32 | low % 2**32
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_key_of_any_numbers_is_of_three_roundings(scale: float, dtype: torch.dtype) -> None:
+    """As numpy does them; a fused multiply-add would give other keys."""
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randn(64, *SHAPE, generator=generator) * scale).to(dtype)
+    images[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0]).to(dtype)
+    pixels = images.float().numpy().reshape(64, -1)
+    with np.errstate(over="ignore"):
+        grid = (pixels + np.float32(1)) * np.float32(1912.5) + np.float32(1.5 * 2**23)
+    bits = grid.view(np.uint32).astype(np.uint64)
+    raw: Any = np.random.PCG64(20180118).random_raw(bits.shape[1])
+    weights = raw.view(np.uint32).reshape(2, -1)
+    halves = [(bits * half).astype(np.uint32).sum(axis=1, dtype=np.uint32) for half in weights]
+    low_first = np.stack(halves[::-1], axis=1).astype("<u4")
+    assert ViewKeys()(images).tolist() == low_first.view("<i8")[:, 0].tolist()
+
+
 def test_a_key_does_not_depend_on_the_batch_and_notices_one_level_of_one_pixel() -> None:
     keys, images = ViewKeys(), views(0, 6)
     assert torch.equal(keys(images)[2:3], keys(images[2:3]))
@@ -223,6 +241,41 @@ def test_a_later_run_finds_it_and_tries_the_teacher_once(tmp_path: Path) -> None
     assert counts(teacher) == [8]
     assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
     assert counts(teacher) == []
+
+
+def test_rows_of_the_cache_are_known_to_be_finite_and_the_teachers_are_not(tmp_path: Path) -> None:
+    teacher = started(tmp_path)
+    known = [
+        teacher(views(start, start + 8)).finite
+        for start in (0, 0, 0, 4, 4)  # misses, hits, hits, both, hits
+    ]
+    assert known == [False, True, True, False, True]
+
+
+def test_a_miss_that_is_not_finite_is_noticed_among_hits(tmp_path: Path) -> None:
+    """Hits are not looked at in each step, since they were when they were written."""
+
+    def bad_if_bright(images: Tensor) -> Tensor:
+        embedding = images.mean(dim=(2, 3)).repeat(1, 4)
+        return torch.where(images.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 5, nan, embedding)
+
+    nan = torch.tensor(torch.nan)
+    teacher = Teacher(bad_if_bright, cache=CacheOptions(tmp_path))
+    net = TinyFaceNet().train()
+    kd = Distiller(net, teacher, ["fcd"], input_shape=SHAPE)
+    for start in (0, 0, 8):
+        net(images := views(start, start + 8))
+        kd(images, torch.arange(8))
+    mixed = views(0, 8)
+    mixed[5] += 10
+    net(mixed)
+    kd(mixed, torch.arange(8))
+    with pytest.raises(
+        KDHooksError,
+        match=r"step 4: fcd not finite and the teacher's embedding not finite for 1 of 8 samples "
+        r"\(labels \[5\]\)",
+    ):
+        kd.check_finite()
 
 
 def test_rows_that_float16_can_not_hold_are_not_kept(tmp_path: Path) -> None:
