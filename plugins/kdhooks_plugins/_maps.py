@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -110,5 +111,26 @@ def to_smaller(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(b k h w) -> (b k *size); the tensor itself where it has that size already."""
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+    """(b k h w) -> (b k *size): the averages of F.adaptive_avg_pool2d.
+
+    On CUDA that operator has no deterministic gradient, and those used here have one. A tensor
+    that already has this size is returned itself.
+    """
+    (h, w), (rows, columns) = x.shape[-2:], size
+    if (h, w) == (rows, columns):
+        return x
+    if h % rows == 0 and w % columns == 0:
+        return F.avg_pool2d(x, (h // rows, w // columns))
+    return _windows(h, rows, x) @ (x @ _windows(w, columns, x).mT)
+
+
+def _windows(n: int, count: int, like: Tensor) -> Tensor:
+    """-> (count n): row i averages the numbers from floor(i n / count) to ceil((i+1) n / count).
+
+    These are the numbers that overlap the i-th of `count` equal parts of a line of length n.
+    """
+    part = torch.arange(count, device=like.device)[:, None]
+    number = torch.arange(n, device=like.device)
+    inside = ((number + 1) * count > part * n) & (number * count < (part + 1) * n)
+    weights = inside.to(like.dtype)
+    return weights / weights.sum(dim=1, keepdim=True)
