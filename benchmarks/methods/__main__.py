@@ -6,34 +6,37 @@ result as it comes, so that a run that was stopped goes on where it was.
 
 import argparse
 import json
-import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from benchmarks.methods.material import Material, chosen
 from benchmarks.methods.report import write
 from benchmarks.methods.rows import ROWS, SWEPT, swept
+from benchmarks.methods.running import Course, Job, prepare, records
 from kdhooks.demo.exam import Exam
 from kdhooks.demo.faces import read_faces
 from kdhooks.demo.main import teacher_of
 from kdhooks.demo.pairs import read_pairs, split_by_pairs
-from kdhooks.demo.report import Score
-from kdhooks.demo.training import Row, Settings, train
+from kdhooks.demo.training import Settings
+from kdhooks.inputs import InputTransform
+from kdhooks.onnx_to_torch import to_torch
+from kdhooks.teacher import Teacher
 
 
-def main() -> None:
-    options = _parser().parse_args()
-    torch.set_num_threads(options.threads)
-    torch.use_deterministic_algorithms(True)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    prepare(torch.device(options.device), options.threads)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / ("sweep.jsonl" if options.sweep else "lfw.jsonl")
     done = {(r["row"], r["seed"]) for r in read(results)}
     rows = swept(options.factors) if options.sweep else ROWS
     wanted = [row for row in rows if not options.rows or row.name.split(" x ")[0] in options.rows]
+    if options.rows:
+        wanted.sort(key=lambda row: options.rows.index(row.name.split(" x ")[0]))
     seeds = [options.seed] if options.sweep else range(options.seed, options.seed + options.seeds)
     left = [(row, seed) for seed in seeds for row in wanted if (row.name, seed) not in done]
     if left:
@@ -46,24 +49,28 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", required=True, help="LFW, aligned and 112x112: a folder or a zip")
     add("--pairs", required=True, help="its pairs.txt")
-    add("--rows", nargs="*", help="only these lines of the table")
+    add("--rows", nargs="*", help="only these lines of the table, in this order")
     add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
     add("--factors", type=float, nargs="*", default=SWEPT, help="of the weights, with --sweep")
     add("--seed", type=int, default=0, help="the first one: initial weights, order of the images")
     add("--seeds", type=int, default=3)
     add("--images-seen", type=int, default=30000, help="by each student")
     add("--batch", type=int, default=30)
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:0")
+    add("--processes", type=int, default=1, help="students that are trained at the same time")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of all processes together")
     add("--work", default="bench-work", help="folder for the teacher's outputs, some 6 GB")
     add("--out", default="bench-out", help="folder for results, table and picture")
     return parser
 
 
-def _run(left: list[tuple[Row, int]], options: argparse.Namespace, results: Path) -> None:
+def _run(left: list[Job], options: argparse.Namespace, results: Path) -> None:
+    device, work = torch.device(options.device), Path(options.work)
     faces = read_faces(options.data)
     tested = split_by_pairs(faces, read_pairs(options.pairs))
-    teacher = teacher_of(None)
-    material = Material(chosen(tested.train), teacher, Path(options.work))
+    teacher = _teacher(options.teacher)
+    material = Material(chosen(tested.train), teacher, work, device)
     left_out: set[str] = set()
     if options.sweep:
         pairs = read_pairs(options.pairs, fifth=4)
@@ -71,32 +78,28 @@ def _run(left: list[tuple[Row, int]], options: argparse.Namespace, results: Path
         left_out = set(tested.test.people)
     lesson = material.lesson(left_out)
     print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
-    exam = Exam(tested, teacher)
-    _append(results, _record("teacher", 0, exam.teachers_score, options))
+    exam = Exam(tested, teacher, device)
     settings = Settings(images_seen=options.images_seen, batch=options.batch)
-    for row, seed in tqdm(left, desc="students"):
-        score = exam.score(train(lesson, row, settings, seed))
-        _append(results, _record(row.name, seed, score, options))
-        tqdm.write(f"{row.name} {seed}: {score.pairs.accuracy:.4f} {score.seconds:.0f} s")
+    course = Course(lesson.to(device), exam, settings)
+    _append(results, course.entry("teacher", 0, exam.teachers_score))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the teacher's memory, for the processes of the students
+    found = records(left, course, work, options.processes, options.threads)
+    for record in tqdm(found, desc="students", total=len(left)):
+        _append(results, record)
+        tqdm.write("{row} {seed}: {accuracy:.4f} {seconds:.0f} s".format_map(record))
 
 
-def _record(row: str, seed: int, score: Score, options: argparse.Namespace) -> dict[str, object]:
-    return {
-        "row": row,
-        "seed": seed,
-        "accuracy": score.pairs.accuracy,
-        "eer": score.pairs.eer,
-        "tar2": score.tar[1e-2],
-        "tar3": score.tar[1e-3],
-        "cross": score.cross.accuracy,
-        "seconds": round(score.seconds, 1),
-        "cosine": float(np.mean(score.cosines[-50:])) if score.cosines else 1.0,
-        "images_seen": options.images_seen,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-    }
+def _teacher(path: str | None) -> Teacher:
+    """As a torch module always, since its stages are tapped."""
+    if path is None:
+        return teacher_of(None)
+    network = to_torch(path)
+    transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
+    return Teacher(network, transform=transform, channels_last=True)
 
 
-def _append(path: Path, record: dict[str, object]) -> None:
+def _append(path: Path, record: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{json.dumps(record)}\n")
 

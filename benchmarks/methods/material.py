@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from kdhooks.demo.exam import TEACHER_CHUNK
+from kdhooks.demo.exam import teacher_chunk
 from kdhooks.demo.faces import Faces
 from kdhooks.demo.material import views
 from kdhooks.demo.training import Lesson, Maps, as_input
@@ -37,7 +38,8 @@ def chosen(faces: Faces) -> Faces:
 class Material:
     """Views of the faces (n), with the teacher's embedding (n e) and maps (n k h w) of each."""
 
-    def __init__(self, faces: Faces, teacher: Teacher, folder: Path) -> None:
+    def __init__(self, faces: Faces, teacher: Teacher, folder: Path, device: torch.device) -> None:
+        """folder: where the teacher's outputs are kept; device: the one on which it runs."""
         self.views = views(faces, VIEWS, seed=0)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,22 +48,22 @@ class Material:
         key = {"images": _digest(self.views.images), "teacher": weights_of(module)}
         known = folder / "key.json"
         if not known.is_file() or json.loads(known.read_text()) != key:
-            self._record(teacher)
+            self._record(teacher, device)
             known.write_text(json.dumps(key))
         self.embedding = torch.from_numpy(np.load(folder / "embedding.npy"))
-        self._maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in STAGES}
 
-    def _record(self, teacher: Teacher) -> None:
+    def _record(self, teacher: Teacher, device: torch.device) -> None:
         """In one pass; in half precision, which the features' own noise exceeds by far."""
         images = self.views.images
         teacher.tap(list(STAGES.values()))
         stored: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
         embedding = []
-        for start in tqdm(range(0, len(images), TEACHER_CHUNK), desc="teacher", leave=False):
-            output = teacher(as_input(images[start : start + TEACHER_CHUNK]))
-            embedding.append(output.embedding)
+        chunk = teacher_chunk(device)
+        for start in tqdm(range(0, len(images), chunk), desc="teacher", leave=False):
+            output = teacher(as_input(images[start : start + chunk].to(device)))
+            embedding.append(output.embedding.cpu())
             for name, path in STAGES.items():
-                found = output.features[path].half().numpy()
+                found = output.features[path].half().cpu().numpy()
                 if name not in stored:
                     stored[name] = np.lib.format.open_memmap(
                         self._folder / f"{name}.npy",
@@ -82,8 +84,13 @@ class Material:
         known = Teacher(lambda images: embedding)
         classes = int(faces.labels.max()) + 1
         rows = class_means(known, [(faces.images, faces.labels)], classes, flip=False)
-        maps = {name: Maps(stored, np.flatnonzero(keep)) for name, stored in self._maps.items()}
+        maps = maps_in(self._folder, np.flatnonzero(keep))
         return Lesson(faces.images, faces.labels, embedding, rows, len(faces), maps)
+
+
+def maps_in(folder: Path, rows: NDArray[np.int64]) -> dict[str, Maps]:
+    """The recorded features of these views, as memory maps of the files in the folder."""
+    return {name: Maps(np.load(folder / f"{name}.npy", mmap_mode="r"), rows) for name in STAGES}
 
 
 def _digest(images: Tensor) -> str:

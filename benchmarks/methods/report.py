@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.methods.rows import LABELS
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -25,9 +22,7 @@ MEASURES = {
 
 def write(records: Sequence[Record], out: Path) -> None:
     """results.md and results.png."""
-    rows: dict[str, dict[int, Record]] = {}
-    for record in records:
-        rows.setdefault(record["row"], {})[record["seed"]] = record
+    rows = by_row(records)
     last = records[-1]
     text = f"{table(rows)}\n\nEach student sees {last['images_seen']} images. {last['versions']}.\n"
     (out / "results.md").write_text(text, encoding="utf-8")
@@ -35,16 +30,30 @@ def write(records: Sequence[Record], out: Path) -> None:
     print(text)
 
 
+def by_row(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Row -> seed -> record; the last record of a row and seed counts."""
+    rows: dict[str, dict[int, Record]] = {}
+    for record in records:
+        rows.setdefault(record["row"], {})[record["seed"]] = record
+    return rows
+
+
 def table(rows: Mapping[str, Mapping[int, Record]]) -> str:
+    """`cells` in Markdown."""
+    heads, *others = cells(rows)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *others]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(rows: Mapping[str, Mapping[int, Record]]) -> list[list[str]]:
     """In per cent: means and standard deviations over the seeds, and what a row adds to labels."""
     lines = [["", *MEASURES.values(), "accuracy added", "TAR at 0.01 added", "seeds", "seconds"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for name, seeds in rows.items():
-        cells = [_cell([record[key] for record in seeds.values()]) for key in MEASURES]
-        cells += [_cell(added(rows, name, key)) for key in ("accuracy", "tar2")]
+        shares = [_cell([record[key] for record in seeds.values()]) for key in MEASURES]
+        shares += [_cell(added(rows, name, key)) for key in ("accuracy", "tar2")]
         seconds = np.mean([record["seconds"] for record in seeds.values()])
-        lines.append([name, *cells, str(len(seeds)), f"{seconds:.0f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([name, *shares, str(len(seeds)), f"{seconds:.0f}"])
+    return lines
 
 
 def added(rows: Mapping[str, Mapping[int, Record]], name: str, key: str) -> list[float]:
@@ -67,9 +76,8 @@ def _cell(shares: Sequence[float]) -> str:
 def picture(rows: Mapping[str, Mapping[int, Record]], path: Path) -> None:
     """What each row adds to labels alone, seed by seed, and its accuracy beside the teacher."""
     names = [name for name in rows if name not in (LABELS, "teacher")][::-1]
-    figure, panels = plt.subplots(
-        1, 3, figsize=(14, 1.2 + 0.33 * len(names)), layout="constrained", sharey=True
-    )
+    figure = Figure(figsize=(14, 1.2 + 0.33 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     titles = {"accuracy": "accuracy", "tar2": "TAR at FAR 0.01", "cross": "accuracy, cross"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for height, name in enumerate(names):
@@ -82,4 +90,3 @@ def picture(rows: Mapping[str, Mapping[int, Record]], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_yticklabels(names)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,8 +15,15 @@ from kdhooks.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
 
 FARS = (1e-2, 1e-3)
-TEACHER_CHUNK = 8  # larger batches are slower on a processor
+TEACHER_CHUNK = 8  # images; larger batches are slower on a processor
+TEACHER_CHUNK_CUDA = 256
+CPU = torch.device("cpu")
 MOST = 2_000_000  # pairs for a TAR
+
+
+def teacher_chunk(device: torch.device) -> int:
+    """How many images the teacher sees at a time."""
+    return TEACHER_CHUNK if device.type == "cpu" else TEACHER_CHUNK_CUDA
 
 
 class Exam:
@@ -25,7 +33,9 @@ class Exam:
     of different people, and the ROC are of all pairs of the test's images.
     """
 
-    def __init__(self, split: Split, teacher: Teacher) -> None:
+    def __init__(self, split: Split, teacher: Teacher, device: torch.device = CPU) -> None:
+        """device: the one on which the teacher and the students run."""
+        self._device = device
         self._images = split.test.images
         self._same = split.pairs.same
         self._folds = split.pairs.folds
@@ -34,7 +44,9 @@ class Exam:
         people = split.test.people
         self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]
         started = time.perf_counter()
-        self._teacher = self._embedded(lambda images: teacher(images).embedding, TEACHER_CHUNK)
+        self._teacher = self._embedded(
+            lambda images: teacher(images).embedding, teacher_chunk(device)
+        )
         self.teachers_score = self._score(self._teacher, time.perf_counter() - started)
 
     def score(self, trained: Trained) -> Score:
@@ -43,8 +55,8 @@ class Exam:
 
     def _embedded(self, model: Callable[[Tensor], Tensor], chunk: int = 128) -> Floats:
         """(n d): of each image and its mirror image together."""
-        upright = embed(model, self._images, chunk)
-        return flip_summed(upright, embed(model, self._images.flip(-1), chunk))
+        upright = embed(model, self._images, chunk, self._device)
+        return flip_summed(upright, embed(model, self._images.flip(-1), chunk, self._device))
 
     def _score(
         self,

@@ -120,9 +120,9 @@ def _described(split: Split, lesson: Lesson, seed: int) -> str:
 def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
     with tqdm(total=settings.steps, desc=f"{row.name:17}", leave=False) as bar:
 
-        def progress(loss: float) -> None:
+        def progress(steps: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
+            bar.update(steps)
 
         return train(lesson, row, settings, seed, progress)
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdhooks.declarations import FeatureTap
 from kdhooks.demo.network import STAGES, SmallFaceNet
 from kdhooks.distiller import Distiller
 from kdhooks.shards import ClassShard
 from kdhooks.teacher import Teacher
 
 CHUNK = 128
+PROGRESS = 10  # steps between two reports, since a report waits for the device
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class Lesson:
     photographs: int  # so many of the n come first; the rest are blends
     maps: Mapping[str, Maps] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> "Lesson":
+        """Copy everything that a step reads to the device on which the students are trained.
+
+        The class means stay on the processor: each method takes its own copy of them.
+        """
+        images, labels = self.images.to(device), self.labels.to(device)
+        return replace(self, images=images, labels=labels, embedding=self.embedding.to(device))
+
 
 @dataclass
 class Trained:
@@ -74,29 +84,63 @@ class Trained:
 
 
 class Remembered(nn.Module):
-    """A teacher whose outputs are known: of the images that `rows` says come next."""
+    """A teacher whose outputs are known: of the images that `rows` says come next.
+
+    The rows lie on the device of the embeddings, and the outputs on that of the images.
+    """
 
     def __init__(self, embedding: Tensor, maps: Mapping[str, Maps]) -> None:
         super().__init__()
         self.embedding = embedding
-        self.rows = torch.arange(2)
+        self.rows = torch.arange(2, device=embedding.device)
         self.stages = nn.ModuleDict({name: RememberedStage(stage) for name, stage in maps.items()})
 
     def forward(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e)."""
         for stage in self.stages.values():
-            stage(self.rows)
-        return self.embedding[self.rows]
+            stage(self.rows, images.device)
+        return self.embedding[self.rows].to(images.device)
+
+    def keep(self, paths: set[str]) -> None:
+        """Drop the stages that no method taps, and hold the others on a GPU that has room."""
+        for name, stage in list(self.stages.items()):
+            if f"stages.{name}" not in paths:
+                del self.stages[name]
+            elif isinstance(stage, RememberedStage) and _fits(stage.size, self.embedding.device):
+                stage.load(self.embedding.device)
 
 
 class RememberedStage(nn.Module):
     def __init__(self, maps: Maps) -> None:
         super().__init__()
         self._maps = maps
+        self._loaded: Tensor | None = None  # (n k h w) float16
 
-    def forward(self, rows: Tensor) -> Tensor:
+    @property
+    def size(self) -> int:
+        """Of all features, in bytes."""
+        return len(self._maps.rows) * int(self._maps.stored[0].nbytes)
+
+    def load(self, device: torch.device) -> None:
+        """Hold all features in the memory of the device from now on."""
+        stored, rows = self._maps.stored, self._maps.rows
+        shape = (len(rows), *stored.shape[1:])
+        self._loaded = torch.empty(shape, dtype=torch.float16, device=device)
+        for start in range(0, len(rows), CHUNK):
+            some = torch.from_numpy(stored[rows[start : start + CHUNK]])
+            self._loaded[start : start + len(some)] = some.to(device)
+
+    def forward(self, rows: Tensor, device: torch.device) -> Tensor:
         """(b) -> (b k h w)."""
-        return torch.from_numpy(self._maps.stored[self._maps.rows[rows.numpy()]]).float()
+        if self._loaded is not None:
+            return self._loaded[rows].to(device).float()
+        found = torch.from_numpy(self._maps.stored[self._maps.rows[rows.cpu().numpy()]])
+        return found.to(device).float()
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes take at most half of a GPU's free memory; others read the files."""
+    return device.type == "cuda" and 2 * size <= torch.cuda.mem_get_info(device)[0]
 
 
 class ArcFaceHead(nn.Module):
@@ -108,13 +152,19 @@ class ArcFaceHead(nn.Module):
         self.margin, self.scale = margin, scale
 
     def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """(b d), (b) -> ()."""
-        cosine = F.normalize(embedding) @ F.normalize(self.weight).T
-        own = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
-        turned = torch.cos(torch.acos(own) + self.margin)
-        line = own - self.margin * math.sin(math.pi - self.margin)
-        own = torch.where(own > math.cos(math.pi - self.margin), turned, line)
-        return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], own), labels)
+        """(b d), (b) -> (), in the precision of the weight.
+
+        Autocast is off, since the margin needs angles that half precision can't tell from 0, and
+        since CUDA's autocast would return arccosines in another precision than the cosines.
+        """
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = embedding.to(self.weight.dtype)
+            cosine = F.normalize(embedding) @ F.normalize(self.weight).T
+            own = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
+            turned = torch.cos(torch.acos(own) + self.margin)
+            line = own - self.margin * math.sin(math.pi - self.margin)
+            own = torch.where(own > math.cos(math.pi - self.margin), turned, line)
+            return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], own), labels)
 
 
 def train(
@@ -122,14 +172,19 @@ def train(
     row: Row,
     settings: Settings,
     seed: int,
-    progress: Callable[[float], None] = lambda loss: None,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Trained:
-    """One student; progress is told the loss after each step."""
+    """Train one student on the device of the lesson's images.
+
+    All weights are drawn on the processor, so that a seed means the same ones on every device.
+    progress: called every few steps with the number of new steps and the last loss.
+    """
     torch.manual_seed(seed)
-    student = SmallFaceNet(lesson.embedding.shape[1]).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    device = lesson.images.device
+    student = SmallFaceNet(lesson.embedding.shape[1]).train()
+    student.to(memory_format=_layout(device))  # type: ignore[call-overload]
     head = ArcFaceHead(lesson.embedding.shape[1], len(lesson.rows), settings.margin, settings.scale)
     remembered = Remembered(lesson.embedding, lesson.maps)
-    groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
     kd = None
     if row.methods:
         kd = Distiller(
@@ -140,17 +195,24 @@ def train(
             student_stages=STAGES[-len(lesson.maps) :] if lesson.maps else (),
             teacher_stages=[f"stages.{name}" for name in lesson.maps],
         )
-        groups += kd.parameter_groups(settings.weight_decay)
+        kd.to(device)
+        taps = [tap for tap in kd.taps if isinstance(tap, FeatureTap)]
+        remembered.keep({path for tap in taps for path in tap.teacher})
+    student.to(device)
+    head.to(device)  # its weight stays the same Parameter, so that the methods' shard holds it too
+    groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
+    groups += kd.parameter_groups(settings.weight_decay) if kd else []
     optimizer = torch.optim.SGD(
         groups, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
     )
-    trained = Trained(student, 0.0)
+    losses: list[Tensor] = []  # they stay on the device, which is not waited for in each step
+    cosines: list[Tensor] = []
     started = time.perf_counter()
     seen = len(lesson.labels) if row.blends else lesson.photographs
-    for rows in _batches(seen, settings.batch, settings.steps, seed):
+    for rows in _batches(seen, settings.batch, settings.steps, seed, device):
         remembered.rows = rows
         images, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         embedding = student(images)
@@ -163,30 +225,54 @@ def train(
         optimizer.step()
         schedule.step()
         cosine = F.cosine_similarity(embedding.detach(), lesson.embedding[rows]).mean()
-        trained.losses.append(float(loss.detach()))
-        trained.cosines.append(float(cosine))
-        progress(trained.losses[-1])
-    trained.seconds = time.perf_counter() - started
+        losses.append(loss.detach())
+        cosines.append(cosine)
+        new = len(losses) % PROGRESS or PROGRESS
+        if progress and (new == PROGRESS or len(losses) == settings.steps):
+            progress(new, float(losses[-1]))
+    trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines))
+    trained.seconds = time.perf_counter() - started  # the device is done, since all was read
     if kd:
         kd.remove()
     student.eval()
     return trained
 
 
-def _batches(images: int, batch: int, steps: int, seed: int) -> list[Tensor]:
+def _numbers(values: list[Tensor]) -> list[float]:
+    """[()] -> as many numbers."""
+    numbers: list[float] = torch.stack(values).cpu().tolist() if values else []
+    return numbers
+
+
+def _batches(images: int, batch: int, steps: int, seed: int, device: torch.device) -> list[Tensor]:
     """Every image once before any comes again, in an order drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
     rounds = math.ceil(steps * batch / images)
     order = torch.cat([torch.randperm(images, generator=generator) for _ in range(rounds)])
-    return list(order[: steps * batch].split(batch))
+    return list(order[: steps * batch].to(device).split(batch))
 
 
 def as_input(images: Tensor) -> Tensor:
     """(b 3 h w) uint8 -> (b 3 h w) in [-1, 1], as the trainers give it."""
-    return ((images.float() - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
+    return ((images.float() - 127.5) / 127.5).contiguous(memory_format=_layout(images.device))
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """Channels last, which is faster on a processor.
+
+    On a GPU it is not: cuDNN's grouped convolutions in float32 are slow there, and PyTorch's own
+    depthwise kernels want the channels in front.
+    """
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 @torch.no_grad()
-def embed(model: Callable[[Tensor], Tensor], images: Tensor, chunk: int = CHUNK) -> Tensor:
-    """(n 3 112 112) uint8 -> (n d)."""
-    return torch.cat([model(as_input(some)) for some in images.split(chunk)])
+def embed(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    chunk: int = CHUNK,
+    device: torch.device | None = None,
+) -> Tensor:
+    """(n 3 112 112) uint8 -> (n d), on the images' device; the model runs on the one named."""
+    parts = [model(as_input(some.to(device or images.device))) for some in images.split(chunk)]
+    return torch.cat(parts).to(images.device)

@@ -1,0 +1,142 @@
+"""Trains and tests the students of a table, one after another or several at the same time."""
+
+import os
+import platform
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from benchmarks.methods.material import maps_in
+from kdhooks.demo.exam import Exam
+from kdhooks.demo.report import Score
+from kdhooks.demo.training import Lesson, Row, Settings, train
+
+Record: TypeAlias = dict[str, object]
+Job: TypeAlias = tuple[Row, int]
+"""A line of the table, and a seed."""
+
+COURSE = "course.pt"
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything that the students of a table have in common."""
+
+    lesson: Lesson  # on the device on which the students are trained
+    exam: Exam
+    settings: Settings
+
+    def record(self, row: Row, seed: int) -> Record:
+        """Train one student and test it."""
+        score = self.exam.score(train(self.lesson, row, self.settings, seed))
+        return self.entry(row.name, seed, score)
+
+    def entry(self, row: str, seed: int, score: Score) -> Record:
+        """The figures of one student, as a line of the results holds them."""
+        return {
+            "row": row,
+            "seed": seed,
+            "accuracy": score.pairs.accuracy,
+            "eer": score.pairs.eer,
+            "tar2": score.tar[1e-2],
+            "tar3": score.tar[1e-3],
+            "cross": score.cross.accuracy,
+            "seconds": round(score.seconds, 1),
+            "cosine": float(np.mean(score.cosines[-50:])) if score.cosines else 1.0,
+            "images_seen": self.settings.images_seen,
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+            "device": _name(self.lesson.images.device),
+        }
+
+
+def prepare(device: torch.device, threads: int) -> None:
+    """Make results repeatable; call this before the process uses CUDA.
+
+    On a GPU, an operation that has no repeatable implementation (the gradient of adaptive average
+    pooling is one) warns instead of raising. Float32 is not shortened to TF32 there.
+    """
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.allow_tf32 = False
+        # Filling new memory costs a kernel launch for each tensor, and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def records(
+    jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
+) -> Iterator[Record]:
+    """Each student's record, as soon as the student is tested.
+
+    A student that fails does not stop the others: its traceback is printed, and SystemExit is
+    raised after the last one. folder: the one of the teacher's outputs; several processes also
+    read the course from there. threads: of all processes together.
+    """
+    failures = []
+    for outcome in _outcomes(jobs, course, folder, processes, threads):
+        try:
+            yield outcome()
+        except Exception as error:
+            traceback.print_exception(error)
+            failures.append(error)
+    if failures:
+        raise SystemExit(f"{len(failures)} of {len(jobs)} students failed: {failures[0]!r}")
+
+
+def _outcomes(
+    jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
+) -> Iterator[Callable[[], Record]]:
+    """A function for each student, which returns its record or raises what went wrong."""
+    if processes == 1:
+        yield from (partial(course.record, row, seed) for row, seed in jobs)
+        return
+    lesson = course.lesson
+    stored = {
+        "course": replace(course, lesson=replace(lesson.to(torch.device("cpu")), maps={})),
+        "rows": next(iter(lesson.maps.values())).rows,
+    }
+    torch.save(stored, folder / COURSE)
+    own = (folder, lesson.images.device, max(1, threads // processes))
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
+        students = [pool.submit(_student, *own, row, seed) for row, seed in jobs]
+        for student in as_completed(students):
+            yield student.result
+
+
+def _student(folder: Path, device: torch.device, threads: int, row: Row, seed: int) -> Record:
+    """One job, in a process that does several."""
+    return _course(folder, device, threads).record(row, seed)
+
+
+@cache
+def _course(folder: Path, device: torch.device, threads: int) -> Course:
+    """The course that the parent process stored; each process reads it once."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare(device, threads)
+    stored = torch.load(folder / COURSE, weights_only=False, mmap=True)
+    course: Course = stored["course"]
+    lesson = replace(course.lesson.to(device), maps=maps_in(folder, stored["rows"]))
+    return replace(course, lesson=lesson)
+
+
+def _end_with_parent() -> None:
+    """A process of the pool would otherwise wait for ever after its parent was killed."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
