@@ -1,9 +1,12 @@
 """A device of its own on a machine without one: it computes on the processor, but its tensors mix
 with the processor's as little as a GPU's do, and it knows when the host waits for it.
 
-Torch allows one such device a process, and for good: `in_a_process` makes a process for it.
+Torch allows one such device a process, and for good: `in_a_process` makes a process for it. Where
+there is a GPU, the same tests run on it too, in a process of their own: see `Native`.
 """
 
+import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +26,15 @@ python_devices = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no device that is written in Python",
 )
+
+
+def _has_cuda() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a driver that is too old
+        return torch.cuda.is_available()
+
+
+needs_cuda = pytest.mark.skipif(not _has_cuda(), reason="there is no CUDA device")
 aten = torch.ops.aten
 NAME = "far"
 _COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -129,8 +141,54 @@ def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
     return pytree.tree_map(back, func(*args, **kwargs))
 
 
-def in_a_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_register)
+class Native:
+    """CUDA or the processor, with the interface of `Device`."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+
+    def __enter__(self) -> "Native":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    @contextmanager
+    def never_waited_for(self) -> Iterator[None]:
+        """Inside, torch raises an error when the host waits for CUDA.
+
+        Waiting for an event is allowed, and so `Sent.read` is: torch doesn't count it.
+        """
+        if not self._cuda:
+            yield
+            return
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def device_at(place: str) -> Device | Native:
+    """The device of that name: NAME, "cuda" or "cpu"."""
+    return Device() if place == NAME else Native(cuda=place == "cuda")
+
+
+def in_a_process(place: str = NAME) -> ProcessPoolExecutor:
+    """A process in which tensors can be made on that device, and on the processor."""
+    prepare = _register if place == NAME else _prepare
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare)
+
+
+def _prepare() -> None:
+    """Makes CUDA compute in float32 proper, and lets it be deterministic."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # spares a pool of compiler processes
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def _register() -> None:

@@ -1,0 +1,546 @@
+"""Behaviour that only a GPU has: CUDA graphs, streams, short memory, loss scaling and NCCL.
+
+The functions that do the work take the device as an argument. All but those about memory and
+events can be called with "cpu" too, for a trial on a machine without a GPU.
+"""
+
+import io
+import logging
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, Distiller, Model, Teacher
+from kdhooks.chunks import chunk_size
+from kdhooks.streams import Sent, SideStream
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks_plugins.kd import KD
+from kdhooks_plugins.thkd import THKD
+from tests.second_device import in_a_process, needs_cuda
+
+pytestmark = [pytest.mark.gpu, needs_cuda]
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C compiler and Python's headers",
+)
+CLASSES, DIM = 6, 12
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+FCD = {"name": "fcd", "projector": True}
+BANK = {"name": "coupleface", "k": 2, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with in_a_process("cuda") as pool:
+        yield pool
+
+
+@pytest.fixture
+def own_process() -> Iterator[ProcessPoolExecutor]:
+    """A process of one test, for settings that hold for a whole process."""
+    with in_a_process("cuda") as pool:
+        yield pool
+
+
+def network() -> nn.Module:
+    """The tiny teacher's; it has the same weights in each call."""
+    module = tiny_teacher().module
+    assert module is not None
+    return module
+
+
+def batches(device: str, count: int) -> list[Tensor]:
+    """The same images in another order each, so that an output of another batch is noticed."""
+    images, _ = tiny_batch()
+    return [images.roll(shift, 0).to(device) for shift in range(count)]
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, an operator without a deterministic form raises an error."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --- a compiled teacher --------------------------------------------------------------------------
+
+Outputs = list[list[Tensor]]  # of each batch: its embedding, and then its features
+
+
+def taught(teacher: Teacher, device: str, tapped: bool = True) -> Outputs:
+    """All outputs are read after the last call."""
+    if tapped:
+        teacher.tap(["layer2"])
+    outputs = [list(teacher(images)) for images in batches(device, 4)]
+    return [[tensor.cpu() for tensor in output] for output in outputs]
+
+
+def compiled(device: str, mode: bool | str, clones: bool = True) -> Outputs:
+    torch._dynamo.reset()
+    teacher = Teacher(network(), compile=mode)
+    teacher._overwrites = teacher._overwrites and clones
+    return taught(teacher, device, tapped=clones)  # a tap splits the graph, which CUDA's need whole
+
+
+def eager(device: str, tapped: bool = True) -> Outputs:
+    return taught(Teacher(network()), device, tapped)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_a_compiled_teacher_keeps_the_eager_outputs_over_later_calls(
+    process: ProcessPoolExecutor, mode: bool | str
+) -> None:
+    found = process.submit(compiled, "cuda", mode).result()
+    assert_close(found, process.submit(eager, "cuda").result(), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_without_clones_a_later_call_would_overwrite_the_output(
+    own_process: ProcessPoolExecutor,
+) -> None:
+    """Torch refuses to read it then, or it holds the numbers of the later call."""
+    expected = own_process.submit(eager, "cuda", tapped=False).result()
+    found = own_process.submit(compiled, "cuda", "reduce-overhead", clones=False)
+    with pytest.raises((RuntimeError, AssertionError), match=r"overwritten|not close"):
+        assert_close(found.result(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def late(images: Tensor) -> Tensor:
+    """Holds its stream up, so that a reader that does not wait reads too early."""
+    if images.is_cuda:
+        torch.cuda._sleep(50_000_000)
+    return images
+
+
+def beside(device: str, joins: bool = True) -> Outputs:
+    teacher = Teacher(network(), transform=late, side_stream=True)
+    teacher.tap(["layer2"])
+    given = batches(device, 4)
+    teacher(given[0])  # `begin` does nothing until the teacher is on the device
+    outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        if not joins:
+            patch.setattr(SideStream, "join", lambda stream: None)
+        for images in given:
+            begun = teacher.begin(images)
+            assert begun is not None
+            outputs.append([tensor.clone() for tensor in teacher(images, begun)])
+    return [[tensor.cpu() for tensor in output] for output in outputs]
+
+
+def test_a_teacher_on_a_stream_of_its_own_is_waited_for(process: ProcessPoolExecutor) -> None:
+    expected = process.submit(eager, "cuda").result()
+    found = process.submit(beside, "cuda").result()
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    early = process.submit(beside, "cuda", joins=False).result()
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(early, expected, rtol=1e-4, atol=1e-5)
+
+
+def distilled(device: str, side_stream: bool) -> list[Tensor]:
+    """Over several steps: the teacher's outputs as the losses see them, losses, then weights."""
+    torch.manual_seed(0)
+    student = TinyFaceNet().to(device).train()
+    teacher = Teacher(network(), transform=late, side_stream=side_stream)
+    seen: list[Tensor] = []
+
+    def note(loss: nn.Module, given: tuple[Any, ...]) -> None:
+        outputs = given[1] if isinstance(given[1], list) else [given[1]]
+        seen.extend(tensor.clone() for tensor in outputs)
+
+    stages: dict[str, Any] = {"student_stages": STAGES, "teacher_stages": STAGES}
+    with Distiller(student, teacher, ["fcd", "at"], input_shape=(3, 32, 32), **stages) as kd:
+        for loss in kd.losses.values():
+            loss.register_forward_pre_hook(note)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9)
+        labels = tiny_batch()[1].to(device)
+        for images in batches(device, 6):
+            task = student(images).square().mean()
+            total = torch.stack([task, *kd(images, labels).values()]).sum()
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            seen.append(total)
+        assert (teacher._beside is not None) == (side_stream and device == "cuda")
+    return [tensor.detach().cpu() for tensor in (*seen, *student.parameters())]
+
+
+def test_training_is_the_same_with_and_without_a_side_stream(process: ProcessPoolExecutor) -> None:
+    expected = process.submit(distilled, "cuda", side_stream=False).result()
+    found = process.submit(distilled, "cuda", side_stream=True).result()
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def sent() -> tuple[bool, list[float]]:
+    """Whether a tensor had arrived before it was read, and what was read."""
+    for cycles in (1000, 200_000_000):  # the first round loads the kernels, for which CUDA may wait
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        tensor = Sent(torch.ones(2, device="cuda") * cycles)
+        assert tensor._arrived is not None
+        early = tensor._arrived.query()
+        found = tensor.read().tolist()
+        del tensor  # the next round takes its host memory, since CUDA may wait to allocate more
+    return early, found
+
+
+def test_reading_waits_for_a_tensor_that_has_not_arrived(process: ProcessPoolExecutor) -> None:
+    assert process.submit(sent).result() == (False, [2e8, 2e8])
+
+
+# --- too little memory ---------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Needs much memory for each image: `width` numbers, twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3 * 32 * 32, width), nn.Linear(width, DIM)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b 3 32 32) -> (b e)."""
+        embedding: Tensor = self.last(self.first(images.flatten(1)).relu())
+        return embedding
+
+
+class ShortOfMemory(NamedTuple):
+    found: Tensor
+    expected: Tensor
+    messages: list[str]
+    refused: bool  # whether the batch as a whole did not fit
+
+
+@contextmanager
+def only_so_much_more(size: int) -> Iterator[None]:
+    """Inside, this process can take no more than so many bytes of the GPU besides those it has."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def short_of_memory(device: str, b: int, width: int, limit: int | None) -> ShortOfMemory:
+    torch.manual_seed(0)
+    wide, images, messages = Wide(width), torch.rand(b, 3, 32, 32).to(device), Messages()
+    expected = Teacher(wide)(images).embedding
+    log = logging.getLogger("kdhooks")
+    log.addHandler(messages)
+    try:
+        if limit is None:
+            return ShortOfMemory(Teacher(wide)(images).embedding.cpu(), expected.cpu(), [], False)
+        with only_so_much_more(limit):
+            refused = False
+            try:
+                Teacher(wide)._at_once(images)
+            except torch.OutOfMemoryError:
+                refused = True
+            found = Teacher(wide)(images).embedding
+        return ShortOfMemory(found.cpu(), expected.cpu(), messages.found, refused)
+    finally:
+        log.removeHandler(messages)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(own_process: ProcessPoolExecutor) -> None:
+    """The batch takes 512 MiB beside its weights, and half of it 256 MiB."""
+    batch = ("cuda", 4096, 1 << 14)
+    ended = own_process.submit(short_of_memory, *batch, limit=384 << 20).result()
+    assert ended.refused
+    assert len(ended.messages) == 1
+    assert "no memory for 4096 images at once; it sees 2048 at a time" in ended.messages[0]
+    assert_close(ended.found, ended.expected, rtol=1e-4, atol=1e-5)
+    roomy = own_process.submit(short_of_memory, *batch, limit=640 << 20).result()
+    assert not roomy.refused
+    assert not roomy.messages
+
+
+# --- mixed precision -----------------------------------------------------------------------------
+
+
+class Scaled(NamedTuple):
+    losses: list[float]
+    moved: list[bool]  # whether the optimizer changed the weights in that step
+    scales: list[float]
+    steps: int  # as the Distiller counts them
+
+
+def scaled(device: str, name: str, overflow_in: int | None) -> Scaled:
+    """Eight steps in float16 with a live GradScaler."""
+    torch.manual_seed(0)
+    student = TinyFaceNet().to(device).train()
+    rows = nn.Parameter(torch.randn(CLASSES, DIM).to(device))
+    head = ClassShard(rows, 0, CLASSES)
+    images, labels = (x.to(device) for x in tiny_batch())
+    scaler = torch.amp.GradScaler(device, init_scale=64.0, growth_interval=100)
+    ended = Scaled([], [], [], 8)
+    with Distiller(student, tiny_teacher(), [FCD, name], head=head, input_shape=(3, 32, 32)) as kd:
+        optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters(), rows], lr=1e-3)
+        for step in range(8):
+            if step == overflow_in:
+                scaler.update(2.0**60)  # float16 ends at 65504
+            before = student.fc.weight.detach().clone()
+            with torch.autocast(device, torch.float16):
+                cosines = F.linear(F.normalize(student(images)), F.normalize(rows))
+                task = F.cross_entropy(8 * cosines, labels)
+                total = sum(kd(images, labels).values(), start=task)
+            optimizer.zero_grad()
+            scaler.scale(total).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            ended.losses.append(total.item())
+            ended.moved.append(not torch.equal(before, student.fc.weight))
+            ended.scales.append(scaler.get_scale())
+            if step == overflow_in:
+                scaler.update(64.0)
+        kd.check_finite()
+        return ended._replace(steps=kd.step)
+
+
+@pytest.mark.parametrize("name", ["kd", "gkd"])
+def test_a_live_grad_scaler_skips_the_step_that_overflows_and_no_other(
+    process: ProcessPoolExecutor, name: str
+) -> None:
+    ended = process.submit(scaled, "cuda", name, overflow_in=4).result()
+    assert torch.tensor(ended.losses).isfinite().all()
+    assert ended.moved == [step != 4 for step in range(8)]
+    assert ended.scales == [2.0**59 if step == 4 else 64.0 for step in range(8)]
+    assert ended.steps == 8
+    assert all(process.submit(scaled, "cuda", name, overflow_in=None).result().moved)
+
+
+# --- many classes --------------------------------------------------------------------------------
+
+
+class Compared(NamedTuple):
+    chunks: int
+    found: list[Tensor]  # the loss, then its gradients, each divided by the largest expected one
+    expected: list[Tensor]
+    lacking: list[Tensor]  # as expected, without the classes of the last chunk
+
+
+def chunked(device: str, name: str, b: int, d: int = 64) -> Compared:
+    """A loss in chunks of classes, and its plain form in float64."""
+    c = 22 * chunk_size(torch.empty(b, d, device=device), trained=name == "kd") // 10
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, ours, theirs = (
+        torch.randn(*shape, generator=generator).to(device)
+        for shape in ((b, d), (b, d), (c, d), (c, d))
+    )
+    labels = torch.randint(c, (b,), generator=generator).to(device)
+    classifier, trained = ClassShard(theirs, 0, c), [student.requires_grad_()]
+    if name == "kd":
+        trained.append(ours.requires_grad_())
+        shards = [classifier, ClassShard(ours, 0, c)]
+        loss = KD().classifier_share().loss
+    else:
+        ours, shards = theirs, [classifier]
+        loss = THKD().classifier_share(Model(None, d), Model(None, d)).loss
+    value, _ = loss(student, teacher, labels, *shards)
+    found = [value, *torch.autograd.grad(value, trained)]
+    sizes = [len(chunk.weight) for chunk in shards[-1].chunks(student)]
+
+    def plain(classes: int) -> list[Tensor]:
+        value = divergence(student, teacher, ours[:classes], theirs[:classes])
+        return [value, *torch.autograd.grad(value, trained)]
+
+    expected, lacking = plain(c), plain(c - sizes[-1])
+    peaks = [tensor.detach().abs().max() for tensor in expected]
+
+    def shares(tensors: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(tensors, peaks, strict=True)
+        return [(tensor.detach().double() / peak).float().cpu() for tensor, peak in pairs]
+
+    return Compared(len(sizes), shares(found), shares(expected), shares(lacking))
+
+
+def divergence(student: Tensor, teacher: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """T² · KL(teacher ‖ student) of softened scores in float64, at scale 64 and T = 4."""
+    sides = ((student, ours), (teacher, theirs))
+    cosines = [F.normalize(x.double()) @ F.normalize(rows.double()).T for x, rows in sides]
+    log_s, log_t = ((64 / 4 * x).log_softmax(dim=1) for x in cosines)
+    return 16 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+@pytest.mark.parametrize("name", ["kd", "thkd"])
+def test_a_loss_in_several_chunks_agrees_with_its_plain_form(
+    process: ProcessPoolExecutor, name: str
+) -> None:
+    """The last of the three chunks is not full."""
+    ended = process.submit(chunked, "cuda", name, b=1024).result()
+    assert ended.chunks == 3
+    assert_close(ended.found, ended.expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(ended.lacking, ended.expected, rtol=1e-3, atol=1e-4)
+
+
+# --- bit for bit ---------------------------------------------------------------------------------
+
+
+class Run:
+    """A student with a head, and, if there are methods, a Distiller."""
+
+    def __init__(self, device: str, methods: Sequence[object]) -> None:
+        torch.manual_seed(3)
+        self.student = TinyFaceNet().to(device).train()
+        self.head = nn.Linear(DIM, CLASSES, bias=False).to(device)
+        shard = ClassShard(self.head.weight, 0, CLASSES)
+        self.kd = (
+            Distiller(self.student, tiny_teacher(), methods, head=shard, input_shape=(3, 32, 32))
+            if methods
+            else None
+        )
+        learned = [*self.student.parameters(), *self.head.parameters()]
+        own = self.kd.parameters() if self.kd else []
+        self.optimizer = torch.optim.SGD([*learned, *own], lr=0.01, momentum=0.9)
+        self.device = device
+
+    def train(self, steps: range) -> list[Tensor]:
+        """The weights of student and head after these steps."""
+        labels = tiny_batch()[1]
+        for step, images in enumerate(batches(self.device, steps.stop)):
+            if step not in steps:
+                continue
+            classes = labels.roll(step).to(self.device)
+            loss = F.cross_entropy(self.head(self.student(images)), classes)
+            if self.kd:
+                loss = sum(self.kd(images, classes).values(), start=loss)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        trained = {**self.student.state_dict(), **self.head.state_dict()}
+        return [tensor.cpu() for tensor in trained.values()]
+
+    def parts(self) -> list[Any]:
+        return [self.student, self.head, self.optimizer, self.kd]
+
+
+def trained(device: str, methods: Sequence[object]) -> list[Tensor]:
+    with deterministic():
+        return Run(device, methods).train(range(4))
+
+
+@pytest.mark.parametrize(
+    "name", ["fcd", "coupleface", "proxylesskd", "kd", "gkd", "thkd", "adadistill"]
+)
+def test_weight_zero_is_the_plain_run_bit_for_bit(process: ProcessPoolExecutor, name: str) -> None:
+    plain = process.submit(trained, "cuda", []).result()
+    idle = process.submit(trained, "cuda", [{"name": name, "weight": 0.0}]).result()
+    assert_close(idle, plain, rtol=0, atol=0)
+    other = process.submit(trained, "cuda", [{"name": name, "weight": 0.1}]).result()
+    with pytest.raises(AssertionError, match=r"not (equal|close)"):
+        assert_close(other, plain, rtol=0, atol=0)
+
+
+def resumed(device: str, loaded: int) -> list[Tensor]:
+    """Two steps, and two more in a second run that loads so many of the first one's four parts."""
+    methods = [FCD, BANK, "adadistill"]
+    with deterministic():
+        first = Run(device, methods)
+        first.train(range(2))
+        if not loaded:
+            return first.train(range(2, 4))
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in first.parts()], file)
+        file.seek(0)
+        second = Run(device, methods)
+        for part, state in list(zip(second.parts(), torch.load(file), strict=True))[:loaded]:
+            part.load_state_dict(state)
+        return second.train(range(2, 4))
+
+
+def test_a_run_resumes_from_its_state_dict_bit_for_bit(process: ProcessPoolExecutor) -> None:
+    straight = process.submit(resumed, "cuda", loaded=0).result()
+    assert_close(process.submit(resumed, "cuda", loaded=4).result(), straight, rtol=0, atol=0)
+    without = process.submit(resumed, "cuda", loaded=3).result()
+    with pytest.raises(AssertionError, match=r"not (equal|close)"):
+        assert_close(without, straight, rtol=0, atol=0)
+
+
+# --- NCCL ----------------------------------------------------------------------------------------
+
+
+class Ranked(NamedTuple):
+    weights: list[Tensor]
+    moved: list[bool]  # whether each weight differs from its first value
+
+
+def in_a_group(device: str, folder: str) -> Ranked:
+    """As `alone`, under DDP and with classes that are split over a group of one rank."""
+    cuda = device == "cuda"
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # a machine may have no other network
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        return ranked(device, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def alone(device: str) -> Ranked:
+    return ranked(device, None)
+
+
+def ranked(device: str, group: "dist.ProcessGroup | None") -> Ranked:
+    torch.manual_seed(0)
+    student: nn.Module = TinyFaceNet().to(device).train()
+    if group is not None:
+        student = DistributedDataParallel(student, device_ids=[0] if device == "cuda" else None)
+    rows = nn.Parameter(torch.randn(CLASSES, DIM).to(device))
+    head = ClassShard(rows, 0, CLASSES, group)
+    images, labels = (x.to(device) for x in tiny_batch())
+    with Distiller(student, tiny_teacher(), [FCD, "kd"], head=head, input_shape=(3, 32, 32)) as kd:
+        learned = [*student.parameters(), *kd.parameters(), rows]
+        first = [tensor.detach().clone() for tensor in learned]
+        optimizer = torch.optim.SGD(learned, lr=1e-3)
+        for _ in range(2):
+            task = student(images).square().mean()
+            total = torch.stack([task, *kd(images, labels).values()]).sum()
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(learned, first, strict=True)]
+    return Ranked([tensor.detach().cpu() for tensor in learned], moved)
+
+
+def test_one_rank_of_nccl_under_ddp_trains_as_a_run_without(
+    own_process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    expected = own_process.submit(alone, "cuda").result()
+    found = own_process.submit(in_a_group, "cuda", str(tmp_path)).result()
+    assert all(tensor.isfinite().all() for tensor in found.weights)
+    assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
+    assert found.moved == expected.moved
+    assert sum(found.moved) > len(found.moved) / 2, "so that equal weights say something"
