@@ -39,8 +39,9 @@ def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) 
         dtype = recipe.teacher.get("dtype", "float32")
         if dtype == "bfloat16":
             raise KDHooksError(
-                "arcface_torch: its networks know float32 and float16 alone; found teacher.dtype "
-                "'bfloat16'"
+                "arcface_torch: teacher.dtype must be 'float16' or 'float32' for the trainer's own "
+                "networks, whose forward sets an autocast of its own on a GPU, so that 'bfloat16' "
+                "would have no effect; found 'bfloat16'; take dtype = 'float16'"
             )
         half = dtype == "float16"
         try:
