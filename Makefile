@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check bench-methods clean
+.PHONY: demo test check bench-methods gpu clean
 
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
@@ -14,6 +14,9 @@ test: .venv/.test
 
 bench-methods: .venv/.demo
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+gpu: .venv/.test
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: .venv/.test
 	$(BIN)/ruff format --check .

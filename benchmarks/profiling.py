@@ -1,7 +1,10 @@
 """Where the time of a step goes, by torch.profiler."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from unittest.mock import patch
@@ -14,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.measuring import Work
 
 STEPS = 40
+STEP = "step"  # the span of a whole step
 Spans: TypeAlias = Mapping[str, tuple[object, str]]
 """A part's name, and the object or class with the method that does it."""
 Milliseconds: TypeAlias = NDArray[np.float64]
@@ -22,28 +26,58 @@ T = TypeVar("T")
 
 
 def parts_of(
-    step: Work, spans: Spans, device: torch.device, trace: Path, operators: Sequence[str] = ()
+    step: Work,
+    spans: Spans,
+    device: torch.device,
+    trace: Path,
+    operators: Sequence[str] = (),
+    steps: int = STEPS,
 ) -> dict[str, Milliseconds]:
     """What each part took, and each of the operators; leaves a trace.
 
     Of the host's clock; on a GPU, whose work comes later, the trace says more.
     """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with ExitStack() as patches:
-        for name, (owner, method) in spans.items():
-            recorded = _recorded(name, getattr(owner, method))
-            patches.enter_context(patch.object(owner, method, recorded))
+    with _spanned(spans):
         for _ in range(3):
             step()
-        with profile(activities=activities) as profiler:
-            for _ in range(STEPS):
+        with profile(activities=_activities(device)) as profiler:
+            for _ in range(steps):
                 step()
     profiler.export_chrome_trace(str(trace))
     events = profiler.events()
     assert events is not None
-    return {name: _of_each_step(name, events) for name in (*spans, *operators)}
+    return {name: _of_each_step(name, events, steps) for name in (*spans, *operators)}
+
+
+def traced(step: Work, spans: Spans, device: torch.device, steps: int, trace: Path) -> "Trace":
+    """Profile a few steps; trace is the file, compressed by gzip, that a browser can show."""
+    with _spanned(spans):
+        step()
+        with profile(activities=_activities(device)) as profiler:
+            for _ in range(steps):
+                with record_function(STEP):
+                    step()
+    plain = trace.with_suffix("")
+    profiler.export_chrome_trace(str(plain))
+    content = plain.read_bytes()
+    trace.write_bytes(gzip.compress(content))
+    plain.unlink()
+    return Trace(json.loads(content)["traceEvents"], steps)
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return [ProfilerActivity.CPU, *gpu]
+
+
+@contextmanager
+def _spanned(spans: Spans) -> Iterator[None]:
+    """Each call of these methods is a span of its own in the profile."""
+    with ExitStack() as patches:
+        for name, (owner, method) in spans.items():
+            recorded = _recorded(name, getattr(owner, method))
+            patches.enter_context(patch.object(owner, method, recorded))
+        yield
 
 
 def _recorded(name: str, work: Callable[..., T]) -> Callable[..., T]:
@@ -54,12 +88,92 @@ def _recorded(name: str, work: Callable[..., T]) -> Callable[..., T]:
     return recorded
 
 
-def _of_each_step(name: str, events: Iterable[Any]) -> Milliseconds:
-    spent = np.array([event.cpu_time_total for event in events if event.name == name])
-    each: Milliseconds = spent.reshape(STEPS, -1).sum(axis=1) / 1e3
+def _of_each_step(name: str, events: Iterable[Any], steps: int) -> Milliseconds:
+    """The profiler also shows a span on the GPU, where its kernels run; that is not counted."""
+    on_host = (e for e in events if e.name == name and e.device_type.name == "CPU")
+    spent = np.array([event.cpu_time_total for event in on_host])
+    each: Milliseconds = spent.reshape(steps, -1).sum(axis=1) / 1e3
     return each
 
 
 def fastest_step(parts: Mapping[str, Milliseconds]) -> dict[str, float]:
     """Of many, since other work on the machine can only add."""
     return {name: round(float(spent.min()), 4) for name, spent in parts.items()}
+
+
+class Trace:
+    """The events of a chrome trace: the host's spans and calls, and the work on the GPU.
+
+    Times are milliseconds a step. A call of the CUDA runtime and the kernel or copy that it puts on
+    the GPU have the same number, `correlation`.
+    """
+
+    def __init__(self, events: Iterable[Mapping[str, Any]], steps: int) -> None:
+        self._steps = steps
+        by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for event in events:
+            if event.get("ph") == "X":
+                by_kind[event.get("cat", "")].append(event)
+        self._spans = by_kind["user_annotation"]
+        whole = [span for span in self._spans if span["name"] == STEP]
+        first, last = min(map(_start, whole)), max(map(_end, whole))
+        calls = by_kind["cuda_runtime"] + by_kind["cuda_driver"]
+        # The profiler itself waits for the GPU after the last step.
+        self._calls = [call for call in calls if first <= _start(call) < last]
+        self._work: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+        for kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            for event in by_kind[kind]:
+                self._work[_number(event)].append(event)
+
+    def host_ms(self, span: str) -> float:
+        """The host's time in a span."""
+        return self._ms(event for event in self._spans if event["name"] == span)
+
+    def gpu_ms(self, span: str = STEP) -> float:
+        """The GPU's time for the work that the host issued during a span, in whatever thread."""
+        times = [(_start(event), _end(event)) for event in self._spans if event["name"] == span]
+        return self._ms(
+            work
+            for call in self._calls
+            if any(start <= _start(call) < end for start, end in times)
+            for work in self._work.get(_number(call), ())
+        )
+
+    def waits(self) -> list[dict[str, Any]]:
+        """Where the host waits for the GPU: which call, in which span, how often, for how long."""
+        found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+        for call in self._calls:
+            copies = [work["name"] for work in self._work.get(_number(call), ())]
+            pageable = any("Pageable" in name for name in copies)
+            if "Synchronize" in call["name"] or call["name"] == "cudaMemcpy":
+                found[call["name"], self._inside(call)].append(call)
+            elif "Memcpy" in call["name"] and pageable:
+                found[f"{call['name']} of pageable memory", self._inside(call)].append(call)
+        return [
+            {"call": name, "in": span, "count": len(calls) / self._steps, "ms": self._ms(calls)}
+            for (name, span), calls in found.items()
+        ]
+
+    def _inside(self, call: Mapping[str, Any]) -> str:
+        """The shortest span around a call, in the same thread."""
+        around = [
+            (span["dur"], span["name"])
+            for span in self._spans
+            if span["tid"] == call["tid"] and _start(span) <= _start(call) < _end(span)
+        ]
+        return str(min(around)[1]) if around else "another thread"
+
+    def _ms(self, events: Iterable[Mapping[str, Any]]) -> float:
+        return float(sum(event["dur"] for event in events)) / 1e3 / self._steps
+
+
+def _start(event: Mapping[str, Any]) -> float:
+    return float(event["ts"])
+
+
+def _end(event: Mapping[str, Any]) -> float:
+    return float(event["ts"]) + float(event["dur"])
+
+
+def _number(event: Mapping[str, Any]) -> int:
+    return int(event.get("args", {}).get("correlation", -1))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.command import bars, command, start, write
 from benchmarks.measuring import Spread, in_turns, judged_by, summaries, told
 from benchmarks.networks import DIM, network, settle
-from benchmarks.profiling import fastest_step, parts_of
+from benchmarks.profiling import STEPS, Spans, Trace, fastest_step, parts_of, traced
 from kdhooks import Distiller, Teacher
 from kdhooks.fingerprints import ViewKeys
 from kdhooks.streams import Sent
@@ -73,11 +73,18 @@ class Variant:
 class Measurement:
     """The three variants, with the cache filled in this folder."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        networks: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        """networks: student and teacher, by default two stand-ins of the options' widths."""
         self.device: torch.device = options.device
         torch.manual_seed(0)
-        student = network(options.student, 2).to(self.device)
-        trained = network(options.teacher, 3).to(self.device)
+        if networks is None:
+            networks = network(options.student, 2), network(options.teacher, 3)
+        student, trained = (net.to(self.device) for net in networks)
         pixels = torch.randint(0, 256, (options.batches, options.batch_size, 3, 112, 112))
         batches = ((pixels.float() - 127.5) / 127.5).to(self.device)
         labels = torch.randint(0, CLASSES, (options.batch_size,), device=self.device)
@@ -107,11 +114,29 @@ class Measurement:
         self._check()
         return summaries(seconds)
 
-    def parts(self, trace: Path) -> dict[str, float]:
+    def parts(self, trace: Path, steps: int = STEPS) -> dict[str, float]:
         """Milliseconds of a cached step, part by part."""
+        step = self.variants["with a filled cache"].step
+        ms = parts_of(step, self._spans(), self.device, trace, steps=steps)
+        begin, finish, read = ms.pop("begin"), ms.pop("finish"), ms.pop("read")
+        ms["keys to the host"] = begin - ms["hash"] + read
+        ms["rows to the device"] = finish - read - ms["look-up"]
+        ms["kdhooks itself"] = ms["kdhooks"] - finish - ms["loss terms"]
+        ms["kdhooks"] += begin
+        self._check()
+        return fastest_step(ms)
+
+    def trace(self, file: Path, steps: int) -> Trace:
+        """A few cached steps, event by event; file ends in .gz."""
+        step = self.variants["with a filled cache"].step
+        trace = traced(step, self._spans(), self.device, steps, file)
+        self._check()
+        return trace
+
+    def _spans(self) -> Spans:
         cached = self.variants["with a filled cache"]
         assert cached.kd is not None
-        spans = {
+        return {
             "student, forward": (cached.student, "forward"),
             "head and cross entropy": (cached, "task_loss"),
             "kdhooks": (cached.kd, "forward"),
@@ -124,14 +149,6 @@ class Measurement:
             "backward": (Tensor, "backward"),
             "optimizer": (cached.optimizer, "step"),
         }
-        ms = parts_of(cached.step, spans, self.device, trace)
-        begin, finish, read = ms.pop("begin"), ms.pop("finish"), ms.pop("read")
-        ms["keys to the host"] = begin - ms["hash"] + read
-        ms["rows to the device"] = finish - read - ms["look-up"]
-        ms["kdhooks itself"] = ms["kdhooks"] - finish - ms["loss terms"]
-        ms["kdhooks"] += begin
-        self._check()
-        return fastest_step(ms)
 
 
 def picture(

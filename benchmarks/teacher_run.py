@@ -36,31 +36,75 @@ from benchmarks.networks import network, settle
 from kdhooks import Distiller, Teacher
 
 STAND_IN = "stand-in"
-BEST: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", channels last": {"channels_last": True},
+    ", channels last, compiled": {"channels_last": True, "compile": True},
+    ", channels last, CUDA graphs": {"channels_last": True, "compile": "reduce-overhead"},
+    ", channels last, side stream": {"channels_last": True, "side_stream": True},
+    ", channels last, compiled, side stream": {
+        "channels_last": True,
+        "compile": True,
+        "side_stream": True,
+    },
+}
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "bfloat16, channels last": BEST,
-    "bfloat16, channels last, compiled": {**BEST, "compile": True},
-    "bfloat16, channels last, CUDA graphs": {**BEST, "compile": "reduce-overhead"},
-    "bfloat16, channels last, side stream": {**BEST, "side_stream": True},
+    "float32, side stream": {"side_stream": True},
+    **{
+        f"{name}{way}": {"dtype": dtype, **options}
+        for name, dtype in HALF.items()
+        for way, options in WAYS.items()
+    },
 }
-ON_A_CPU = 3  # of these make a difference there, and need no compiler
+ON_A_CPU = ["float32", "bfloat16", "bfloat16, channels last"]  # the others need a compiler or a GPU
 
 
-def networks(student: str, teacher: str) -> tuple[nn.Module, nn.Module]:
-    if teacher == STAND_IN:
-        return network(24, 2), network(64, 3)
-    get_model = importlib.import_module("backbones").get_model
-    sizes = {"fp16": False, "num_features": 512}
-    return get_model(student, **sizes), get_model(teacher, **sizes)
+class Networks:
+    """The student and the teacher, in float32 and in half precision.
+
+    The forward of arcface_torch's networks sets an autocast of its own on CUDA, to float16 or to
+    none, so that no autocast around it has an effect; half precision is a network of another kind.
+    """
+
+    def __init__(self, student: str, teacher: str, device: torch.device) -> None:
+        self._name, self._device = teacher, device
+        self.own_autocast = teacher != STAND_IN and device.type == "cuda"
+        if teacher == STAND_IN:
+            nets: tuple[nn.Module, nn.Module] = network(24, 2), network(64, 3)
+        else:
+            nets = self._made(student, self.own_autocast), self._made(teacher, False)
+        self.student, self.teacher = (net.to(device) for net in nets)
+
+    def runs(self) -> list[str]:
+        """What makes a difference to this teacher on this device."""
+        if self._device.type != "cuda":
+            return ON_A_CPU
+        return [run for run in RUNS if not (self.own_autocast and run.startswith("bfloat16"))]
+
+    def half(self) -> nn.Module:
+        """The teacher for a run in half precision, with the same weights."""
+        if not self.own_autocast:
+            return copy.deepcopy(self.teacher)
+        found = self._made(self._name, True).to(self._device)
+        found.load_state_dict(self.teacher.state_dict())
+        return found.eval().requires_grad_(False)
+
+    @staticmethod
+    def _made(name: str, half: bool) -> nn.Module:
+        get_model = importlib.import_module("backbones").get_model
+        made: nn.Module = get_model(name, fp16=half, num_features=512)
+        return made
 
 
 class ByHand:
     """The loop that people write: the teacher in float32 under no_grad, one cosine loss."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, dtype: torch.dtype | None = None
+    ) -> None:
+        self.student, self.teacher, self.dtype = student, teacher, dtype
         self.optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
 
     def step(self, images: Tensor) -> None:
@@ -69,10 +113,10 @@ class ByHand:
             target = self.teacher(images)
         self._update((1 - F.cosine_similarity(embedding, target)).mean())
 
-    def in_bfloat16(self, images: Tensor) -> None:
+    def in_autocast(self, images: Tensor) -> None:
         """As by hand, with one line about the teacher's precision."""
         embedding = self.student(images)
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(images.device.type, self.dtype):
             target = self.teacher(images).float()
         self._update((1 - F.cosine_similarity(embedding, target)).mean())
 
@@ -101,26 +145,30 @@ def measure(options: argparse.Namespace, name: str, batch_size: int) -> dict[str
     """name: the teacher's."""
     device = options.device
     torch.manual_seed(0)
-    student, teacher = (net.to(device) for net in networks(options.student, name))
+    nets = Networks(options.student, name, device)
     images = torch.rand(batch_size, 3, 112, 112, device=device) * 2 - 1
-    settle(teacher, images)
-    teacher.eval().requires_grad_(False)
-    student.train()
+    settle(nets.teacher, images)
+    teacher = nets.teacher.eval().requires_grad_(False)
+    student = nets.student.train()
+    half = "float16" if nets.own_autocast else "bfloat16"
     hand = ByHand(copy.deepcopy(student), teacher)
+    by_autocast = ByHand(copy.deepcopy(student), nets.half(), HALF[half])
     works: dict[str, Work] = {"by hand": partial(hand.step, images)}
-    works["by hand, bfloat16"] = partial(hand.in_bfloat16, images)
+    works[f"by hand, {half}"] = partial(by_autocast.in_autocast, images)
     works["student alone"] = partial(hand.alone, images)
     agreement: dict[str, Any] = {}
     with torch.no_grad():
         exact = teacher(images)
-    for run in options.runs:
-        recipe = ByRecipe(copy.deepcopy(student), copy.deepcopy(teacher), RUNS[run])
+    for run in options.runs or nets.runs():
+        own = copy.deepcopy(teacher) if run.startswith("float32") else nets.half()
+        recipe = ByRecipe(copy.deepcopy(student), own, RUNS[run])
         works[f"kdhooks, {run}"] = partial(recipe.step, images)
         works[f"teacher alone, {run}"] = partial(recipe.run, images)
         near = F.cosine_similarity(recipe.run(images).embedding, exact)
         agreement[run] = {"least_cosine": near.min().item(), "mean_cosine": near.mean().item()}
     for work in works.values():
-        work()
+        for _ in range(3):  # the first calls compile, record CUDA graphs and choose algorithms
+            work()
     ways = compared(in_turns(works, options.turns, device), batch_size)
     for way, work in works.items():
         ways[way]["peak_bytes"] = peak_bytes(work, device)
@@ -178,8 +226,6 @@ def main() -> None:
     options = start(parser)
     if options.arcface_torch:
         sys.path.insert(0, options.arcface_torch)
-    if options.runs is None:
-        options.runs = list(RUNS) if options.device.type == "cuda" else list(RUNS)[:ON_A_CPU]
     kind = judged_by(options.device)
     measured = []
     for teacher in options.teacher if options.arcface_torch else [STAND_IN]:

@@ -132,10 +132,10 @@ def costs(step: Callable[[], None], pair: Pair, images: Tensor) -> dict[str, int
         "held_bytes": tensors.held,
         "held_bytes_after_evaluation": tensor_bytes(evaluate).held,
     }
-    if images.is_cuda:
-        found["allocator_peak_bytes"] = peak_bytes(step, images.device)
     pair.student.train()
     step()  # what the evaluation left is overwritten
+    if images.is_cuda:
+        found["allocator_peak_bytes"] = peak_bytes(step, images.device)
     return found
 
 

@@ -1,0 +1,72 @@
+"""The contract of a part, and the options that every part is run with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from matplotlib.figure import Figure
+
+Result: TypeAlias = Mapping[str, Any]
+"""The figures of one case, as they are written to JSON."""
+Table: TypeAlias = Sequence[Sequence[str]]
+"""The cells of a table, row by row; the first row holds the headings."""
+
+
+class Absent(Exception):
+    """Raised by a case that cannot run here, with the reason, for example a missing package."""
+
+
+@dataclass(frozen=True)
+class Options:
+    device: torch.device
+    tiny: bool  # smallest sizes, to try the command itself
+    out: Path  # folder of the records
+    work: Path  # scratch folder; it is deleted at the end
+    arcface_torch: Path | None = None  # InsightFace's folder recognition/arcface_torch
+    faces: Path | None = None  # LFW, aligned and 112x112: a zip or a folder
+    pairs: Path | None = None  # LFW's pairs.txt
+    command: str = ""  # what the user typed; it stands beside every figure
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class Goal(NamedTuple):
+    """A bound that a part's figures are compared with."""
+
+    text: str  # for example "a cached step takes at most 1.03 times the student alone"
+    found: str
+    met: bool
+
+
+class Part(Protocol):
+    """A module of benchmarks/gpu/parts.
+
+    A part is a list of cases. Each case is recorded as soon as it ends, so that an interrupted run
+    continues with the missing ones, and a case that fails does not stop the others.
+    """
+
+    ABOUT: str
+    """One or two sentences for the report: what was run, and what the columns mean."""
+
+    def cases(self, options: Options) -> Mapping[str, float]:
+        """Each case's name, and how many seconds it needs at full size on a GPU."""
+        ...
+
+    def run(self, case: str, options: Options) -> Result:
+        """Run one case.
+
+        Raises Absent if the case cannot run here; any other exception is recorded as a failure.
+        """
+        ...
+
+    def tables(self, found: Mapping[str, Result]) -> Sequence[Table]:
+        """The report's tables of all cases that ended well; found is never empty."""
+        ...
+
+    def goals(self, found: Mapping[str, Result]) -> Sequence[Goal]: ...
+
+    def picture(self, found: Mapping[str, Result]) -> Figure | None: ...

@@ -1,0 +1,140 @@
+"""A part in a process of its own: a crash, or an exhausted budget, costs one case."""
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import cast
+
+import torch
+
+from benchmarks.gpu.part import Absent, Options, Part
+from benchmarks.gpu.records import Record
+
+_CPU_FACTOR = 40  # how much longer a case takes on a processor than on a GPU, roughly
+_TINY_SECONDS = 5.0
+
+
+def load(module: str) -> Part:
+    return cast(Part, import_module(module))
+
+
+def needed(part: Part, options: Options) -> Mapping[str, float]:
+    """How many seconds each case needs on this device and at this size."""
+    if options.tiny:
+        return {case: min(seconds, _TINY_SECONDS) for case, seconds in part.cases(options).items()}
+    factor = 1 if options.cuda else _CPU_FACTOR
+    return {case: factor * seconds for case, seconds in part.cases(options).items()}
+
+
+def run_part(
+    name: str,
+    module: str,
+    options: Options,
+    deadline: float,
+    again: bool = False,
+    only: Sequence[str] | None = None,
+) -> None:
+    """Run the cases that are not recorded yet, in processes of their own.
+
+    deadline: a time of time.time(). again: also those that are recorded as done. only: no others.
+    """
+    part, record = load(module), Record(name, options)
+    wanted = [case for case in part.cases(options) if only is None or case in only]
+    pending = [case for case in wanted if again or not record.settled(case)]
+    for case, entry in list(record.cases.items()):
+        if entry["status"] == "running":
+            record.put(case, "stopped", reason="the command was killed while it ran")
+    while pending := _affordable(name, part, pending, options, deadline):
+        before = Record(name, options).cases
+        process = get_context("spawn").Process(
+            target=_run_cases, args=(name, module, options, deadline, pending)
+        )
+        process.start()
+        try:
+            process.join(max(0.0, deadline - time.time()))
+        finally:
+            late = process.is_alive()
+            if late:
+                _kill(process)
+            process.join()
+        record = Record(name, options)
+        reached = [case for case in pending if record.cases.get(case) != before.get(case)]
+        ended = f"its process ended with exit code {process.exitcode}"
+        for case in reached:
+            if record.cases[case]["status"] == "running":
+                if late:
+                    record.put(case, "stopped", reason="it still ran when the budget ended")
+                else:
+                    record.put(case, "failed", traceback=ended)
+        if not reached and not late:  # it ended before the first case
+            for case in pending:
+                record.put(case, "failed", traceback=ended)
+            return
+        pending = [case for case in pending if case not in reached]
+
+
+def _affordable(
+    name: str, part: Part, pending: Sequence[str], options: Options, deadline: float
+) -> list[str]:
+    """The cases for which enough time is left; the others are recorded as skipped."""
+    record, seconds, left = Record(name, options), needed(part, options), deadline - time.time()
+    for case in pending:
+        if seconds[case] > left:
+            reason = f"it needs {seconds[case]:.0f} s, and {max(left, 0):.0f} s were left"
+            if not record.settled(case):
+                record.put(case, "skipped", reason=reason)
+            print(f"{name}, {case}: skipped: {reason}", flush=True)
+    return [case for case in pending if seconds[case] <= left]
+
+
+def _kill(process: BaseProcess) -> None:
+    """With all that it has started."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # it has not become the head of its group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _run_cases(
+    name: str, module: str, options: Options, deadline: float, pending: list[str]
+) -> None:
+    os.setsid()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    record, part = Record(name, options), load(module)
+    for case in pending:
+        if not _affordable(name, part, [case], options, deadline):
+            continue
+        record.put(case, "running")
+        started = time.perf_counter()
+        try:
+            result = part.run(case, options)
+        except Absent as absent:
+            record.put(case, "absent", reason=str(absent))
+            print(f"{name}, {case}: absent: {absent}", flush=True)
+            continue
+        except Exception:
+            text = traceback.format_exc()
+            record.put(case, "failed", traceback=text)
+            print(f"{name}, {case}: failed\n{text}", flush=True)
+            continue
+        spent = round(time.perf_counter() - started, 1)
+        record.put(case, "done", seconds=spent, result=result)
+        print(f"{name}, {case}: done in {spent} s", flush=True)
+        if options.cuda:
+            torch.cuda.empty_cache()
+
+
+def _die_with_parent() -> None:
+    """A killed command leaves nothing running on the device."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)

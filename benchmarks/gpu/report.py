@@ -1,0 +1,99 @@
+"""gpu.md: the goals, and one section for each part."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.part import Options, Part, Table
+from benchmarks.gpu.process import load
+from benchmarks.gpu.records import Record
+
+HEAD = """# Results on {device}
+
+`python -m benchmarks.gpu` wrote this page, the JSON file of each part and the pictures beside them.
+Below each part stands the command that ran it.
+
+{machines}
+
+## Goals
+
+{goals}
+"""
+
+
+def write(parts: Mapping[str, str], options: Options) -> None:
+    """gpu.md, and the picture of each part that has one; of all that is recorded in the folder."""
+    sections, goals = [], [["part", "goal", "found", "met"]]
+    machines: list[dict[str, str]] = []
+    for name, module in parts.items():
+        part, record = load(module), Record(name, options)
+        done = _done(record)
+        found = {case: entry["result"] for case, entry in done.items()}
+        goals += [
+            [name, goal.text, goal.found, "yes" if goal.met else "**no**"]
+            for goal in (part.goals(found) if found else ())
+        ]
+        sections.append(_section(name, part, record, found, options))
+        machines += [one for entry in done.values() if (one := entry["made"]["on"]) not in machines]
+    head = HEAD.format(
+        device="a GPU" if options.cuda else "a processor",
+        machines=markdown(_machines(machines)) if machines else "No case has been run.",
+        goals=markdown(goals) if len(goals) > 1 else "No part with a goal has been run.",
+    )
+    text = "\n".join([head, *sections])
+    (options.out / "gpu.md").write_text(text, encoding="utf-8")
+
+
+def _done(record: Record) -> Mapping[str, Any]:
+    return {case: entry for case, entry in record.cases.items() if entry["status"] == "done"}
+
+
+def _machines(machines: Sequence[Mapping[str, str]]) -> Table:
+    """A column for each."""
+    facts = dict.fromkeys(fact for machine in machines for fact in machine)
+    rows = [[fact, *(machine.get(fact, "") for machine in machines)] for fact in facts]
+    return [["", *(f"machine {number + 1}" for number in range(len(machines)))], *rows]
+
+
+def _section(
+    name: str, part: Part, record: Record, found: Mapping[str, Any], options: Options
+) -> str:
+    lines = [f"## {name}", "", part.ABOUT.strip(), ""]
+    for case, entry in record.cases.items():
+        if entry["status"] == "failed":
+            last = entry["traceback"].strip().splitlines()[-1]
+            lines += [f"- **{case}: failed**: `{last[:300]}`"]
+        elif entry["status"] != "done":
+            lines += [f"- {case}: {entry['status']}: {entry.get('reason', 'it has not ended')}"]
+    if not record.cases:
+        lines += ["This part has not been run."]
+    if lines[-1]:
+        lines.append("")
+    if found:
+        for table in part.tables(found):
+            lines += [markdown(table), ""]
+        figure = part.picture(found)
+        if figure is not None:
+            figure.savefig(options.out / f"{name}.png", dpi=110)
+            lines += [f"![{name}]({name}.png)", ""]
+        lines += [*_made(record), ""]
+    return "\n".join(lines)
+
+
+def _made(record: Record) -> Iterator[str]:
+    """By which commands, when, and on which card: cases may come from several runs."""
+    runs: dict[tuple[str, str, str], list[Any]] = {}
+    for entry in _done(record).values():
+        made = entry["made"]
+        key = made["by"], made["on"]["card"], made["on"]["torch"]
+        runs.setdefault(key, []).append(entry)
+    for (command, card, version), entries in runs.items():
+        seconds = sum(entry["seconds"] for entry in entries)
+        at = min(entry["made"]["at"] for entry in entries)
+        yield f"- `{command}`: {len(entries)} cases, {seconds:.0f} s; {at}; {card}; torch {version}"
+
+
+def markdown(table: Table) -> str:
+    """The first row holds the headings; the first column is text, the others are figures."""
+    head, *rows = table
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *rows])

@@ -1,0 +1,167 @@
+"""The command `python -m benchmarks.gpu`: every part at a tiny size, and what it survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+
+from benchmarks.gpu.__main__ import PARTS, main
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--device", "cpu", "--tiny"]
+ODD = {"odd": "tests.odd_part", "even": "tests.even_part"}
+
+
+def record(out: Path, part: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / f"{part}.json").read_text())["cases"]
+    return found
+
+
+def statuses(out: Path, part: str) -> dict[str, str]:
+    return {case: entry["status"] for case, entry in record(out, part).items()}
+
+
+def test_the_parts_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(PARTS)
+    assert [*PARTS][:2] == ["tests", "trainer"]
+    assert [*PARTS][-1] == "faces"
+
+
+@pytest.mark.slow
+def test_every_part_runs_at_a_tiny_size_and_writes_its_record(tmp_path: Path) -> None:
+    assert main([*TINY, "--out", str(tmp_path)]) == 0
+    for part in PARTS:
+        found = statuses(tmp_path, part)
+        assert found, part
+        assert set(found.values()) <= {"done", "absent"}, part
+    assert {"done"} == {*statuses(tmp_path, "trainer").values()}
+    page = (tmp_path / "gpu.md").read_text()
+    assert all(f"\n## {part}\n" in page for part in PARTS)
+    assert "| trainer | weight 0 of 15 methods is the plain run bit for bit | 0 of " in page
+
+
+def odd(out: Path, *options: str) -> int:
+    """Two parts: of the first, a case fails, one kills its process, and one is absent."""
+    return main([*TINY, "--out", str(out), *options], ODD)
+
+
+def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    assert odd(tmp_path) == 1
+    assert statuses(tmp_path, "odd") == {
+        "good": "done",
+        "failing": "failed",
+        "crashing": "failed",
+        "absent": "absent",
+        "last": "done",
+    }
+    failed = record(tmp_path, "odd")
+    assert "ZeroDivisionError: division by zero" in failed["failing"]["traceback"]
+    assert "exit code -6" in failed["crashing"]["traceback"]
+    assert failed["absent"]["reason"] == "no odd hardware"
+    assert statuses(tmp_path, "even") == {"only": "done"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "- **failing: failed**: `ZeroDivisionError: division by zero`" in page
+    assert "- absent: absent: no odd hardware" in page
+
+
+def test_only_what_is_not_done_is_run_again(tmp_path: Path) -> None:
+    odd(tmp_path)
+    first = record(tmp_path, "odd")
+    odd(tmp_path)
+    second = record(tmp_path, "odd")
+    assert second["good"] == first["good"]  # with the moment at which it was made
+    assert second["failing"]["traceback"] == first["failing"]["traceback"]
+    odd(tmp_path, "--again", "--parts", "even")
+    assert record(tmp_path, "even")["only"]["result"] == {"runs": 2}
+
+
+def test_a_case_that_needs_more_time_than_is_left_is_skipped(tmp_path: Path) -> None:
+    assert odd(tmp_path, "--budget", "0.9", "--parts", "even") == 0
+    entry = record(tmp_path, "even")["only"]
+    assert entry["status"] == "skipped"
+    assert entry["reason"].startswith("it needs 1 s, and ")
+    assert "- only: skipped: it needs 1 s" in (tmp_path / "gpu.md").read_text()
+    assert odd(tmp_path, "--parts", "even") == 0
+    assert statuses(tmp_path, "even") == {"only": "done"}
+
+
+def test_a_case_that_is_still_running_at_the_end_of_the_budget_is_stopped(tmp_path: Path) -> None:
+    started = time.monotonic()
+    main([*TINY, "--out", str(tmp_path), "--budget", "12"], {"slow": "tests.slow_part"})
+    assert time.monotonic() - started < 40
+    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "stopped"}
+
+
+def test_a_killed_run_continues_and_leaves_nothing_running(tmp_path: Path) -> None:
+    program = (
+        "import sys; from benchmarks.gpu.__main__ import main; "
+        "sys.exit(main(sys.argv[1:], {'slow': 'tests.slow_part'}))"
+    )
+    command = [sys.executable, "-c", program, *TINY, "--out", str(tmp_path)]
+    running = subprocess.Popen(command, cwd=ROOT)
+    pid = tmp_path / "endless.pid"
+    deadline = time.monotonic() + 60
+    while not pid.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "running"}
+    made = record(tmp_path, "slow")["quick"]["made"]
+    while alive(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(int(pid.read_text()))
+    (tmp_path / "not endless").touch()
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "done"}
+    assert record(tmp_path, "slow")["quick"]["made"] == made
+
+
+def alive(process: int) -> bool:
+    """Zombies, which nobody waits for here, are dead."""
+    try:
+        return " Z" not in Path(f"/proc/{process}/stat").read_text()[:40]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda"], "needs a CUDA device, and torch finds none"),
+        (["--budget", "0"], "--budget must be more than 0 seconds; found 0"),
+        (["--arcface-torch", "tests"], "'tests' holds no train_v2.py"),
+        (["--faces", "nowhere.zip"], "--faces: there is no 'nowhere.zip'"),
+        (["--parts", "everything"], "invalid choice: 'everything'"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main([*options, "--out", str(tmp_path)])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_results_of_another_device_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "even.json").write_text('{"device": "cuda", "tiny": false, "cases": {}}')
+    with pytest.raises(SystemExit, match="2"):
+        odd(tmp_path)
+    assert "holds results of another device or size" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["even.json"]
