@@ -269,7 +269,17 @@ def _free_port() -> int:
 
 def tables(found: Mapping[str, Result]) -> Sequence[Table]:
     plains = [found[name]["step_seconds"] for name in (PLAIN, AGAIN) if name in found]
-    rows = [["run", "images/s", "step, of plain", "peak, MB", "first loss", "last loss", "terms"]]
+    rows = [
+        [
+            "run",
+            "images/s",
+            "step, of plain",
+            "peak, MB",
+            "first loss",
+            "last loss",
+            "mean of the term",
+        ]
+    ]
     for name, one in found.items():
         if name != ZERO:
             ratio = len(plains) * one["step_seconds"] / sum(plains) if plains else math.nan
@@ -282,10 +292,17 @@ def tables(found: Mapping[str, Result]) -> Sequence[Table]:
                     f"{peak / 1e6:.0f}" if peak else "",
                     f"{one['losses'][0]:.2f}",
                     f"{one['losses'][-1]:.2f}",
-                    one["terms"],
+                    _first_term(one["terms"]),
                 ]
             )
     return [rows]
+
+
+def _first_term(said: str) -> str:
+    """Of the trainer's last log line, the mean of the first term, and the steps left out."""
+    parts = said.partition(": ")[2].split(", ")
+    skipped = [part for part in parts if part.endswith("steps skipped")]
+    return ", ".join([parts[0], *skipped])
 
 
 def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
