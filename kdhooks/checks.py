@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
+from kdhooks.guards import out_of_range
 from kdhooks.shards import Rows, world
 from kdhooks.streams import Sent
 from kdhooks.teacher import TeacherOutput
@@ -66,10 +67,7 @@ def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> None:
     if not known.any():
         return
     if int(labels.max()) >= rows.total:
-        raise KDHooksError(
-            f"teacher classifier has {rows.total} classes; found label {int(labels.max())}: it was "
-            "trained on another data set"
-        )
+        raise KDHooksError(out_of_range(labels, rows.total))
     hits = rows.nearest(embedding.detach().float()[known]) == labels[known]
     top1 = float(hits.float().mean())
     if top1 < _TOP1:
@@ -106,6 +104,7 @@ class Finite:
         check_nonfinite(nonfinite)
         self._skip = nonfinite == "skip"
         self._last: tuple[_Noted, Sent] | None = None
+        self.classes = 0  # of the teacher's classifier, if there is one
         self.step = 0  # how many were taken, with their terms or without
         self.skipped = 0
 
@@ -118,7 +117,7 @@ class Finite:
         if not self._skip:
             return True
         tapped = [*step.teacher_features.values(), *step.student_features.values()]
-        noted, numbers = _noted(self.step + 1, {}, step, unsure)
+        noted, numbers = self._noted(self.step + 1, {}, step, unsure, None)
         # 0 times a number is 0 where it is finite, and else it is not a number.
         zeros = [(tensor.detach() * 0).sum() for tensor in (*tapped, numbers)]
         usable = self._all_ranks(torch.stack(zeros).sum() == 0, noted, numbers)
@@ -126,16 +125,46 @@ class Finite:
             self.step += 1
         return usable
 
-    def note(self, values: Mapping[str, Tensor], step: Step, unsure: Tensor | None) -> bool:
-        """Of this step, which is over; False: go on without its terms. unsure: as in `usable`."""
+    def note(
+        self,
+        values: Mapping[str, Tensor],
+        step: Step,
+        unsure: Tensor | None,
+        beyond: Tensor | None = None,
+    ) -> bool:
+        """Of this step, which is over; False: go on without its terms.
+
+        unsure: as in `usable`. beyond: what `check_range` says of the labels.
+        """
         self.step += 1
         if self._skip:  # `usable` has looked at the embedding
-            noted, numbers = _noted(self.step, values, step, None)
+            noted, numbers = self._noted(self.step, values, step, None, beyond)
             return self._all_ranks(torch.isfinite(numbers).all(), noted, numbers)
-        noted, numbers = _noted(self.step, values, step, unsure)
+        noted, numbers = self._noted(self.step, values, step, unsure, beyond)
         known = not numbers.is_cuda and not noted.fault(numbers)
         self._last = None if known else (noted, Sent(numbers))
         return True
+
+    def _noted(
+        self,
+        number: int,
+        values: Mapping[str, Tensor],
+        step: Step,
+        unsure: Tensor | None,
+        beyond: Tensor | None,
+    ) -> "tuple[_Noted, Tensor]":
+        """And the numbers by which to tell, on the device."""
+        numbers = [value.reshape(1) for value in values.values()]
+        if beyond is not None:
+            numbers.append(beyond)
+        if unsure is not None:
+            numbers.append(unsure.sum(dim=1))
+        if len(numbers) == 1:
+            joined = numbers[0]
+        else:
+            joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
+        classes = 0 if beyond is None else self.classes
+        return _Noted(number, tuple(values), step.labels, classes), joined
 
     def _all_ranks(self, fine: Tensor, noted: "_Noted", numbers: Tensor) -> bool:
         if world() is not None:
@@ -165,15 +194,21 @@ class _Noted(NamedTuple):
     step: int
     names: tuple[str, ...]
     labels: Tensor  # (b)
+    classes: int  # 0: nothing is said of the labels
 
     def fault(self, numbers: Tensor) -> str:
-        """Of each term's value, then each sample's sum of the teacher's embedding; "" is none."""
-        finite = list(map(math.isfinite, numbers.tolist()))
+        """Of each term's value, then each sample's sum of the teacher's embedding; "" is none.
+
+        Raises KDHooksError if a label is beyond the classes, since no step can go on then.
+        """
+        finite = list(map(math.isfinite, numbers.cpu().tolist()))
         if all(finite):
             return ""
+        if self.classes and not finite.pop(len(self.names)):
+            raise KDHooksError(f"step {self.step}: {out_of_range(self.labels, self.classes)}")
         bad = [name for name, fine in zip(self.names, finite, strict=False) if not fine]
         what = [f"{', '.join(bad)} not finite"] if bad else []
-        samples = zip(self.labels.tolist(), finite[len(self.names) :], strict=False)
+        samples = zip(self.labels.cpu().tolist(), finite[len(self.names) :], strict=False)
         lost = [label for label, fine in samples if not fine]
         if lost:
             what.append(
@@ -181,17 +216,3 @@ class _Noted(NamedTuple):
                 f"(labels {lost[:8]})"
             )
         return f"step {self.step}: {' and '.join(what)}"
-
-
-def _noted(
-    number: int, values: Mapping[str, Tensor], step: Step, unsure: Tensor | None
-) -> tuple[_Noted, Tensor]:
-    """And the numbers by which to tell, on the device."""
-    numbers = [value.reshape(1) for value in values.values()]
-    if unsure is not None:
-        numbers.append(unsure.sum(dim=1))
-    if len(numbers) == 1:
-        joined = numbers[0]
-    else:
-        joined = torch.cat(numbers) if numbers else step.student.new_zeros(0)
-    return _Noted(number, tuple(values), step.labels), joined

@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
-from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Step, Tap
+from kdhooks.declarations import (
+    ClassifierShare,
+    FeatureTap,
+    Model,
+    ParameterTap,
+    Step,
+    Tap,
+    check_weight,
+)
 from kdhooks.declaring import (
     Declarations,
     check_head,
@@ -21,6 +29,8 @@ from kdhooks.declaring import (
     probe_teacher,
 )
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_labels
+from kdhooks.replicas import Replicas
 from kdhooks.shards import ClassShard, Rows
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher import Begun, Teacher, TeacherOutput
@@ -74,6 +84,9 @@ class Distiller(nn.Module):
         self._embedding = student_embedding
         self._head = head
         self._checked = False
+        self._student = StudentTaps(nn.Identity(), ())  # until `_connect`
+        self._replicas: Replicas | None = None  # not before all ranks are in a step
+        self._guard: OptimizerGuard | None = None
         self._finite = Finite(nonfinite)
         self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
         self.accumulation = 1  # forwards per optimiser step, where the host sums their gradients
@@ -95,9 +108,15 @@ class Distiller(nn.Module):
         self._stages = {stage.path: stage.shape for stage in ours.stages}
         check_head(self.taps, ours, head)
         self._take_rows(theirs)
-        self._connect(ours)
-        self._teacher.start_cache(images)
+        try:
+            self._connect(ours)
+            self._teacher.start_cache(images)
+        except BaseException:
+            self.remove()
+            raise
         self.to(first.device)
+        if any(p.requires_grad for p in self.parameters()):
+            self._guard = OptimizerGuard(student, self)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -123,15 +142,19 @@ class Distiller(nn.Module):
         """
         seen, begun = self._student.images, self._student.begun
         features = self._student.take()
-        if images.shape[0] != labels.shape[0]:
-            raise KDHooksError(
-                f"images and labels must be of the same samples; found {len(images)} and "
-                f"{len(labels)}"
-            )
+        labels = checked_labels(labels, images)
         self._finite.check()
         if not self._checked:
             check_shapes(features, self._stages)
+        if self._replicas is None:
+            self._replicas = Replicas(self)
+        if self._guard is not None and self._guard.judged:
+            self._guard.remove()
+            self._guard = None
+        classes = self._finite.classes
+        beyond = check_range(labels, classes) if classes else None
         teacher = self._teach(images, labels, begun)
+        check_batch(images, features[self._embedding], teacher.embedding if teacher else None)
         step = Step(
             student=features[self._embedding],
             student_features=features,
@@ -159,7 +182,7 @@ class Distiller(nn.Module):
             self._checked = True
             if self._needs_teacher and seen is images:
                 self._student.on_enter = self._teacher.begin  # from now on
-        if not self._finite.note(values, step, unsure):
+        if not self._finite.note(values, step, unsure, beyond):
             return self._nothing(features)
         return weighted
 
@@ -171,7 +194,10 @@ class Distiller(nn.Module):
 
     def weight(self, tap: Tap) -> float:
         """A term's factor in the step at hand."""
-        factor = tap.weight(self.step) if callable(tap.weight) else tap.weight
+        factor = tap.weight
+        if callable(factor):
+            factor = factor(self.step)
+            check_weight(f"{tap.name}, step {self.step}", factor)
         return factor / self.accumulation if isinstance(tap, ParameterTap) else factor
 
     def _teach(self, images: Tensor, labels: Tensor, begun: Begun | None) -> TeacherOutput | None:
@@ -205,6 +231,7 @@ class Distiller(nn.Module):
         rows, head = teacher.classifier, self._head
         if rows is None:
             return
+        self._finite.classes = rows.total
         if head is not None and head.total != rows.total:
             raise KDHooksError(
                 f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
@@ -288,14 +315,20 @@ class Distiller(nn.Module):
 
     def remove(self) -> None:
         """Take every hook off both models."""
-        self._student.remove()
         self._teacher.remove()
+        for part in (self._student, self._replicas, self._guard):
+            if part is not None:
+                part.remove()
 
     def __enter__(self) -> "Distiller":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            if kind is None:
+                self.check_finite()  # of the last step, which no other follows
+        finally:
+            self.remove()
 
     def check_finite(self) -> None:
         """Raise where the last step's terms were not finite: before the next, and before a save."""

@@ -1,5 +1,7 @@
 """Parameters that every rank trains outside of DistributedDataParallel, kept equal."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,15 +10,35 @@ from kdhooks.shards import world
 from kdhooks.taps import Removable
 
 
-def synchronise(module: nn.Module) -> list[Removable]:
-    """Rank 0's values now, and the ranks' mean gradient in each backward; nothing on one rank."""
-    handles: list[Removable] = []
-    if world() is not None:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, 0)
-            if parameter.requires_grad:
-                handles.append(parameter.register_hook(_mean))
-    return handles
+class Replicas:
+    """Rank 0's values now, and the ranks' mean gradient in each backward; nothing on one rank.
+
+    A module that DistributedDataParallel holds as well has its gradients averaged a second time,
+    which leaves them as they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._handles: list[Removable] = []
+        if world() is not None:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, 0)
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_hook(_mean))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy's parameters are tensors of their own, without hooks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _mean(gradient: Tensor) -> Tensor:

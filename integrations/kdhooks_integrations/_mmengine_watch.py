@@ -28,7 +28,6 @@ class Watch:
     def __init__(self, student: nn.Module) -> None:
         self._student = ref(student)
         self._reached: dict[str, bool] = {}  # whether a term got a gradient
-        self._optimised: set[int] = set()  # ids of parameters
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._judged = False
         self._handle = register_optimizer_step_pre_hook(self._before_step)
@@ -49,18 +48,16 @@ class Watch:
         student = self._student()
         if student is None or self._judged:
             return
-        named = dict(student.named_parameters())
         groups: list[dict[str, Any]] = optimizer.param_groups
         given = {id(parameter) for group in groups for parameter in group["params"]}
-        if given.isdisjoint(map(id, named.values())):
+        if given.isdisjoint(map(id, student.parameters())):
             return
-        self._optimised |= given
         if optimizer in self._stepped:
-            self._judge(named)
+            self._judge()
             self._judged = True
         self._stepped.add(optimizer)
 
-    def _judge(self, named: Mapping[str, nn.Parameter]) -> None:
+    def _judge(self) -> None:
         if not self._reached:
             raise KDHooksError(NOT_RUN)
         dropped = [name for name, reached in self._reached.items() if not reached]
@@ -69,12 +66,4 @@ class Watch:
                 f"mmengine: a step was trained without {listed(dropped)}; the model's parse_losses "
                 "and train_step must train the sum of all keys with 'loss' in their names, as "
                 "BaseModel's do"
-            )
-        ours = {name: p for name, p in named.items() if name.startswith(f"{CHILD}.")}
-        left = [n for n, p in ours.items() if p.requires_grad and id(p) not in self._optimised]
-        if left:
-            raise KDHooksError(
-                f"mmengine: these weights of the methods are in no optimizer: {listed(left)}; "
-                "give an optimizer the parameters of model.kdhooks, too, as one over "
-                "model.parameters() has them"
             )

@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdhooks.errors import KDHooksError
 from kdhooks.registry import HOOKS, MODELS
-from kdhooks.replicas import synchronise
 from kdhooks_integrations._mmengine_checkpoints import history
 from kdhooks_integrations._mmengine_models import built
 from kdhooks_integrations._mmengine_options import Options
@@ -71,7 +70,6 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
             if wrapped and not isinstance(runner.model, DistributedDataParallel):
                 _refuse(f"the model is wrapped in {type(runner.model).__name__}")
             _optimise(runner.optim_wrapper, trained)
-        synchronise(distillation)
         self._distillation = distillation
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:

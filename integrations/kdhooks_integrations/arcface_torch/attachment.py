@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdhooks.declarations import ClassifierShare
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
-from kdhooks.replicas import synchronise
 from kdhooks.shards import world
 from kdhooks.taps import Removable
 from kdhooks_integrations._copies import LeftBehind
@@ -70,7 +69,6 @@ class Attachment:
             self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
             self._handles.append(head.register_load_state_dict_pre_hook(refuse_other_split))
             offset += shard.total
-        self._handles += synchronise(self.distiller)  # DDP, which would do this, knows it not
 
     # --- the classifier ----------------------------------------------------------------------
 
