@@ -108,16 +108,16 @@ class Finite:
         self.step = 0  # how many were taken, with their terms or without
         self.skipped = 0
 
-    def usable(self, step: Step, unsure: Tensor | None) -> bool:
+    def usable(self, step: Step, unchecked: Tensor | None) -> bool:
         """Whether the losses may see this: a bank would keep what is not finite for good.
 
-        Where they may not, the step is over. unsure (b e): the teacher's embedding, unless there
-        is none, or it is known to be finite.
+        Where they may not, the step is over. unchecked (b e): the teacher's embedding, or None if
+        there is none, or if it is known to be finite.
         """
         if not self._skip:
             return True
         tapped = [*step.teacher_features.values(), *step.student_features.values()]
-        noted, numbers = self._noted(self.step + 1, {}, step, unsure, None)
+        noted, numbers = self._noted(self.step + 1, {}, step, unchecked, None)
         # 0 times a number is 0 where it is finite, and else it is not a number.
         zeros = [(tensor.detach() * 0).sum() for tensor in (*tapped, numbers)]
         usable = self._all_ranks(torch.stack(zeros).sum() == 0, noted, numbers)
@@ -129,18 +129,18 @@ class Finite:
         self,
         values: Mapping[str, Tensor],
         step: Step,
-        unsure: Tensor | None,
+        unchecked: Tensor | None,
         beyond: Tensor | None = None,
     ) -> bool:
         """Of this step, which is over; False: go on without its terms.
 
-        unsure: as in `usable`. beyond: what `check_range` says of the labels.
+        unchecked: as in `usable`. beyond: what `check_range` says of the labels.
         """
         self.step += 1
         if self._skip:  # `usable` has looked at the embedding
             noted, numbers = self._noted(self.step, values, step, None, beyond)
             return self._all_ranks(torch.isfinite(numbers).all(), noted, numbers)
-        noted, numbers = self._noted(self.step, values, step, unsure, beyond)
+        noted, numbers = self._noted(self.step, values, step, unchecked, beyond)
         known = not numbers.is_cuda and not noted.fault(numbers)
         self._last = None if known else (noted, Sent(numbers))
         return True
@@ -150,15 +150,15 @@ class Finite:
         number: int,
         values: Mapping[str, Tensor],
         step: Step,
-        unsure: Tensor | None,
+        unchecked: Tensor | None,
         beyond: Tensor | None,
     ) -> "tuple[_Noted, Tensor]":
         """And the numbers by which to tell, on the device."""
         numbers = [value.reshape(1) for value in values.values()]
         if beyond is not None:
             numbers.append(beyond)
-        if unsure is not None:
-            numbers.append(unsure.sum(dim=1))
+        if unchecked is not None:
+            numbers.append(unchecked.sum(dim=1))
         if len(numbers) == 1:
             joined = numbers[0]
         else:

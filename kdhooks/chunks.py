@@ -10,13 +10,13 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdhooks.errors import KDHooksError
 
-# Of a chunk's rows, and of its scores. A processor wants them in its cache. On a GPU each chunk
-# costs the host some fifty launches, and rows that are trained take several times their memory.
+# How many numbers a chunk's rows have at most, and its scores. On a CPU they should fit the cache.
+# On a GPU each chunk costs the host about fifty launches; trained rows take more memory.
 NUMBERS = {"cpu": 1 << 20, "cuda": 3 << 25, "cuda, trained": 1 << 26}
 
 
@@ -101,10 +101,10 @@ class _OverRows(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's types
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the base's types
         ctx: _Context, by_logs: Tensor, by_means: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
         gradient = torch.cat([by_logs, by_means])
         if not ctx.by_rows:
             pairs = zip(ctx.sloped, ctx.saved_tensors, strict=True)
@@ -119,6 +119,15 @@ class _OverRows(torch.autograd.Function):
             by_embedding += found[0]
             by_rows[start : start + len(w)] = found[1]
         return None, by_embedding, by_rows
+
+
+def refuse_second_gradient() -> None:
+    """In a backward, grad mode is on if a gradient of the gradient is wanted."""
+    if torch.is_grad_enabled():
+        raise KDHooksError(
+            "scores over classes are differentiable once; found create_graph = True; take the "
+            "gradient of the gradient without the methods that compare classes"
+        )
 
 
 def row_chunks(embedding: Tensor, rows: Tensor, trained: bool) -> Iterator[tuple[int, Tensor]]:

@@ -31,7 +31,7 @@ from kdhooks.declaring import (
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_labels
 from kdhooks.replicas import Replicas
-from kdhooks.shards import ClassShard, Rows
+from kdhooks.shards import ClassShard, Rows, world
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher import Begun, Teacher, TeacherOutput
 
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         self._head = head
         self._checked = False
         self._student = StudentTaps(nn.Identity(), ())  # until `_connect`
-        self._replicas: Replicas | None = None  # not before all ranks are in a step
+        self._replicas: Replicas | None = None
         self._guard: OptimizerGuard | None = None
         self._finite = Finite(nonfinite)
         self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
@@ -117,6 +117,8 @@ class Distiller(nn.Module):
         self.to(first.device)
         if any(p.requires_grad for p in self.parameters()):
             self._guard = OptimizerGuard(student, self)
+        if world() is not None:  # or in the first step, if the ranks meet later
+            self._replicas = Replicas(self)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -165,8 +167,8 @@ class Distiller(nn.Module):
             classifier=self._classifier(),
             head=self._head,
         )
-        unsure = None if teacher is None or teacher.finite else teacher.embedding
-        if not self._finite.usable(step, unsure):
+        unchecked = None if teacher is None or teacher.finite else teacher.embedding
+        if not self._finite.usable(step, unchecked):
             return self._nothing(features)
         values: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
@@ -182,7 +184,7 @@ class Distiller(nn.Module):
             self._checked = True
             if self._needs_teacher and seen is images:
                 self._student.on_enter = self._teacher.begin  # from now on
-        if not self._finite.note(values, step, unsure, beyond):
+        if not self._finite.note(values, step, unchecked, beyond):
             return self._nothing(features)
         return weighted
 

@@ -52,7 +52,8 @@ class ViewKeys:
         # Three roundings, and not one multiply-add, which would give other keys.
         grid = pixels.add(1).mul_(127.5 * _STEPS).add_(_WHOLE).view(torch.int32)
         halves = (grid * self._weights).sum(2, dtype=torch.int32)
-        # Two halves are a key as they lie in memory: few operators, each of which the host starts.
+        # The two halves lie side by side in memory, so that they can be read as one key: the fewer
+        # operators there are, the less the host has to start.
         key: Tensor = halves.view(torch.int64).squeeze(1)
         return key
 

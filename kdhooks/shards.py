@@ -8,16 +8,17 @@ gradients is the gradient of that loss, with factor exactly 1.
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
-from kdhooks.chunks import Wanted, over_rows, row_chunks
+from kdhooks.chunks import Wanted, over_rows, refuse_second_gradient, row_chunks
 from kdhooks.errors import KDHooksError
 
 _LEAST = 1e-12  # a length that divides is at least this, as in F.normalize
@@ -152,13 +153,32 @@ class ClassShard:
     offset: int
     total: int
     group: "dist.ProcessGroup | None" = None
-    lengths: Tensor | None = None  # (c), of the rows, for as long as these stay as they are
+    _lengths: "_Lengths | None" = field(default=None, repr=False, compare=False)
+
+    def frozen(self) -> "ClassShard":
+        """These rows, without a gradient of theirs."""
+        if not self.weight.requires_grad:
+            return self
+        return replace(self, weight=self.weight.detach())
 
     def measured(self) -> "ClassShard":
-        """These rows with their lengths, so that a loss computes them once, not in each chunk."""
-        if self.lengths is not None:
+        """These rows with their lengths, so that a loss computes them once, not in each chunk.
+
+        Other rows, or rows that have changed since, are measured again when they are compared.
+        """
+        if self._known_lengths() is not None:
             return self
-        return replace(self, lengths=_lengths(self.weight.detach()))
+        return replace(self, _lengths=_Lengths.of(self.weight))
+
+    def _known_lengths(self) -> Tensor | None:
+        """(c), unless the rows have been replaced or have changed since they were measured."""
+        known = self._lengths
+        return known.values if known is not None and known.are_of(self.weight) else None
+
+    def _row_lengths(self) -> Tensor:
+        """(c)."""
+        known = self._known_lengths()
+        return _lengths(self.weight.detach()) if known is None else known
 
     def trained(self) -> "ClassShard":
         """These rows, for a loss of the global batch that trains them.
@@ -176,9 +196,11 @@ class ClassShard:
         return gather(embedding, self.group)
 
     def cosines(self, embedding: Tensor, scale: float = 1.0) -> Tensor:
-        """(b e) -> (b c): margin-free cosines with this rank's rows, times scale."""
-        rows = self.weight.to(embedding.dtype)
-        lengths = self.measured().lengths
+        """(b e) -> (b c): margin-free cosines with this rank's rows, times scale.
+
+        Differentiable once: torch refuses a gradient of this gradient.
+        """
+        rows, lengths = self.weight.to(embedding.dtype), self._row_lengths()
         cosines: Tensor = _Cosines.apply(embedding, rows, lengths, scale)  # type: ignore[no-untyped-call]
         return cosines
 
@@ -192,12 +214,11 @@ class ClassShard:
         the chunk's rows; all else counts as constant.
         """
 
-        lengths = self.measured().lengths
-        assert lengths is not None
+        lengths = self._row_lengths()
 
         def of_rows(x: Tensor, rows: Tensor, start: int) -> Wanted:
-            own = lengths[start : start + len(rows)]
-            return measure(x, ClassShard(rows, self.offset + start, self.total, lengths=own))
+            own = _Lengths.of(rows, lengths[start : start + len(rows)])
+            return measure(x, ClassShard(rows, self.offset + start, self.total, _lengths=own))
 
         logs, means, under = over_rows(of_rows, embedding, self.weight)
         shares = [(z - self.logsumexp(z)).exp() for z in under]
@@ -217,9 +238,9 @@ class ClassShard:
         return self._slice(start, start + len(chunk.weight))
 
     def _slice(self, start: int, stop: int) -> "ClassShard":
-        lengths = None if self.lengths is None else self.lengths[start:stop]
-        rows, offset = self.weight[start:stop], self.offset + start
-        return ClassShard(rows, offset, self.total, lengths=lengths)
+        known, rows = self._known_lengths(), self.weight[start:stop]
+        own = None if known is None else _Lengths.of(rows, known[start:stop])
+        return ClassShard(rows, self.offset + start, self.total, _lengths=own)
 
     def logsumexp(self, z: Tensor) -> Tensor:
         """(b) -> (b): over all ranks."""
@@ -249,7 +270,9 @@ class ClassShard:
         return values.scatter_add(1, *self._at_own(values, labels, amount))
 
     def add_(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
-        """The same in place: for scores of rows that are not trained."""
+        """The same in place, unless the rows are trained: their gradient needs the cosines."""
+        if self.weight.requires_grad:
+            return self.add(values, labels, amount)
         return values.scatter_add_(1, *self._at_own(values, labels, amount))
 
     def own_rows(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,8 +322,8 @@ class _CosinesContext(FunctionCtx):
 
 
 class _Cosines(torch.autograd.Function):
-    """scale · cos. What is divided by the rows' lengths is the product: the rows are the larger
-    matrix as a rule.
+    """scale · cos. Divides the product by the rows' lengths, and not the rows, which are usually
+    the larger matrix.
     """
 
     @staticmethod
@@ -310,17 +333,17 @@ class _Cosines(torch.autograd.Function):
         """(b e), (c e), (c) -> (b c)."""
         length = _lengths(x)[:, None].to(x.dtype)
         unit = x / length
-        cosines = ((unit * scale) @ rows.T).div_(lengths)
+        cosines = (unit @ rows.T).div_(lengths / scale if scale else torch.inf)
         ctx.scale = scale
         trained = [cosines] if ctx.needs_input_grad[1] else []
         ctx.save_for_backward(rows, lengths, unit, length, *trained)
         return cosines
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator's types
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the base's types
         ctx: _CosinesContext, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_gradient()
         rows, lengths, unit, length, *trained = ctx.saved_tensors
         gradient = (gradient / lengths).to(rows.dtype)
         by_x = by_rows = None
@@ -333,6 +356,26 @@ class _Cosines(torch.autograd.Function):
             by_rows = gradient.T @ (unit * ctx.scale)
             by_rows.addcmul_(rows, along[:, None], value=-1)
         return by_x, by_rows, None, None
+
+
+class _Lengths(NamedTuple):
+    """Lengths (c) of rows, and which rows these were, in which version."""
+
+    values: Tensor
+    rows: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, rows: Tensor, values: Tensor | None = None) -> "_Lengths":
+        return cls(_lengths(rows.detach()) if values is None else values, rows, _version(rows))
+
+    def are_of(self, rows: Tensor) -> bool:
+        return rows is self.rows and _version(rows) == self.version
+
+
+def _version(tensor: Tensor) -> int:
+    """An inference tensor has none, and cannot be changed outside of its mode."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA 
 class TeacherOutput:
     """embedding (b e) and the tapped features, both detached unless the teacher is adapted.
 
-    finite: the embedding is known to be, so that nobody need look.
+    finite: whether the embedding is known to be finite, so that no step needs to check it.
     """
 
     embedding: Tensor

@@ -106,7 +106,10 @@ def by_hand(accumulate: int, steps: int) -> tuple[list[float], dict[str, Tensor]
         task = F.cross_entropy(student.head(embedding), labels)
         with torch.no_grad():
             target = teacher(images)
-        s, t = (F.rms_norm(x, x.shape[1:], eps=1e-24) for x in (projector(embedding), target))
+        s, t = (
+            F.rms_norm(x, x.shape[1:], eps=1e-12**2 / x.shape[1])
+            for x in (projector(embedding), target)
+        )
         loss = task + F.mse_loss(s, t) / 2 * 8.0  # rounded as kdhooks does
         last = step >= steps - steps % accumulate
         (loss / (steps % accumulate if last else accumulate)).backward()

@@ -1,6 +1,7 @@
 """Rows from files; one shard against plain torch; two ranks against one process."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,12 +283,48 @@ def test_an_amount_is_added_in_place_where_no_copy_is_wanted() -> None:
 def test_a_part_keeps_the_lengths_that_were_measured() -> None:
     shard = ClassShard(normal(1, 6, 3), 10, 20)
     chunk = ClassShard(normal(2, 2, 3), 13, 20)
-    assert shard.part(chunk).lengths is None
+    assert shard.part(chunk)._known_lengths() is None
     measured = shard.measured()
     assert measured.measured() is measured
-    lengths = measured.part(chunk).lengths
+    lengths = measured.part(chunk)._known_lengths()
     assert lengths is not None
     assert_close(lengths, shard.weight[3:5].norm(dim=1))
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_rows_that_have_changed_are_measured_again(change: str) -> None:
+    rows, x = normal(1, 5, 3), normal(2, 4, 3)
+    shard = ClassShard(rows, 0, 5).measured()
+    expected = shard.cosines(x)
+    if change == "in place":
+        rows.mul_(10)
+    else:
+        shard = replace(shard, weight=10 * rows)
+    assert_close(shard.cosines(x), expected)
+
+
+def test_an_amount_in_place_leaves_the_gradient_of_trained_rows_right() -> None:
+    rows, x = normal(1, 5, 3).requires_grad_(), normal(2, 4, 3)
+    labels, amount = torch.tensor([0, 4, 2, -1]), normal(3, 4)
+    shard = ClassShard(rows, 0, 5)
+    both = [
+        shard.add_(shard.cosines(x), labels, amount),
+        shard.add(shard.cosines(x), labels, amount),
+    ]
+    assert_close(*(torch.autograd.grad(z.square().sum(), rows) for z in both))
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    x = normal(2, 4, 3).requires_grad_()
+    value = ClassShard(normal(1, 5, 3), 0, 5).cosines(x).sum() + (x**3).sum()
+    with pytest.raises(KDHooksError, match="are differentiable once; found create_graph = True"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_half_precision_does_not_overflow_for_long_rows() -> None:
+    rows, x = 3e3 * normal(1, 100, 512), normal(2, 8, 512)
+    found = ClassShard(rows, 0, 100).cosines(x.half(), 64.0)
+    assert_close(found.double(), ClassShard(rows, 0, 100).cosines(x, 64.0), rtol=1e-2, atol=2e-1)
 
 
 def test_one_process_has_no_group() -> None:

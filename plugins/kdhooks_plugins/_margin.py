@@ -1,7 +1,6 @@
 """Scores with a margin, and the cross-entropy of their softmax on rows that are not trained."""
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ def margin_softmax(
     m, m2: of all samples or of each (b). monotone, straight_through: see `ProxylessKD`.
     The means are over the samples that have a label: those below 0 are left out.
     """
-    rows = replace(rows, weight=rows.weight.detach())
+    rows = rows.frozen()
     cosine = rows.own(student, labels)
     target = _turned(cosine, m, monotone) - m2
     if straight_through:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
 from kdhooks.declarations import Weight
 
-_EPS = 1e-24  # beside a mean square: 1e-12 beside a length, as F.normalize has it
+_LEAST = 1e-12  # added to a length, in squares, so that nothing is divided by 0
 DISTANCES = ("cosine", "cosine_squared", "l2", "mse", "raw_mse")
 
 
@@ -46,7 +46,7 @@ class EmbeddingDistance(nn.Module):
 
 def _root_mean_square_one(x: Tensor) -> Tensor:
     """(b d) -> (b d)."""
-    return F.rms_norm(x, x.shape[1:], eps=_EPS)
+    return F.rms_norm(x, x.shape[1:], eps=_LEAST**2 / x.shape[1])
 
 
 class FCD:

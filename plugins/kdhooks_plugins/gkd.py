@@ -9,7 +9,6 @@ The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class GroupedScores(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
         teacher = teacher.detach()
-        classifier = replace(classifier, weight=classifier.weight.detach()).measured()
+        classifier = classifier.frozen().measured()
         head = head.measured()
         least, size = self.group(student, labels, head)
 

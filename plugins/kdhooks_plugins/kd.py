@@ -6,8 +6,6 @@ own classifier rows. Published face recipes differ in whether a margin stays in 
 an option, 0 by default.
 """
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Wanted, hookimpl
@@ -32,7 +30,7 @@ class SoftenedScores(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
         teacher, scale = teacher.detach(), self.scale / self.temperature
-        classifier = replace(classifier, weight=classifier.weight.detach()).measured()
+        classifier = classifier.frozen().measured()
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s = scores(student, labels, chunk, scale, self.margin)

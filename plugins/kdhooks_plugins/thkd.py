@@ -6,8 +6,6 @@ Differs from the code: the embedding term beside it is a method of its own, `fcd
 cosines. The paper's other half, a teacher trained on a student's head, needs no hook.
 """
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
@@ -27,7 +25,7 @@ class SharedHead(nn.Module):
         self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
-        rows = replace(classifier, weight=classifier.weight.detach()).measured()
+        rows = classifier.frozen().measured()
         found: tuple[Tensor, dict[str, Tensor]] = self.scores(student, teacher, labels, rows, rows)
         return found
 
