@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import IO, Any, TypeAlias, cast
 
 import pytest
 
@@ -21,12 +23,13 @@ import torch
 from benchmarks import teacher_cache
 from benchmarks.gpu.part import Absent, Options
 from benchmarks.gpu.parts import faces as faces_part
-from benchmarks.methods.__main__ import main, read
+from benchmarks.methods.__main__ import main
 from benchmarks.methods.made_up import write_faces, write_pairs, write_teacher
 from benchmarks.methods.material import MOST, chosen
 from benchmarks.methods.report import added, cells, table
+from benchmarks.methods.results import differences, mend, read
 from benchmarks.methods.rows import LABELS, ROWS, swept
-from benchmarks.methods.running import Course, records
+from benchmarks.methods.running import Course, in_processes, records
 from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
 from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
@@ -67,9 +70,12 @@ def test_every_row_is_a_recipe() -> None:
     assert len(set(names)) == len(names)
 
 
-def students(material: Path, out: Path, processes: int) -> list[dict[str, object]]:
+def students(
+    material: Path, out: Path, processes: int, images_seen: int = 40
+) -> list[dict[str, object]]:
     """The results of three rows on the made-up faces, without their seconds."""
-    arguments = f"--images-seen 40 --batch 20 --seeds 1 --threads {processes} --device cpu".split()
+    arguments = f"--images-seen {images_seen} --batch 20 --seeds 1 --device cpu".split()
+    arguments += ["--threads", f"{processes}"]
     arguments += ["--data", f"{material / 'faces'}", "--pairs", f"{material / 'pairs.txt'}"]
     arguments += ["--teacher", f"{material / 'teacher.onnx'}", "--work", f"{material / 'work'}"]
     arguments += ["--out", f"{out}", "--processes", f"{processes}", "--rows", "acsr", LABELS, "fcd"]
@@ -82,7 +88,9 @@ def students(material: Path, out: Path, processes: int) -> list[dict[str, object
     return [{**record, "seconds": 0, "tar3": 0} for record in read(out / "lfw.jsonl")]
 
 
-def test_a_killed_run_continues_in_two_processes_with_the_same_results(tmp_path: Path) -> None:
+def test_a_killed_run_continues_in_two_processes_with_the_same_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """TAR at FAR 0.001 is nan on so few pairs, which equals nothing."""
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")
@@ -91,10 +99,73 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(tmp_path:
     assert [record["row"] for record in alone] == ["teacher", "acsr", LABELS, "fcd"]
     (tmp_path / "killed").mkdir()
     lines = (tmp_path / "alone" / "lfw.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "killed" / "lfw.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "killed" / "lfw.jsonl").write_text("".join(lines[:2]) + lines[2][:50])
     continued = students(tmp_path, tmp_path / "killed", 2)
-    assert len(continued) == 5, "the teacher's line is written again"
+    assert len(continued) == 4, "the teacher's line is not written again"
     assert {str(r["row"]): r for r in continued} == {str(r["row"]): r for r in alone}
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path / "killed", 1, images_seen=60)
+    assert "images_seen (40 there, 60 here)" in capsys.readouterr().err
+    (tmp_path / "faces" / "p0" / "p0_0001.png").rename(tmp_path / "faces" / "p0" / "p0_0099.png")
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path / "killed", 1)
+    assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_old_record_lacks_counts_as_equal() -> None:
+    found = [{"row": "kd", "batch": 30}, {"row": "fcd", "batch": 60, "device": "cpu"}]
+    assert differences(found, {"batch": 60, "device": "cuda"}) == [
+        "batch (30 there, 60 here)",
+        "device (cpu there, cuda here)",
+    ]
+    assert differences(found[:1], {"batch": 30, "device": "cuda"}) == []
+    old = read(Path(__file__).parents[1] / "docs" / "results" / "lfw.jsonl")
+    assert old
+    assert differences(old, {"batch": 60, "device": "cuda", "data": "0", "teacher": "0"}) == []
+
+
+def test_an_incomplete_last_line_is_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "lfw.jsonl"
+    mend(results)  # there is none yet
+    results.write_text('{"row": "kd"}\n')
+    mend(results)
+    assert capsys.readouterr().out == ""
+    results.write_text('{"row": "kd"}\n{"row": "fc')
+    assert read(results) == [{"row": "kd"}]
+    mend(results)
+    assert "lfw.jsonl: cut off an incomplete last line" in capsys.readouterr().out
+    assert results.read_text() == '{"row": "kd"}\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rows labels nosuch", "--rows: there is no row 'labels'; did you mean 'labels alone'?"),
+        ("--rows nosuch", "the rows are labels alone, fcd, proxylesskd"),
+        ("--sweep --rows proxylesskd", "there is no row 'proxylesskd'"),
+        ("--processes 0", "--processes: must be a whole number of at least 1; found '0'"),
+        ("--processes -1", "--processes: must be a whole number of at least 1; found '-1'"),
+        ("--images-seen 0", "--images-seen: must be"),
+        ("--batch 0", "--batch: must be"),
+        ("--seeds 0", "--seeds: must be"),
+        ("--threads 0", "--threads: must be"),
+        ("--images-seen 20", "--images-seen must be at least --batch; found 20 and 30"),
+        ("--device foo", "--device: must be cpu, cuda or cuda:N; found 'foo'"),
+        ("--device meta", "--device: must be cpu, cuda or cuda:N; found 'meta'"),
+        ("--device cuda:99", "--device: torch finds"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_runs(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as refused:
+        main(f"--data none --pairs none --out {out} {options}".split())
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 class Failing:
@@ -112,9 +183,23 @@ def test_a_student_that_fails_does_not_stop_the_others(
     jobs = [(row, 0) for row in ROWS[:3]]
     found = records(jobs, cast(Course, Failing()), tmp_path, processes=1, threads=1)
     assert [next(found)["row"], next(found)["row"]] == [LABELS, "proxylesskd"]
-    with pytest.raises(SystemExit, match="1 of 3 students failed: ValueError"):
+    with pytest.raises(SystemExit, match=r"1 of 3 students failed: fcd 0: ValueError"):
         next(found)
     assert "ValueError: no" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_costs_one_student() -> None:
+    """Each student is an expression; the one that kills its process runs beside others."""
+    killed = "__import__('os').kill(__import__('os').getpid(), 9)"
+    jobs: Any = [(text, {}) for text in ("1", killed, "__import__('time').sleep(1) or 2", "3", "4")]
+    found = []
+    for (text, _), outcome in cast(Any, in_processes(cast(Any, eval), jobs, 2)):
+        if text == killed:
+            with pytest.raises(BrokenProcessPool):
+                outcome()
+        else:
+            found.append(outcome())
+    assert sorted(found) == [1, 2, 3, 4]
 
 
 def options(tmp_path: Path, **more: Any) -> Options:
@@ -138,14 +223,41 @@ def test_the_part_faces_says_what_is_absent(
 def test_the_part_faces_runs_on_made_up_faces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faces_part, "ROWS", (LABELS, "no such row"))
+    monkeypatch.setattr(faces_part, "ROWS", (LABELS,))
     monkeypatch.setattr(faces_part, "_installed", lambda package: False)
     result = faces_part.run("students", options(tmp_path, tiny=True))
     assert [record["row"] for record in result["records"]] == ["teacher", LABELS]
-    assert result["missing"] == ["no such row"]
     (lines,) = faces_part.tables({"students": result})
-    assert [line[0] for line in lines] == ["", "teacher", LABELS, "no such row: failed"]
+    assert [line[0] for line in lines] == ["", "teacher", LABELS]
     assert {len(line) for line in lines} == {len(lines[0])}
+
+
+def test_the_part_faces_fails_if_a_row_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished rows stay in the file, unless everything is run again."""
+    code, rows = 1, [LABELS]
+
+    def benchmark(command: list[str], stdout: IO[str], **_: Any) -> argparse.Namespace:
+        with (tmp_path / "faces" / "lfw.jsonl").open("a") as file:
+            file.writelines(json.dumps({"row": row}) + "\n" for row in rows)
+        stdout.write("1 of 2 students failed")
+        return argparse.Namespace(returncode=code)
+
+    monkeypatch.setattr(faces_part, "ROWS", (LABELS, "fcd"))
+    monkeypatch.setattr(faces_part, "_installed", lambda package: False)
+    monkeypatch.setattr(subprocess, "run", benchmark)
+    tiny = options(tmp_path, tiny=True)
+    with pytest.raises(RuntimeError, match=r"exit code 1.*: fcd\n1 of 2 students failed"):
+        faces_part.run("students", tiny)
+    rows = ["fcd"]
+    with pytest.raises(RuntimeError, match=r"exit code 1.*: none"):
+        faces_part.run("students", tiny)  # for example other settings, which it refuses
+    code, rows = 0, []
+    assert [r["row"] for r in faces_part.run("students", tiny)["records"]] == [LABELS, "fcd"]
+    rows = [LABELS]
+    with pytest.raises(RuntimeError, match=r": fcd\n"):
+        faces_part.run("students", options(tmp_path, tiny=True, again=True))
 
 
 def test_the_part_faces_compares_long_trainings_alone() -> None:
@@ -154,7 +266,7 @@ def test_the_part_faces_compares_long_trainings_alone() -> None:
     def found(images_seen: int) -> dict[str, Any]:
         more = {"seed": 0, "images_seen": images_seen}
         lines = [{**record(0.8), **more, "row": row, "tar2": tar} for row, tar in rows.items()]
-        return {"students": {"records": lines, "missing": []}}
+        return {"students": {"records": lines}}
 
     assert faces_part.goals(found(60)) == []
     goals = faces_part.goals(found(faces_part.IMAGES_SEEN))

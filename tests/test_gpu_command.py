@@ -60,6 +60,7 @@ def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
     assert statuses(tmp_path, "odd") == {
         "good": "done",
         "failing": "failed",
+        "half": "failed",
         "crashing": "failed",
         "absent": "absent",
         "last": "done",
@@ -68,10 +69,12 @@ def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
     assert "ZeroDivisionError: division by zero" in failed["failing"]["traceback"]
     assert "exit code -6" in failed["crashing"]["traceback"]
     assert failed["absent"]["reason"] == "no odd hardware"
+    assert failed["half"]["result"] == {"pid": 0}
     assert statuses(tmp_path, "even") == {"only": "done"}
     page = (tmp_path / "gpu.md").read_text()
     assert "- **failing: failed**: `ZeroDivisionError: division by zero`" in page
     assert "- absent: absent: no odd hardware" in page
+    assert "| good |\n| half |\n| last |" in page, "what has figures is shown"
 
 
 def test_only_what_is_not_done_is_run_again(tmp_path: Path) -> None:
@@ -83,6 +86,35 @@ def test_only_what_is_not_done_is_run_again(tmp_path: Path) -> None:
     assert second["failing"]["traceback"] == first["failing"]["traceback"]
     odd(tmp_path, "--again", "--parts", "even")
     assert record(tmp_path, "even")["only"]["result"] == {"runs": 2}
+
+
+def test_a_result_is_kept_until_a_later_try_is_done(tmp_path: Path) -> None:
+    odd(tmp_path, "--parts", "even")
+    (tmp_path / "no more").touch()
+    assert odd(tmp_path, "--parts", "even", "--again") == 1
+    entry = record(tmp_path, "even")["only"]
+    assert (entry["status"], entry["kept"]["result"]) == ("failed", {"runs": 1})
+    page = (tmp_path / "gpu.md").read_text()
+    assert "- **only: failed**" in page
+    assert "| only | 1 |" in page
+
+
+def test_cases_that_were_not_reached_are_named(tmp_path: Path) -> None:
+    odd(tmp_path, "--parts", "odd", "--cases", "good", "last")
+    page = (tmp_path / "gpu.md").read_text()
+    assert "- not run: failing; half; crashing; absent\n" in page
+    assert "- not run: only\n" in page
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cases": {"only": {}}}', '{"cases": 3'])
+def test_a_broken_record_is_named_and_left_as_it_is(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "even.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        odd(tmp_path)
+    assert "even.json' holds no results of this command, or not all" in capsys.readouterr().err
+    assert (tmp_path / "even.json").read_text() == content
 
 
 def test_a_case_that_needs_more_time_than_is_left_is_skipped(tmp_path: Path) -> None:
@@ -102,20 +134,31 @@ def test_a_case_that_is_still_running_at_the_end_of_the_budget_is_stopped(tmp_pa
     assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "stopped"}
 
 
-def test_a_killed_run_continues_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_continues_and_leaves_nothing_running(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ended_by: signal.Signals
+) -> None:
+    folders = tmp_path_factory.mktemp("tmp")
     program = (
         "import sys; from benchmarks.gpu.__main__ import main; "
         "sys.exit(main(sys.argv[1:], {'slow': 'tests.slow_part'}))"
     )
     command = [sys.executable, "-c", program, *TINY, "--out", str(tmp_path)]
-    running = subprocess.Popen(command, cwd=ROOT)
+    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(folders)})
     pid = tmp_path / "endless.pid"
     deadline = time.monotonic() + 60
     while not pid.is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
-    running.send_signal(signal.SIGKILL)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "another run writes to" in second.stderr
+    running.send_signal(ended_by)
     running.wait()
-    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "running"}
+    before = "running"
+    if ended_by == signal.SIGTERM:
+        assert running.returncode == 130
+        assert not [path for path in folders.iterdir() if path.name.startswith("kdhooks-gpu-")]
+    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": before}
     made = record(tmp_path, "slow")["quick"]["made"]
     while alive(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -138,7 +181,11 @@ def alive(process: int) -> bool:
     ("options", "message"),
     [
         (["--device", "cuda"], "needs a CUDA device, and torch finds none"),
-        (["--budget", "0"], "--budget must be more than 0 seconds; found 0"),
+        (["--device", "foo"], "--device: must be cpu or cuda; found 'foo'"),
+        (["--device", "mps"], "--device: must be cpu or cuda; found 'mps'"),
+        (["--budget", "0"], "--budget must be a number of seconds above 0; found 0"),
+        (["--budget", "inf"], "--budget must be a number of seconds above 0; found inf"),
+        (["--cases", "wieght 0"], "no part has 'wieght 0'; did you mean 'weight 0'? the cases are"),
         (["--arcface-torch", "tests"], "'tests' holds no train_v2.py"),
         (["--faces", "nowhere.zip"], "--faces: there is no 'nowhere.zip'"),
         (["--parts", "everything"], "invalid choice: 'everything'"),
@@ -155,6 +202,12 @@ def test_what_could_only_fail_later_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main([*options, "--out", str(tmp_path)])
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_out_that_is_no_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        odd(Path("/dev/null"))
+    assert "--out must be a folder that can be written; " in capsys.readouterr().err
 
 
 def test_results_of_another_device_are_not_overwritten(

@@ -1,1 +1,1 @@
-"""Everything of kdhooks that needs a GPU to be believed, run and recorded by one command."""
+"""One command that runs and records everything whose results only count on a GPU."""

@@ -8,19 +8,24 @@ bring to a machine without a package index.
 """
 
 import argparse
+import fcntl
+import math
 import shlex
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu import report
 from benchmarks.gpu.part import Options
-from benchmarks.gpu.process import run_part
-from benchmarks.gpu.records import Record
+from benchmarks.gpu.process import load, run_part
+from benchmarks.gpu.records import Record, Unreadable
+from kdhooks.errors import near_miss
 
 PARTS = {
     name: f"benchmarks.gpu.parts.{name}"
@@ -48,25 +53,58 @@ def main(argv: Sequence[str] | None = None, parts: Mapping[str, str] = PARTS) ->
     if given.list:
         print("\n".join(parts))
         return 0
-    _check(parser, given)
+    _check(parser, given, parts)
     with tempfile.TemporaryDirectory(prefix="kdhooks-gpu-") as work:
         command = shlex.join(["python", "-m", "benchmarks.gpu", *argv])
         options = _options(given, Path(work), command)
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name in parts:
-            if not Record(name, options).made_like(options):
-                parser.error(
-                    f"'{options.out}' holds results of another device or size; name another "
-                    "folder by --out"
-                )
-        for name in given.parts:
-            print(f"== {name}", flush=True)
-            deadline = started + given.budget
-            run_part(name, parts[name], options, deadline, given.again, given.cases)
-            report.write(parts, options)
+        with _alone(parser, options.out):
+            try:
+                for name in parts:
+                    if not Record(name, options).made_like(options):
+                        parser.error(
+                            f"'{options.out}' holds results of another device or size; name "
+                            "another folder by --out"
+                        )
+                return _run(given, parts, options, started)
+            except Unreadable as error:
+                parser.error(str(error))
+            except KeyboardInterrupt:
+                report.write(parts, options)
+                print(f"\ninterrupted; the same command continues what is in {options.out}")
+                return 130
+
+
+def _run(
+    given: argparse.Namespace, parts: Mapping[str, str], options: Options, started: float
+) -> int:
+    for name in given.parts:
+        print(f"== {name}", flush=True)
+        run_part(name, parts[name], options, started + given.budget, given.cases)
+        report.write(parts, options)
     print(f"\n{options.out / 'gpu.md'} holds the report; {time.time() - started:.0f} s")
     entries = [entry for name in given.parts for entry in Record(name, options).cases.values()]
     return int(any(entry["status"] == "failed" for entry in entries))
+
+
+@contextmanager
+def _alone(parser: argparse.ArgumentParser, out: Path) -> Iterator[None]:
+    """Refuse a second command on one folder, and take SIGTERM as Ctrl-C."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be written; {error}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"another run writes to '{out}'; wait for it, or name another --out")
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            (out / ".lock").unlink()
 
 
 def _parser(parts: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -81,7 +119,7 @@ def _parser(parts: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--parts", nargs="+", choices=list(parts), default=list(parts), metavar="PART",
         help="run only these parts; by default all of them")  # fmt: skip
     add("--cases", nargs="+", metavar="CASE", help="run only these cases of the parts")
-    add("--device", type=torch.device, default=device, help="cuda or cpu; default: %(default)s")
+    add("--device", type=_device, default=device, help="cuda or cpu; default: %(default)s")
     add("--budget", type=float, default=1500, metavar="SECONDS",
         help="a case that needs more than is left is skipped; default: %(default)s")  # fmt: skip
     add("--arcface-torch", type=Path, metavar="FOLDER",
@@ -97,12 +135,24 @@ def _parser(parts: Mapping[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda; found '{name}'")
+    return device
+
+
+def _check(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, parts: Mapping[str, str]
+) -> None:
     """Refuse before anything runs what could only fail later."""
     if given.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and torch finds none; take --device cpu")
-    if not given.budget > 0:
-        parser.error(f"--budget must be more than 0 seconds; found {given.budget:g}")
+    if not 0 < given.budget < math.inf:
+        parser.error(f"--budget must be a number of seconds above 0; found {given.budget:g}")
     if given.arcface_torch and not (given.arcface_torch / "train_v2.py").is_file():
         parser.error(
             "--arcface-torch must name InsightFace's folder recognition/arcface_torch; "
@@ -112,6 +162,14 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         path = getattr(given, name)
         if path and not path.exists():
             parser.error(f"--{name}: there is no '{path}'")
+    if given.cases:
+        options = _options(given, Path(), "")
+        known = [case for name in given.parts for case in load(parts[name]).cases(options)]
+        if unknown := [case for case in given.cases if case not in known]:
+            parser.error(
+                f"--cases: no part has '{unknown[0]}'; {near_miss(unknown[0], known)}"
+                f"the cases are: {'; '.join(known)}"
+            )
 
 
 def _options(given: argparse.Namespace, work: Path, command: str) -> Options:
@@ -126,7 +184,9 @@ def _options(given: argparse.Namespace, work: Path, command: str) -> Options:
         name: path.absolute() if (path := getattr(given, name)) else None
         for name in ("arcface_torch", "faces", "pairs")
     }
-    return Options(given.device, given.tiny, out.absolute(), work, **paths, command=command)
+    return Options(
+        given.device, given.tiny, out.absolute(), work, **paths, again=given.again, command=command
+    )
 
 
 if __name__ == "__main__":

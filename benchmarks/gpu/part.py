@@ -18,6 +18,14 @@ class Absent(Exception):
     """Raised by a case that cannot run here, with the reason, for example a missing package."""
 
 
+class Failed(Exception):
+    """Raised by a case that failed but has figures to show, for example counts of failed tests."""
+
+    def __init__(self, reason: str, result: Result) -> None:
+        super().__init__(reason)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Options:
     device: torch.device
@@ -27,6 +35,7 @@ class Options:
     arcface_torch: Path | None = None  # InsightFace's folder recognition/arcface_torch
     faces: Path | None = None  # LFW, aligned and 112x112: a zip or a folder
     pairs: Path | None = None  # LFW's pairs.txt
+    again: bool = False  # also run what is recorded as done
     command: str = ""  # what the user typed; it stands beside every figure
 
     @property
@@ -59,12 +68,12 @@ class Part(Protocol):
     def run(self, case: str, options: Options) -> Result:
         """Run one case.
 
-        Raises Absent if the case cannot run here; any other exception is recorded as a failure.
+        Raises Absent if the case cannot run here. Any other exception is recorded as a failure.
         """
         ...
 
     def tables(self, found: Mapping[str, Result]) -> Sequence[Table]:
-        """The report's tables of all cases that ended well; found is never empty."""
+        """The report's tables of all cases that have a result; found is never empty."""
         ...
 
     def goals(self, found: Mapping[str, Result]) -> Sequence[Goal]: ...

@@ -1,11 +1,16 @@
 """The JSON file of each part: its cases, each with its status and its result."""
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -14,9 +19,14 @@ from torch.cuda import nccl
 from benchmarks.gpu.part import Options
 
 Entry: TypeAlias = dict[str, Any]
-"""status: "done", "failed", "absent", "skipped", "stopped" or "running"; what else, by status."""
+"""status: "done", "failed", "absent", "skipped", "stopped" or "running"; what else, by status.
 
-SETTLED = ("done",)  # a case with another status is run again
+kept: the last entry that was "done", if a later try did not end so.
+"""
+
+
+class Unreadable(Exception):
+    """A file that this command did not write, or did not write to its end."""
 
 
 class Record:
@@ -25,31 +35,63 @@ class Record:
     def __init__(self, name: str, options: Options) -> None:
         self.path = options.out / f"{name}.json"
         self._command = options.command
-        self._content: dict[str, Any] = {"part": name, "tiny": options.tiny, "cases": {}}
-        self._content["device"] = options.device.type
-        if self.path.is_file():
-            self._content = json.loads(self.path.read_text(encoding="utf-8"))
+        device = options.device.type
+        self._new = {"part": name, "tiny": options.tiny, "device": device, "cases": {}}
+
+    def _read(self) -> dict[str, Any]:
+        """Each time, since the command and the process of a part both write."""
+        if not self.path.is_file():
+            return self._new
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            assert all(entry["status"] for entry in found["cases"].values())
+            assert {"device", "tiny"} <= found.keys()
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise Unreadable(
+                f"'{self.path}' holds no results of this command, or not all of them; delete the "
+                "file, or name another folder by --out"
+            ) from error
+        content: dict[str, Any] = found
+        return content
 
     @property
     def cases(self) -> Mapping[str, Entry]:
-        found: Mapping[str, Entry] = self._content["cases"]
+        found: Mapping[str, Entry] = self._read()["cases"]
         return found
+
+    @property
+    def shown(self) -> Mapping[str, Entry]:
+        """The entry of each case that has a result, in the order of the file."""
+        return {
+            case: shown
+            for case, entry in self.cases.items()
+            if (shown := entry if "result" in entry else entry.get("kept"))
+        }
 
     def made_like(self, options: Options) -> bool:
         """Whether the file holds results of the same kind of device and size."""
-        found = self._content["device"], self._content["tiny"]
-        return found == (options.device.type, options.tiny)
+        found = self._read()
+        return (found["device"], found["tiny"]) == (options.device.type, options.tiny)
 
     def settled(self, case: str) -> bool:
-        return self.cases.get(case, {}).get("status") in SETTLED
+        return self.cases.get(case, {}).get("status") == "done"
 
     def put(self, case: str, status: str, **more: Any) -> None:
         """Replace a case's entry; the file is whole at every moment."""
+        content = self._read()
+        before = content["cases"].get(case, {})
+        kept = before if before.get("status") == "done" else before.get("kept")
         at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
         made = {"at": at, "by": self._command, "on": machine()}
-        self._content["cases"][case] = {"status": status, **more, "made": made}
+        entry = {"status": status, **more, "made": made}
+        if kept and status != "done":
+            entry["kept"] = kept
+        content["cases"][case] = entry
         draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(self.path)
 
 
@@ -57,6 +99,7 @@ class Record:
 def machine() -> dict[str, str]:
     """Card, driver and versions."""
     found = {
+        "kdhooks": _revision(),
         "card": "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,6 +113,16 @@ def machine() -> dict[str, str]:
         found["cuDNN"] = str(torch.backends.cudnn.version())
         found["NCCL"] = ".".join(map(str, nccl.version()))
     return found
+
+
+def _revision() -> str:
+    """The version, and a digest of the packages' sources, which tells one commit from another."""
+    digest = hashlib.sha256()
+    for package in ("kdhooks", "kdhooks_plugins", "kdhooks_integrations"):
+        (folder,) = import_module(package).__path__
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{version('kdhooks')}, sources {digest.hexdigest()[:12]}"
 
 
 def _driver() -> str:

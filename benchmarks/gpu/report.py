@@ -26,14 +26,16 @@ def write(parts: Mapping[str, str], options: Options) -> None:
     machines: list[dict[str, str]] = []
     for name, module in parts.items():
         part, record = load(module), Record(name, options)
-        done = _done(record)
-        found = {case: entry["result"] for case, entry in done.items()}
+        shown = record.shown
+        found = {case: entry["result"] for case, entry in shown.items()}
         goals += [
             [name, goal.text, goal.found, "yes" if goal.met else "**no**"]
             for goal in (part.goals(found) if found else ())
         ]
         sections.append(_section(name, part, record, found, options))
-        machines += [one for entry in done.values() if (one := entry["made"]["on"]) not in machines]
+        for entry in shown.values():
+            if entry["made"]["on"] not in machines:
+                machines.append(entry["made"]["on"])
     head = HEAD.format(
         device="a GPU" if options.cuda else "a processor",
         machines=markdown(_machines(machines)) if machines else "No case has been run.",
@@ -41,10 +43,6 @@ def write(parts: Mapping[str, str], options: Options) -> None:
     )
     text = "\n".join([head, *sections])
     (options.out / "gpu.md").write_text(text, encoding="utf-8")
-
-
-def _done(record: Record) -> Mapping[str, Any]:
-    return {case: entry for case, entry in record.cases.items() if entry["status"] == "done"}
 
 
 def _machines(machines: Sequence[Mapping[str, str]]) -> Table:
@@ -64,8 +62,9 @@ def _section(
             lines += [f"- **{case}: failed**: `{last[:300]}`"]
         elif entry["status"] != "done":
             lines += [f"- {case}: {entry['status']}: {entry.get('reason', 'it has not ended')}"]
-    if not record.cases:
-        lines += ["This part has not been run."]
+    left = [case for case in part.cases(options) if case not in record.cases]
+    if left:
+        lines += [f"- not run: {'; '.join(left)}"]
     if lines[-1]:
         lines.append("")
     if found:
@@ -82,7 +81,7 @@ def _section(
 def _made(record: Record) -> Iterator[str]:
     """By which commands, when, and on which card: cases may come from several runs."""
     runs: dict[tuple[str, str, str], list[Any]] = {}
-    for entry in _done(record).values():
+    for entry in record.shown.values():
         made = entry["made"]
         key = made["by"], made["on"]["card"], made["on"]["torch"]
         runs.setdefault(key, []).append(entry)

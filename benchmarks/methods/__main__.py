@@ -1,47 +1,74 @@
 """`python -m benchmarks.methods --data lfw112.zip --pairs pairs.txt`, or `make bench-methods`.
 
 Trains on the people of LFW's folds 1 to 8 and tests on the pairs of folds 9 and 10. Writes each
-result as it comes, so that a run that was stopped goes on where it was.
+result immediately, so that an interrupted run continues with the students that are missing.
 """
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.methods.material import Material, chosen
+from benchmarks.methods.material import Material, chosen, digests
 from benchmarks.methods.report import write
+from benchmarks.methods.results import append, differences, mend, read
 from benchmarks.methods.rows import ROWS, SWEPT, swept
-from benchmarks.methods.running import Course, Job, prepare, records
+from benchmarks.methods.running import Course, Job, Record, prepare, records
 from kdhooks.demo.exam import Exam
-from kdhooks.demo.faces import read_faces
+from kdhooks.demo.faces import Faces, read_faces
 from kdhooks.demo.main import teacher_of
-from kdhooks.demo.pairs import read_pairs, split_by_pairs
-from kdhooks.demo.training import Settings
+from kdhooks.demo.pairs import Pairs, read_pairs, split_by_pairs
+from kdhooks.demo.training import Row, Settings
+from kdhooks.errors import listed, near_miss
 from kdhooks.inputs import InputTransform
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.teacher import Teacher
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    prepare(torch.device(options.device), options.threads)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    rows = swept(options.factors) if options.sweep else ROWS
+    _check(parser, options, rows)
+    prepare(options.device, options.threads)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / ("sweep.jsonl" if options.sweep else "lfw.jsonl")
-    done = {(r["row"], r["seed"]) for r in read(results)}
-    rows = swept(options.factors) if options.sweep else ROWS
-    wanted = [row for row in rows if not options.rows or row.name.split(" x ")[0] in options.rows]
+    mend(results)
+    found = read(results)
+    faces, pairs = read_faces(options.data), read_pairs(options.pairs)
+    teacher = _teacher(options.teacher)
+    common = {
+        "images_seen": options.images_seen,
+        "batch": options.batch,
+        "device": options.device.type,
+        **digests(faces, pairs, teacher),
+    }
+    if different := differences(found, common):
+        parser.error(
+            f"'{results}' holds results of other settings: {'; '.join(different)}; take the "
+            "settings of that file, or name another folder by --out"
+        )
+    done = {(record["row"], record["seed"]) for record in found}
+    wanted = [row for row in rows if not options.rows or _method(row) in options.rows]
     if options.rows:
-        wanted.sort(key=lambda row: options.rows.index(row.name.split(" x ")[0]))
+        wanted.sort(key=lambda row: options.rows.index(_method(row)))
     seeds = [options.seed] if options.sweep else range(options.seed, options.seed + options.seeds)
     left = [(row, seed) for seed in seeds for row in wanted if (row.name, seed) not in done]
     if left:
-        _run(left, options, results)
+        course = _course(faces, pairs, teacher, common, options)
+        if ("teacher", 0) not in done:
+            append(results, course.entry("teacher", 0, course.exam.teachers_score))
+        _train(left, course, options, results)
     write(read(results), out)
+
+
+def _method(row: Row) -> str:
+    """The name of a line of the table; a sweep has several lines of it, one for each weight."""
+    return row.name.split(" x ")[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,40 +80,74 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
     add("--factors", type=float, nargs="*", default=SWEPT, help="of the weights, with --sweep")
     add("--seed", type=int, default=0, help="the first one: initial weights, order of the images")
-    add("--seeds", type=int, default=3)
-    add("--images-seen", type=int, default=30000, help="by each student")
-    add("--batch", type=int, default=30)
+    add("--seeds", type=_count, default=3, help="students of each row; default: %(default)s")
+    add("--images-seen", type=_count, default=30000, help="by each student")
+    add("--batch", type=_count, default=30, help="images of a step; default: %(default)s")
     add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:0")
-    add("--processes", type=int, default=1, help="students that are trained at the same time")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of all processes together")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=device, help="cpu, cuda or cuda:N; default: %(default)s")
+    add("--processes", type=_count, default=1, help="students that are trained at the same time")
+    add("--threads", type=_count, default=torch.get_num_threads(), help="of all processes together")
     add("--work", default="bench-work", help="folder for the teacher's outputs, some 6 GB")
     add("--out", default="bench-out", help="folder for results, table and picture")
     return parser
 
 
-def _run(left: list[Job], options: argparse.Namespace, results: Path) -> None:
-    device, work = torch.device(options.device), Path(options.work)
-    faces = read_faces(options.data)
-    tested = split_by_pairs(faces, read_pairs(options.pairs))
-    teacher = _teacher(options.teacher)
-    material = Material(chosen(tested.train), teacher, work, device)
+def _device(text: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N; found '{text}'")
+    device, count = torch.device(text), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"torch finds {count} CUDA devices; found '{text}'")
+    return device
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; found '{text}'")
+    return int(text)
+
+
+def _check(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, rows: Sequence[Row]
+) -> None:
+    """Refuse before anything runs what could only fail later."""
+    if options.images_seen < options.batch:
+        parser.error(
+            "--images-seen must be at least --batch; "
+            f"found {options.images_seen} and {options.batch}"
+        )
+    known = list(dict.fromkeys(map(_method, rows)))
+    for name in options.rows or ():
+        if name not in known:
+            parser.error(
+                f"--rows: there is no row '{name}'; {near_miss(name, known)}"
+                f"the rows are {listed(known)}"
+            )
+
+
+def _course(
+    faces: Faces, pairs: Pairs, teacher: Teacher, common: Record, options: argparse.Namespace
+) -> Course:
+    tested = split_by_pairs(faces, pairs)
+    material = Material(chosen(tested.train), teacher, Path(options.work), options.device)
     left_out: set[str] = set()
     if options.sweep:
-        pairs = read_pairs(options.pairs, fifth=4)
-        tested = split_by_pairs(tested.train, pairs)
+        tested = split_by_pairs(tested.train, read_pairs(options.pairs, fifth=4))
         left_out = set(tested.test.people)
     lesson = material.lesson(left_out)
     print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
-    exam = Exam(tested, teacher, device)
+    exam = Exam(tested, teacher, options.device)
     settings = Settings(images_seen=options.images_seen, batch=options.batch)
-    course = Course(lesson.to(device), exam, settings)
-    _append(results, course.entry("teacher", 0, exam.teachers_score))
-    if device.type == "cuda":
+    return Course(lesson.to(options.device), exam, settings, common)
+
+
+def _train(left: list[Job], course: Course, options: argparse.Namespace, results: Path) -> None:
+    if options.device.type == "cuda":
         torch.cuda.empty_cache()  # the teacher's memory, for the processes of the students
-    found = records(left, course, work, options.processes, options.threads)
+    found = records(left, course, Path(options.work), options.processes, options.threads)
     for record in tqdm(found, desc="students", total=len(left)):
-        _append(results, record)
+        append(results, record)
         tqdm.write("{row} {seed}: {accuracy:.4f} {seconds:.0f} s".format_map(record))
 
 
@@ -97,18 +158,6 @@ def _teacher(path: str | None) -> Teacher:
     network = to_torch(path)
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
     return Teacher(network, transform=transform, channels_last=True)
-
-
-def _append(path: Path, record: Mapping[str, object]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(record)}\n")
-
-
-def read(path: Path) -> list[dict[str, object]]:
-    """The results so far."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

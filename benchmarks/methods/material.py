@@ -14,6 +14,7 @@ from tqdm import tqdm
 from kdhooks.demo.exam import teacher_chunk
 from kdhooks.demo.faces import Faces
 from kdhooks.demo.material import views
+from kdhooks.demo.pairs import Pairs
 from kdhooks.demo.training import Lesson, Maps, as_input
 from kdhooks.fingerprints import weights_of
 from kdhooks.prototypes import class_means
@@ -91,6 +92,15 @@ class Material:
 def maps_in(folder: Path, rows: NDArray[np.int64]) -> dict[str, Maps]:
     """The recorded features of these views, as memory maps of the files in the folder."""
     return {name: Maps(np.load(folder / f"{name}.npy", mmap_mode="r"), rows) for name in STAGES}
+
+
+def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:
+    """Short digests, by which the results of other data or of another teacher are recognised."""
+    assert teacher.module is not None
+    text = repr((_digest(faces.images), faces.names, pairs.names, pairs.folds.tolist()))
+    weights = weights_of(teacher.module)
+    assert weights is not None
+    return {"data": hashlib.sha256(text.encode()).hexdigest()[:12], "teacher": weights[:12]}
 
 
 def _digest(images: Tensor) -> str:

@@ -5,7 +5,9 @@ import platform
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
@@ -24,6 +26,8 @@ from kdhooks.demo.training import Lesson, Row, Settings, train
 Record: TypeAlias = dict[str, object]
 Job: TypeAlias = tuple[Row, int]
 """A line of the table, and a seed."""
+Outcome: TypeAlias = tuple[Job, Callable[[], Record]]
+"""A student, and a function that returns its record or raises the error that ended it."""
 
 COURSE = "course.pt"
 
@@ -35,6 +39,7 @@ class Course:
     lesson: Lesson  # on the device on which the students are trained
     exam: Exam
     settings: Settings
+    common: Record  # the entries in which all records of a file must agree
 
     def record(self, row: Row, seed: int) -> Record:
         """Train one student and test it."""
@@ -53,9 +58,9 @@ class Course:
             "cross": score.cross.accuracy,
             "seconds": round(score.seconds, 1),
             "cosine": float(np.mean(score.cosines[-50:])) if score.cosines else 1.0,
-            "images_seen": self.settings.images_seen,
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "device": _name(self.lesson.images.device),
+            "card": _name(self.lesson.images.device),
+            **self.common,
         }
 
 
@@ -84,22 +89,21 @@ def records(
     read the course from there. threads: of all processes together.
     """
     failures = []
-    for outcome in _outcomes(jobs, course, folder, processes, threads):
+    for (row, seed), outcome in _outcomes(jobs, course, folder, processes, threads):
         try:
             yield outcome()
         except Exception as error:
             traceback.print_exception(error)
-            failures.append(error)
+            failures.append(f"{row.name} {seed}: {error!r}")
     if failures:
-        raise SystemExit(f"{len(failures)} of {len(jobs)} students failed: {failures[0]!r}")
+        raise SystemExit(f"{len(failures)} of {len(jobs)} students failed: {'; '.join(failures)}")
 
 
 def _outcomes(
     jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
-) -> Iterator[Callable[[], Record]]:
-    """A function for each student, which returns its record or raises what went wrong."""
+) -> Iterator[Outcome]:
     if processes == 1:
-        yield from (partial(course.record, row, seed) for row, seed in jobs)
+        yield from (((row, seed), partial(course.record, row, seed)) for row, seed in jobs)
         return
     lesson = course.lesson
     stored = {
@@ -108,10 +112,33 @@ def _outcomes(
     }
     torch.save(stored, folder / COURSE)
     own = (folder, lesson.images.device, max(1, threads // processes))
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
-        students = [pool.submit(_student, *own, row, seed) for row, seed in jobs]
-        for student in as_completed(students):
-            yield student.result
+    yield from in_processes(partial(_student, *own), jobs, min(processes, len(jobs)))
+
+
+def in_processes(
+    student: Callable[[Row, int], Record], jobs: Sequence[Job], processes: int
+) -> Iterator[Outcome]:
+    """Train several students at the same time.
+
+    Each process is a pool of its own: if it is killed, its student fails, and another process
+    takes its place.
+    """
+    left = list(jobs)[::-1]
+    running: dict[Future[Record], tuple[Job, ProcessPoolExecutor]] = {}
+    with ExitStack() as stack:
+
+        def pool() -> ProcessPoolExecutor:
+            return stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+
+        idle = [pool() for _ in range(processes)]
+        while left or running:
+            while left and idle:
+                job, own = left.pop(), idle.pop()
+                running[own.submit(student, *job)] = job, own
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                job, own = running.pop(future)
+                idle.append(pool() if isinstance(future.exception(), BrokenExecutor) else own)
+                yield job, future.result
 
 
 def _student(folder: Path, device: torch.device, threads: int, row: Row, seed: int) -> Record:

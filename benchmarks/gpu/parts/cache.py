@@ -104,8 +104,9 @@ def _parts(found: Mapping[str, Result]) -> Table:
     names = list(next(iter(found.values()))["cached_step_host_ms"])
     rows = [["host ms of a cached step", *found]]
     for name in names:
-        cells = [f"{one['cached_step_host_ms'][name]:.3f}" for one in found.values()]
-        rows.append([name, *cells])
+        times = [one["cached_step_host_ms"][name] for one in found.values()]
+        # A part that is the rest of others is lost where one of those is a wait.
+        rows.append([name, *(f"{time:.3f}" if time >= 0 else "" for time in times)])
     return rows
 
 

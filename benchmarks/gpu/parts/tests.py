@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
+from benchmarks.gpu.part import Absent, Failed, Goal, Options, Result, Table
 
 ABOUT = (
     "kdhooks' own tests with the marker `gpu`: every method trains on CUDA as on the processor and "
@@ -53,7 +53,10 @@ def run(case: str, options: Options) -> Result:
     found = _read(report)
     if not found["passed"] + found["failed"]:
         raise RuntimeError(f"no test was executed: {ended.stdout[-_LONGEST:]}")
-    return {**found, "seconds": seconds}
+    result = {**found, "seconds": seconds}
+    if bad := found["failed"] + found["errors"]:
+        raise Failed(f"{bad} tests failed; the report names them", result)
+    return result
 
 
 def _command(options: Options) -> Sequence[str]:

@@ -1,0 +1,38 @@
+"""The file of results: one JSON object per line, appended as soon as a student is tested."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """The results so far, without an incomplete last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def append(path: Path, record: Mapping[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(record)}\n")
+
+
+def mend(path: Path) -> None:
+    """Cut off an incomplete last line, which a command leaves if it is killed while it writes."""
+    content = path.read_bytes() if path.is_file() else b""
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        print(f"{path}: cut off an incomplete last line; its student is trained again", flush=True)
+        os.truncate(path, complete)
+
+
+def differences(found: Sequence[Mapping[str, object]], settings: Mapping[str, object]) -> list[str]:
+    """The settings in which records differ from these; one that a record lacks counts as equal."""
+    different = []
+    for key, value in settings.items():
+        others = {str(record[key]) for record in found if record.get(key, value) != value}
+        if others:
+            different.append(f"{key} ({', '.join(sorted(others))} there, {value} here)")
+    return different
