@@ -67,8 +67,8 @@ class Course:
 def prepare(device: torch.device, threads: int) -> None:
     """Make results repeatable; call this before the process uses CUDA.
 
-    On a GPU, an operation that has no repeatable implementation (the gradient of adaptive average
-    pooling is one) warns instead of raising. Float32 is not shortened to TF32 there.
+    On a GPU, an operation that has no repeatable implementation warns instead of raising. Float32
+    is not shortened to TF32 there.
     """
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
