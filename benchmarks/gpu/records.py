@@ -81,7 +81,8 @@ class Record:
         content = self._read()
         before = content["cases"].get(case, {})
         kept = before if before.get("status") == "done" else before.get("kept")
-        at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        # To the microsecond, so that two tries never look the same.
+        at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
         made = {"at": at, "by": self._command, "on": machine()}
         entry = {"status": status, **more, "made": made}
         if kept and status != "done":
