@@ -73,7 +73,18 @@ def out_of_range(labels: Tensor, classes: int) -> str:
     )
 
 
-class OptimizerGuard:
+class NotCopied:
+    """A copy or a pickle of its owner has None in its place: what it hooks is not copied."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+class OptimizerGuard(NotCopied):
     """Refuses the second step of the student's optimizer if no optimizer trains the losses.
 
     By then a loop that steps several optimizers in turn has stepped each. An optimizer that holds
@@ -113,13 +124,3 @@ class OptimizerGuard:
 
     def remove(self) -> None:
         self._handle.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the losses, such as an average of them, is trained by nobody."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None

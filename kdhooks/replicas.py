@@ -1,16 +1,15 @@
 """Parameters that every rank trains outside of DistributedDataParallel, kept equal."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.guards import NotCopied
 from kdhooks.shards import world
 from kdhooks.taps import Removable
 
 
-class Replicas:
+class Replicas(NotCopied):
     """Rank 0's values now, and the ranks' mean gradient in each backward; nothing on one rank.
 
     A module that DistributedDataParallel holds as well has its gradients averaged a second time,
@@ -29,16 +28,6 @@ class Replicas:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy's parameters are tensors of their own, without hooks."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _mean(gradient: Tensor) -> Tensor:
