@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import command, start, write
 from benchmarks.measuring import in_turns, summaries, timed, told
-from kdhooks.cache_files import Keys, Parts
-from kdhooks.teacher_cache import CacheOptions, TeacherCache
+from kdhooks.teacher.cache import CacheOptions, TeacherCache
+from kdhooks.teacher.cache_files import Keys, Parts
 
 AT_ONCE = 1 << 16  # records to write
 CPU = torch.device("cpu")

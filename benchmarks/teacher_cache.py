@@ -25,9 +25,9 @@ from benchmarks.measuring import Spread, in_turns, judged_by, summaries, told
 from benchmarks.networks import DIM, network, settle
 from benchmarks.profiling import STEPS, Spans, Trace, fastest_step, parts_of, traced
 from kdhooks import Distiller, Teacher
-from kdhooks.fingerprints import ViewKeys
 from kdhooks.streams import Sent
-from kdhooks.teacher_cache import CacheOptions, TeacherCache
+from kdhooks.teacher.cache import CacheOptions, TeacherCache
+from kdhooks.teacher.fingerprints import ViewKeys
 
 CLASSES = 1000
 WAYS = ("student alone", "with the teacher", "with a filled cache")

@@ -13,11 +13,11 @@ from kdhooks.discovery import methods
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
-from kdhooks.inputs import InputTransform
-from kdhooks.prototypes import class_means
 from kdhooks.recipe import build
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.class_means import class_means
+from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.teacher import Teacher
 
 __all__ = [
     "ClassShard",

@@ -15,7 +15,7 @@ from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
 from kdhooks.shards import Rows, world
 from kdhooks.streams import Sent
-from kdhooks.teacher import TeacherOutput
+from kdhooks.teacher.teacher import TeacherOutput
 
 log = logging.getLogger("kdhooks")
 

@@ -12,7 +12,7 @@ from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.hookspecs import Specs
 from kdhooks.shards import ClassShard
 from kdhooks.taps import Taps, evaluating, find
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 
 _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
 

@@ -33,7 +33,7 @@ from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_lab
 from kdhooks.replicas import Replicas
 from kdhooks.shards import ClassShard, Rows, world
 from kdhooks.taps import StudentTaps, unwrap
-from kdhooks.teacher import Begun, Teacher, TeacherOutput
+from kdhooks.teacher.teacher import Begun, Teacher, TeacherOutput
 
 
 class Distiller(nn.Module):

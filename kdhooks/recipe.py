@@ -9,18 +9,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdhooks.checkpoints import load_checkpoint, load_strictly
 from kdhooks.checks import check_nonfinite
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.inputs import InputTransform, channels
 from kdhooks.onnx_models import OnnxModel, insightface_model
 from kdhooks.onnx_to_torch import to_torch
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher, check_compile
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
+from kdhooks.teacher.input_transform import InputTransform, channels
+from kdhooks.teacher.teacher import Teacher, check_compile
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdhooks.declarations import ClassifierShare, EmbeddingTap, FeatureTap, ParameterTap, Tap
 from kdhooks.distiller import Distiller
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 
 Arguments: TypeAlias = tuple[Any, ...]
 """What a loss is called with: tensors, lists of tensors, shards, None."""

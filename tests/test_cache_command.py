@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png, write_records
-from kdhooks.cache_files import Parts
 from kdhooks.cli import main
-from kdhooks.fingerprints import HEADER
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.cache_files import Parts
+from kdhooks.teacher.fingerprints import HEADER
+from kdhooks.teacher.teacher import Teacher
 from kdhooks_integrations.arcface_tools.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer

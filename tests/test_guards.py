@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.testing import assert_close
 
 from kdhooks import Distiller, EmbeddingTap, KDHooksError, Teacher, hookimpl
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, here, mine, on_two_ranks
 from tests.second_device import NAME, Device, in_a_process, python_devices

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.overhead.measures import calls, tensor_bytes
 from benchmarks.overhead.ways import DIM, Pair, Step, by_hand, distilled, material, telling
 from kdhooks import Distiller, KDHooksError, Teacher
-from kdhooks.fingerprints import ViewKeys
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.fingerprints import ViewKeys
 
 SIZE = 32
 

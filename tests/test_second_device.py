@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from kdhooks import ClassShard, Distiller, EmbeddingTap, hookimpl, methods
 from kdhooks.discovery import load
 from kdhooks.streams import Sent
-from kdhooks.teacher import Teacher
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.teacher import Teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests import second_streams
 from tests.second_device import NAME, Device, device_at, in_a_process, needs_cuda, python_devices

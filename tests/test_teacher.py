@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import InputTransform, KDHooksError, Teacher
-from kdhooks.checkpoints import load_checkpoint, load_strictly
+from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 

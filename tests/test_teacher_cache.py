@@ -27,10 +27,10 @@ from kdhooks import (
     hookimpl,
     teacher_cache,
 )
-from kdhooks.cache_files import Index, Parts, checksums
-from kdhooks.fingerprints import HEADER, ViewKeys
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.cache_files import Index, Parts, checksums
+from kdhooks.teacher.fingerprints import HEADER, ViewKeys
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import EmbeddingDistance
 from tests.ranks import Results, here, on_two_ranks

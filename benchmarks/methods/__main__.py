@@ -23,9 +23,9 @@ from kdhooks.demo.main import teacher_of
 from kdhooks.demo.pairs import Pairs, read_pairs, split_by_pairs
 from kdhooks.demo.training import Row, Settings
 from kdhooks.errors import listed, near_miss
-from kdhooks.inputs import InputTransform
 from kdhooks.onnx_to_torch import to_torch
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.teacher import Teacher
 
 
 def main(argv: Sequence[str] | None = None) -> None:

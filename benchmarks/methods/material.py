@@ -16,9 +16,9 @@ from kdhooks.demo.faces import Faces
 from kdhooks.demo.material import views
 from kdhooks.demo.pairs import Pairs
 from kdhooks.demo.training import Lesson, Maps, as_input
-from kdhooks.fingerprints import weights_of
-from kdhooks.prototypes import class_means
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.class_means import class_means
+from kdhooks.teacher.fingerprints import weights_of
+from kdhooks.teacher.teacher import Teacher
 
 STAGES = {"maps14": "conv_12_relu", "maps7": "conv_14_relu"}  # of SFace: 14x14 and 7x7
 VIEWS = 3  # as it is, its mirror image, a random view

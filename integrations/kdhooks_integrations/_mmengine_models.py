@@ -10,12 +10,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from kdhooks.checkpoints import load_checkpoint, load_strictly
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
-from kdhooks.inputs import channels
 from kdhooks.recipe import Recipe
 from kdhooks.shards import ClassShard
+from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
+from kdhooks.teacher.input_transform import channels
 from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations.arcface_torch import Backbones
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdhooks.demo.pairs import Split
 from kdhooks.demo.report import Score
 from kdhooks.demo.training import Trained, embed
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
 
 FARS = (1e-2, 1e-3)

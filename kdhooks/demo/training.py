@@ -15,7 +15,7 @@ from kdhooks.declarations import FeatureTap
 from kdhooks.demo.network import STAGES, SmallFaceNet
 from kdhooks.distiller import Distiller
 from kdhooks.shards import ClassShard
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 
 CHUNK = 128
 PROGRESS = 10  # steps between two reports, since a report waits for the device

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdhooks.cache_files import Keys, Parts
 from kdhooks.errors import KDHooksError
-from kdhooks.fingerprints import check_same, read_header
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher_cache import CacheOptions
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.cache_files import Keys, Parts
+from kdhooks.teacher.fingerprints import check_same, read_header
 from kdhooks_integrations.arcface_tools.networks import enter_trainer
 from kdhooks_integrations.arcface_tools.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory

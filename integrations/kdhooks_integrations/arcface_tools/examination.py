@@ -11,7 +11,7 @@ from kdhooks.checks import check_class_order, check_teacher
 from kdhooks.declaring import probe_student
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 from kdhooks_integrations.arcface_tools import networks
 from kdhooks_integrations.arcface_tools.cost import held, measure
 from kdhooks_integrations.arcface_tools.faces import made_up, read_batch

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdhooks.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.errors import KDHooksError
-from kdhooks.fingerprints import Identity, ViewKeys, check_header, check_same
 from kdhooks.streams import Sent
+from kdhooks.teacher.cache_files import Embeddings, Index, Keys, Parts
+from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same
 
 log = logging.getLogger("kdhooks")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.teacher import Teacher
+from kdhooks.teacher.teacher import Teacher
 
 SAVE_EVERY = 100  # batches
 

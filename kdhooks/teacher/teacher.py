@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdhooks.checkpoints import refuse_untrained
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.fingerprints import probe_images, weights_of
-from kdhooks.inputs import InputTransform
 from kdhooks.shards import Rows
 from kdhooks.streams import SideStream
 from kdhooks.taps import HALF, Taps, unwrap
-from kdhooks.teacher_cache import CacheOptions, TeacherCache
+from kdhooks.teacher.cache import CacheOptions, TeacherCache
+from kdhooks.teacher.checkpoints import refuse_untrained
+from kdhooks.teacher.fingerprints import probe_images, weights_of
+from kdhooks.teacher.input_transform import InputTransform
 
 log = logging.getLogger("kdhooks")
 

@@ -1,0 +1,1 @@
+"""The frozen teacher: its configuration, one run's session, its cache and its files."""
