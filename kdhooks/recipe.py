@@ -14,8 +14,8 @@ from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.onnx_models import OnnxModel, insightface_model
-from kdhooks.onnx_to_torch import to_torch
+from kdhooks.onnx.session import OnnxModel, insightface_model
+from kdhooks.onnx.to_torch import to_torch
 from kdhooks.shards import ClassShard
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly

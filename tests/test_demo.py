@@ -42,7 +42,7 @@ from kdhooks.demo.training import (
     embed,
     train,
 )
-from kdhooks.onnx_models import OnnxModel
+from kdhooks.onnx.session import OnnxModel
 from kdhooks.verification import Floats
 from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
 from tests.test_recipe import export

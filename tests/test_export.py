@@ -18,8 +18,8 @@ import onnx
 
 from kdhooks import KDHooksError
 from kdhooks.cli import main
-from kdhooks.onnx_export import export_onnx
-from kdhooks.onnx_models import OnnxModel, insightface_model
+from kdhooks.onnx.export import export_onnx
+from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks_integrations.arcface_tools.export import check_for_insightface, load_student
 from tests.trainer_folder import WIDTH, faces, imports_undone, settled, write_trainer
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 EVERYWHERE = {"torch", "pluggy", "numpy", "einops", "kdhooks"}
 OWNERS = {  # an optional package -> the modules that may import it, patterns with spaces between
-    "onnx": "kdhooks.onnx_*",
-    "onnxruntime": "kdhooks.onnx_*",
+    "onnx": "kdhooks.onnx.*",
+    "onnxruntime": "kdhooks.onnx.*",
     "tomli": "kdhooks.recipe",  # the standard library's, before Python 3.11
     "PIL": "kdhooks.demo.*",
     "matplotlib": "kdhooks.demo.*",
@@ -232,7 +232,7 @@ def test_a_circle_is_noticed() -> None:
 @pytest.mark.parametrize("package", ["onnxruntime", "mmengine", "requests", "backbones"])
 def test_a_stray_package_is_noticed(package: str) -> None:
     assert astray({"kdhooks.low": {package}}) == [f"kdhooks.low imports {package}"]
-    assert astray({"kdhooks.onnx_files": {"onnx"}, "kdhooks.demo.run": {"PIL.Image"}}) == []
+    assert astray({"kdhooks.onnx.files": {"onnx"}, "kdhooks.demo.run": {"PIL.Image"}}) == []
 
 
 def test_a_method_that_reaches_too_far_is_noticed() -> None:

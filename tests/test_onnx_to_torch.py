@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from kdhooks import onnx_operators
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx_models import OnnxModel
-from kdhooks.onnx_to_torch import OnnxNetwork, to_torch
+from kdhooks.onnx.session import OnnxModel
+from kdhooks.onnx.to_torch import OnnxNetwork, to_torch
 from tests.onnx_samples import (
     IResNet,
     MobileFaceNet,

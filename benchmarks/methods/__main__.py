@@ -23,7 +23,7 @@ from kdhooks.demo.main import teacher_of
 from kdhooks.demo.pairs import Pairs, read_pairs, split_by_pairs
 from kdhooks.demo.training import Row, Settings
 from kdhooks.errors import listed, near_miss
-from kdhooks.onnx_to_torch import to_torch
+from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
 

@@ -20,7 +20,7 @@ from kdhooks.demo.network import SmallFaceNet
 from kdhooks.demo.packages import sface_file
 from kdhooks.demo.pairs import read_pairs, split_by_pairs, split_by_people
 from kdhooks.demo.training import ArcFaceHead
-from kdhooks.onnx_to_torch import to_torch
+from kdhooks.onnx.to_torch import to_torch
 from kdhooks.verification import flip_summed, pair_scores, verify
 
 MODELS.register_module(module=SmallFaceNet)

@@ -15,9 +15,9 @@ from kdhooks.demo.packages import sface_file
 from kdhooks.demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
 from kdhooks.demo.report import Score, picture, table
 from kdhooks.demo.training import Lesson, Row, Settings, Trained, as_input, train
-from kdhooks.onnx_export import export_onnx
-from kdhooks.onnx_models import OnnxModel
-from kdhooks.onnx_to_torch import to_torch
+from kdhooks.onnx.export import export_onnx
+from kdhooks.onnx.session import OnnxModel
+from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher

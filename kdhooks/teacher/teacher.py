@@ -119,7 +119,7 @@ class Teacher:
         if wanted and self.module is None:
             raise KDHooksError(
                 f"teacher has no submodules to tap ({', '.join(wanted)}): it is a function or an "
-                "ONNX session; kdhooks.onnx_to_torch turns an ONNX file into a module"
+                "ONNX session; kdhooks.onnx.to_torch turns an ONNX file into a module"
             )
         self.remove()
         self._tapped = tuple(paths)

@@ -89,7 +89,7 @@ def _grids(method: str, side: str, model: Model, at_least: int) -> list[Grid]:
             f"name them, shallow to deep, as taps.{side}.stages in the recipe, or {side}_stages="
         )
         if side == "teacher" and model.module is None:
-            way_out = "it is no torch module; kdhooks.onnx_to_torch turns an ONNX file into one"
+            way_out = "it is no torch module; kdhooks.onnx.to_torch turns an ONNX file into one"
         raise KDHooksError(
             f"{method} needs at least {at_least} of the {side}'s stages; found "
             f"{len(model.stages)}; {way_out}"

@@ -242,7 +242,7 @@ def _last(side: str, model: Model) -> Stage:
     if not model.stages:
         way_out = f"name it as taps.{side}.stages in the recipe, or {side}_stages="
         if side == "teacher" and model.module is None:
-            way_out = "it is no torch module; kdhooks.onnx_to_torch turns an ONNX file into one"
+            way_out = "it is no torch module; kdhooks.onnx.to_torch turns an ONNX file into one"
         raise KDHooksError(f"cakd needs the {side}'s last stage; found no stages; {way_out}")
     return model.stages[-1]
 

@@ -20,8 +20,8 @@ from benchmarks.command import bars
 from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
 from benchmarks.measuring import Work, in_turns, spreads, told
 from benchmarks.networks import network, settle
-from kdhooks.onnx_export import export_onnx
-from kdhooks.onnx_models import OnnxModel
+from kdhooks.onnx.export import export_onnx
+from kdhooks.onnx.session import OnnxModel
 
 ABOUT = (
     "A network is exported to ONNX, and onnxruntime runs the file on images that are on the "

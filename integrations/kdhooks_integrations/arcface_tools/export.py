@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.onnx_export import export_onnx
-from kdhooks.onnx_files import dims, image_inputs, read_graph
+from kdhooks.onnx.export import export_onnx
+from kdhooks.onnx.files import dims, image_inputs, read_graph
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly, sha256
 from kdhooks_integrations.arcface_tools.networks import add_options, enter_trainer, make
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx_files import Array, RecognitionFile, read_recognition_file, require
-from kdhooks.onnx_models import OnnxModel
-from kdhooks.onnx_operators import Node
+from kdhooks.onnx.files import Array, RecognitionFile, read_recognition_file, require
+from kdhooks.onnx.operators import Node
+from kdhooks.onnx.session import OnnxModel
 
 if TYPE_CHECKING:
     from onnx import NodeProto

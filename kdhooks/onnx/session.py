@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.onnx_files import (
+from kdhooks.onnx.files import (
     RecognitionFile,
     dims,
     image_inputs,
@@ -27,7 +27,7 @@ _NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: n
 
 
 class OnnxModel:
-    """Embeddings only: no gradient and no taps; `kdhooks.onnx_to_torch` gives a torch module."""
+    """Embeddings only: no gradient and no taps; `kdhooks.onnx.to_torch` gives a torch module."""
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx_files import require
-from kdhooks.onnx_models import OnnxModel
+from kdhooks.onnx.files import require
+from kdhooks.onnx.session import OnnxModel
 from kdhooks.taps import evaluating
 
 _ALIKE = 1e-3  # of the embedding's length; float32 on both sides differs by some 1e-6

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx_files import Array, require
+from kdhooks.onnx.files import Array, require
 
 if TYPE_CHECKING:
     from onnx import NodeProto

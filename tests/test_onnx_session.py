@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx_models import OnnxModel, insightface_model
+from kdhooks.onnx.session import OnnxModel, insightface_model
 from tests.onnx_samples import (
     SFACE_SHA256,
     IResNet,
@@ -271,7 +271,7 @@ def test_a_missing_package_names_its_extra(
 def test_modules_import_without_the_extra() -> None:
     code = (
         "import sys; sys.modules |= {'onnx': None, 'onnxruntime': None}; "
-        "import kdhooks.onnx_models, kdhooks.onnx_to_torch"
+        "import kdhooks.onnx.session, kdhooks.onnx.to_torch"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

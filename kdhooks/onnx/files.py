@@ -94,7 +94,7 @@ def read_graph(path: Path) -> ModelProto:
     if not path.is_file():
         raise KDHooksError(
             f"an ONNX file must exist, but {path} does not; check the path, or let "
-            f"kdhooks.onnx_models.insightface_model find it"
+            f"kdhooks.onnx.session.insightface_model find it"
         )
     decode_error: type[Exception] = require("google.protobuf.message").DecodeError
     try:
