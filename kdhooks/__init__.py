@@ -1,6 +1,7 @@
 """Knowledge distillation hooks and losses for existing face recognition trainers."""
 
-from kdhooks.chunks import Wanted
+from kdhooks.classes.chunked_sums import Wanted
+from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import (
     ClassifierShare,
     EmbeddingTap,
@@ -14,7 +15,6 @@ from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import build
-from kdhooks.shards import ClassShard
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher

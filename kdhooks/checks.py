@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdhooks.classes.shards import Rows, world
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
-from kdhooks.shards import Rows, world
 from kdhooks.streams import Sent
 from kdhooks.teacher.teacher import TeacherOutput
 

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard, Rows, gather
 from kdhooks.errors import KDHooksError
-from kdhooks.shards import ClassShard, Rows, gather
 
 Weight: TypeAlias = float | Callable[[int], float]
 """A factor of the loss: a number, or a function of the training step (0 is the first)."""

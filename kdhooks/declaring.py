@@ -6,11 +6,11 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Stage, Tap
 from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.hookspecs import Specs
-from kdhooks.shards import ClassShard
 from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.teacher import Teacher
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.classes.shards import ClassShard, Rows, world
 from kdhooks.declarations import (
     ClassifierShare,
     FeatureTap,
@@ -31,7 +32,6 @@ from kdhooks.declaring import (
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_labels
 from kdhooks.replicas import Replicas
-from kdhooks.shards import ClassShard, Rows, world
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.teacher import Begun, Teacher, TeacherOutput
 

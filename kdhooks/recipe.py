@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.checks import check_nonfinite
+from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
-from kdhooks.shards import ClassShard
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import InputTransform, channels

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import world
 from kdhooks.guards import NotCopied
-from kdhooks.shards import world
 from kdhooks.taps import Removable
 
 

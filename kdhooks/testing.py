@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import ClassifierShare, EmbeddingTap, FeatureTap, ParameterTap, Tap
 from kdhooks.distiller import Distiller
-from kdhooks.shards import ClassShard
 from kdhooks.teacher.teacher import Teacher
 
 Arguments: TypeAlias = tuple[Any, ...]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError
-from kdhooks.chunks import NUMBERS
+from kdhooks.classes.chunked_sums import NUMBERS
 from kdhooks.testing import check_method
 from kdhooks_plugins._margin import scores
 from kdhooks_plugins.gkd import GKD, GroupedScores

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError
-from kdhooks.chunks import NUMBERS
+from kdhooks.classes.chunked_sums import NUMBERS
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.kd import KD
 from tests import golden

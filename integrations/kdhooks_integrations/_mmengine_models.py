@@ -10,10 +10,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe
-from kdhooks.shards import ClassShard
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import channels
 from kdhooks_integrations._mmengine_checkpoints import readable

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import FeatureTap
 from kdhooks.demo.network import STAGES, SmallFaceNet
 from kdhooks.distiller import Distiller
-from kdhooks.shards import ClassShard
 from kdhooks.teacher.teacher import Teacher
 
 CHUNK = 128

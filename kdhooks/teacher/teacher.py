@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import Rows
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.shards import Rows
 from kdhooks.streams import SideStream
 from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher.cache import CacheOptions, TeacherCache

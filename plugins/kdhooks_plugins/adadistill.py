@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Weight
-from kdhooks.shards import gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width

@@ -15,8 +15,8 @@ from einops import einsum
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
+from kdhooks.classes.shards import Rows, gather, world
 from kdhooks.declarations import Weight
-from kdhooks.shards import Rows, gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.neighbours import mined, nearest_classes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Weight
-from kdhooks.shards import gather, world
 
 _EPS = 1e-12  # below it, a batch is one point and has no scale
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Weight
-from kdhooks.shards import gather, world
 
 SIMILARITIES = ("cosine", "gram")
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdhooks.classes.shards import world
 from kdhooks.declarations import ClassifierShare
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
-from kdhooks.shards import world
 from kdhooks.taps import Removable
 from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of

@@ -5,8 +5,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.classes.shards import ClassShard, world
 from kdhooks.errors import KDHooksError
-from kdhooks.shards import ClassShard, world
 
 
 def weight_of(head: nn.Module) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead.measures import tensor_bytes
 from kdhooks import ClassShard, KDHooksError, Model, Wanted
-from kdhooks.chunks import NUMBERS, Measure, chunk_size, over_rows
+from kdhooks.classes.chunked_sums import NUMBERS, Measure, chunk_size, over_rows
 from kdhooks_plugins import gkd
 from kdhooks_plugins.adadistill import AdaDistill
 from kdhooks_plugins.gkd import GKD

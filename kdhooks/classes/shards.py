@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kdhooks.chunks import Wanted, over_rows, refuse_second_gradient, row_chunks
+from kdhooks.classes.chunked_sums import Wanted, over_rows, refuse_second_gradient, row_chunks
 from kdhooks.errors import KDHooksError
 
 _LEAST = 1e-12  # a length that divides is at least this, as in F.normalize
