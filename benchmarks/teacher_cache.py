@@ -25,7 +25,7 @@ from benchmarks.measuring import Spread, in_turns, judged_by, summaries, told
 from benchmarks.networks import DIM, network, settle
 from benchmarks.profiling import STEPS, Spans, Trace, fastest_step, parts_of, traced
 from kdhooks import Distiller, Teacher
-from kdhooks.streams import Sent
+from kdhooks.later import Sent
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.fingerprints import ViewKeys
 

@@ -14,7 +14,7 @@ from kdhooks.classes.shards import Rows, world
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
-from kdhooks.streams import Sent
+from kdhooks.later import Sent
 from kdhooks.teacher.teacher import TeacherOutput
 
 log = logging.getLogger("kdhooks")

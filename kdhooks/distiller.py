@@ -11,6 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.asking import (
+    Declarations,
+    check_head,
+    own_parameters,
+    probe_student,
+    probe_teacher,
+)
 from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.classes.shards import ClassShard, Rows, world
 from kdhooks.declarations import (
@@ -21,13 +28,6 @@ from kdhooks.declarations import (
     Step,
     Tap,
     check_weight,
-)
-from kdhooks.declaring import (
-    Declarations,
-    check_head,
-    own_parameters,
-    probe_student,
-    probe_teacher,
 )
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_labels

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, Model, Teacher
 from kdhooks.classes.chunked_sums import chunk_size
-from kdhooks.streams import Sent, SideStream
+from kdhooks.later import Sent, SideStream
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.kd import KD
 from kdhooks_plugins.thkd import THKD

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, EmbeddingTap, hookimpl, methods
 from kdhooks.discovery import load
-from kdhooks.streams import Sent
+from kdhooks.later import Sent
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.streams import Sent
+from kdhooks.later import Sent
 from kdhooks.teacher.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same
 

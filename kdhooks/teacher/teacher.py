@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import Rows
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.streams import SideStream
+from kdhooks.later import SideStream
 from kdhooks.taps import HALF, Taps, unwrap
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.checkpoints import refuse_untrained

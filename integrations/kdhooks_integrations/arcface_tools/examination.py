@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
+from kdhooks.asking import probe_student
 from kdhooks.checks import check_class_order, check_teacher
-from kdhooks.declaring import probe_student
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.teacher import Teacher

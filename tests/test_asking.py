@@ -13,7 +13,7 @@ from kdhooks import (
     ParameterTap,
     hookimpl,
 )
-from kdhooks.declaring import Declarations
+from kdhooks.asking import Declarations
 from kdhooks.testing import TinyFaceNet
 from tests.test_distiller import Gap, Method, distil
 
