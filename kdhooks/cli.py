@@ -72,7 +72,7 @@ def _methods(rest: list[str]) -> int:
 
 def _demo(rest: list[str]) -> int:
     try:
-        demo = import_module("kdhooks.demo.main")
+        demo = import_module("kdhooks_demo.main")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _DEMO_EXTRA:
             raise

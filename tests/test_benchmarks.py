@@ -19,6 +19,8 @@ pytest.importorskip("tqdm")
 
 import numpy as np
 import torch
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.training import Row
 
 from benchmarks import teacher_cache
 from benchmarks.gpu.part import Absent, Options
@@ -34,8 +36,6 @@ from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
 from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
 from benchmarks.teacher_run import compared
-from kdhooks.demo.faces import Faces
-from kdhooks.demo.training import Row
 from kdhooks.recipe import Recipe
 
 Run: TypeAlias = Callable[[str, str], dict[str, bytes]]

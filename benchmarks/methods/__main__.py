@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from kdhooks_demo.exam import Exam
+from kdhooks_demo.faces import Faces, read_faces
+from kdhooks_demo.main import teacher_of
+from kdhooks_demo.pairs import Pairs, read_pairs, split_by_pairs
+from kdhooks_demo.training import Row, Settings
 from tqdm import tqdm
 
 from benchmarks.methods.material import Material, chosen, digests
@@ -17,11 +22,6 @@ from benchmarks.methods.report import write
 from benchmarks.methods.results import append, differences, mend, read
 from benchmarks.methods.rows import ROWS, SWEPT, swept
 from benchmarks.methods.running import Course, Job, Record, prepare, records
-from kdhooks.demo.exam import Exam
-from kdhooks.demo.faces import Faces, read_faces
-from kdhooks.demo.main import teacher_of
-from kdhooks.demo.pairs import Pairs, read_pairs, split_by_pairs
-from kdhooks.demo.training import Row, Settings
 from kdhooks.errors import listed, near_miss
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kdhooks_demo.exam import teacher_chunk
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.material import views
+from kdhooks_demo.pairs import Pairs
+from kdhooks_demo.training import Lesson, Maps, as_input
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from kdhooks.demo.exam import teacher_chunk
-from kdhooks.demo.faces import Faces
-from kdhooks.demo.material import views
-from kdhooks.demo.pairs import Pairs
-from kdhooks.demo.training import Lesson, Maps, as_input
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.teacher import Teacher

@@ -5,7 +5,7 @@ Weights are those that `--sweep` found best on the validation pairs; see docs/re
 
 from collections.abc import Sequence
 
-from kdhooks.demo.training import Row
+from kdhooks_demo.training import Row
 
 LABELS = "labels alone"
 SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below

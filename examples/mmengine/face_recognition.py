@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from kdhooks_demo.faces import read_faces, read_orl
+from kdhooks_demo.material import views
+from kdhooks_demo.network import SmallFaceNet
+from kdhooks_demo.packages import sface_file
+from kdhooks_demo.pairs import read_pairs, split_by_pairs, split_by_people
+from kdhooks_demo.training import ArcFaceHead
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kdhooks.demo.faces import read_faces, read_orl
-from kdhooks.demo.material import views
-from kdhooks.demo.network import SmallFaceNet
-from kdhooks.demo.packages import sface_file
-from kdhooks.demo.pairs import read_pairs, split_by_pairs, split_by_people
-from kdhooks.demo.training import ArcFaceHead
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.verification import flip_summed, pair_scores, verify
 

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kdhooks.demo.exam import TEACHER_CHUNK, Exam
-from kdhooks.demo.faces import Faces, read_faces, read_orl
-from kdhooks.demo.material import blends, together, views
-from kdhooks.demo.packages import sface_file
-from kdhooks.demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
-from kdhooks.demo.report import Score, picture, table
-from kdhooks.demo.training import Lesson, Row, Settings, Trained, as_input, train
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.exam import TEACHER_CHUNK, Exam
+from kdhooks_demo.faces import Faces, read_faces, read_orl
+from kdhooks_demo.material import blends, together, views
+from kdhooks_demo.packages import sface_file
+from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
+from kdhooks_demo.report import Score, picture, table
+from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, train
 
 ROWS = (
     Row("labels alone"),

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdhooks.demo.pairs import Split
-from kdhooks.demo.report import Score
-from kdhooks.demo.training import Trained, embed
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
+from kdhooks_demo.pairs import Split
+from kdhooks_demo.report import Score
+from kdhooks_demo.training import Trained, embed
 
 FARS = (1e-2, 1e-3)
 TEACHER_CHUNK = 8  # images; larger batches are slower on a processor

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kdhooks.demo.align import SIZE, align
-from kdhooks.demo.packages import orl_files
 from kdhooks.errors import KDHooksError
+from kdhooks_demo.align import SIZE, align
+from kdhooks_demo.packages import orl_files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 
@@ -50,7 +50,7 @@ class Faces:
 
 def read_orl() -> Faces:
     """400 faces of 40 people, brought to ArcFace's template by landmarks of our own."""
-    text = resources.files("kdhooks.demo").joinpath("orl_landmarks5.json").read_text()
+    text = resources.files("kdhooks_demo").joinpath("orl_landmarks5.json").read_text()
     landmarks = {name: np.array(flat).reshape(5, 2) for name, flat in json.loads(text).items()}
     images = {
         name: align(_pixels(path.read_bytes(), name).float(), landmarks[name])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdhooks.demo.faces import Faces
 from kdhooks.errors import KDHooksError
+from kdhooks_demo.faces import Faces
 
 FOLDS = 10
 MOST = 3000  # pairs of a kind, as View 2 of LFW has

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import FeatureTap
-from kdhooks.demo.network import STAGES, SmallFaceNet
 from kdhooks.distiller import Distiller
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.network import STAGES, SmallFaceNet
 
 CHUNK = 128
 PROGRESS = 10  # steps between two reports, since a report waits for the device

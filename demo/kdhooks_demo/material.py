@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdhooks.demo.align import SIZE, warp
-from kdhooks.demo.faces import Faces
+from kdhooks_demo.align import SIZE, warp
+from kdhooks_demo.faces import Faces
 
 ANGLE = math.radians(10)
 ZOOM = 0.1

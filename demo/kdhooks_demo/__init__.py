@@ -1,0 +1,1 @@
+"""`kdhooks demo`: a small network learns from a real teacher on real faces."""
