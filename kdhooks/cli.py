@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tool(module: str) -> Callable[[list[str]], int]:
     def run(rest: list[str]) -> int:
-        tool = import_module(f"kdhooks_integrations.arcface_tools.{module}")
+        tool = import_module(f"kdhooks_integrations.arcface_torch.commands.{module}")
         status: int = tool.main(rest)
         return status
 

@@ -12,7 +12,7 @@ import pytest
 
 from kdhooks.cli import main
 from kdhooks.recipe import Recipe
-from kdhooks_integrations.arcface_tools import compat, launcher
+from kdhooks_integrations.arcface_torch.commands import compat, run
 
 TEXT = (Path(__file__).parents[1] / "docs" / "arcface_torch.md").read_text(encoding="utf-8")
 BLOCKS: dict[str, str] = dict(

@@ -16,7 +16,7 @@ from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache_files import Parts
 from kdhooks.teacher.fingerprints import HEADER
 from kdhooks.teacher.teacher import Teacher
-from kdhooks_integrations.arcface_tools.networks import enter_trainer
+from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer
 

@@ -182,8 +182,10 @@ def test_the_help_lists_every_command(capsys: Captured) -> None:
 def test_commands_are_imported_when_they_are_called() -> None:
     code = LISTING.replace("kdhooks_plugins", "kdhooks_integrations")
     assert python(code).splitlines()[-1] == "imported:"
-    noticed = python("import kdhooks_integrations.arcface_tools.taps" + code).splitlines()[-1]
-    assert "kdhooks_integrations.arcface_tools.taps" in noticed
+    noticed = python("import kdhooks_integrations.arcface_torch.commands.taps" + code).splitlines()[
+        -1
+    ]
+    assert "kdhooks_integrations.arcface_torch.commands.taps" in noticed
 
 
 def test_the_package_is_the_command_too() -> None:

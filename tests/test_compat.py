@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdhooks import KDHooksError
-from kdhooks_integrations.arcface_tools import compat, recordio
+from kdhooks_integrations.arcface_torch.commands import compat, recordio
 
 pytest.importorskip("PIL")
 

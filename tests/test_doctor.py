@@ -12,8 +12,8 @@ pytest.importorskip("PIL")
 from benchmarks.recordio_files import people, png, write_records
 from kdhooks import EmbeddingTap, hookimpl
 from kdhooks.cli import main
-from kdhooks_integrations.arcface_tools.cost import held, kept_for_backward
-from kdhooks_integrations.arcface_tools.faces import read_batch
+from kdhooks_integrations.arcface_torch.commands.cost import held, kept_for_backward
+from kdhooks_integrations.arcface_torch.commands.faces import read_batch
 from tests.trainer_folder import CLASSES, imports_undone, write_teacher, write_trainer
 
 Captured = pytest.CaptureFixture[str]

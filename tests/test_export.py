@@ -20,7 +20,7 @@ from kdhooks import KDHooksError
 from kdhooks.cli import main
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel, insightface_model
-from kdhooks_integrations.arcface_tools.export import check_for_insightface, load_student
+from kdhooks_integrations.arcface_torch.commands.export import check_for_insightface, load_student
 from tests.trainer_folder import WIDTH, faces, imports_undone, settled, write_trainer
 
 Captured = pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdhooks.cli import main
-from kdhooks_integrations.arcface_tools.taps import listing
+from kdhooks_integrations.arcface_torch.commands.taps import listing
 from tests.trainer_folder import imports_undone, write_trainer
 
 Captured = pytest.CaptureFixture[str]

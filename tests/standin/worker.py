@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kdhooks_integrations.arcface_tools import launcher
+from kdhooks_integrations.arcface_torch.commands import run
 
 _SCRIPT = str(Path(__file__).with_name("train.py"))
 

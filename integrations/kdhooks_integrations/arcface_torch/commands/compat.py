@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdhooks_integrations.arcface_tools.recordio import stand_in_for_mxnet
+from kdhooks_integrations.arcface_torch.commands.recordio import stand_in_for_mxnet
 
 log = logging.getLogger("kdhooks")
 

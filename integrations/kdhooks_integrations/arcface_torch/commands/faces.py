@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_tools.recordio import MXIndexedRecordIO, imdecode, unpack
+from kdhooks_integrations.arcface_torch.commands.recordio import MXIndexedRecordIO, imdecode, unpack
 
 Sample: TypeAlias = tuple[NDArray[Any], int]  # (h w 3) RGB, label
 Item = TypeVar("Item")

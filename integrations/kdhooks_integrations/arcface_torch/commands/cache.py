@@ -27,8 +27,8 @@ from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
 from kdhooks.teacher.fingerprints import check_same, read_header
-from kdhooks_integrations.arcface_tools.networks import enter_trainer
-from kdhooks_integrations.arcface_tools.pictures import Pictures
+from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
+from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
 

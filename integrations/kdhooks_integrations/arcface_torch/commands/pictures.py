@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_tools.recordio import MXIndexedRecordIO, imdecode, unpack
+from kdhooks_integrations.arcface_torch.commands.recordio import MXIndexedRecordIO, imdecode, unpack
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 

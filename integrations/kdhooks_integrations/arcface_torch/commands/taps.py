@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.taps import evaluating
-from kdhooks_integrations.arcface_tools.networks import add_options, enter_trainer, make
 from kdhooks_integrations.arcface_torch import Backbones
+from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
 
 
 def main(argv: Sequence[str]) -> int:

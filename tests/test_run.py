@@ -11,7 +11,7 @@ import torch
 
 from kdhooks import KDHooksError
 from kdhooks.cli import main
-from kdhooks_integrations.arcface_tools import compat, launcher
+from kdhooks_integrations.arcface_torch.commands import compat, run
 from tests.standin import Trainer
 from tests.test_arcface_torch import described, install, outcome, trained
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_tools.examination import Examination, Unchecked
-from kdhooks_integrations.arcface_tools.networks import add_options, enter_trainer
+from kdhooks_integrations.arcface_torch.commands.examination import Examination, Unchecked
+from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.recipe import Recipe
 from kdhooks_integrations import arcface_torch
-from kdhooks_integrations.arcface_tools.compat import repair
+from kdhooks_integrations.arcface_torch.commands.compat import repair
 from kdhooks_integrations.arcface_torch.installation import HEADS
 
 Install: TypeAlias = Callable[[dict[str, Any]], object]

@@ -12,11 +12,11 @@ from kdhooks.checks import check_class_order, check_teacher
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.teacher import Teacher
-from kdhooks_integrations.arcface_tools import networks
-from kdhooks_integrations.arcface_tools.cost import held, measure
-from kdhooks_integrations.arcface_tools.faces import made_up, read_batch
-from kdhooks_integrations.arcface_tools.trial import Head, Trial, described
 from kdhooks_integrations.arcface_torch import attach
+from kdhooks_integrations.arcface_torch.commands import networks
+from kdhooks_integrations.arcface_torch.commands.cost import held, measure
+from kdhooks_integrations.arcface_torch.commands.faces import made_up, read_batch
+from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial, described
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
 _DEFAULT_CLASSES = 1000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdhooks_integrations.arcface_tools.trial import Trial
+from kdhooks_integrations.arcface_torch.commands.trial import Trial
 
 _RUNS = 2
 
