@@ -27,7 +27,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "matplotlib": "kdhooks_demo.*",
     "tqdm": "kdhooks_demo.*",
     "backbones": "kdhooks_integrations.arcface_torch.networks",
-    "mmengine": "kdhooks.registry kdhooks_integrations.*mmengine*",
+    "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
 }
 FOR_PLUGINS = {"chunks", "declarations", "hookspecs", "shards", "errors"}
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")

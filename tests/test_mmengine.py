@@ -39,9 +39,9 @@ from mmengine.structures import BaseDataElement
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kdhooks_integrations import mmengine
-from kdhooks_integrations._mmengine_forward import Forward
-from kdhooks_integrations._mmengine_models import Conventions
-from kdhooks_integrations._mmengine_student import _AddTerms
+from kdhooks_integrations.mmengine.forward import Forward
+from kdhooks_integrations.mmengine.models import Conventions
+from kdhooks_integrations.mmengine.student import _AddTerms
 from tests.mmengine_runs import (
     FCD,
     KD,

@@ -16,8 +16,8 @@ from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import channels
-from kdhooks_integrations._mmengine_checkpoints import readable
 from kdhooks_integrations.arcface_torch import Backbones
+from kdhooks_integrations.mmengine.checkpoints import readable
 
 _BACKBONES = ("backbone", "img_backbone")
 _EMBEDDING = ("neck", *_BACKBONES)  # the first of these puts it out

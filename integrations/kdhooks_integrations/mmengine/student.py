@@ -13,17 +13,17 @@ from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.recipe import build
 from kdhooks_integrations._copies import LeftBehind
-from kdhooks_integrations._mmengine_checkpoints import readable
-from kdhooks_integrations._mmengine_forward import Arguments, Forward
-from kdhooks_integrations._mmengine_models import (
+from kdhooks_integrations.mmengine.checkpoints import readable
+from kdhooks_integrations.mmengine.forward import Arguments, Forward
+from kdhooks_integrations.mmengine.models import (
     Conventions,
     own_classifier,
     to_recipes_images,
     with_embedding,
     with_teacher,
 )
-from kdhooks_integrations._mmengine_options import Options
-from kdhooks_integrations._mmengine_watch import CHILD, Watch
+from kdhooks_integrations.mmengine.options import Options
+from kdhooks_integrations.mmengine.watch import CHILD, Watch
 
 log = logging.getLogger("kdhooks")
 

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdhooks.errors import KDHooksError
 from kdhooks.registry import HOOKS, MODELS
-from kdhooks_integrations._mmengine_checkpoints import history
-from kdhooks_integrations._mmengine_models import built
-from kdhooks_integrations._mmengine_options import Options
-from kdhooks_integrations._mmengine_resume import complete
-from kdhooks_integrations._mmengine_student import Distillation, attach
-from kdhooks_integrations._mmengine_watch import NOT_RUN
+from kdhooks_integrations.mmengine.checkpoints import history
+from kdhooks_integrations.mmengine.models import built
+from kdhooks_integrations.mmengine.options import Options
+from kdhooks_integrations.mmengine.resume import complete
+from kdhooks_integrations.mmengine.student import Distillation, attach
+from kdhooks_integrations.mmengine.watch import NOT_RUN
 
 
 def Distill(

@@ -10,7 +10,7 @@ import torch
 from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.recipe import Recipe
-from kdhooks_integrations._mmengine_models import initialised
+from kdhooks_integrations.mmengine.models import initialised
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations._mmengine_student import Distillation, refusal
-from kdhooks_integrations._mmengine_watch import CHILD
+from kdhooks_integrations.mmengine.student import Distillation, refusal
+from kdhooks_integrations.mmengine.watch import CHILD
 
 log = logging.getLogger("kdhooks")
 
