@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.command import command, start, write
 from benchmarks.measuring import Work, in_turns, judged_by, peak_bytes, summaries, told
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 from kdhooks_plugins.neighbours import COLUMNS, ROWS, nearest_of
 
 

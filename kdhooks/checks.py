@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdhooks.classes.shards import Rows, world
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import world
 from kdhooks.declarations import Step
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range

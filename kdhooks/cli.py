@@ -11,7 +11,7 @@ from kdhooks.errors import KDHooksError
 
 _DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
 _TOOLS = {  # command -> the module that has it, and what it does
-    "run": ("launcher", "run a training script of arcface_torch, distilled"),
+    "run": ("run", "run a training script of arcface_torch, distilled"),
     "doctor": ("doctor", "try one step of a recipe before the training starts"),
     "taps": ("taps", "list the points of a network that a recipe can tap"),
     "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from kdhooks.classes.shards import ClassShard, Rows, gather
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import ClassShard, gather
 from kdhooks.errors import KDHooksError
 
 Weight: TypeAlias = float | Callable[[int], float]

@@ -19,7 +19,8 @@ from kdhooks.asking import (
     probe_teacher,
 )
 from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
-from kdhooks.classes.shards import ClassShard, Rows, world
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import ClassShard, world
 from kdhooks.declarations import (
     ClassifierShare,
     FeatureTap,

@@ -57,7 +57,7 @@ def test_all_four_commands_are_shown() -> None:
 
 def test_the_script_gets_its_arguments() -> None:
     words = shlex.split(BLOCKS["torchrun"])
-    options, own = launcher._options(words[words.index("run") + 1 :])
+    options, own = run._options(words[words.index("run") + 1 :])
     assert (options.script, options.recipe, options.compat) == ("train_v2.py", "kd.toml", True)
     assert own == ["configs/ms1mv3_r50"]
 

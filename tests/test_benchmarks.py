@@ -19,8 +19,6 @@ pytest.importorskip("tqdm")
 
 import numpy as np
 import torch
-from kdhooks_demo.faces import Faces
-from kdhooks_demo.training import Row
 
 from benchmarks import teacher_cache
 from benchmarks.gpu.part import Absent, Options
@@ -37,6 +35,8 @@ from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
 from benchmarks.teacher_run import compared
 from kdhooks.recipe import Recipe
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.training import Row
 
 Run: TypeAlias = Callable[[str, str], dict[str, bytes]]
 CACHE = "--student 2 --teacher 4 --batch-size 4 --batches 2"

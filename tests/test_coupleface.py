@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.neighbours import nearest_classes
 from tests import golden

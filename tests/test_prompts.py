@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError, Model, Stage, Teacher
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks, width
 from kdhooks_plugins._prompts import Prompts

@@ -138,7 +138,7 @@ def test_two_ranks_by_torchrun(one: Trainer, teacher: dict[str, str], tmp_path: 
 
 def test_a_script_that_makes_no_head_is_told_so(folder: Path) -> None:
     with pytest.raises(KDHooksError, match=r"'train\.py' ended, and nothing was distilled"):
-        launcher.main(["train.py", "--recipe", "kd.toml"])
+        run.main(["train.py", "--recipe", "kd.toml"])
 
 
 # --- what the script sees ------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_the_script_sees_what_python_shows_it(
 def test_the_scripts_own_arguments_stay_its_own(
     given: str, ours: tuple[str | None, bool], own: str
 ) -> None:
-    options, arguments = launcher._options(given.split())
+    options, arguments = run._options(given.split())
     assert (options.recipe, options.compat) == ours
     assert arguments == own.split()
 
@@ -186,7 +186,7 @@ def test_the_scripts_own_arguments_stay_its_own(
 def test_the_process_is_as_it_was_afterwards(folder: Path) -> None:
     before = sys.modules["__main__"], list(sys.argv), list(sys.path)
     with pytest.raises(KDHooksError, match="nothing was distilled"):
-        launcher.main(["train.py", "x", "--recipe", "kd.toml"])
+        run.main(["train.py", "x", "--recipe", "kd.toml"])
     assert (sys.modules["__main__"], sys.argv, sys.path) == before
 
 
@@ -219,7 +219,7 @@ HEAD = "from heads import PartialFC_V2\n"
 )
 def test_a_script_that_does_not_fit(source: str, said: str) -> None:
     with pytest.raises(KDHooksError) as error:
-        launcher.prepared(source, "old.py", hooked=True)
+        run.prepared(source, "old.py", hooked=True)
     assert said in str(error.value)
 
 
@@ -233,7 +233,7 @@ def test_a_script_that_does_not_fit(source: str, said: str) -> None:
     ],
 )
 def test_the_hook_stands_below_the_last_name(source: str) -> None:
-    tree = launcher.prepared(source, "t.py", hooked=True)
+    tree = run.prepared(source, "t.py", hooked=True)
     calls = [type(node).__name__ for node in tree.body]
     assert calls[-2:] == ["Expr", "Assign"]
     assert calls.count("Expr") == 1

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
-from kdhooks.classes.shards import Rows, gather, world
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Step
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.proxylesskd import ProxylessKD

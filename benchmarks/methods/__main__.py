@@ -10,11 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from kdhooks_demo.exam import Exam
-from kdhooks_demo.faces import Faces, read_faces
-from kdhooks_demo.main import teacher_of
-from kdhooks_demo.pairs import Pairs, read_pairs, split_by_pairs
-from kdhooks_demo.training import Row, Settings
 from tqdm import tqdm
 
 from benchmarks.methods.material import Material, chosen, digests
@@ -26,6 +21,11 @@ from kdhooks.errors import listed, near_miss
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.exam import Exam
+from kdhooks_demo.faces import Faces, read_faces
+from kdhooks_demo.main import teacher_of
+from kdhooks_demo.pairs import Pairs, read_pairs, split_by_pairs
+from kdhooks_demo.training import Row, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,11 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kdhooks_demo.exam import teacher_chunk
-from kdhooks_demo.faces import Faces
-from kdhooks_demo.material import views
-from kdhooks_demo.pairs import Pairs
-from kdhooks_demo.training import Lesson, Maps, as_input
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +14,11 @@ from tqdm import tqdm
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.exam import teacher_chunk
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.material import views
+from kdhooks_demo.pairs import Pairs
+from kdhooks_demo.training import Lesson, Maps, as_input
 
 STAGES = {"maps14": "conv_12_relu", "maps7": "conv_14_relu"}  # of SFace: 14x14 and 7x7
 VIEWS = 3  # as it is, its mirror image, a random view

@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+
+from benchmarks.methods.material import maps_in
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.report import Score
 from kdhooks_demo.training import Lesson, Row, Settings, train
-
-from benchmarks.methods.material import maps_in
 
 Record: TypeAlias = dict[str, object]
 Job: TypeAlias = tuple[Row, int]

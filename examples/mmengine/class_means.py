@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from kdhooks_demo.training import as_input
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from torch.utils.data import DataLoader
 
 from kdhooks import class_means
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks_demo.training import as_input
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

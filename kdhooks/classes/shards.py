@@ -1,16 +1,12 @@
-"""Classifiers whose classes are split over ranks: rows on disk, one rank's shard, its softmax.
+"""Classifiers whose classes are split over ranks: one rank's shard and its softmax.
 
 The convention of every collective here: each rank ends up with the same loss of the global
 batch, and its backward differentiates the sum over ranks, so that the mean that DDP takes of the
 gradients is the gradient of that loss, with factor exactly 1.
 """
 
-import glob
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,127 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kdhooks.classes.chunked_sums import Wanted, over_rows, refuse_second_gradient, row_chunks
-from kdhooks.errors import KDHooksError
-
-_LEAST = 1e-12  # a length that divides is at least this, as in F.normalize
-
-
-class Rows:
-    """The rows (c e) of a teacher's classifier, or its class means; read by slice.
-
-    Files are memory-mapped, so a rank that needs only its own classes never holds the others.
-    """
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self._parts = list(parts)
-        self.total = sum(len(part) for part in self._parts)
-        self.dim = int(self._parts[0].shape[1])
-
-    @classmethod
-    def open(cls, source: "Tensor | str | Path | Rows") -> "Rows":
-        """From a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards."""
-        if isinstance(source, Rows):
-            return source
-        if isinstance(source, Tensor):
-            return cls([_checked(source, "the tensor given")])
-        paths = _in_rank_order(str(source))
-        parts = [_read(path) for path in paths]
-        _check_one_run(parts, paths)
-        return cls(parts)
-
-    def slice(self, start: int, stop: int) -> Tensor:
-        """(stop-start e) in float32, a copy."""
-        pieces, offset = [], 0
-        for part in self._parts:
-            low, high = max(start - offset, 0), min(stop - offset, len(part))
-            if low < high:
-                pieces.append(part[low:high].float())
-            offset += len(part)
-        return torch.cat(pieces) if pieces else torch.empty(0, self.dim)
-
-    def chunks(self, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
-        """(offset, (<=size e)) over all rows, unit length."""
-        for start in range(0, self.total, size):
-            yield start, F.normalize(self.slice(start, min(start + size, self.total)))
-
-    def nearest(self, embedding: Tensor) -> Tensor:
-        """(b e) -> (b): the class whose row has the largest cosine with each embedding."""
-        best = embedding.new_full((len(embedding),), -2.0)
-        winner = torch.zeros(len(embedding), dtype=torch.long, device=embedding.device)
-        unit = F.normalize(embedding)
-        for start, rows in self.chunks():
-            value, index = (unit @ rows.to(unit).T).max(dim=1)
-            winner = torch.where(value > best, index + start, winner)
-            best = torch.maximum(best, value)
-        return winner
-
-
-def _in_rank_order(pattern: str) -> list[Path]:
-    literal = Path(pattern).expanduser()
-    if literal.is_file():  # whatever its name means as a glob
-        return [literal]
-    paths = [Path(p) for p in glob.glob(str(literal))]
-    if not paths:
-        raise KDHooksError(
-            f"teacher classifier: no file matches '{pattern}'; name a tensor file (c e), or the "
-            "trainer's shards as …/checkpoint_gpu_*.pt (config.save_all_states writes them)"
-        )
-    if len(paths) == 1:
-        return paths
-    ranks = {_rank(path): path for path in paths}
-    if sorted(ranks) != list(range(len(paths))):
-        found = ", ".join(path.name for path in sorted(paths))
-        raise KDHooksError(
-            f"teacher classifier: shards must be numbered 0 to {len(paths) - 1} without a gap; "
-            f"found {found}"
-        )
-    return [ranks[rank] for rank in range(len(paths))]
-
-
-def _rank(path: Path) -> int:
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1
-
-
-def _read(path: Path) -> Tensor:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise KDHooksError(
-            f"teacher classifier: '{path}' is not a file that torch.save wrote ({error})"
-        ) from error
-    for key in ("state_dict_softmax_fc", "weight"):
-        if isinstance(content, dict):
-            content = content.get(key, content)
-    if not isinstance(content, Tensor):
-        raise KDHooksError(
-            f"teacher classifier: '{path}' holds no rows; expected a tensor (c e), a state dict "
-            "with 'weight', or arcface_torch's checkpoint_gpu_{rank}.pt"
-        )
-    return _checked(content, f"'{path}'")
-
-
-def _checked(rows: Tensor, where: str) -> Tensor:
-    if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
-        raise KDHooksError(
-            f"teacher classifier: rows must be a floating point matrix (c e); {where} has shape "
-            f"{tuple(rows.shape)} and dtype {rows.dtype}"
-        )
-    return rows.detach()
-
-
-def _check_one_run(parts: Sequence[Tensor], paths: Sequence[Path]) -> None:
-    """Contiguous splits of one classifier: the first ranks own one row more, widths agree."""
-    sizes = [len(part) for part in parts]
-    widths = {part.shape[1] for part in parts}
-    if len(widths) > 1 or sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
-        shapes = ", ".join(
-            f"{path.name} {tuple(part.shape)}" for path, part in zip(paths, parts, strict=True)
-        )
-        raise KDHooksError(
-            f"teacher classifier: shards of one run differ by one row at most; found {shapes}"
-        )
+from kdhooks.classes.chunked_sums import Wanted, over_rows, row_chunks
+from kdhooks.classes.cosines import Cosines, Lengths, lengths_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +30,7 @@ class ClassShard:
     offset: int
     total: int
     group: "dist.ProcessGroup | None" = None
-    _lengths: "_Lengths | None" = field(default=None, repr=False, compare=False)
+    _lengths: "Lengths | None" = field(default=None, repr=False, compare=False)
 
     def frozen(self) -> "ClassShard":
         """These rows, without a gradient of theirs."""
@@ -168,7 +45,7 @@ class ClassShard:
         """
         if self._known_lengths() is not None:
             return self
-        return replace(self, _lengths=_Lengths.of(self.weight))
+        return replace(self, _lengths=Lengths.of(self.weight))
 
     def _known_lengths(self) -> Tensor | None:
         """(c), unless the rows have been replaced or have changed since they were measured."""
@@ -178,7 +55,7 @@ class ClassShard:
     def _row_lengths(self) -> Tensor:
         """(c)."""
         known = self._known_lengths()
-        return _lengths(self.weight.detach()) if known is None else known
+        return lengths_of(self.weight.detach()) if known is None else known
 
     def trained(self) -> "ClassShard":
         """These rows, for a loss of the global batch that trains them.
@@ -201,7 +78,7 @@ class ClassShard:
         Differentiable once: torch refuses a gradient of this gradient.
         """
         rows, lengths = self.weight.to(embedding.dtype), self._row_lengths()
-        cosines: Tensor = _Cosines.apply(embedding, rows, lengths, scale)  # type: ignore[no-untyped-call]
+        cosines: Tensor = Cosines.apply(embedding, rows, lengths, scale)  # type: ignore[no-untyped-call]
         return cosines
 
     def over_classes(
@@ -217,7 +94,7 @@ class ClassShard:
         lengths = self._row_lengths()
 
         def of_rows(x: Tensor, rows: Tensor, start: int) -> Wanted:
-            own = _Lengths.of(rows, lengths[start : start + len(rows)])
+            own = Lengths.of(rows, lengths[start : start + len(rows)])
             return measure(x, ClassShard(rows, self.offset + start, self.total, _lengths=own))
 
         logs, means, under = over_rows(of_rows, embedding, self.weight)
@@ -239,7 +116,7 @@ class ClassShard:
 
     def _slice(self, start: int, stop: int) -> "ClassShard":
         known, rows = self._known_lengths(), self.weight[start:stop]
-        own = None if known is None else _Lengths.of(rows, known[start:stop])
+        own = None if known is None else Lengths.of(rows, known[start:stop])
         return ClassShard(rows, self.offset + start, self.total, _lengths=own)
 
     def logsumexp(self, z: Tensor) -> Tensor:
@@ -308,81 +185,11 @@ def world() -> "dist.ProcessGroup | None":
     return None
 
 
-# Our own, since those of torch.distributed.nn are deprecated and what follows them is private.
+# These are our own because torch.distributed.nn's are deprecated and their successors private.
 
 
 class _Context(FunctionCtx):
     group: "dist.ProcessGroup"
-
-
-class _CosinesContext(FunctionCtx):
-    scale: float
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-
-class _Cosines(torch.autograd.Function):
-    """scale · cos. Divides the product by the rows' lengths, and not the rows, which are usually
-    the larger matrix.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: _CosinesContext, x: Tensor, rows: Tensor, lengths: Tensor, scale: float
-    ) -> Tensor:
-        """(b e), (c e), (c) -> (b c)."""
-        length = _lengths(x)[:, None].to(x.dtype)
-        unit = x / length
-        cosines = (unit @ rows.T).div_(lengths / scale if scale else torch.inf)
-        ctx.scale = scale
-        trained = [cosines] if ctx.needs_input_grad[1] else []
-        ctx.save_for_backward(rows, lengths, unit, length, *trained)
-        return cosines
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the base's types
-        ctx: _CosinesContext, gradient: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        refuse_second_gradient()
-        rows, lengths, unit, length, *trained = ctx.saved_tensors
-        gradient = (gradient / lengths).to(rows.dtype)
-        by_x = by_rows = None
-        if ctx.needs_input_grad[0]:
-            by_x = gradient @ rows
-            along = (by_x * unit).sum(dim=1, keepdim=True)
-            by_x.addcmul_(unit, along, value=-1).mul_(ctx.scale / length)
-        if trained:
-            along = ((gradient * trained[0]).sum(dim=0) / lengths).to(rows.dtype)
-            by_rows = gradient.T @ (unit * ctx.scale)
-            by_rows.addcmul_(rows, along[:, None], value=-1)
-        return by_x, by_rows, None, None
-
-
-class _Lengths(NamedTuple):
-    """Lengths (c) of rows, and which rows these were, in which version."""
-
-    values: Tensor
-    rows: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, rows: Tensor, values: Tensor | None = None) -> "_Lengths":
-        return cls(_lengths(rows.detach()) if values is None else values, rows, _version(rows))
-
-    def are_of(self, rows: Tensor) -> bool:
-        return rows is self.rows and _version(rows) == self.version
-
-
-def _version(tensor: Tensor) -> int:
-    """An inference tensor has none, and cannot be changed outside of its mode."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """(c e) -> (c), in float32 at least."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).clamp_(min=_LEAST)
-    return lengths
 
 
 class _Sum(torch.autograd.Function):

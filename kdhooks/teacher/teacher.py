@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.later import SideStream
 from kdhooks.taps import HALF, Taps, unwrap

@@ -15,7 +15,8 @@ from einops import einsum
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
-from kdhooks.classes.shards import Rows, gather, world
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Weight
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._warmup import WarmUp

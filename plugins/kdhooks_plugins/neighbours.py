@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks import KDHooksError
-from kdhooks.classes.shards import Rows
+from kdhooks.classes.rows import Rows
 
 ROWS = 1024  # classes at a time
 COLUMNS = 65536  # against so many others

@@ -25,7 +25,7 @@ def serve() -> None:
         answer = {}
         try:
             if options:
-                launcher.main([_SCRIPT, path, *options])
+                run.main([_SCRIPT, path, *options])
             else:
                 runpy.run_path(_SCRIPT, run_name="__main__")
         except Exception as error:

@@ -1,11 +1,4 @@
-"""MMEngine: a line around the model, or among the hooks.
-
-    model = dict(type='kdhooks.Distill', student=…, teacher=…, methods=['fcd'])
-    custom_hooks = [dict(type='kdhooks.DistillHook', teacher=…, methods=['fcd'])]
-
-Either way the student is the runner's model, with its own keys and its own type. What the methods
-train is its child `kdhooks`: optimised, synchronised and saved with it. The teacher is not.
-"""
+"""The names that a config can use: `Distill`, `DistillHook` and `ResumeHook`."""
 
 from collections.abc import Mapping
 from pathlib import Path
