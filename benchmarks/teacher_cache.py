@@ -98,8 +98,10 @@ class Measurement:
         for _ in range(options.batches + 1):  # the first hits are tried in the last one
             for variant in self.variants.values():
                 variant.step()
-        assert teacher.cache is not None
-        self.cache = teacher.cache
+        cached = self.variants["with a filled cache"].kd
+        assert cached is not None
+        assert cached._session.cache is not None
+        self.cache = cached._session.cache
         self._missed = self._misses()
 
     def _misses(self) -> int:
@@ -118,11 +120,11 @@ class Measurement:
         """Milliseconds of a cached step, part by part."""
         step = self.variants["with a filled cache"].step
         ms = parts_of(step, self._spans(), self.device, trace, steps=steps)
-        begin, finish, read = ms.pop("begin"), ms.pop("finish"), ms.pop("read")
-        ms["keys to the host"] = begin - ms["hash"] + read
-        ms["rows to the device"] = finish - read - ms["look-up"]
+        start, finish, get = ms.pop("start"), ms.pop("finish"), ms.pop("get")
+        ms["keys to the host"] = start - ms["hash"] + get
+        ms["rows to the device"] = finish - get - ms["look-up"]
         ms["kdhooks itself"] = ms["kdhooks"] - finish - ms["loss terms"]
-        ms["kdhooks"] += begin
+        ms["kdhooks"] += start
         self._check()
         return fastest_step(ms)
 
@@ -140,10 +142,10 @@ class Measurement:
             "student, forward": (cached.student, "forward"),
             "head and cross entropy": (cached, "task_loss"),
             "kdhooks": (cached.kd, "forward"),
-            "begin": (TeacherCache, "begin"),  # at the student's entrance
+            "start": (TeacherCache, "start"),  # at the student's entrance
             "hash": (ViewKeys, "__call__"),
-            "finish": (TeacherCache, "_finish"),
-            "read": (Sent, "read"),
+            "finish": (TeacherCache, "finish"),
+            "get": (Sent, "get"),
             "look-up": (TeacherCache, "look_up"),
             "loss terms": (cached.kd.losses["fcd"], "forward"),
             "backward": (Tensor, "backward"),

@@ -34,6 +34,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.networks import network, settle
 from kdhooks import Distiller, Teacher
+from kdhooks.teacher.session import TeacherSession
 
 STAND_IN = "stand-in"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -132,8 +133,9 @@ class ByHand:
 class ByRecipe(ByHand):
     def __init__(self, student: nn.Module, teacher: nn.Module, options: dict[str, Any]) -> None:
         super().__init__(student, teacher)
-        self.run = Teacher(teacher, **options)
-        self.kd = Distiller(student, self.run, ["fcd"])
+        run = Teacher(teacher, **options)
+        self.run = TeacherSession(run)
+        self.kd = Distiller(student, run, ["fcd"])
 
     def step(self, images: Tensor) -> None:
         self.student(images)

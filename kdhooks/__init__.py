@@ -4,11 +4,14 @@ from kdhooks.classes.chunked_sums import Wanted
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import (
     ClassifierShare,
+    ComparedClassifiers,
     EmbeddingTap,
     FeatureTap,
+    InheritedClassifier,
     Model,
     ParameterTap,
     Stage,
+    Weight,
 )
 from kdhooks.discovery import methods
 from kdhooks.distiller import Distiller
@@ -22,9 +25,11 @@ from kdhooks.teacher.teacher import Teacher
 __all__ = [
     "ClassShard",
     "ClassifierShare",
+    "ComparedClassifiers",
     "Distiller",
     "EmbeddingTap",
     "FeatureTap",
+    "InheritedClassifier",
     "InputTransform",
     "KDHooksError",
     "Model",
@@ -32,6 +37,7 @@ __all__ = [
     "Stage",
     "Teacher",
     "Wanted",
+    "Weight",
     "build",
     "class_means",
     "hookimpl",

@@ -1,4 +1,4 @@
-"""Asking the methods, once, what they declare; and probing the models so that they can answer."""
+"""Asks the methods, once, what they declare; and probes the models, so that they can answer."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.declarations import ClassifierShare, FeatureTap, Model, ParameterTap, Stage, Tap
+from kdhooks.declarations import Model, Stage, Tap
 from kdhooks.discovery import create
-from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
-from kdhooks.taps import Taps, evaluating, find
+from kdhooks.taps import Taps, evaluating
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 
 _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
@@ -56,7 +57,7 @@ class Declarations:
             paths = self._manager.hook.model_stages(model=model)
         return tuple(paths or ())
 
-    def taps(self, student: Model, teacher: Model) -> tuple[Tap, ...]:
+    def taps(self, student: Model, teacher: Model, head: ClassShard | None) -> tuple[Tap, ...]:
         """Every method's taps, in the order of the methods, checked against both models."""
         taps: list[Tap] = []
         for method in self._methods:
@@ -69,7 +70,7 @@ class Declarations:
             if names.count(name) > 1:
                 raise KDHooksError(f"two terms are named '{name}'; each method may run once")
         for tap in taps:
-            _check(tap, student, teacher)
+            tap.check(student, teacher, head)
         return tuple(taps)
 
     def _declared_by(self, method: object, student: Model, teacher: Model) -> list[Tap]:
@@ -102,63 +103,6 @@ class Declarations:
         return adapter
 
 
-def _check(tap: Tap, student: Model, teacher: Model) -> None:
-    if isinstance(tap, FeatureTap):
-        assert student.module is not None
-        for path in tap.student:
-            find(student.module, path, f"{tap.name}: student")
-        if teacher.module is not None:
-            for path in tap.teacher:
-                find(teacher.module, path, f"{tap.name}: teacher")
-    if isinstance(tap, ClassifierShare) and teacher.classifier is None:
-        raise KDHooksError(
-            f"{tap.name} shares the teacher's classifier, and none is given; set "
-            "teacher.classifier to checkpoint_gpu_*.pt shards, a tensor file (c e), or class "
-            "means made with kdhooks.class_means"
-        )
-    if isinstance(tap, ParameterTap):
-        own_parameters(student, tap)
-
-
-def check_head(taps: Sequence[Tap], student: Model, head: ClassShard | None) -> None:
-    """Who compares class scores needs the student's own classifier, in training."""
-    for tap in taps:
-        if not (isinstance(tap, ClassifierShare) and tap.mode == "compare"):
-            continue
-        if head is None:
-            raise KDHooksError(
-                f"{tap.name} compares class scores, and the student's own classifier is not known; "
-                "give Distiller(…, head=ClassShard(weight, 0, classes)), or use fcd, which needs "
-                "none"
-            )
-        if head.weight.shape[1] != student.embedding_dim:
-            raise KDHooksError(
-                f"{tap.name}: the student's classifier must be as wide as its embedding; found "
-                f"rows of {head.weight.shape[1]} and {student.embedding_dim}"
-            )
-        if not head.weight.requires_grad:
-            raise KDHooksError(
-                f"{tap.name}: the student's classifier must be trained; found rows without a "
-                "gradient (a head that copies the sampled ones has such); use fcd, or a head that "
-                "trains all its rows"
-            )
-
-
-def own_parameters(student: Model, tap: ParameterTap) -> list[nn.Parameter]:
-    """The student's parameters that a tap names, each of them trained."""
-    assert student.module is not None
-    known = dict(student.module.named_parameters())
-    for name in tap.parameters:
-        if name not in known:
-            raise KDHooksError(
-                f"{tap.name}: student has no parameter '{name}'; {near_miss(name, known)}"
-                f"it has {len(known)}"
-            )
-        if not known[name].requires_grad:
-            raise KDHooksError(f"{tap.name}: student parameter '{name}' is frozen; leave it out")
-    return [known[name] for name in tap.parameters]
-
-
 def probe_student(
     module: nn.Module,
     embedding: str,
@@ -185,8 +129,9 @@ def probe_student(
 
 
 def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
-    teacher.tap(stages)
-    output = teacher(images)
+    """One forward in a session of its own."""
+    with TeacherSession(teacher, stages) as session:
+        output = session(images)
     shapes = tuple(Stage(path, tuple(output.features[path].shape[1:])) for path in stages)
     dim = output.embedding.shape[1]
     rows = teacher.classifier

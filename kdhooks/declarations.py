@@ -1,24 +1,30 @@
-"""What a method declares: where it taps, which loss it computes there, and with what weight."""
+"""What a method declares: its taps, the loss on each, and the loss's weight.
+
+A tap's kind answers every question about it: what its loss is called with, which outputs of the
+models it needs, whether it needs the teacher and the labels, and whether it fits the two models.
+A new kind of tap is therefore one class here.
+"""
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, gather
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.taps import find
 
 Weight: TypeAlias = float | Callable[[int], float]
-"""A factor of the loss: a number, or a function of the training step (0 is the first)."""
+"""A loss's factor: a number of at least 0, or a function from the step (0 is the first) to one."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The end of one stage of a backbone: its path, and the shape it gives without the batch."""
+    """The end of one stage of a backbone: its path, and its output's shape without the batch."""
 
     path: str
     shape: tuple[int, ...]
@@ -31,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """One side, as a method sees it while it declares: probed once, before the first step."""
+    """One side, as a method sees it when it declares its taps: probed before the first step."""
 
     module: nn.Module | None  # None: embeddings only, as from an ONNX file
     embedding_dim: int
@@ -41,28 +47,40 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """What the losses of one step may see, in float32 at least."""
+    """The inputs of one step's losses, in float32 at least."""
 
     student: Tensor  # embedding (b d)
     student_features: Mapping[str, Tensor]
-    teacher: Tensor | None  # embedding (b e); None where no method needs the teacher
+    teacher: Tensor | None  # embedding (b e); None if no term needs the teacher
     teacher_features: Mapping[str, Tensor]
-    labels: Tensor  # (b)
+    labels: Tensor | None  # (b); None if no term needs labels
     parameters: Mapping[str, Sequence[Tensor]]  # of the student, by the tap's name
-    classifier: ClassShard | None  # the teacher's rows
-    head: ClassShard | None  # the student's own
+    classifier: ClassShard | None  # this rank's rows of the teacher's classifier
+    head: ClassShard | None  # this rank's rows of the student's own classifier
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A named, weighted loss; its kind says what the loss is called with.
+    """A named, weighted loss. Its subclass decides what the loss is called with.
 
-    A loss returns a scalar, or a scalar and a dict of detached scalars to log.
+    A loss returns a scalar, or a scalar and a dict of scalars to log.
+    needs_teacher, needs_labels: False if the loss ignores them; it must accept None for them then.
     """
 
     name: str
     loss: nn.Module
     weight: Weight = 1.0
+    needs_teacher: bool = field(default=True, kw_only=True)
+    needs_labels: bool = field(default=True, kw_only=True)
+
+    contract: ClassVar[str]
+    """The first line of the docstring of the loss's forward: the shapes of its arguments."""
+    needs_classifier: ClassVar[bool] = False
+    """Whether the loss is computed on the rows of the teacher's classifier."""
+    inherits_classifier: ClassVar[bool] = False
+    """Whether a host whose own head is a margin softmax may compute the loss itself."""
+    per_optimizer_step: ClassVar[bool] = False
+    """Whether the loss counts once an optimizer step, however many batches that step sums."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -78,12 +96,29 @@ class Tap:
         if not callable(self.weight):
             check_weight(self.name, self.weight)
 
+    @property
+    def student_paths(self) -> tuple[str, ...]:
+        """The student's submodules whose outputs the loss sees, besides the embedding."""
+        return ()
+
+    @property
+    def teacher_paths(self) -> tuple[str, ...]:
+        return ()
+
     def arguments(self, step: Step) -> tuple[object, ...]:
-        raise AssertionError("a tap is one of the four kinds")
+        """The arguments that the loss is called with."""
+        raise AssertionError("a tap is of one of the kinds below")
+
+    def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
+        """Refuse models that this tap does not fit. head: the student's own classifier."""
+
+    def described(self) -> str:
+        """For a report: "fcd on the embedding"."""
+        return f"{self.name} on the embedding"
 
 
 def check_weight(name: str, weight: float) -> None:
-    """Refuse what is not a finite number of at least 0."""
+    """Refuse everything but a finite number of at least 0."""
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise KDHooksError(
             f"{name}: weight must be a number, a function of the step, or in a recipe a table; "
@@ -97,60 +132,166 @@ def check_weight(name: str, weight: float) -> None:
 class EmbeddingTap(Tap):
     """loss(student (b d), teacher (b e), labels (b))."""
 
+    contract = "(b d), (b e), (b) -> ()."
+
     def arguments(self, step: Step) -> tuple[object, ...]:
         return step.student, step.teacher, step.labels
 
 
 @dataclass(frozen=True)
 class FeatureTap(Tap):
-    """loss(student [(b k h w)], teacher [(b k h w)], labels (b)), one entry a path."""
+    """loss(student [(b k h w)], teacher [(b k h w)], labels (b)), one entry a path.
+
+    student, teacher: paths of submodules; `path@2` is the output of a submodule's second call.
+    """
 
     student: tuple[str, ...] = field(kw_only=True)
     teacher: tuple[str, ...] = field(kw_only=True)
+
+    contract = "[(b k h w)], [(b k h w)], (b) -> ()."
+
+    @property
+    def student_paths(self) -> tuple[str, ...]:
+        return self.student
+
+    @property
+    def teacher_paths(self) -> tuple[str, ...]:
+        return self.teacher
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         ours = [step.student_features[path] for path in self.student]
         theirs = [step.teacher_features[path] for path in self.teacher]
         return ours, theirs, step.labels
 
+    def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
+        sides = (
+            ("student", student.module, self.student),
+            ("teacher", teacher.module, self.teacher),
+        )
+        for side, module, paths in sides:
+            if module is None:
+                continue
+            for path in paths:
+                find(module, path, f"{self.name}: {side}")
+
+    def described(self) -> str:
+        return f"{self.name} on {', '.join(self.student)} <- {', '.join(self.teacher)}"
+
 
 @dataclass(frozen=True)
 class ClassifierShare(Tap):
     """loss(student (b d), teacher (b e), labels (b), classifier), b the global batch.
 
-    classifier is this rank's `ClassShard` of the teacher's rows. Modes:
-    inherit: these rows replace the student's classifier, frozen. A host whose own head is a margin
-    softmax takes the rows over and computes the loss itself, unless `host_conflict` says why not.
-    centres: kdhooks computes the loss on these rows, next to the host's.
-    compare: as centres; the student's own `ClassShard` is the fifth argument.
-
-    A loss that keeps something of each class may define `begin(classifier)`, called once.
+    classifier is this rank's `ClassShard` of the rows of the teacher's classifier. A loss that
+    keeps something of each class may define `prepare(classifier)`, which is called once.
     """
 
-    mode: Literal["inherit", "centres", "compare"] = field(default="inherit", kw_only=True)
-    needs_teacher: bool = field(default=True, kw_only=True)  # False: the loss gets teacher=None
-    host_conflict: str = field(default="", kw_only=True)
+    contract = "(b d), (b e), (b), classifier -> ()."
+    needs_classifier = True
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         assert step.classifier is not None
         group = step.classifier.group
-        teacher = step.teacher if self.needs_teacher else None
-        batch = (
-            gather(step.student, group),
-            None if teacher is None else gather(teacher, group),
-            gather(step.labels, group),
+        given = (
+            step.student,
+            step.teacher if self.needs_teacher else None,
+            step.labels if self.needs_labels else None,
         )
-        if self.mode == "compare":
-            assert step.head is not None
-            return *batch, step.classifier, step.head.trained()
+        batch = (None if tensor is None else gather(tensor, group) for tensor in given)
         return *batch, step.classifier
+
+    def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
+        if teacher.classifier is None:
+            raise KDHooksError(
+                f"{self.name} shares the teacher's classifier, and none is given; set "
+                "teacher.classifier to checkpoint_gpu_*.pt shards, a tensor file (c e), or class "
+                "means made with kdhooks.class_means"
+            )
+
+    def described(self) -> str:
+        return f"{self.name} on the classifier"
+
+
+@dataclass(frozen=True)
+class InheritedClassifier(ClassifierShare):
+    """A `ClassifierShare` whose loss is a softmax that the student's own head may compute.
+
+    A host that has such a head takes the teacher's rows over, frozen, and trains on them in place
+    of its own. Elsewhere kdhooks computes the loss.
+    host_conflict: the reason why a host's head cannot compute this loss; "" if it can.
+    """
+
+    host_conflict: str = field(default="", kw_only=True)
+
+    inherits_classifier = True
+
+
+@dataclass(frozen=True)
+class ComparedClassifiers(ClassifierShare):
+    """A `ClassifierShare` whose loss also gets `head`, the `ClassShard` of the student's own rows.
+
+    Its scores on the student's rows are compared with the teacher's scores on the teacher's rows.
+    """
+
+    contract = "(b d), (b e), (b), classifier, head -> ()."
+
+    def arguments(self, step: Step) -> tuple[object, ...]:
+        assert step.head is not None
+        return *super().arguments(step), step.head.trained()
+
+    def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
+        super().check(student, teacher, head)
+        if head is None:
+            raise KDHooksError(
+                f"{self.name} compares class scores, and the student's own classifier is not "
+                "known; give Distiller(…, head=ClassShard(weight, 0, classes)), or use fcd, which "
+                "needs none"
+            )
+        if head.weight.shape[1] != student.embedding_dim:
+            raise KDHooksError(
+                f"{self.name}: the student's classifier must be as wide as its embedding; found "
+                f"rows of {head.weight.shape[1]} and {student.embedding_dim}"
+            )
+        if not head.weight.requires_grad:
+            raise KDHooksError(
+                f"{self.name}: the student's classifier must be trained; found rows without a "
+                "gradient (a head that copies the sampled ones has such); use fcd, or a head that "
+                "trains all its rows"
+            )
 
 
 @dataclass(frozen=True)
 class ParameterTap(Tap):
-    """loss(parameters [(…)]), once per optimiser step; the student's own, named by path."""
+    """loss(parameters [(…)]), once per optimizer step; the student's own, named by path."""
 
+    needs_teacher: bool = field(default=False, init=False)
+    needs_labels: bool = field(default=False, init=False)
     parameters: tuple[str, ...] = field(kw_only=True)
+
+    contract = "[(…)] -> ()."
+    per_optimizer_step = True
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         return (step.parameters[self.name],)
+
+    def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
+        self.of(student)
+
+    def described(self) -> str:
+        return f"{self.name} on {len(self.parameters)} parameters"
+
+    def of(self, student: Model) -> list[nn.Parameter]:
+        """The student's parameters that this tap names, all of them trained."""
+        assert student.module is not None
+        known = dict(student.module.named_parameters())
+        for name in self.parameters:
+            if name not in known:
+                raise KDHooksError(
+                    f"{self.name}: student has no parameter '{name}'; {near_miss(name, known)}"
+                    f"it has {len(known)}"
+                )
+            if not known[name].requires_grad:
+                raise KDHooksError(
+                    f"{self.name}: student parameter '{name}' is frozen; leave it out"
+                )
+        return [known[name] for name in self.parameters]

@@ -1,8 +1,16 @@
-"""Declare once; then, each step: taps -> teacher -> losses."""
+"""Declare once; then, in each step: student outputs -> teacher -> losses.
 
+The way of one batch: `student(images)` runs the hooks of `StudentTaps`, which record its outputs
+and, from the second step on, let the `TeacherSession` run ahead. `kd(images, labels)` is
+`Distiller.forward`: it takes these outputs, asks the session for the teacher's, and calls each
+tap's loss on both.
+"""
+
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,37 +19,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdhooks.asking import (
-    Declarations,
-    check_head,
-    own_parameters,
-    probe_student,
-    probe_teacher,
-)
-from kdhooks.checks import Finite, check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.asking import Declarations, probe_student, probe_teacher
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, world
-from kdhooks.declarations import (
-    ClassifierShare,
-    FeatureTap,
-    Model,
-    ParameterTap,
-    Step,
-    Tap,
-    check_weight,
-)
+from kdhooks.declarations import InheritedClassifier, ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.guards import OptimizerGuard, check_batch, check_range, checked_labels
-from kdhooks.replicas import Replicas
+from kdhooks.finite import Finite, Question, of_embedding, of_terms
+from kdhooks.first_step import check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.guards import (
+    OptimizerGuard,
+    Untouched,
+    check_batch,
+    check_images,
+    check_models,
+    check_range,
+    check_same_images,
+    checked_labels,
+)
+from kdhooks.replicas import Replicas, own_buffers
 from kdhooks.taps import StudentTaps, unwrap
-from kdhooks.teacher.teacher import Begun, Teacher, TeacherOutput
+from kdhooks.teacher.session import TeacherOutput, TeacherSession
+from kdhooks.teacher.teacher import Teacher
+
+log = logging.getLogger("kdhooks")
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A term that the host's own head computes, on the teacher's rows in place of its own."""
+
+    name: str
+    weight: float
+    rows: Callable[[], Tensor]  # reads this rank's rows (c e) of the teacher's classifier
 
 
 class Distiller(nn.Module):
     """The losses of one or more methods between a student in training and a frozen teacher.
 
-    It owns the losses, not the models: `parameters()` is what must be optimised besides the
-    student; `state_dict()` holds the losses' parameters and state, and the step, no teacher.
+    It owns the losses, not the models: `parameters()` must be optimized besides the student's, and
+    `state_dict()` holds the losses' parameters and state and the step, but no teacher.
 
         with Distiller(student, teacher, ["fcd"]) as kd:
             for images, labels in loader:
@@ -62,6 +78,7 @@ class Distiller(nn.Module):
         student_stages: Sequence[str] | None = None,
         teacher_stages: Sequence[str] | None = None,
         head: ClassShard | None = None,
+        host_head: Literal["margin"] | None = None,
         input_shape: tuple[int, int, int] = (3, 112, 112),
         plugins: Sequence[object] = (),
         seed: int = 0,
@@ -69,29 +86,32 @@ class Distiller(nn.Module):
     ) -> None:
         """
         methods: names, tables {"name": …, options} or objects; their terms keep this order.
-        student_embedding: path of the submodule that puts out (b d); "" is the model's output.
-        run_student: a forward on images (b 3 h w) alone, where `student(images)` is not one.
+        student_embedding: path of the submodule that returns (b d); "" is the model's output.
+        run_student: a forward on images (b 3 h w) alone, if `student(images)` is not one.
         head: this rank's shard of the student's own classifier, for methods that compare logits;
-            the teacher's rows are split as it is.
+            the teacher's rows are split in the same way.
+        host_head: "margin" if the host's own head is a margin softmax that can take the teacher's
+            rows over. A term that inherits the classifier is then left to it; see `inherited`.
         plugins: objects that answer `model_stages`.
         seed: of the losses' initial weights; the global generators are left as they were.
-        nonfinite: what to do where a term or the teacher's embedding is not finite. "raise": the
+        nonfinite: the reaction to a term or a teacher's embedding that is not finite. "raise": the
             next step raises, so that the device need not be waited for; "skip": the step goes on
-            without any term, on all ranks, for which it waits.
+            without any term, on all ranks, and waits for the device.
         """
         super().__init__()
         student = unwrap(student)
-        self._teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        check_models(student, teacher.module)
+        self.step = 0  # steps taken; schedules count in these
+        self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
+        self.metrics: dict[str, Tensor] = {}  # of the last step, detached
+        self.host_advice = ""  # added to errors about terms that are not trained
+        self.inherited: Inherited | None = None  # the term that the host's head computes
         self._embedding = student_embedding
         self._head = head
-        self._checked = False
-        self._student = StudentTaps(nn.Identity(), ())  # until `_connect`
-        self._replicas: Replicas | None = None
-        self._guard: OptimizerGuard | None = None
+        self._checked = False  # whether the first step is over
+        self._replicas: Replicas | None = None  # if there are several ranks
         self._finite = Finite(nonfinite)
-        self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
-        self.accumulation = 1  # forwards per optimiser step, where the host sums their gradients
-        self.metrics: dict[str, Tensor] = {}  # of the last step, detached
         first = next(student.parameters())
         with undisturbed_generators(seed, first.device):
             # Drawn on the processor, so that a seed gives the same losses on every device.
@@ -99,65 +119,75 @@ class Distiller(nn.Module):
             asked = Declarations(methods, plugins)
             stages = asked.stages(student, student_stages)
             ours = probe_student(student, student_embedding, stages, images, run_student)
-            theirs = probe_teacher(
-                self._teacher, asked.stages(self._teacher.module, teacher_stages), images
-            )
-            self.taps = asked.taps(ours, theirs)
-            self.adapter = self._teacher.adapter = asked.teacher_adapter(theirs)
-        self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
-        self._needs_teacher = _need_teacher(self.taps)
+            theirs = probe_teacher(teacher, asked.stages(teacher.module, teacher_stages), images)
+            self.taps = asked.taps(ours, theirs, head)
+            self.adapter = asked.teacher_adapter(theirs)
         self._stages = {stage.path: stage.shape for stage in ours.stages}
-        check_head(self.taps, ours, head)
-        self._take_rows(theirs)
-        try:
-            self._connect(ours)
-            self._teacher.start_cache(images)
-        except BaseException:
-            self.remove()
-            raise
+        if host_head is not None:
+            self._leave_to_host(teacher)
+        self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
+        self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
+        self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
+        self._dtype = torch.promote_types(first.dtype, torch.float32)
+        if self._dtype == torch.float64:
+            self.losses.double()
+        self._take_rows(theirs.classifier)
         self.to(first.device)
-        if any(p.requires_grad for p in self.parameters()):
-            self._guard = OptimizerGuard(student, self)
-        if world() is not None:  # or in the first step, if the ranks meet later
-            self._replicas = Replicas(self)
+        parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
+        self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
+        # DistributedDataParallel's name for what it must not make equal.
+        self._ddp_params_and_buffers_to_ignore = sorted(own_buffers(self))
+        self._connect(student, teacher, images)
 
     # --- one step ----------------------------------------------------------------------------
 
-    @property
-    def pending(self) -> Tensor | None:
-        """The images of the student's last forward in training, until their losses are taken."""
-        return self._student.images
-
-    @property
-    def fired(self) -> bool:
-        """Whether the student's hooks ever ran."""
-        return self._student.fired
-
-    @property
-    def step(self) -> int:
-        """How many steps were taken; schedules count in these."""
-        return self._finite.step
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        teacher_images: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
 
-        images are what the teacher sees: as a rule those that the student saw.
+        images: those that the student saw, RGB, (pixel - 127.5) / 127.5.
+        labels: class numbers; None if no term needs them.
+        teacher_images: another view of the same samples for the teacher; by default `images`.
         """
-        seen, begun = self._student.images, self._student.begun
+        try:
+            step, questions = self._look(images, labels, teacher_images)
+            return self._terms(step, questions)
+        except BaseException:
+            self._session.drop_ahead()
+            raise
+
+    def _look(
+        self, images: Tensor, labels: Tensor | None, teacher_images: Tensor | None
+    ) -> tuple[Step, list[Question]]:
+        """The inputs of the losses, and the questions about them that a device is to answer."""
+        seen, inputs, version = self._student.images, self._student.inputs, self._student.version
         features = self._student.take()
-        labels = checked_labels(labels, images)
         self._finite.check()
+        theirs = images if teacher_images is None else teacher_images
+        check_images(theirs)
+        labels = checked_labels(labels, images, self._needs_labels)
+        questions: list[Question] = []
+        if question := check_same_images(seen, inputs, version, images):
+            questions.append(question)
+        beyond = (
+            check_range(labels, self._classes) if labels is not None and self._classes else None
+        )
+        if beyond:
+            questions.append(beyond)
         if not self._checked:
-            check_shapes(features, self._stages)
-        if self._replicas is None:
-            self._replicas = Replicas(self)
-        if self._guard is not None and self._guard.judged:
-            self._guard.remove()
-            self._guard = None
-        classes = self._finite.classes
-        beyond = check_range(labels, classes) if classes else None
-        teacher = self._teach(images, labels, begun)
+            self._check_first(features)
+        teacher = self._teach(theirs, labels)
         check_batch(images, features[self._embedding], teacher.embedding if teacher else None)
+        if not self._checked and self._needs_teacher and seen is theirs:
+            self._student.on_enter = self._session.run_ahead  # from now on
+            self._student.on_failure = self._session.drop_ahead
+        if teacher is not None and not teacher.finite:
+            questions.append(of_embedding(teacher.embedding, labels))
         step = Step(
             student=features[self._embedding],
             student_features=features,
@@ -168,50 +198,66 @@ class Distiller(nn.Module):
             classifier=self._classifier(),
             head=self._head,
         )
-        unchecked = None if teacher is None or teacher.finite else teacher.embedding
-        if not self._finite.usable(step, unchecked):
-            return self._nothing(features)
-        values: dict[str, Tensor] = {}
-        weighted: dict[str, Tensor] = {}
-        kind = images.device.type
-        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            for tap, loss in zip(self.taps, self.losses.values(), strict=True):
-                value = self._value(tap, loss, step)
-                values[tap.name] = self.metrics[tap.name]
-                weighted[tap.name] = value * self.weight(tap)
+        return step, questions
+
+    def _teach(self, images: Tensor, labels: Tensor | None) -> TeacherOutput | None:
+        """The teacher's output in the dtype of the losses; None if no term needs it."""
+        if self._checked and not self._needs_teacher:
+            return None
+        output = self._session(images)
+        if output.embedding.dtype != self._dtype:
+            output = output.to(self._dtype)
+        if not self._checked:
+            check_teacher(output, images)
+            if (rows := self._session.teacher.classifier) is None:
+                return output
+            if labels is None:
+                log.warning("the order of the teacher's classes is not checked without labels")
+            else:
+                check_class_order(rows, output.embedding, labels)
+        return output
+
+    def _check_first(self, features: Mapping[str, Tensor]) -> None:
+        check_shapes(features, self._stages)
+        if self._replicas is None and world() is not None:
+            self._replicas = self._new_replicas()
+
+    def _terms(self, step: Step, questions: list[Question]) -> dict[str, Tensor]:
+        """Each term's loss, times its weight."""
+        number = self.step + 1
+        if self._finite.skips:
+            tapped = [*step.teacher_features.values(), *step.student_features.values()]
+            if not self._finite.usable(number, tapped, questions):
+                return self._nothing(step)
+            questions = []
+        if self._replicas is None:
+            weighted = self._losses(step)
+        else:
+            with self._replicas.one_step(len(step.student)):
+                weighted = self._losses(step)
+        values = {name: self.metrics[name] for name in weighted}
         if not self._checked:
             check_terms(values)
             self._checked = True
-            if self._needs_teacher and seen is images:
-                self._student.on_enter = self._teacher.begin  # from now on
-        if not self._finite.note(values, step, unchecked, beyond):
-            return self._nothing(features)
+        if not self._finite.note(number, [of_terms(values), *questions]):
+            return self._nothing(step)
+        self.step = number
+        if self._guard.noting:
+            self._guard.note(weighted)
         return weighted
 
-    def _nothing(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The terms of a step that goes on without them: 0, with a gradient of 0."""
-        self.metrics.clear()
-        zero = torch.stack([tensor.sum() * 0 for tensor in features.values()]).sum()
-        return {tap.name: zero for tap in self.taps}
-
-    def weight(self, tap: Tap) -> float:
-        """A term's factor in the step at hand."""
-        factor = tap.weight
-        if callable(factor):
-            factor = factor(self.step)
-            check_weight(f"{tap.name}, step {self.step}", factor)
-        return factor / self.accumulation if isinstance(tap, ParameterTap) else factor
-
-    def _teach(self, images: Tensor, labels: Tensor, begun: Begun | None) -> TeacherOutput | None:
-        if self._checked and not self._needs_teacher:
-            return None
-        output = self._teacher(images, begun)
-        if not self._checked:
-            check_teacher(output, images)
-            if self._teacher.classifier is not None:
-                check_class_order(self._teacher.classifier, output.embedding, labels)
-        return output
+    def _losses(self, step: Step) -> dict[str, Tensor]:
+        shared = [*step.student_features.values(), *step.teacher_features.values()]
+        shared += [tensor for tensor in (step.teacher, step.labels) if tensor is not None]
+        untouched = Untouched(shared)
+        weighted: dict[str, Tensor] = {}
+        kind = step.student.device.type
+        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            for tap, loss in zip(self.taps, self.losses.values(), strict=True):
+                weighted[tap.name] = self._value(tap, loss, step) * self.weight(tap)
+                untouched.check(tap.name)
+        return weighted
 
     def _value(self, tap: Tap, loss: nn.Module, step: Step) -> Tensor:
         result = loss(*tap.arguments(step))
@@ -227,29 +273,99 @@ class Distiller(nn.Module):
             self.metrics[f"{tap.name}/{key}"] = note.detach()
         return value
 
+    def _nothing(self, step: Step) -> dict[str, Tensor]:
+        """The terms of a step that goes on without them: 0, with a gradient of 0."""
+        self.step += 1
+        self.metrics.clear()
+        zero = torch.stack([tensor.sum() * 0 for tensor in step.student_features.values()]).sum()
+        return {tap.name: zero for tap in self.taps}
+
+    def weight(self, tap: Tap) -> float:
+        """A term's factor in the step at hand."""
+        factor = tap.weight
+        if callable(factor):
+            factor = factor(self.step)
+            check_weight(f"{tap.name}, step {self.step}", factor)
+        return factor / self.accumulation if tap.per_optimizer_step else factor
+
+    # --- between the steps -------------------------------------------------------------------
+
+    @property
+    def pending(self) -> Tensor | None:
+        """The images of the student's last forward in training, until kd takes its outputs."""
+        return self._student.images
+
+    @property
+    def fired(self) -> bool:
+        """Whether the student's hooks ever ran."""
+        return self._student.fired
+
+    @property
+    def skipped(self) -> int:
+        """Steps that went on without their terms, with nonfinite = "skip"."""
+        return self._finite.skipped
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards and optimizer steps of the student inside are not distilled, and not refused."""
+        before, self._student.paused = self._student.paused, True
+        try:
+            yield
+        finally:
+            self._student.paused = before
+
+    def discard(self) -> None:
+        """Forget the student's last forward, whose terms are not wanted."""
+        self._student.discard()
+        self._session.drop_ahead()
+
+    def check_finite(self) -> None:
+        """Raise if the last step was not finite: before the next one, and before a save."""
+        self._finite.check()
+
     # --- set-up and end ----------------------------------------------------------------------
 
-    def _take_rows(self, teacher: Model) -> None:
+    def _leave_to_host(self, teacher: Teacher) -> None:
+        """Take the term out that the host's own head computes."""
+        for tap in self.taps:
+            if not (isinstance(tap, InheritedClassifier) and tap.weight != 0):
+                continue
+            if tap.host_conflict or any(True for _ in tap.loss.parameters()):
+                reason = tap.host_conflict or "it has trainable parts of its own"
+                raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
+            if callable(tap.weight):
+                raise KDHooksError(
+                    f"{tap.name}: its weight must be a number if the trainer's head computes it, "
+                    "since nothing else trains by the labels; set head = 'own' for a schedule"
+                )
+            assert teacher.classifier is not None
+            rows = partial(teacher.classifier.slice, *self._bounds(teacher.classifier))
+            self.inherited = Inherited(tap.name, tap.weight, rows)
+            self.taps = tuple(other for other in self.taps if other is not tap)
+
+    def _take_rows(self, rows: Rows | None) -> None:
         """This rank's rows of the teacher's classifier, split as the student's own are."""
-        rows, head = teacher.classifier, self._head
+        self._classes = 0 if rows is None else rows.total
+        self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
         if rows is None:
             return
-        self._finite.classes = rows.total
+        head = self._head
         if head is not None and head.total != rows.total:
             raise KDHooksError(
                 f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
                 "be the same classes in the same order"
             )
-        if any(isinstance(tap, ClassifierShare) for tap in self.taps):
+        if any(tap.needs_classifier for tap in self.taps):
             start, stop = self._bounds(rows)
-            self.register_buffer("teacher_rows", rows.slice(start, stop), persistent=False)
+            own = rows.slice(start, stop).to(self._dtype)
+            self.register_buffer("teacher_rows", own, persistent=False)
             self._split = start, rows.total, head.group if head else None
             for loss in self.losses.values():
-                if begin := getattr(loss, "begin", None):
-                    begin(self._classifier())
+                if prepare := getattr(loss, "prepare", None):
+                    prepare(self._classifier())
 
     def _bounds(self, rows: Rows) -> tuple[int, int]:
-        """Of this rank's rows."""
+        """The first of this rank's rows, and the one after its last."""
         if self._head is None:
             return 0, rows.total
         return self._head.offset, self._head.offset + len(self._head.weight)
@@ -259,15 +375,34 @@ class Distiller(nn.Module):
             return None
         return ClassShard(self.teacher_rows, *self._split)
 
-    def _connect(self, student: Model) -> None:
-        """Hook the paths that the taps name, on both sides."""
-        assert student.module is not None
-        own = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
-        self._own = {tap.name: own_parameters(student, tap) for tap in own}
-        features = [tap for tap in self.taps if isinstance(tap, FeatureTap)]
-        self._teacher.tap([path for tap in features for path in tap.teacher])
-        ours = [path for tap in features for path in tap.student]
-        self._student = StudentTaps(student.module, [self._embedding, *ours])
+    def buffers_by_rank(self) -> set[str]:
+        """Each rank holds other classes; see `Replicas`."""
+        return {"teacher_rows"} if self._split else set()
+
+    def _connect(self, student: nn.Module, teacher: Teacher, images: Tensor) -> None:
+        """Register all that `remove` takes away. If one part raises, the others are taken back."""
+        ours = [path for tap in self.taps for path in tap.student_paths]
+        theirs = [path for tap in self.taps for path in tap.teacher_paths]
+        with ExitStack() as undo:
+            self._student = StudentTaps(student, [self._embedding, *ours])
+            undo.callback(self._student.remove)
+            self._session = TeacherSession(teacher, theirs, self.adapter, like=images)
+            undo.callback(self._session.close)
+            self._guard = OptimizerGuard(student, self, self._student)
+            undo.callback(self._guard.remove)
+            if world() is not None:  # otherwise in the first step, if the ranks meet later
+                self._replicas = self._new_replicas()
+            undo.pop_all()
+
+    def _new_replicas(self) -> Replicas:
+        declared = [
+            f"{type(tap).__name__} {tap.name} {type(tap.loss).__qualname__} "
+            f"{tap.student_paths} {tap.teacher_paths} "
+            f"{'by a function' if callable(tap.weight) else tap.weight}"
+            for tap in self.taps
+        ]
+        sharded = self._head is not None and self._head.group is not None
+        return Replicas(self, declared, sharded)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; no decay for those that a loss says so of.
@@ -295,31 +430,13 @@ class Distiller(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
-    def hand_over(self, tap: ClassifierShare) -> Callable[[], Tensor]:
-        """For a host whose own head computes this term: reads this rank's teacher rows (c e)."""
-        if tap.host_conflict or any(True for _ in tap.loss.parameters()):
-            reason = tap.host_conflict or "it has trainable parts of its own"
-            raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
-        self.taps = tuple(other for other in self.taps if other is not tap)
-        self._needs_teacher = _need_teacher(self.taps)
-        del self.losses[tap.name]
-        classifier = self._teacher.classifier
-        assert classifier is not None
-        start, stop = self._bounds(classifier)
-        if not any(isinstance(other, ClassifierShare) for other in self.taps):
-            del self.teacher_rows
-            self._split = None
-        return partial(classifier.slice, start, stop)
-
-    @property
-    def skipped(self) -> int:
-        """Steps that went on without their terms, with nonfinite = "skip"."""
-        return self._finite.skipped
-
     def remove(self) -> None:
         """Take every hook off both models."""
-        self._teacher.remove()
-        for part in (self._student, self._replicas, self._guard):
+        self._student.remove()
+        # A copy of a Distiller has none of the others.
+        if self._session is not None:
+            self._session.close()
+        for part in (self._guard, self._replicas):
             if part is not None:
                 part.remove()
 
@@ -333,25 +450,12 @@ class Distiller(nn.Module):
         finally:
             self.remove()
 
-    def check_finite(self) -> None:
-        """Raise where the last step's terms were not finite: before the next, and before a save."""
-        self._finite.check()
-
     def get_extra_state(self) -> Tensor:
-        self.check_finite()  # before a checkpoint is written of what it spoilt
+        self.check_finite()  # so that no checkpoint is written of a spoilt step
         return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._finite.step = int(state)
-
-
-def _need_teacher(taps: Sequence[Tap]) -> bool:
-    """False where all losses do without: the teacher then runs in the first step alone."""
-    return any(
-        tap.needs_teacher if isinstance(tap, ClassifierShare) else True
-        for tap in taps
-        if not isinstance(tap, ParameterTap)
-    )
+        self.step = int(state)
 
 
 @contextmanager

@@ -1,22 +1,108 @@
-"""What must hold in every step, whatever the training loop is."""
+"""Rules that hold in every step, whatever the training loop is."""
 
-from collections.abc import Mapping
-from typing import Any
-from weakref import WeakSet, ref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any, Protocol
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.finite import Question
+from kdhooks.taps import StudentTaps
+
+_VERSION = attrgetter("_version")
 
 
-def checked_labels(labels: object, images: Tensor) -> Tensor:
-    """(b) or (b 1) whole numbers -> (b), as many as there are images."""
-    if not isinstance(labels, Tensor):
+def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse a student that is its own teacher, or that trains nothing."""
+    shared = {id(p) for p in teacher.parameters()} if teacher is not None else set()
+    if any(id(parameter) in shared for parameter in student.parameters()):
         raise KDHooksError(
-            f"labels must be a tensor (b) of class numbers; found {type(labels).__name__}"
+            "the student and the teacher must have parameters of their own, since those of a "
+            "teacher are frozen; found common ones; give the teacher a copy of them, as "
+            "copy.deepcopy(model) makes it, and unfreeze the student by requires_grad_()"
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise KDHooksError(
+            "the student must train at least one parameter; found all of them frozen; unfreeze "
+            "them by student.requires_grad_(), and if it is also the teacher of another student, "
+            "give that one a copy, as copy.deepcopy(student) makes it"
+        )
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse images (b 3 h w) that are not floating point, or none at all."""
+    if not images.is_floating_point():
+        raise KDHooksError(
+            f"images must be floating point, (pixel - 127.5) / 127.5; found {images.dtype}; give "
+            "kd (images.float() - 127.5) / 127.5, or these as teacher_images"
+        )
+    if not images.shape[0]:
+        raise KDHooksError("images must be of at least one sample; found an empty batch")
+
+
+def check_same_images(
+    seen: Tensor | None, inputs: Sequence[Tensor], version: int, images: Tensor
+) -> Question | None:
+    """Refuse images that are not those of the student's forward.
+
+    seen: the student's images, None if it got no tensor; inputs: all tensors that it got; version:
+    of `seen` when the forward started. Another tensor with the same content is accepted. A
+    processor compares the two now; on another device the result is the question that is returned.
+    """
+    if seen is None:
+        return None
+    if seen is images:
+        if version not in (-1, images._version):
+            raise KDHooksError(
+                "the images were written to in place after the student's forward had started; give "
+                "kd a copy from before as teacher_images, or do not write into them"
+            )
+        return None
+    if any(images is tensor for tensor in inputs):
+        return None
+    same = seen.shape == images.shape
+    if same and seen.data_ptr() == images.data_ptr() and seen.stride() == images.stride():
+        return None
+    if same:
+        differ = (images.detach().to(seen) != seen).any()
+        if seen.device.type != "cpu":
+            number = torch.where(differ, torch.nan, 0.0).reshape(1)
+            fault = _other_images(seen, images)
+            return Question((number,), lambda finite: fault, fatal=True)
+        same = not differ
+    if not same:
+        raise KDHooksError(_other_images(seen, images))
+    return None
+
+
+def _other_images(seen: Tensor, images: Tensor) -> str:
+    content = ", of other content" if seen.shape == images.shape else ""
+    return (
+        "the images given to kd must be those of the student's last forward in training; found "
+        f"{tuple(images.shape)} after a forward on {tuple(seen.shape)}{content}; call kd once "
+        "after each forward with the same images, and give images that only the teacher should "
+        "see as teacher_images"
+    )
+
+
+def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> Tensor | None:
+    """(b) or (b 1) whole numbers -> (b), as many as there are images.
+
+    None is accepted if no term needs labels. needed_by: names of the terms that do.
+    """
+    if labels is None and not needed_by:
+        return None
+    if not isinstance(labels, Tensor):
+        needs = f"; {listed(needed_by)} cannot do without" if needed_by else ""
+        raise KDHooksError(
+            f"labels must be a tensor (b) of class numbers; found {type(labels).__name__}{needs}"
         )
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -34,7 +120,7 @@ def checked_labels(labels: object, images: Tensor) -> Tensor:
         raise KDHooksError(
             f"images and labels must be of the same samples; found {len(images)} and {len(labels)}"
         )
-    return labels
+    return labels.clone() if labels.is_inference() else labels  # such a tensor has no version
 
 
 def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None:
@@ -51,15 +137,15 @@ def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None
         )
 
 
-def check_range(labels: Tensor, classes: int) -> Tensor | None:
-    """(b) -> None, or (1): not a number if a label is beyond the classes, 0 otherwise.
+def check_range(labels: Tensor, classes: int) -> Question | None:
+    """Refuse labels (b) beyond the classes. Labels below 0 are samples without a class.
 
-    A processor tells at once; another device is not waited for, and the number is read later.
-    Labels below 0 are samples without a class.
+    A processor compares them now; on another device the result is the question that is returned.
     """
     beyond = labels >= classes
     if labels.device.type != "cpu":
-        return torch.where(beyond.any(), torch.nan, 0.0).reshape(1)
+        number = torch.where(beyond.any(), torch.nan, 0.0).reshape(1)
+        return Question((number,), lambda finite: out_of_range(labels, classes), fatal=True)
     if beyond.any():
         raise KDHooksError(out_of_range(labels, classes))
     return None
@@ -73,46 +159,108 @@ def out_of_range(labels: Tensor, classes: int) -> str:
     )
 
 
-class NotCopied:
-    """A copy or a pickle of its owner has None in its place: what it hooks is not copied."""
+class Untouched:
+    """Notices that a loss has written into a tensor that the trainer or another loss uses."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._versions = sum(map(_VERSION, tensors))
+
+    def check(self, name: str) -> None:
+        """name: the term whose loss has just run."""
+        if sum(map(_VERSION, self._tensors)) != self._versions:
+            raise KDHooksError(
+                f"{name}: its loss wrote into one of its arguments in place, which changes the "
+                "labels, embeddings or features for all others; let it work on a clone"
+            )
 
 
-def _nothing() -> None:
-    return None
+class _Watched(Protocol):
+    """The parts of a Distiller that the guard looks at."""
+
+    step: int
+    host_advice: str
+
+    def named_parameters(self) -> Any: ...
 
 
 class OptimizerGuard(NotCopied):
-    """Refuses the second step of the student's optimizer if no optimizer trains the losses.
+    """Looks at each step of the optimizers that train the student.
 
-    By then a loop that steps several optimizers in turn has stepped each. An optimizer that holds
-    other parameters than the student's, as with FSDP, is not judged.
+    Always: a step after a forward of the student whose terms nobody computed is refused. Before an
+    optimizer's second step, once: the losses' parameters must be in an optimizer, and every term
+    must have taken part in a backward pass. By then, a loop that steps several optimizers in turn
+    has stepped each. An optimizer without any of the student's own parameters, as with FSDP, is not
+    looked at.
     """
 
-    def __init__(self, student: nn.Module, losses: nn.Module) -> None:
+    def __init__(self, student: nn.Module, distiller: _Watched, taps: StudentTaps) -> None:
         self.judged = False
-        self._student, self._losses = ref(student), ref(losses)
+        self.noting = True  # until a backward pass has reached every term
+        self._student, self._distiller, self._taps = ref(student), ref(distiller), ref(taps)
         self._optimised: set[int] = set()  # ids of parameters
+        self._reached: dict[str, bool] = {}  # terms, and whether each got a gradient
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._handle = register_optimizer_step_pre_hook(self._before_step)
+        finalize(distiller, self._handle.remove)  # if nobody calls `remove`
+
+    def note(self, terms: Mapping[str, Tensor]) -> None:
+        """The weighted terms of a step, before they are trained."""
+        for name, term in terms.items():
+            self._reached.setdefault(name, False)
+            term.register_hook(partial(self._reach, name))
+
+    def _reach(self, name: str, gradient: Tensor) -> None:
+        self._reached[name] = True
+        self.noting = not all(self._reached.values())
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        student, losses = self._student(), self._losses()
-        if self.judged or student is None or losses is None:
+        taps, distiller = self._taps(), self._distiller()
+        if taps is None or distiller is None:
             return
+        if taps.paused or (self.judged and not taps.waiting):
+            return
+        if not self._trains_student(optimizer):
+            return
+        if taps.waiting:
+            taps.discard()
+            raise KDHooksError(
+                "the student ran in training, and its optimizer steps before kd computed the terms "
+                "of that forward; call kd(images, labels) after each forward and train the sum of "
+                "its terms, or do both inside `with kd.paused():`" + distiller.host_advice
+            )
+        if not self._stepped:
+            _check_static_graph(taps)
+        if optimizer in self._stepped:
+            self.judged = True
+            self._judge(distiller)
+        self._stepped.add(optimizer)
+
+    def _trains_student(self, optimizer: Optimizer) -> bool:
+        student = self._student()
+        if student is None:
+            return False
         groups: list[dict[str, Any]] = optimizer.param_groups
         given = {id(parameter) for group in groups for parameter in group["params"]}
         self._optimised |= given
-        if given.isdisjoint(map(id, student.parameters())):
-            return
-        if optimizer in self._stepped:
-            self.judged = True
-            self._judge(dict(losses.named_parameters()))
-        self._stepped.add(optimizer)
+        return not given.isdisjoint(map(id, student.parameters()))
 
-    def _judge(self, named: Mapping[str, nn.Parameter]) -> None:
+    def _judge(self, distiller: _Watched) -> None:
+        if not distiller.step:
+            raise KDHooksError(
+                "the student's optimizer stepped, and kd has computed no term; run the student by "
+                "calling it in training mode with gradients (student(images), not "
+                "student.forward(images)), make the Distiller before the first call of a compiled "
+                "student, and call kd(images, labels) after each forward; steps without terms "
+                "belong inside `with kd.paused():`" + distiller.host_advice
+            )
+        if dropped := [name for name, reached in self._reached.items() if not reached]:
+            raise KDHooksError(
+                f"the student's optimizer stepped without {listed(dropped)}: no backward pass "
+                "reached these terms; add every term that kd returns to the loss that is trained, "
+                "or leave its method out" + distiller.host_advice
+            )
+        named = dict(distiller.named_parameters())
         left = [n for n, p in named.items() if p.requires_grad and id(p) not in self._optimised]
         if left:
             raise KDHooksError(
@@ -124,3 +272,16 @@ class OptimizerGuard(NotCopied):
 
     def remove(self) -> None:
         self._handle.remove()
+
+
+def _check_static_graph(taps: StudentTaps) -> None:
+    """A DDP with a static graph averages gradients only after a backward through its output."""
+    wrapper = None if taps.wrapper is None else taps.wrapper()
+    if wrapper is None or not wrapper.static_graph:
+        return
+    if not getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True):
+        raise KDHooksError(
+            "DistributedDataParallel(static_graph=True) averaged no gradient of the student, since "
+            "the loss does not depend on its output; train the terms together with a loss of that "
+            "output, or leave static_graph out"
+        )

@@ -1,19 +1,35 @@
-"""What a device goes on with, while the host or another stream does not wait for it."""
+"""Results that a device is still computing while the host, or another stream, goes on."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Tensors = TypeVar("Tensors", bound=Iterable[Tensor])
 
 
-class Sent:
-    """A tensor on its way to the host.
+class Later(Protocol[T_co]):
+    """A result that was started earlier. `get` waits for that result, and for nothing else."""
 
-    Who reads it waits for what was put to work before it was sent, and for nothing later.
-    """
+    def get(self) -> T_co: ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[T]):
+    """A result that need not be waited for."""
+
+    value: T
+
+    def get(self) -> T:
+        return self.value
+
+
+class Sent:
+    """A tensor on its way to the host; `get` blocks until the copy has finished."""
 
     def __init__(self, tensor: Tensor) -> None:
         tensor = tensor.detach() if tensor.requires_grad else tensor
@@ -22,34 +38,39 @@ class Sent:
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(tensor.device))
 
-    def read(self) -> Tensor:
+    def get(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host
 
 
 class SideStream:
-    """Work beside what its caller goes on with."""
+    """A CUDA stream of its own, for work beside the current stream's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[Tensor], Tensors], given: Tensor) -> Callable[[], Tensors]:
-        """Puts work on `given` on the stream; the result has the current stream wait for it."""
+    def run(self, work: Callable[[Tensor], Tensors], given: Tensor) -> Later[Tensors]:
+        """Start `work(given)` on the stream; `get` lets the current stream wait for it."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             made = work(given)
-        given.record_stream(self._stream)  # who frees memory must know what else uses it
-
-        def taken() -> Tensors:
-            self.join()
-            for tensor in made:
-                tensor.record_stream(torch.cuda.current_stream(self.device))
-            return made
-
-        return taken
+        given.record_stream(self._stream)  # the allocator must know every stream that uses it
+        return _OnStream(self, made)
 
     def join(self) -> None:
-        """The current stream waits for all that was put on this one."""
+        """Let the current stream wait for all work on this one."""
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+
+@dataclass(frozen=True)
+class _OnStream(Generic[Tensors]):
+    stream: SideStream
+    made: Tensors
+
+    def get(self) -> Tensors:
+        self.stream.join()
+        for tensor in self.made:
+            tensor.record_stream(torch.cuda.current_stream(self.stream.device))
+        return self.made

@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdhooks.checks import check_nonfinite
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller, undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.finite import check_nonfinite
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.cache import CacheOptions
@@ -97,6 +97,7 @@ def build(
     *,
     network: NetworkFactory | None = None,
     head: ClassShard | None = None,
+    host_head: Literal["margin"] | None = None,
     plugins: Sequence[object] = (),
     run_student: Callable[[Tensor], object] | None = None,
 ) -> Distiller:
@@ -116,6 +117,7 @@ def build(
         student_stages=recipe.stages("student"),
         teacher_stages=recipe.stages("teacher"),
         head=head,
+        host_head=host_head,
         input_shape=recipe.input_shape,
         plugins=plugins,
         seed=recipe.seed,

@@ -1,10 +1,11 @@
-"""Recording what named modules put out, and refusing what would train the wrong thing."""
+"""Records the outputs of named modules, and refuses those that would train the wrong thing."""
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError, listed, near_miss
 
 HALF = (torch.float16, torch.bfloat16)
-_WRAPPERS = ("module", "_orig_mod")  # DDP, DataParallel and torch.compile put these in front
+# The children of DDP, DataParallel, torch.compile and Fabric that hold the model itself.
+_WRAPPERS = ("module", "_orig_mod")
 
 
 class Removable(Protocol):
@@ -34,7 +36,11 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
-    """The submodule at a path, whatever wrappers stand in front of it or in between."""
+    """The submodule at a path, whatever wrappers stand in front of it or in between.
+
+    `path@2` names the same submodule as `path`.
+    """
+    path, _ = split_call(path, side)
     if path == "":
         return model
     known: dict[str, nn.Module] = {
@@ -50,6 +56,16 @@ def find(model: nn.Module, path: str, side: str) -> nn.Module:
     return module
 
 
+def split_call(path: str, side: str) -> tuple[str, int]:
+    """`path@2` -> ("path", 2), the submodule's second call in a forward; without @, call 0."""
+    path, at, call = path.partition("@")
+    if at and not (call.isdecimal() and int(call) > 0):
+        raise KDHooksError(
+            f"{side} tap '{path}@{call}' must name a call by its number, as in '{path}@2'"
+        )
+    return path, int(call or 0)
+
+
 def _without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or path
 
@@ -58,24 +74,29 @@ class Taps:
     """Keeps the outputs of named modules between `open` and `close`, until they are taken."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
+        """paths: a module that runs several times in one forward needs the call: `path@2`."""
         self._side = side
         self.recording = False
         self._records: dict[str, tuple[Tensor, int]] = {}  # with the version that each had
         self.fired = False
         self._paths = list(dict.fromkeys(paths))
+        found = [(path, find(model, path, side)) for path in self._paths]
+        self._none_called = dict.fromkeys(self._paths, 0)
+        self._calls = dict(self._none_called)  # of each path, in this forward
         self._handles: list[Removable] = [
-            find(model, path, side).register_forward_hook(partial(self._record, path))
-            for path in self._paths
+            module.register_forward_hook(partial(self._record, path, split_call(path, side)[1]))
+            for path, module in found
         ]
 
     def open(self) -> None:
         self._records.clear()
+        self._calls.update(self._none_called)
         self.recording = True
 
     def close(self, finished: bool = True) -> None:
-        """finished: False where the forward raised; nobody takes what it left."""
+        """finished: whether the forward returned; if it raised, nobody takes its records."""
         if self.recording and not finished:
-            self._records.clear()
+            self.discard()
         self.recording = False
 
     __enter__ = open
@@ -83,9 +104,19 @@ class Taps:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(kind is None)
 
-    def _record(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _record(
+        self, path: str, wanted: int, module: nn.Module, args: tuple[Any, ...], output: object
+    ) -> None:
         if not self.recording:
             return
+        self._calls[path] += 1
+        if wanted and self._calls[path] != wanted:
+            return
+        if path in self._records:
+            raise KDHooksError(
+                f"{self._side} tap '{path or 'output'}' ran twice in one forward; name the call "
+                f"whose output is meant: '{path}@1' or '{path}@2'"
+            )
         if isinstance(output, tuple | list) and len(output) == 1:
             output = output[0]  # mmpretrain's backbones and necks
         if not isinstance(output, Tensor):
@@ -99,7 +130,7 @@ class Taps:
         self._records[path] = output, version
 
     def take(self) -> dict[str, Tensor]:
-        """Each path's output of the last forward, in float32 at least; they are let go of here."""
+        """Each path's output of the last forward, in float32 at least. The records end here."""
         records, self._records = self._records, {}
         if len(records) < len(self._paths):
             raise KDHooksError(self._never_fired(records))
@@ -121,17 +152,27 @@ class Taps:
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
         if fired:
             return f"{self._side} tap {names} did not run in this forward; tap a module that does"
+        if self._side == "teacher":
+            return (
+                f"teacher tap {names} recorded nothing: a compiled, scripted or exported model "
+                "calls no hooks that were registered later; give Teacher the plain module"
+            )
         return (
             f"{self._side} tap {names} recorded nothing; run the {self._side} in training mode "
             "with grad before each call, and attach before the first call of a compiled model "
             "(torch.compile ignores hooks that come later)"
         )
 
+    def discard(self) -> None:
+        """Forget the records of the last forward."""
+        self._records.clear()
+        self.recording = False
+
     def remove(self) -> None:
+        self.discard()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._records.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
         return _disarmed()
@@ -141,22 +182,27 @@ class Taps:
 
 
 def _disarmed() -> Taps:
-    """What a copy or a pickle of a tapped model carries: taps that keep nothing."""
+    """The taps that a copy or a pickle of a tapped model carries: they record nothing."""
     return Taps(nn.Identity(), (), "copy")
 
 
 class StudentTaps:
-    """Taps of a model in training: each forward with grad records; `take` checks and lets go.
+    """Taps of a model in training, which record each forward that has gradients.
 
-    A forward opens at the model's entrance and closes at its exit, so that neither evaluation
-    nor the recomputation of activation checkpointing is recorded. `on_enter` is told its images,
-    and what it gives is kept as `begun`.
+    A forward opens at the model's entrance and closes at its exit, so that neither evaluation nor
+    the recomputation of activation checkpointing is recorded. Its records wait until they are
+    taken; another forward before that is refused.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        self.images: Tensor | None = None
-        self.on_enter: Callable[[Tensor], object] | None = None
-        self.begun: Any = None
+        self.images: Tensor | None = None  # the model's input, until its outputs are taken
+        self.inputs: list[Tensor] = []  # all tensors that the model got
+        self.version = 0  # of the images, when the forward started
+        self.waiting = False  # whether a forward is over whose outputs nobody has taken
+        self.paused = False
+        self.on_enter: Callable[[Tensor], object] | None = None  # called with the images
+        self.on_failure: Callable[[], object] | None = None  # called if the forward raises
+        self.wrapper: ref[nn.parallel.DistributedDataParallel] | None = None
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -169,25 +215,55 @@ class StudentTaps:
         return self._taps.fired
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # In a backward it is activation checkpointing that runs the model again.
+        # In a backward, it is activation checkpointing that runs the model again.
         backward = torch._C._current_graph_task_id() != -1
-        if self._handles and model.training and torch.is_grad_enabled() and not backward:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            self.images = self.begun = None
-            if tensors and self.on_enter is not None:
-                self.begun = self.on_enter(tensors[0])
-            self.images = tensors[0] if tensors else None
-            self._taps.open()
+        if self.paused or not self._handles or not model.training or backward:
+            return
+        if not torch.is_grad_enabled():
+            return
+        if self.waiting:
+            self.discard()
+            raise KDHooksError(
+                "the student ran again in training before kd computed the terms of its last "
+                "forward; call kd(images, labels) once after each forward, or run the forwards "
+                "that are not to count inside `with kd.paused():`"
+            )
+        images, tensors = None, list[Tensor]()
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                # Images are the first floating-point tensor, and better the first (b 3 h w).
+                if value.is_floating_point() and (images is None or images.ndim < 4 == value.ndim):
+                    images = value
+        if images is not None:
+            if self.on_enter is not None:
+                self.on_enter(images)
+            self.version = -1 if images.is_inference() else images._version
+        if not self._taps.fired and not torch.compiler.is_compiling():
+            self._note_wrapper()
+        self.images, self.inputs = images, tensors
+        self._taps.open()
+
+    def _note_wrapper(self) -> None:
+        """Of the DistributedDataParallel whose forward this is, if there is one."""
+        active = nn.parallel.DistributedDataParallel._active_ddp_module
+        self.wrapper = None if active is None else ref(active)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        # Torch calls this where the forward raised, too, with no output.
+        if not self._taps.recording:
+            return
+        # Torch calls this without an output when the forward has raised.
         finished = output is not None or sys.exc_info()[0] is None
-        if self._taps.recording and not finished:
-            self.images = self.begun = None
+        if not finished:
+            self.images, self.inputs = None, []
+            if self.on_failure is not None:
+                self.on_failure()
+        self.waiting = finished
         self._taps.close(finished)
 
     def take(self) -> dict[str, Tensor]:
-        self.images = self.begun = None
+        """Each path's output of the last forward, all of them with a gradient."""
+        self.images, self.inputs, self.waiting = None, [], False
         outputs = self._taps.take()
         for path, tensor in outputs.items():
             if not tensor.requires_grad:
@@ -198,8 +274,14 @@ class StudentTaps:
                 )
         return outputs
 
+    def discard(self) -> None:
+        """Forget the last forward."""
+        self.images, self.inputs, self.waiting = None, [], False
+        self._taps.discard()
+
     def remove(self) -> None:
-        self.images = self.begun = self.on_enter = None
+        self.on_enter = self.on_failure = None
+        self.discard()
         self._taps.remove()
         for handle in self._handles:
             handle.remove()

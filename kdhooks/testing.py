@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.declarations import ClassifierShare, EmbeddingTap, FeatureTap, ParameterTap, Tap
+from kdhooks.declarations import ParameterTap, Tap
 from kdhooks.distiller import Distiller
 from kdhooks.teacher.teacher import Teacher
 
@@ -26,13 +26,6 @@ Arguments: TypeAlias = tuple[Any, ...]
 
 _CLASSES = 6
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-_CONTRACTS = {
-    EmbeddingTap: "(b d), (b e), (b) -> ().",
-    FeatureTap: "[(b k h w)], [(b k h w)], (b) -> ().",
-    ClassifierShare: "(b d), (b e), (b), classifier -> ().",
-    ParameterTap: "[(…)] -> ().",
-}
-_COMPARE = "(b d), (b e), (b), classifier, head -> ()."
 
 
 class TinyFaceNet(nn.Module):
@@ -152,8 +145,7 @@ def _rule(kept: object, name: str, rule: str) -> None:
 
 def _contract(tap: Tap, arguments: Arguments) -> None:
     """The first line of the loss's forward says what it is called with, and is true."""
-    compares = isinstance(tap, ClassifierShare) and tap.mode == "compare"
-    expected = _COMPARE if compares else _CONTRACTS[type(tap)]
+    expected = tap.contract
     found = (tap.loss.forward.__doc__ or "").strip().split("\n")[0]
     _rule(found == expected, tap.name, f"documents its forward as {expected!r}; found {found!r}")
     value = _first(tap, arguments)

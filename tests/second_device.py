@@ -157,7 +157,7 @@ class Native:
     def never_waited_for(self) -> Iterator[None]:
         """Inside, torch raises an error when the host waits for CUDA.
 
-        Waiting for an event is allowed, and so `Sent.read` is: torch doesn't count it.
+        Waiting for an event is allowed, and so `Sent.get` is: torch doesn't count it.
         """
         if not self._cuda:
             yield

@@ -339,7 +339,7 @@ def test_evaluation_runs_no_teacher_and_keeps_nothing(
     (report,) = one.run(
         below_imports="calls = []\n" + install(teacher, FCD, COUPLEFACE),
         before_loop=(
-            "teacher = installed.attachment.distiller._teacher.module\n"
+            "teacher = installed.attachment.distiller._session.teacher.module\n"
             "teacher.register_forward_pre_hook(lambda *a: calls.append(1))"
         ),
         verbose=1,
@@ -347,7 +347,7 @@ def test_evaluation_runs_no_teacher_and_keeps_nothing(
             "calls": "len(calls)",
             "pending": "installed.attachment.distiller.pending is not None",
             "records": "len(installed.attachment.distiller._student._taps._records)",
-            "teacher awake": "installed.attachment.distiller._teacher.module.training",
+            "teacher awake": "installed.attachment.distiller._session.teacher.module.training",
         },
     )
     assert len(report["verified"]) == 3
@@ -599,7 +599,7 @@ def test_a_term_that_fails_in_the_last_step_is_noticed_before_the_student_is_sav
 ) -> None:
     third = (
         "kd = installed.attachment.distiller\n"
-        "kd._teacher.module.register_forward_hook(\n"
+        "kd._session.teacher.module.register_forward_hook(\n"
         "    lambda m, given, out, kd=kd, bad=torch.nan: out * bad if kd.step == 2 else out\n"
         ")\n"
     )
@@ -694,7 +694,8 @@ def test_a_head_that_is_not_used_is_noticed(one: Trainer, teacher: dict[str, str
     )
     (report,) = one.run(below_imports=install(without, FCD), before_loop=half, heads=2)
     assert report["error"] == "KDHooksError"
-    assert "the heads were given 6 labels for a batch" in report["message"]
+    assert "before kd computed the terms of that forward" in report["message"]
+    assert "each batch must go through all attached heads" in report["message"]
 
 
 # --- ProxylessKD: the head's own classifier ------------------------------------------------------

@@ -232,7 +232,7 @@ MAP: Shape = (3, 4, 4)
             Model(nn.Identity(), 4),
             "of the teacher's stages; found 0; .* taps.teacher.stages in the recipe",
         ),
-        (model(MAP), model(), "teacher's stages; found 0; it is no torch module; .*onnx_to_torch"),
+        (model(MAP), model(), "teacher's stages; found 0; it is no torch module; .*onnx.to_torch"),
         (
             model(MAP, MAP),
             model(MAP),

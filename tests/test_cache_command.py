@@ -15,7 +15,7 @@ from kdhooks.cli import main
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache_files import Parts
 from kdhooks.teacher.fingerprints import HEADER
-from kdhooks.teacher.teacher import Teacher
+from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer
@@ -59,11 +59,10 @@ def cache(*argv: str, status: int = 0) -> None:
     assert main(["cache", *argv]) == status
 
 
-def teacher() -> Teacher:
+def teacher() -> TeacherSession:
     recipe = Recipe.read("kd.toml")
     made = build_teacher(recipe, teacher_factory(None, recipe))
-    made.start_cache(faces()[0])
-    return made
+    return TeacherSession(made, like=faces()[0])
 
 
 @pytest.mark.parametrize("data", ["folders", "faces.zip", "records"])
@@ -83,7 +82,7 @@ def test_build_goes_on_where_it_was_stopped(capsys: Captured) -> None:
     """With nothing but the first ten pictures, whose mirror images were not written any more."""
     found = teacher()
     found(faces()[0][:10])
-    found.remove()
+    found.close()
     cache(*BUILD, "folders")
     assert capsys.readouterr().out.endswith(
         f"cache: {VIEWS} views of 24 pictures, of which 10 were there\n"

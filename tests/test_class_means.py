@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdhooks import KDHooksError, Teacher, class_means, prototypes
+from kdhooks import KDHooksError, Teacher, class_means
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import tiny_batch, tiny_teacher
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_class_means_equal_the_plain_computation(flip: bool) -> None:
     teacher = tiny_teacher()
+    session = TeacherSession(teacher)
     images, labels = tiny_batch(copies=3)
     labels[4] = -1
     found = class_means(teacher, [(images[:7], labels[:7]), (images[7:], labels[7:])], 6, flip=flip)
@@ -24,7 +26,7 @@ def test_class_means_equal_the_plain_computation(flip: bool) -> None:
             if own == label:
                 views = [image, image.flip(-1)] if flip else [image]
                 for view in views:
-                    total += F.normalize(teacher(view[None]).embedding)[0]
+                    total += F.normalize(session(view[None]).embedding)[0]
         torch.testing.assert_close(found[label], F.normalize(total, dim=0))
 
 
@@ -33,7 +35,7 @@ def test_they_find_their_own_classes() -> None:
     images, labels = tiny_batch()
     rows = Teacher(teacher.module, classifier=class_means(teacher, [(images, labels)], 6))  # type: ignore[arg-type]
     assert rows.classifier is not None
-    assert torch.equal(rows.classifier.nearest(teacher(images).embedding), labels)
+    assert torch.equal(rows.classifier.nearest(TeacherSession(teacher)(images).embedding), labels)
 
 
 def test_every_class_needs_an_image_and_every_label_a_class() -> None:
@@ -76,7 +78,7 @@ def batches_until(stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.fixture
 def partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pass that stopped in the middle: four of six batches are kept, two by two."""
-    monkeypatch.setattr(prototypes, "SAVE_EVERY", 2)
+    monkeypatch.setattr("kdhooks.teacher.class_means.SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         class_means(Teacher(Counted()), batches_until(5), 6, save=tmp_path / "sums")
     return tmp_path / "sums"
@@ -100,9 +102,9 @@ def test_sums_of_another_pass_are_refused(partial: Path) -> None:
         (Counted(dim=9), {}),
         (Counted(), {"flip": False}),
     ):
-        with pytest.raises(KDHooksError, match="begun with another teacher, number of classes"):
+        with pytest.raises(KDHooksError, match="started with another teacher, number of classes"):
             class_means(Teacher(teacher), batches_until(), 6, save=partial, **options)
-    with pytest.raises(KDHooksError, match="begun with another teacher, number of classes"):
+    with pytest.raises(KDHooksError, match="started with another teacher, number of classes"):
         class_means(Teacher(Counted()), batches_until(), 7, save=partial)
     swapped = [(images, labels.flip(0)) for images, labels in batches_until()]
     with pytest.raises(KDHooksError, match="summed over 4 batches with other labels"):

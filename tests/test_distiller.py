@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from kdhooks import (
     ClassifierShare,
     ClassShard,
+    ComparedClassifiers,
     Distiller,
     EmbeddingTap,
     FeatureTap,
+    InheritedClassifier,
     KDHooksError,
     Model,
     ParameterTap,
@@ -27,6 +29,7 @@ from kdhooks import (
     hookimpl,
 )
 from kdhooks.declarations import Weight
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 SMALL = (3, 32, 32)
@@ -70,7 +73,7 @@ def test_terms_are_weighted_and_named_in_the_order_of_the_methods() -> None:
     kd = distil(Method("b", 2.0), Method("a", 0.5), net=net)
     embedding = net(images)
     terms = kd(images, labels)
-    raw = (embedding - tiny_teacher()(images).embedding).square().mean()
+    raw = (embedding - TeacherSession(tiny_teacher())(images).embedding).square().mean()
     assert list(terms) == ["b", "a"]
     torch.testing.assert_close(terms["b"], 2 * raw)
     torch.testing.assert_close(terms["a"], 0.5 * raw)
@@ -249,15 +252,18 @@ def test_a_name_that_no_parameter_has_is_refused() -> None:
         distil(Method(loss=Table("row"))).parameter_groups(0.5)
 
 
-def test_a_copy_shares_the_teacher_and_disturbs_nothing() -> None:
+def test_a_copy_has_no_teacher_and_disturbs_nothing() -> None:
     net = student()
     kd = distil("fcd", net=net)
     copied = copy.deepcopy(kd)
-    assert copied._teacher is kd._teacher
+    assert copied._session is None
     assert copied.taps[0].loss is copied.losses["fcd"] is not kd.losses["fcd"]
     assert not any("teacher" in name for name, _ in kd.named_modules())
-    assert kd.train()._teacher.module is not None
-    assert not kd._teacher.module.training  # type: ignore[union-attr]
+    copied.remove()
+    assert net._forward_hooks, "those of the original stay"
+    teacher = kd.train()._session.teacher.module
+    assert teacher is not None
+    assert not teacher.training
 
 
 def test_losses_run_in_float32_inside_autocast() -> None:
@@ -283,7 +289,7 @@ def test_the_teacher_is_skipped_where_no_loss_needs_it_but_for_the_first_check()
     assert module is not None
     net, (images, labels) = student(), tiny_batch()
     kd = distil("proxylesskd", net=net)
-    kd._teacher.module.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    kd._session.teacher.module.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
     for _ in range(3):
         net(images)
         kd(images, labels)
@@ -444,8 +450,8 @@ def test_hook_parameter_tap_counts_once_an_optimiser_step() -> None:
     torch.testing.assert_close(net.fc.weight.grad, net.fc.weight.detach())
 
 
-@pytest.mark.parametrize("mode", ["centres", "compare"])
-def test_hook_classifier_share(mode: str) -> None:
+@pytest.mark.parametrize("kind", [ClassifierShare, InheritedClassifier, ComparedClassifiers])
+def test_hook_classifier_share(kind: type[ClassifierShare]) -> None:
     class Scores(nn.Module):
         def forward(
             self,
@@ -464,7 +470,7 @@ def test_hook_classifier_share(mode: str) -> None:
         def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
             assert teacher.classifier is not None
             self.classes = teacher.classifier.total
-            return ClassifierShare("scores", Scores(), mode=mode)  # type: ignore[arg-type]
+            return kind("scores", Scores())
 
     net, (images, labels) = student(), tiny_batch()
     weight = nn.Parameter(torch.randn(6, 12))
@@ -474,7 +480,7 @@ def test_hook_classifier_share(mode: str) -> None:
     kd(images, labels)["scores"].backward()
     assert method.classes == 6
     assert net.fc.weight.grad is not None
-    assert (weight.grad is not None) == (mode == "compare")
+    assert (weight.grad is not None) == (kind is ComparedClassifiers)
     assert not kd.teacher_rows.requires_grad
 
 
@@ -503,7 +509,7 @@ def test_hook_adapt_teacher() -> None:
     kd(images, labels)["gap"].backward()
     assert kd.adapter is not None
     assert kd.adapter.shift.grad is not None
-    module = kd._teacher.module
+    module = kd._session.teacher.module
     assert module is not None
     assert all(p.grad is None for p in module.parameters())
     assert not module.training
@@ -731,16 +737,34 @@ def test_an_embedding_that_is_no_matrix_names_the_way_out() -> None:
         distil(Method(), student_embedding="layer4")
 
 
-def test_hand_over_takes_the_term_out() -> None:
-    kd = distil("fcd", "proxylesskd")
-    share = kd.taps[1]
-    assert isinstance(share, ClassifierShare)
-    rows = kd.hand_over(share)
-    assert rows().shape == (6, 12)
+def test_a_term_that_the_hosts_head_computes_is_left_out() -> None:
+    kd = distil("fcd", "proxylesskd", host_head="margin")
+    assert kd.inherited is not None
+    assert (kd.inherited.name, kd.inherited.weight) == ("proxylesskd", 1.0)
+    assert kd.inherited.rows().shape == (6, 12)
     assert [tap.name for tap in kd.taps] == ["fcd"]
     assert not list(kd.buffers()), "the host's head holds the rows now"
-    kd = distil({"name": "proxylesskd", "m": 0.3})
-    share = kd.taps[0]
-    assert isinstance(share, ClassifierShare)
-    with pytest.raises(KDHooksError, match="own head can't compute it; its options m ask for"):
-        kd.hand_over(share)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"m": 0.3}, "own head can't compute it; its options m ask for"),
+        ({"weight": lambda step: 1.0}, "its weight must be a number if the trainer's head"),
+    ],
+)
+def test_a_term_that_the_hosts_head_cannot_compute_is_refused(
+    options: dict[str, object], match: str
+) -> None:
+    net = student()
+    with pytest.raises(KDHooksError, match=match):
+        distil({"name": "proxylesskd", **options}, net=net, host_head="margin")
+    assert not net._forward_hooks
+
+
+def test_without_such_a_head_or_with_weight_zero_kdhooks_computes_it() -> None:
+    for options in ({"host_head": None}, {"host_head": "margin"}):
+        weight = 0.0 if options["host_head"] else 1.0
+        kd = distil({"name": "proxylesskd", "weight": weight}, **options)
+        assert kd.inherited is None
+        assert [tap.name for tap in kd.taps] == ["proxylesskd"]

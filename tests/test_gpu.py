@@ -26,6 +26,7 @@ from torch.testing import assert_close
 from kdhooks import ClassShard, Distiller, Model, Teacher
 from kdhooks.classes.chunked_sums import chunk_size
 from kdhooks.later import Sent, SideStream
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.kd import KD
 from kdhooks_plugins.thkd import THKD
@@ -86,16 +87,15 @@ Outputs = list[list[Tensor]]  # of each batch: its embedding, and then its featu
 
 def taught(teacher: Teacher, device: str, tapped: bool = True) -> Outputs:
     """All outputs are read after the last call."""
-    if tapped:
-        teacher.tap(["layer2"])
-    outputs = [list(teacher(images)) for images in batches(device, 4)]
+    session = TeacherSession(teacher, ["layer2"] if tapped else ())
+    outputs = [list(session(images)) for images in batches(device, 4)]
     return [[tensor.cpu() for tensor in output] for output in outputs]
 
 
 def compiled(device: str, mode: bool | str, clones: bool = True) -> Outputs:
     torch._dynamo.reset()
     teacher = Teacher(network(), compile=mode)
-    teacher._overwrites = teacher._overwrites and clones
+    teacher.overwrites_output = teacher.overwrites_output and clones
     return taught(teacher, device, tapped=clones)  # a tap splits the graph, which CUDA's need whole
 
 
@@ -135,17 +135,16 @@ def late(images: Tensor) -> Tensor:
 
 def beside(device: str, joins: bool = True) -> Outputs:
     teacher = Teacher(network(), transform=late, side_stream=True)
-    teacher.tap(["layer2"])
+    session = TeacherSession(teacher, ["layer2"])
     given = batches(device, 4)
-    teacher(given[0])  # `begin` does nothing until the teacher is on the device
+    session(given[0])  # `run_ahead` does nothing until the teacher is on the device
     outputs = []
     with pytest.MonkeyPatch.context() as patch:
         if not joins:
             patch.setattr(SideStream, "join", lambda stream: None)
         for images in given:
-            begun = teacher.begin(images)
-            assert begun is not None
-            outputs.append([tensor.clone() for tensor in teacher(images, begun)])
+            session.run_ahead(images)
+            outputs.append([tensor.clone() for tensor in session(images)])
     return [[tensor.cpu() for tensor in output] for output in outputs]
 
 
@@ -182,7 +181,7 @@ def distilled(device: str, side_stream: bool) -> list[Tensor]:
             total.backward()
             optimizer.step()
             seen.append(total)
-        assert (teacher._beside is not None) == (side_stream and device == "cuda")
+        assert (kd._session._stream is not None) == (side_stream and device == "cuda")
     return [tensor.detach().cpu() for tensor in (*seen, *student.parameters())]
 
 
@@ -200,7 +199,7 @@ def sent() -> tuple[bool, list[float]]:
         tensor = Sent(torch.ones(2, device="cuda") * cycles)
         assert tensor._arrived is not None
         early = tensor._arrived.query()
-        found = tensor.read().tolist()
+        found = tensor.get().tolist()
         del tensor  # the next round takes its host memory, since CUDA may wait to allocate more
     return early, found
 
@@ -256,19 +255,21 @@ class Messages(logging.Handler):
 def short_of_memory(device: str, b: int, width: int, limit: int | None) -> ShortOfMemory:
     torch.manual_seed(0)
     wide, images, messages = Wide(width), torch.rand(b, 3, 32, 32).to(device), Messages()
-    expected = Teacher(wide)(images).embedding
+    expected = TeacherSession(Teacher(wide))(images).embedding
     log = logging.getLogger("kdhooks")
     log.addHandler(messages)
     try:
         if limit is None:
-            return ShortOfMemory(Teacher(wide)(images).embedding.cpu(), expected.cpu(), [], False)
+            return ShortOfMemory(
+                TeacherSession(Teacher(wide))(images).embedding.cpu(), expected.cpu(), [], False
+            )
         with only_so_much_more(limit):
             refused = False
             try:
-                Teacher(wide)._at_once(images)
+                TeacherSession(Teacher(wide))._forward_once(images)
             except torch.OutOfMemoryError:
                 refused = True
-            found = Teacher(wide)(images).embedding
+            found = TeacherSession(Teacher(wide))(images).embedding
         return ShortOfMemory(found.cpu(), expected.cpu(), messages.found, refused)
     finally:
         log.removeHandler(messages)

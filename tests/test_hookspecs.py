@@ -74,7 +74,7 @@ def test_hook_classifier_share() -> None:
         @hookimpl
         def classifier_share(self, teacher: Model) -> ClassifierShare:
             assert teacher.classifier is not None
-            return ClassifierShare("own", Own(), mode="centres")
+            return ClassifierShare("own", Own())
 
     assert list(step(Method())) == ["own"]
 

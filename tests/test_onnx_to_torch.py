@@ -12,8 +12,8 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import onnx_operators
 from kdhooks.errors import KDHooksError
+from kdhooks.onnx import operators
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import OnnxNetwork, to_torch
 from tests.onnx_samples import (
@@ -316,7 +316,7 @@ def test_a_network_that_disagrees_is_not_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = export(randomised(IResNet()), tmp_path / "m.onnx")
-    monkeypatch.setitem(onnx_operators._MODULES, "PRelu", lambda node: nn.ReLU())
+    monkeypatch.setitem(operators._MODULES, "PRelu", lambda node: nn.ReLU())
     with pytest.raises(KDHooksError, match=r"of m\.onnx must agree .* differs by \d\.\de-0\d of"):
         to_torch(path)
 

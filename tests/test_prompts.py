@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError, Model, Stage, Teacher
 from kdhooks.classes.rows import Rows
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks, width
 from kdhooks_plugins._prompts import Prompts
@@ -209,7 +210,7 @@ def test_prompts_have_the_gradient_of_the_equation(make: Maker, stage: str, last
 def test_the_teacher_stays_frozen_while_prompts_move(make: Maker, stage: str, last: str) -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(make, stage, student)
-    module = distiller._teacher.module
+    module = distiller._session.teacher.module
     assert module is not None
     before = copy.deepcopy(module.state_dict())
     start = copy.deepcopy(distiller.adapter)
@@ -435,14 +436,14 @@ def test_the_state_dict_restores_the_prompts_and_the_next_step(
 @TEACHERS
 def test_prompts_work_under_the_teachers_autocast(make: Maker, stage: str, last: str) -> None:
     network = trained(make)
-    teacher = Teacher(network, dtype=torch.bfloat16)
-    teacher.adapter = prompts_of(network)
+    adapter = prompts_of(network)
+    session = TeacherSession(Teacher(network, dtype=torch.bfloat16), adapter=adapter)
     images, _ = tiny_batch()
-    found = teacher(images).embedding
+    found = session(images).embedding
     assert found.dtype == torch.float32
-    assert_close(found, teacher.adapter(network, images), rtol=0.1, atol=0.1)
+    assert_close(found, adapter(network, images), rtol=0.1, atol=0.1)
     found.sum().backward()
-    assert all(p.grad is not None for p in teacher.adapter.parameters())
+    assert all(p.grad is not None for p in adapter.parameters())
 
 
 # --- the teacher's own classes ---------------------------------------------------------------
@@ -452,7 +453,8 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
     teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
     tap = CAKD(teacher_cls_weight=2.0, weight=0.5).classifier_share(teacher)
     assert tap is not None
-    assert (tap.weight, tap.mode) == (1.0, "centres")
+    assert tap.weight == 1.0
+    assert not tap.inherits_classifier
     student, labels = normal(1, 4, 12).requires_grad_(), torch.tensor([0, 2, 1, 2])
     embedding, rows = normal(2, 4, 12).requires_grad_(), normal(3, 3, 12)
     loss, notes = tap.loss(student, embedding, labels, ClassShard(rows, 0, 3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import ClassifierShare, ClassShard, Distiller, KDHooksError, Model
+from kdhooks import ClassifierShare, ClassShard, Distiller, InheritedClassifier, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from tests import golden
@@ -46,6 +46,12 @@ MARGINS: list[tuple[dict[str, Any], reference.Margin]] = [
 def declared(d: int = 6, e: int = 6, **options: Any) -> ClassifierShare:
     method = ProxylessKD(**options)
     return method.classifier_share(Model(None, d), Model(None, e))
+
+
+def inheriting(**options: Any) -> InheritedClassifier:
+    tap = declared(**options)
+    assert isinstance(tap, InheritedClassifier)
+    return tap
 
 
 def made(d: int = 6, e: int = 6, **options: Any) -> nn.Module:
@@ -309,13 +315,13 @@ def test_logs_the_mean_cosine_with_the_own_row() -> None:
 )
 def test_own_options_keep_the_head_from_the_host(options: dict[str, Any], named: str) -> None:
     conflict = f"its options {named} ask for kdhooks' own (head = 'own')"
-    assert declared(**options).host_conflict == conflict
+    assert inheriting(**options).host_conflict == conflict
 
 
 def test_the_declaration_says_who_computes_and_who_is_needed() -> None:
-    assert declared().host_conflict == ""
-    assert declared().mode == "inherit"
-    assert declared(head="own").mode == "centres"
+    assert inheriting().host_conflict == ""
+    assert declared().inherits_classifier
+    assert not declared(head="own").inherits_classifier
     assert not declared().needs_teacher
     assert declared(extra_fcd_weight=0.1).needs_teacher
     assert declared().weight == 1

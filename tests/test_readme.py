@@ -254,7 +254,7 @@ def test_block_teacher_cache(folder: Path) -> None:
     for _ in range(2):
         student(images)
         kd(images, labels)
-    cache = kd._teacher.cache
+    cache = kd._session.cache
     assert cache is not None
     assert (cache.folder, cache.hits) == (Path("teacher/cache"), CLASSES)
 

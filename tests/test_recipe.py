@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdhooks import InputTransform, KDHooksError, Teacher, build
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 
@@ -89,7 +90,9 @@ def test_teacher_options_reach_the_teacher() -> None:
     }
     teacher = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
     image = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(2, 3, 16, 16)
-    torch.testing.assert_close(teacher(image).embedding[0], torch.tensor([255.0, 127.5, 0.0]))
+    torch.testing.assert_close(
+        TeacherSession(teacher)(image).embedding[0], torch.tensor([255.0, 127.5, 0.0])
+    )
 
 
 TEACHER = {"module": torch.flatten}
@@ -214,7 +217,9 @@ def test_an_onnx_file_takes_means_of_three_channels(convert: bool, tmp_path: Pat
     module, teacher = from_onnx(tmp_path, convert=convert, input=said)
     images, _ = tiny_batch()
     wanted = module(InputTransform(mean=said["mean"], std=said["std"])(images)).detach()
-    torch.testing.assert_close(teacher(images).embedding, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        TeacherSession(teacher)(images).embedding, wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("convert", [False, True])
@@ -222,7 +227,7 @@ def test_an_onnx_file_is_a_teacher(convert: bool, tmp_path: Path) -> None:
     module, teacher = from_onnx(tmp_path, convert=convert)
     images, _ = tiny_batch()
     torch.testing.assert_close(
-        teacher(images).embedding, module(images).detach(), rtol=1e-4, atol=1e-5
+        TeacherSession(teacher)(images).embedding, module(images).detach(), rtol=1e-4, atol=1e-5
     )
     assert (teacher.module is not None) == convert
 

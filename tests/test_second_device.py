@@ -225,7 +225,7 @@ def read_from_the_host(place: str) -> None:
     side = torch.cuda.Stream()
     with device_at(place), torch.cuda.stream(side):
         sent = Sent(made := torch.ones(2, device=place) * 2)
-    assert sent.read().tolist() == [2, 2]
+    assert sent.get().tolist() == [2, 2]
     with device_at(place):
         made.sum()  # no race, since the host waited for it
         made.record_stream(torch.cuda.current_stream())

@@ -209,18 +209,68 @@ def test_hooks_that_come_before_it_fire(backend: str) -> None:
     torch.testing.assert_close(taps.take()["block"], out)
 
 
-def test_a_module_called_twice_gives_its_last_output() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
+class Twice(nn.Module):
+    """Runs one convolution on its own output."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(self.conv(x))  # type: ignore[no-any-return]
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x))  # type: ignore[no-any-return]
+
+
+def test_a_module_that_runs_twice_needs_the_number_of_the_call() -> None:
     net = Twice()
-    taps = StudentTaps(net, ["conv"])
-    assert net(images()) is taps.take()["conv"]
+    with pytest.raises(KDHooksError, match=r"'conv' ran twice in one forward; .*'conv@1' or"):
+        StudentTaps(net, ["conv"]) and net(images())
+
+
+def test_a_call_is_named_by_its_number() -> None:
+    net = Twice()
+    taps = StudentTaps(net, ["conv@1", "conv@2"])
+    for _ in range(2):  # the calls of each forward are counted from 1
+        out = net(images())
+        taken = taps.take()
+        assert taken["conv@2"] is out
+        torch.testing.assert_close(net.conv(taken["conv@1"]), out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", ["conv@", "conv@0", "conv@x", "conv@-1"])
+def test_a_call_is_a_number_from_1(path: str) -> None:
+    with pytest.raises(KDHooksError, match=f"tap '{path}' must name a call by its number, as in"):
+        find(Twice(), path, "student")
+
+
+def test_a_call_that_does_not_happen_is_named() -> None:
+    net = Twice()
+    taps = StudentTaps(net, ["", "conv@3"])
+    net(images())
+    with pytest.raises(KDHooksError, match="student tap 'conv@3' did not run in this forward"):
+        taps.take()
+
+
+def test_a_second_forward_before_the_first_was_taken_is_refused() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    net(images())
+    with pytest.raises(KDHooksError, match="ran again in training before kd computed the terms"):
+        net(images())
+    out = net(images())  # the error has forgotten the first one
+    assert taps.take()["block"] is out
+
+
+def test_a_forward_that_does_not_count_records_nothing() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["block"])
+    out = net(images())
+    taps.paused = True
+    net(images())
+    taps.paused = False
+    assert taps.take()["block"] is out
+    net(images())
+    taps.discard()
+    net(images())
 
 
 def test_removed_hooks_record_nothing() -> None:

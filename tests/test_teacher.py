@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from kdhooks import InputTransform, KDHooksError, Teacher
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 
@@ -27,7 +28,7 @@ def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
     teacher = Teacher(module)
     before = copy.deepcopy(module.state_dict())
     images, _ = tiny_batch()
-    output = teacher(images)
+    output = TeacherSession(teacher)(images)
     assert not output.embedding.requires_grad
     assert not any(p.requires_grad for p in module.parameters())
     assert_close(module.state_dict(), before, rtol=0, atol=0)
@@ -35,7 +36,7 @@ def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
 
 def test_goes_back_to_eval_when_somebody_woke_it() -> None:
     module = trained()
-    teacher = Teacher(module)
+    teacher = TeacherSession(Teacher(module))
     images, _ = tiny_batch()
     expected = teacher(images).embedding
     module.train()
@@ -52,14 +53,14 @@ def test_neither_deepcopy_nor_pickle_copies_it() -> None:
     assert copy.deepcopy(teacher) is teacher
     absent = pickle.loads(pickle.dumps(teacher))
     with pytest.raises(KDHooksError, match="left out when this model was pickled"):
-        absent(tiny_batch()[0])
+        TeacherSession(absent)
 
 
 def test_a_function_is_a_teacher_without_taps() -> None:
     teacher = Teacher(lambda images: images.mean(dim=(2, 3)))
-    assert teacher(tiny_batch()[0]).embedding.shape == (12, 3)
+    assert TeacherSession(teacher)(tiny_batch()[0]).embedding.shape == (12, 3)
     with pytest.raises(KDHooksError, match=r"no submodules to tap \(layer1\)"):
-        teacher.tap(["layer1"])
+        TeacherSession(teacher, ["layer1"])
 
 
 def test_an_inference_mode_function_gives_usable_tensors() -> None:
@@ -67,7 +68,7 @@ def test_an_inference_mode_function_gives_usable_tensors() -> None:
     def embed(images: Tensor) -> Tensor:
         return images.mean(dim=(2, 3))
 
-    embedding = Teacher(embed)(tiny_batch()[0]).embedding
+    embedding = TeacherSession(Teacher(embed))(tiny_batch()[0]).embedding
     weight = torch.ones(3, requires_grad=True)
     (embedding * weight).sum().backward()
     assert weight.grad is not None
@@ -76,15 +77,14 @@ def test_an_inference_mode_function_gives_usable_tensors() -> None:
 def test_taps_features_and_an_inner_embedding() -> None:
     module = trained()
     teacher = Teacher(module, embedding="fc")
-    teacher.tap(["layer4"])
-    output = teacher(tiny_batch()[0])
+    output = TeacherSession(teacher, ["layer4"])(tiny_batch()[0])
     assert output.features["layer4"].shape == (12, 24, 2, 2)
     assert_close(module.features(output.embedding), module(tiny_batch()[0]))
 
 
 def test_an_output_that_is_no_matrix_names_the_way_out() -> None:
     with pytest.raises(KDHooksError, match=r"must be a tensor \(b e\); found \(12, 3, 32, 32\)"):
-        Teacher(lambda images: images)(tiny_batch()[0])
+        TeacherSession(Teacher(lambda images: images))(tiny_batch()[0])
 
 
 def test_its_autocast_is_its_own() -> None:
@@ -98,8 +98,8 @@ def test_its_autocast_is_its_own() -> None:
 
     images, _ = tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        full = Teacher(Spy(3, 4))(images).embedding
-    half = Teacher(Spy(3, 4), dtype=torch.bfloat16)(images).embedding
+        full = TeacherSession(Teacher(Spy(3, 4)))(images).embedding
+    half = TeacherSession(Teacher(Spy(3, 4), dtype=torch.bfloat16))(images).embedding
     assert seen == [torch.float32, torch.bfloat16]
     assert full.dtype == half.dtype == torch.float32
 
@@ -119,8 +119,7 @@ def test_how_it_is_run_changes_nothing_in_the_result(options: dict[str, Any]) ->
     images, _ = tiny_batch()
     outputs = []
     for teacher in (Teacher(trained()), Teacher(trained(), **options)):
-        teacher.tap(["layer2", "layer4"])
-        outputs.append(teacher(images))
+        outputs.append(TeacherSession(teacher, ["layer2", "layer4"])(images))
     expected, found = outputs
     assert_close(found.embedding, expected.embedding)
     assert_close(found.features, expected.features)
@@ -134,7 +133,7 @@ def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
         return images.mean(dim=(2, 3))
 
     images, _ = tiny_batch()
-    Teacher(embed, micro_batch=5)(images)
+    TeacherSession(Teacher(embed, micro_batch=5))(images)
     assert seen == [5, 5, 2]
     for wrong in (0, "4", True):
         with pytest.raises(KDHooksError, match=f"whole number, at least 1; found {wrong!r}"):
@@ -157,13 +156,13 @@ def test_where_memory_is_short_it_sees_fewer_at_a_time(caplog: pytest.LogCapture
         return images.mean(dim=(2, 3))
 
     images, _ = tiny_batch()
-    teacher = Teacher(embed)
+    teacher = TeacherSession(Teacher(embed))
     assert_close(teacher(images).embedding, images.mean(dim=(2, 3)))
     assert seen == [12, 6, 3, 3, 3, 3]
     seen.clear()
     teacher(images)
     assert seen == [3, 3, 3, 3]
-    assert "no memory for 6 images at once; it sees 3 at a time" in caplog.text
+    assert "no memory for 6 images in one call; from now on it gets 3" in caplog.text
 
 
 def test_no_memory_for_a_single_image_is_an_error() -> None:
@@ -171,7 +170,7 @@ def test_no_memory_for_a_single_image_is_an_error() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Teacher(embed)(tiny_batch()[0])
+        TeacherSession(Teacher(embed))(tiny_batch()[0])
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import (
-    Distiller,
-    EmbeddingTap,
-    InputTransform,
-    KDHooksError,
-    Teacher,
-    cache_files,
-    hookimpl,
-    teacher_cache,
-)
+from kdhooks import Distiller, EmbeddingTap, InputTransform, KDHooksError, Teacher, hookimpl
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher import cache as cache_module
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Index, Parts, checksums
 from kdhooks.teacher.fingerprints import HEADER, ViewKeys
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import EmbeddingDistance
 from tests.ranks import Results, here, on_two_ranks
@@ -58,17 +51,17 @@ class Counting(nn.Module):
 
 def started(
     folder: Path, module: nn.Module | Callable[[Tensor], Tensor] | None = None, **options: Any
-) -> Teacher:
+) -> TeacherSession:
     bound = options.pop("max_gb", None)
     teacher = Teacher(module or Counting(), cache=CacheOptions(folder, bound), **options)
-    teacher.start_cache(torch.zeros(1, *SHAPE))
-    return teacher
+    return TeacherSession(teacher, like=torch.zeros(1, *SHAPE))
 
 
-def counts(teacher: Teacher) -> list[int]:
+def counts(session: TeacherSession) -> list[int]:
     """Images of each call since the last time."""
-    assert isinstance(teacher.module, Counting)
-    calls, teacher.module.calls = teacher.module.calls, []
+    module = session.teacher.module
+    assert isinstance(module, Counting)
+    calls, module.calls = module.calls, []
     return calls
 
 
@@ -87,7 +80,7 @@ def filled(folder: Path, stop: int = 8) -> Tensor:
     """A folder with some views; their embeddings."""
     teacher = started(folder)
     embedding = teacher(views(0, stop)).embedding
-    teacher.remove()
+    teacher.close()
     return embedding
 
 
@@ -167,8 +160,7 @@ def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_them_alone(tmp_p
         pytest.skip("no CUDA device")
     images = views(0, 8).cuda()
     assert torch.equal(ViewKeys()(images).cpu(), ViewKeys()(images.cpu()))
-    teacher = Teacher(Counting(), cache=CacheOptions(tmp_path))
-    teacher.start_cache(images)
+    teacher = TeacherSession(Teacher(Counting(), cache=CacheOptions(tmp_path)), like=images)
     teacher(images)
     expected = teacher(images).embedding
     torch.cuda.set_sync_debug_mode("warn")
@@ -196,19 +188,20 @@ def test_an_epoch_repeats_the_first_to_the_bit_without_the_teacher(tmp_path: Pat
 
 def test_it_gives_the_teachers_embedding_rounded_to_float16(tmp_path: Path) -> None:
     teacher, images = started(tmp_path), views(0, 8)
-    plain = Teacher(Counting())(images).embedding
+    plain = TeacherSession(Teacher(Counting()))(images).embedding
     for _ in range(2):
         assert_close(teacher(images).embedding, plain.half().float(), rtol=0, atol=0)
 
 
 def test_a_mirrored_view_is_one_of_its_own(tmp_path: Path) -> None:
-    teacher, plain, images = started(tmp_path), Teacher(Counting()), views(0, 4)
+    teacher, images = started(tmp_path), views(0, 4)
+    plain = TeacherSession(Teacher(Counting()))
     for flipped in ([0, 1], [], [0, 1, 2, 3], [2], [0, 3]):
         seen = images.clone()
         seen[flipped] = images[flipped].flip(-1)
         expected = plain(seen).embedding
         assert_close(teacher(seen).embedding, expected, rtol=1e-3, atol=1e-3)
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 8
 
 
@@ -218,7 +211,7 @@ def test_misses_go_through_the_teacher_in_one_batch(tmp_path: Path) -> None:
     teacher(views(0, 8))
     counts(teacher)
     mixed = torch.cat([views(6, 8), views(20, 23), views(0, 3)])
-    expected = Teacher(Counting())(mixed).embedding.half().float()
+    expected = TeacherSession(Teacher(Counting()))(mixed).embedding.half().float()
     assert_close(teacher(mixed).embedding, expected, rtol=2e-3, atol=2e-3)
     assert counts(teacher) == [4]  # 3, and one that fills them up to a power of two
 
@@ -229,7 +222,7 @@ def test_a_view_twice_in_a_batch_is_embedded_once(tmp_path: Path) -> None:
     found = teacher(images).embedding
     assert counts(teacher) == [2]
     assert_close(found[:2], found[2:], rtol=0, atol=0)
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 2
 
 
@@ -281,13 +274,13 @@ def test_a_miss_that_is_not_finite_is_noticed_among_hits(tmp_path: Path) -> None
 def test_rows_that_float16_can_not_hold_are_not_kept(tmp_path: Path) -> None:
     teacher = started(tmp_path, lambda images: images.mean(dim=(2, 3)) * 1e8)
     assert not teacher(views(0, 4)).embedding.isfinite().all()
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 0
 
 
-def test_without_start_cache_nothing_is_looked_up(tmp_path: Path) -> None:
+def test_a_session_that_knows_no_images_opens_no_cache(tmp_path: Path) -> None:
     teacher = Teacher(Counting(), cache=CacheOptions(tmp_path / "cache"))
-    teacher(views(0, 4))
+    TeacherSession(teacher)(views(0, 4))
     assert not (tmp_path / "cache").exists()
 
 
@@ -348,21 +341,24 @@ class Seeing(EmbeddingDistance):
         return super().forward(student, teacher, labels)
 
 
-@pytest.mark.parametrize(
-    ("student", "change"), [(TinyFaceNet, lambda x: x.flip(-1)), (Overwriting, lambda x: x)]
-)
+@pytest.mark.parametrize("student", [TinyFaceNet, Overwriting])
 def test_the_teacher_sees_what_it_is_given_whatever_the_student_saw(
-    student: Callable[[], TinyFaceNet], change: Callable[[Tensor], Tensor], tmp_path: Path
+    student: Callable[[], TinyFaceNet], tmp_path: Path
 ) -> None:
     teacher = Teacher(Counting(), cache=CacheOptions(tmp_path))
     net, method = student().train(), Seeing()
     kd = Distiller(net, teacher, [method], input_shape=SHAPE)
     for step in range(3):
         images = views(8 * step, 8 * step + 8)
+        given = images.flip(-1)
         net(images)
-        kd(given := change(images), torch.arange(8))
+        kd(
+            images.clone() if student is Overwriting else images,
+            torch.arange(8),
+            teacher_images=given,
+        )
         assert_close(method.seen, Counting()(given).half().float())
-        cache = teacher.cache
+        cache = kd._session.cache
         assert cache is not None
         cache.flush()
         assert cache.look_up(cache.keys(given))[0].all()
@@ -452,9 +448,9 @@ def test_another_teacher_is_refused(options: dict[str, Any], match: str, tmp_pat
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     teacher = Teacher(Mean(), cache=CacheOptions(tmp_path))
-    teacher.start_cache(torch.zeros(1, 3, 8, 8))
+    TeacherSession(teacher, like=torch.zeros(1, 3, 8, 8))
     with pytest.raises(KDHooksError, match=r"filled with images \[3, 8, 8\], .* has \[3, 4, 4\]"):
-        teacher.start_cache(torch.zeros(1, 3, 4, 4))
+        TeacherSession(teacher, like=torch.zeros(1, 3, 4, 4))
 
 
 def test_functions_are_told_by_their_embeddings(tmp_path: Path) -> None:
@@ -486,12 +482,11 @@ def test_an_onnx_file_has_the_same_fingerprint_in_each_run(convert: bool, tmp_pa
     spec = {"onnx": tmp_path / "teacher.onnx", "convert": convert, "cache": tmp_path / "cache"}
     recipe = Recipe.read({"teacher": spec, "methods": ["fcd"]})
     for hits in (0, 4):
-        teacher = build_teacher(recipe)
-        teacher.start_cache(views(0, 1))
+        teacher = TeacherSession(build_teacher(recipe), like=views(0, 1))
         teacher(views(0, 4))
         assert teacher.cache is not None
         assert teacher.cache.hits == hits
-        teacher.remove()
+        teacher.close()
     assert '"weights": null' not in (tmp_path / "cache" / HEADER).read_text()
 
 
@@ -499,7 +494,7 @@ def test_embeddings_of_length_zero_are_the_same(tmp_path: Path) -> None:
     for _ in range(2):
         teacher = started(tmp_path, lambda images: images.mean(dim=(2, 3)).clamp(1, 2) - 1)
         assert not teacher(views(0, 4)).embedding.any()
-        teacher.remove()
+        teacher.close()
 
 
 def test_a_transform_of_the_users_own_is_told_by_the_embeddings(tmp_path: Path) -> None:
@@ -534,7 +529,7 @@ def test_rows_of_another_teacher_are_noticed_on_the_first_batch(tmp_path: Path) 
     filled(tmp_path / "one")
     other = started(tmp_path / "other", Counting(gain=2.0))
     other(views(0, 8))
-    other.remove()
+    other.close()
     for path in (tmp_path / "other").glob("*.[kr]*s"):
         path.replace(tmp_path / "one" / path.name)
     with pytest.raises(
@@ -583,7 +578,7 @@ def test_a_torn_tail_is_left_out(suffix: str, cut: int, left: int, tmp_path: Pat
     assert teacher.cache is not None
     assert teacher.cache.hits == left
     assert_close(found, expected, rtol=2e-3, atol=2e-3)
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 8
 
 
@@ -602,7 +597,7 @@ def test_a_row_that_is_not_what_was_written_is_embedded_anew(
         assert_close(teacher(views(0, 8)).embedding, expected, rtol=2e-3, atol=2e-3)
         assert teacher.cache is not None
         assert teacher.cache.hits == hits
-        teacher.remove()
+        teacher.close()
 
 
 WRITER = """
@@ -639,14 +634,14 @@ def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
     ended = subprocess.run([sys.executable, "-c", WRITER, *given], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert stored(folder) == kept
-    teacher, plain = started(folder), Teacher(Counting())
+    teacher, plain = started(folder), TeacherSession(Teacher(Counting()))
     for start in range(0, 64, 8):
         wanted = plain(views(start, start + 8)).embedding.half().float()
         found = teacher(views(start, start + 8)).embedding
         assert_close(found, wanted, rtol=2e-3, atol=2e-3)
     assert teacher.cache is not None
     assert teacher.cache.hits == kept
-    teacher.remove()
+    teacher.close()
     assert stored(folder) == 64
 
 
@@ -669,7 +664,7 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
 
     real = os.write
     monkeypatch.setattr(os, "write", write)
-    plain = Teacher(Counting())(views(8, 16)).embedding.half().float()
+    plain = TeacherSession(Teacher(Counting()))(views(8, 16)).embedding.half().float()
     for _ in range(3):
         assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
         assert_close(teacher(views(8, 16)).embedding, plain, rtol=0, atol=0)
@@ -677,7 +672,7 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
     assert "can't be written (No space left on device); what it holds is used on" in said
     assert str(tmp_path) in said
     monkeypatch.undo()
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 8
     assert_close(started(tmp_path)(views(0, 8)).embedding, expected, rtol=0, atol=0)
 
@@ -711,7 +706,7 @@ def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog:
     teacher = started(tmp_path, max_gb=15 * record / 1e9)
     for start in (0, 8, 16, 24):
         teacher(views(start, start + 8))
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 8  # a second batch would pass the bound
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert f"{tmp_path} holds max_gb = 5.4e-07; what it holds is used on" in said
@@ -726,7 +721,7 @@ def test_the_last_of_the_disk_is_left_to_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
     expected = filled(tmp_path)
-    monkeypatch.setattr(teacher_cache, "RESERVE_GB", 1e9)
+    monkeypatch.setattr("kdhooks.teacher.cache.RESERVE_GB", 1e9)
     teacher = started(tmp_path)
     for start in (0, 8, 16, 0):
         teacher(views(start, start + 8))
@@ -734,7 +729,7 @@ def test_the_last_of_the_disk_is_left_to_the_training(
     assert f"{tmp_path} leaves the disk its last 1000000000.0 GB; what it holds is used on" in said
     assert said.endswith("(8 of 16 were found so far)")
     assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
-    teacher.remove()
+    teacher.close()
     assert stored(tmp_path) == 8
 
 
@@ -750,7 +745,7 @@ def test_a_bound_must_be_positive(bound: Any) -> None:
 def test_what_another_process_wrote_is_read_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "READ_ON_EVERY", 0.0)
+    monkeypatch.setattr("kdhooks.teacher.cache.READ_ON_EVERY", 0.0)
     one, two = started(tmp_path), started(tmp_path)
     for start in (0, 8):
         expected = one(views(start, start + 8)).embedding
@@ -763,7 +758,7 @@ def test_what_another_process_wrote_is_read_on(
 def test_other_processes_are_asked_at_intervals_alone(tmp_path: Path) -> None:
     one, two = started(tmp_path), started(tmp_path)
     one(views(0, 8))
-    one.remove()
+    one.close()
     two(views(0, 8))
     assert two.cache is not None
     assert two.cache.hits == 0
@@ -771,7 +766,7 @@ def test_other_processes_are_asked_at_intervals_alone(tmp_path: Path) -> None:
 
 def scenarios() -> dict[str, Results]:
     """Each rank sees its half of the views, and then, in a second epoch, the other half."""
-    teacher_cache.READ_ON_EVERY = 0.0
+    cache_module.READ_ON_EVERY = 0.0
     teacher = started(Path(os.environ["CACHE_OF_RANKS"]))
     rank, _ = here()
     halves = [views(0, 8), views(8, 16)]
@@ -802,7 +797,7 @@ def test_two_ranks_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_index_is_a_dict_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_files, "_RECENT", 50)
+    monkeypatch.setattr("kdhooks.teacher.cache_files._RECENT", 50)
     generator = np.random.default_rng(0)
     index, expected = Index(), dict[int, int]()
     for size in [*generator.integers(0, 40, 40), 200, 3]:

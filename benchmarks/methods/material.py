@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.fingerprints import weights_of
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.exam import teacher_chunk
 from kdhooks_demo.faces import Faces
@@ -56,12 +57,12 @@ class Material:
     def _record(self, teacher: Teacher, device: torch.device) -> None:
         """In one pass; in half precision, which the features' own noise exceeds by far."""
         images = self.views.images
-        teacher.tap(list(STAGES.values()))
+        session = TeacherSession(teacher, list(STAGES.values()))
         stored: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
         embedding = []
         chunk = teacher_chunk(device)
         for start in tqdm(range(0, len(images), chunk), desc="teacher", leave=False):
-            output = teacher(as_input(images[start : start + chunk].to(device)))
+            output = session(as_input(images[start : start + chunk].to(device)))
             embedding.append(output.embedding.cpu())
             for name, path in STAGES.items():
                 found = output.features[path].half().cpu().numpy()
@@ -76,7 +77,7 @@ class Material:
         for maps in stored.values():
             maps.flush()
         np.save(self._folder / "embedding.npy", torch.cat(embedding).numpy())
-        teacher.remove()
+        session.close()
 
     def lesson(self, left_out: set[str]) -> Lesson:
         """All that is not of these people."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import Work, timed
 from benchmarks.overhead.ways import DIM, Pair, distilled
 from benchmarks.profiling import STEPS, fastest_step, parts_of
-from kdhooks import Teacher
+from kdhooks.teacher.session import TeacherSession
 
 MAPS_BACKWARD = "autograd::engine::evaluate_function: MseLossBackward0"
 
@@ -23,7 +23,7 @@ def parts_of_a_step(pair: Pair, images: Tensor, labels: Tensor, trace: Path) -> 
     spans: dict[str, tuple[object, str]] = {
         "student": (pair.student, "forward"),
         "head and labels": (pair, "task_loss"),
-        "begin": (Teacher, "begin"),  # at the student's entrance
+        "run ahead": (TeacherSession, "run_ahead"),  # at the student's entrance
         "kdhooks": (kd, "forward"),
         "teacher": (pair.teacher, "forward"),
         **{tap.name: (tap.loss, "forward") for tap in kd.taps},
@@ -32,7 +32,7 @@ def parts_of_a_step(pair: Pair, images: Tensor, labels: Tensor, trace: Path) -> 
     work = partial(step, images, labels)
     ms = parts_of(work, spans, device, trace, [MAPS_BACKWARD])
     ms["maps, backward"] = ms.pop(MAPS_BACKWARD)
-    ms["kdhooks"] += ms.pop("begin")
+    ms["kdhooks"] += ms.pop("run ahead")
     ms["kdhooks itself"] = ms["kdhooks"] - ms["teacher"] - ms["maps"] - ms["fcd"]
     return {
         "batch": list(images.shape),

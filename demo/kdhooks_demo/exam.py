@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
 from kdhooks_demo.pairs import Split
@@ -44,9 +45,10 @@ class Exam:
         people = split.test.people
         self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]
         started = time.perf_counter()
-        self._teacher = self._embedded(
-            lambda images: teacher(images).embedding, teacher_chunk(device)
-        )
+        with TeacherSession(teacher) as session:
+            self._teacher = self._embedded(
+                lambda images: session(images).embedding, teacher_chunk(device)
+            )
         self.teachers_score = self._score(self._teacher, time.perf_counter() - started)
 
     def score(self, trained: Trained) -> Score:

@@ -13,6 +13,7 @@ from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.exam import TEACHER_CHUNK, Exam
 from kdhooks_demo.faces import Faces, read_faces, read_orl
@@ -100,9 +101,10 @@ def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: i
     seen = together(photographs, blends(faces, options.couples, seed))
     chunks = range(0, len(seen), TEACHER_CHUNK)
     bar = tqdm(chunks, desc=f"teacher, {len(seen)} images", leave=False)
-    parts = [
-        teacher(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
-    ]
+    with TeacherSession(teacher) as session:
+        parts = [
+            session(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
+        ]
     embedding = torch.cat(parts)
     known = Teacher(lambda images: embedding)
     rows = class_means(known, [(seen.images, seen.labels)], int(seen.labels.max()) + 1, flip=False)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.declarations import FeatureTap
 from kdhooks.distiller import Distiller
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.network import STAGES, SmallFaceNet
@@ -196,8 +195,7 @@ def train(
             teacher_stages=[f"stages.{name}" for name in lesson.maps],
         )
         kd.to(device)
-        taps = [tap for tap in kd.taps if isinstance(tap, FeatureTap)]
-        remembered.keep({path for tap in taps for path in tap.teacher})
+        remembered.keep({path for tap in kd.taps for path in tap.teacher_paths})
     student.to(device)
     head.to(device)  # its weight stays the same Parameter, so that the methods' shard holds it too
     groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]

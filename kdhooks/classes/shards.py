@@ -6,6 +6,7 @@ gradients is the gradient of that loss, with factor exactly 1.
 """
 
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -170,10 +171,18 @@ class ClassShard:
         return column, amount[:, None] * (local == column)
 
 
+before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = ContextVar(
+    "before_gathering", default=None
+)
+"""Called with the group before each gathering; it may refuse batches of different sizes."""
+
+
 def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
     if group is None:
         return x
+    if check := before_gathering.get():
+        check(group)
     gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
     return gathered
 

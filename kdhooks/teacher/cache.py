@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.later import Sent
+from kdhooks.later import Later, Sent
 from kdhooks.teacher.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same
 
@@ -48,8 +47,8 @@ class TeacherCache:
     kept. At max_gb, or when the disk has 2 GB left, what is there stays and nothing is added; each
     other rank may pass the bound by one batch. In memory: 16 bytes a view.
 
-    `begin` makes the keys; what it gives waits for them, and looks them up: in between the device
-    has other things to do. What the teacher gives is written in the call after that.
+    `start` computes the keys and returns a `Later`, which waits for them and looks them up, so that
+    the device can work meanwhile. New embeddings are written in the call after that.
     """
 
     def __init__(self, options: CacheOptions, teacher: Identity, probe: Tensor) -> None:
@@ -67,24 +66,25 @@ class TeacherCache:
         self._read_on()
         log.info("teacher cache %s: %d views", self.folder, len(self._index))
 
-    def begin(
+    def start(
         self, images: Tensor, embed: Callable[[Tensor], Tensor]
-    ) -> Callable[[], tuple[Tensor, bool]]:
-        """(b 3 h w) -> what gives (b e), without gradient; embed: the teacher itself.
+    ) -> Later[tuple[Tensor, bool]]:
+        """(b 3 h w) -> (b e), without gradient, and whether all of it is known to be finite.
 
-        And whether all are known to be finite: each row was, when it was written.
+        embed: the teacher itself, for the views that are not there.
         """
-        return partial(self._finish, Sent(self._hash(images)), images, embed)
+        return _LookUp(self, Sent(self._hash(images)), images, embed)
 
     def keys(self, images: Tensor) -> Keys:
         """(b 3 h w) -> (b), on the host."""
         keys: Keys = self._hash(images).cpu().numpy()
         return keys
 
-    def _finish(
+    def finish(
         self, sent: Sent, images: Tensor, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, bool]:
-        keys: Keys = sent.read().numpy()
+        """The embeddings of the views whose keys were sent; every row was finite when written."""
+        keys: Keys = sent.get().numpy()
         self.flush()
         # Pinned memory from the start, so that the device can fetch it without another copy.
         pinned = images.device.type == "cuda"
@@ -108,7 +108,7 @@ class TeacherCache:
             return
         keys, sent = self._pending
         self._pending = None
-        rows: Embeddings = sent.read().numpy()
+        rows: Embeddings = sent.get().numpy()
         finite = np.isfinite(rows).all(axis=1)
         if self.writing and finite.any():
             self._write(keys[finite], rows[finite])
@@ -191,6 +191,17 @@ class TeacherCache:
 
     def _add(self, number: int, first: int, keys: Keys) -> None:
         self._index.add(keys, (number << _ROW_BITS) + first + np.arange(len(keys)))
+
+
+@dataclass(frozen=True)
+class _LookUp:
+    cache: TeacherCache
+    keys: Sent
+    images: Tensor
+    embed: Callable[[Tensor], Tensor]
+
+    def get(self) -> tuple[Tensor, bool]:
+        return self.cache.finish(self.keys, self.images, self.embed)
 
 
 def _on(device: torch.device, array: NDArray[Any]) -> Tensor:

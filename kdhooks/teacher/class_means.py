@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 
 SAVE_EVERY = 100  # batches
@@ -46,21 +47,22 @@ def class_means(
     path = None if save is None else Path(save).expanduser()
     digest = hashlib.sha256()
     so_far: _Sums | None = None
-    for number, (images, labels) in enumerate(batches):
-        labels = labels.reshape(-1).cpu()
-        digest.update(labels.long().numpy().tobytes())
-        if so_far is None:
-            so_far = _begin(teacher, images, classes, flip, path)
-        if number >= so_far.batches:
-            _add(so_far, teacher, images, labels)
-            so_far.batches, so_far.labels = number + 1, digest.hexdigest()
-            if path and so_far.batches % SAVE_EVERY == 0:
-                _write(so_far, path)
-        elif number == so_far.batches - 1 and digest.hexdigest() != so_far.labels:
-            raise KDHooksError(
-                f"class means: '{path}' was summed over {so_far.batches} batches with other "
-                "labels; give them in the same order, or remove it"
-            )
+    with TeacherSession(teacher) as session:
+        for number, (images, labels) in enumerate(batches):
+            labels = labels.reshape(-1).cpu()
+            digest.update(labels.long().numpy().tobytes())
+            if so_far is None:
+                so_far = _fresh_or_saved(session, images, classes, flip, path)
+            if number >= so_far.batches:
+                _add(so_far, session, images, labels)
+                so_far.batches, so_far.labels = number + 1, digest.hexdigest()
+                if path and so_far.batches % SAVE_EVERY == 0:
+                    _write(so_far, path)
+            elif number == so_far.batches - 1 and digest.hexdigest() != so_far.labels:
+                raise KDHooksError(
+                    f"class means: '{path}' was summed over {so_far.batches} batches with other "
+                    "labels; give them in the same order, or remove it"
+                )
     empty = [] if so_far is None else torch.nonzero(so_far.counts == 0).flatten().tolist()
     if so_far is None or empty:
         raise KDHooksError(
@@ -72,11 +74,13 @@ def class_means(
     return F.normalize(so_far.sums).float()
 
 
-def _begin(teacher: Teacher, images: Tensor, classes: int, flip: bool, path: Path | None) -> _Sums:
+def _fresh_or_saved(
+    session: TeacherSession, images: Tensor, classes: int, flip: bool, path: Path | None
+) -> _Sums:
     """Nothing yet, or what an earlier pass of the same teacher left."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *images.shape[1:], generator=generator) * 2 - 1
-    probe = teacher(image.to(images)).embedding.double().cpu()
+    probe = session(image.to(images)).embedding.double().cpu()
     sums = torch.zeros(classes, probe.shape[1], dtype=torch.double)
     fresh = _Sums(sums, torch.zeros(classes, dtype=torch.long), probe, flip)
     if path is None or not path.is_file():
@@ -85,21 +89,21 @@ def _begin(teacher: Teacher, images: Tensor, classes: int, flip: bool, path: Pat
     same = known.sums.shape == sums.shape and known.flip == flip
     if not same or F.cosine_similarity(known.probe, probe).item() < 0.999:
         raise KDHooksError(
-            f"class means: '{path}' was begun with another teacher, number of classes or flip; "
+            f"class means: '{path}' was started with another teacher, number of classes or flip; "
             "remove it, or name another file"
         )
     return known
 
 
-def _add(so_far: _Sums, teacher: Teacher, images: Tensor, labels: Tensor) -> None:
+def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor) -> None:
     classes = len(so_far.counts)
     if len(labels) and int(labels.max()) >= classes:
         raise KDHooksError(
             f"class means: labels run from 0 to {classes - 1}; found {int(labels.max())}"
         )
-    unit = F.normalize(teacher(images).embedding).double().cpu()
+    unit = F.normalize(session(images).embedding).double().cpu()
     if so_far.flip:
-        unit += F.normalize(teacher(images.flip(-1)).embedding).double().cpu()
+        unit += F.normalize(session(images.flip(-1)).embedding).double().cpu()
     known = labels >= 0
     so_far.sums.index_add_(0, labels[known], unit[known])
     so_far.counts += torch.bincount(labels[known], minlength=classes)

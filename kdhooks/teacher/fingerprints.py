@@ -74,7 +74,7 @@ def probe_images(like: Tensor) -> Tensor:
     return (torch.rand(2, *like.shape[1:], generator=generator) * 2 - 1).to(like)
 
 
-def weights_of(model: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
+def weights_of(model: nn.Module | Callable[[Tensor], object]) -> str | None:
     """A SHA-256; None for a function without a `sha256` of its own."""
     return digest(model) if isinstance(model, nn.Module) else getattr(model, "sha256", None)
 

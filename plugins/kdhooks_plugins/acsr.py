@@ -197,6 +197,7 @@ class ACSR:
             self.weight,
             student=tuple(path for path, _ in ours),
             teacher=tuple(path for path, _ in theirs),
+            needs_labels=False,
         )
 
     def _readers(self, student: Model, teacher: Model) -> tuple[list[Reader], list[Reader]]:

@@ -33,10 +33,14 @@ class AdaptiveCentres(nn.Module):
     ) -> None:
         super().__init__()
         self.m, self.m2, self.scale, self.weighted = m, m2, scale, weighted
-        self.register_buffer("centres", torch.empty(0))  # (c e) once they begin
+        self.register_buffer("centres", torch.empty(0))  # (c e) from `prepare` on
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
-    def begin(self, classifier: ClassShard) -> None:
+    def buffers_by_rank(self) -> set[str]:
+        """Each rank holds its own classes, or moves all of them by the batches of all ranks."""
+        return {"centres"}
+
+    def prepare(self, classifier: ClassShard) -> None:
         """The centres start at the teacher's rows."""
         self.centres = F.normalize(classifier.weight.detach().clone())
 
@@ -45,7 +49,7 @@ class AdaptiveCentres(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
         if not len(self.centres):
-            self.begin(classifier)
+            self.prepare(classifier)
         rows = replace(classifier, weight=self.centres)
         alpha = self._follow(student, teacher, labels, rows) if self.training else None
         m = student.new_full((), self.m)
@@ -110,4 +114,4 @@ class AdaDistill:
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         need_teachers_width("adadistill", student, teacher, theirs="the teacher's")
         loss = AdaptiveCentres(*self.margins, scale=self.scale, weighted=self.weighted)
-        return ClassifierShare("adadistill", loss, self.weight, mode="centres")
+        return ClassifierShare("adadistill", loss, self.weight)

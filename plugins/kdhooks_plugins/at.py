@@ -83,4 +83,5 @@ class AT:
             self.weight,
             student=tuple(stage.path for stage in student.stages),
             teacher=tuple(stage.path for stage in teacher.stages),
+            needs_labels=False,
         )

@@ -176,7 +176,14 @@ class CAKD:
             collapse_below=self.collapse_below,
             check_every=self.check_every,
         )
-        return FeatureTap("cakd", loss, self.weight, student=(ours.path,), teacher=(theirs.path,))
+        return FeatureTap(
+            "cakd",
+            loss,
+            self.weight,
+            student=(ours.path,),
+            teacher=(theirs.path,),
+            needs_labels=False,
+        )
 
     def _side(self, grid: Grid, prompts: int = 0) -> PixelFeatures:
         return PixelFeatures(grid, self.positions.buckets(grid.size), self.width, prompts)
@@ -192,7 +199,7 @@ class CAKD:
                 f"{d} and {e}; leave it at 0 and add the method fcd with projector = true"
             )
         weight = _times(self.weight, self.embedding_weight)
-        return EmbeddingTap("cakd_embedding", EmbeddingDistance("l2"), weight)
+        return EmbeddingTap("cakd_embedding", EmbeddingDistance("l2"), weight, needs_labels=False)
 
     @hookimpl
     def classifier_share(self, teacher: Model) -> ClassifierShare | None:
@@ -204,7 +211,7 @@ class CAKD:
                 "at 0"
             )
         weight = _times(self.weight, self.teacher_cls_weight)
-        return ClassifierShare("cakd_teacher", TeacherClasses(), weight, mode="centres")
+        return ClassifierShare("cakd_teacher", TeacherClasses(), weight)
 
     @hookimpl
     def adapt_teacher(self, teacher: Model) -> Prompts | None:

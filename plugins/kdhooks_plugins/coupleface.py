@@ -57,6 +57,10 @@ class MutualRelations(nn.Module):
             self.register_buffer("student_bank", torch.zeros_like(prototypes))
             self.register_buffer("teacher_bank", torch.zeros_like(prototypes))
 
+    def buffers_by_rank(self) -> set[str]:
+        """The tables are constant, and the banks are moved by the batches of all ranks."""
+        return {name for name, _ in self.named_buffers(recurse=False)}
+
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

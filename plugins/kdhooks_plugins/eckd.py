@@ -233,7 +233,7 @@ class ECKD:
             mean_one=self.mean_one,
             unit_length=self.unit_length,
         )
-        return EmbeddingTap("eckd", loss, self.weight)
+        return EmbeddingTap("eckd", loss, self.weight, needs_labels=False)
 
     @hookimpl
     def parameter_tap(self, student: Model) -> ParameterTap | None:

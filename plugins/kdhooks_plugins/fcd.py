@@ -75,4 +75,6 @@ class FCD:
                 "set projector = true, or give the student the teacher's width"
             )
         projector = nn.Linear(d, e, bias=False) if self.projector else None
-        return EmbeddingTap("fcd", EmbeddingDistance(self.distance, projector), self.weight)
+        return EmbeddingTap(
+            "fcd", EmbeddingDistance(self.distance, projector), self.weight, needs_labels=False
+        )

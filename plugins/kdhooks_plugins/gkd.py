@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Wanted, hookimpl
+from kdhooks import ClassShard, ComparedClassifiers, KDHooksError, Wanted, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import GONE, scores
 
@@ -171,6 +171,6 @@ class GKD:
         self.temperature, self.scale, self.margin = temperature, scale, margin
 
     @hookimpl
-    def classifier_share(self) -> ClassifierShare:
+    def classifier_share(self) -> ComparedClassifiers:
         loss = GroupedScores(*self.parts, *self.group, self.temperature, self.scale, self.margin)
-        return ClassifierShare("gkd", loss, self.weight, mode="compare")
+        return ComparedClassifiers("gkd", loss, self.weight)

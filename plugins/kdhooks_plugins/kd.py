@@ -8,7 +8,7 @@ an option, 0 by default.
 
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Wanted, hookimpl
+from kdhooks import ClassShard, ComparedClassifiers, KDHooksError, Wanted, hookimpl
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import scores
 
@@ -68,6 +68,6 @@ class KD:
         self.temperature, self.scale, self.margin = temperature, scale, margin
 
     @hookimpl
-    def classifier_share(self) -> ClassifierShare:
+    def classifier_share(self) -> ComparedClassifiers:
         loss = SoftenedScores(self.temperature, self.scale, self.margin)
-        return ClassifierShare("kd", loss, self.weight, mode="compare")
+        return ComparedClassifiers("kd", loss, self.weight)

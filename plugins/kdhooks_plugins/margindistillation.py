@@ -61,4 +61,4 @@ class MarginDistillation:
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         need_teachers_width("margindistillation", student, teacher)
         loss = TeacherMargins(self.low, self.high, self.scale)
-        return ClassifierShare("margindistillation", loss, self.weight, mode="centres")
+        return ClassifierShare("margindistillation", loss, self.weight)

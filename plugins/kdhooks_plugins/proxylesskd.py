@@ -12,7 +12,14 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks import (
+    ClassifierShare,
+    ClassShard,
+    InheritedClassifier,
+    KDHooksError,
+    Model,
+    hookimpl,
+)
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._warmup import WarmUp
@@ -150,13 +157,15 @@ class ProxylessKD:
             fcd_weight=self.fcd_weight,
             projector=nn.Sequential(nn.Linear(d, e), nn.BatchNorm1d(e)) if self.projector else None,
         )
+        needs_teacher = self.fcd_weight > 0
+        if self.head == "own":
+            return ClassifierShare("proxylesskd", loss, self.weight, needs_teacher=needs_teacher)
         conflict = f"its options {', '.join(self.own_options)} ask for kdhooks' own (head = 'own')"
-        return ClassifierShare(
+        return InheritedClassifier(
             "proxylesskd",
             loss,
             self.weight,
-            mode="inherit" if self.head == "host" else "centres",
-            needs_teacher=self.fcd_weight > 0,
+            needs_teacher=needs_teacher,
             host_conflict=conflict if self.own_options else "",
         )
 

@@ -135,4 +135,5 @@ class ReviewKD:
             self.weight,
             student=tuple(stage.path for stage in student.stages),
             teacher=tuple(stage.path for stage in teacher.stages),
+            needs_labels=False,
         )

@@ -130,4 +130,4 @@ class RKD:
             global_batch=self.global_batch,
             anchors=self.anchors,
         )
-        return EmbeddingTap("rkd", loss, self.weight)
+        return EmbeddingTap("rkd", loss, self.weight, needs_labels=False)

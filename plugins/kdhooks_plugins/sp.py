@@ -63,4 +63,4 @@ class SP:
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:
         loss = PairSimilarities(self.similarity, global_batch=self.global_batch)
-        return EmbeddingTap("sp", loss, self.weight)
+        return EmbeddingTap("sp", loss, self.weight, needs_labels=False)

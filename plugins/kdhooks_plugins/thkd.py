@@ -47,4 +47,4 @@ class THKD:
         more = ", or use kd, where each has its own rows"
         need_teachers_width("thkd", student, teacher, more=more)
         loss = SharedHead(self.temperature, self.scale)
-        return ClassifierShare("thkd", loss, self.weight, mode="centres")
+        return ClassifierShare("thkd", loss, self.weight)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks import class_losses, mining
 from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
 from benchmarks.measuring import judged_by, told
-from kdhooks import chunks
+from kdhooks.classes import chunked_sums
 
 ABOUT = """
 Forward and backward of each loss over all classes, batch 128, 512 numbers, against the form that a
@@ -72,7 +72,7 @@ def _chunks(given: argparse.Namespace, classes: int, tiny: bool) -> Mapping[str,
     kind = "cpu" if given.device.type == "cpu" else "cuda, trained"
     found = {}
     for power in POWERS[:2] if tiny else POWERS:
-        with patch.dict(chunks.NUMBERS, {kind: 1 << power}):
+        with patch.dict(chunked_sums.NUMBERS, {kind: 1 << power}):
             found[f"2^{power}"] = class_losses.measure(given, "kd", classes)
     return found
 

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdhooks.classes.shards import world
-from kdhooks.declarations import ClassifierShare
+from kdhooks.copies import IdleCopy
+from kdhooks.distiller import Inherited
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
 from kdhooks.taps import Removable
-from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
 from kdhooks_integrations.arcface_torch.joining import Joined
@@ -45,15 +45,18 @@ class Attachment:
             backbone,
             network=teacher_factory(get_model, recipe),
             head=shards[0] if len(shards) == 1 else None,
+            host_head="margin",
             plugins=[Backbones()],
         )
         self.distiller.accumulation = accumulation or _gradient_acc()
+        self.distiller.host_advice = (
+            "; in arcface_torch, each batch must go through all attached heads in their order, by "
+            "calls that run the hooks of the backbone and of the heads"
+        )
         self.task_weight = 1.0
-        self._images: Tensor | None = None  # of the batch that some heads have seen
-        self._labels: list[Tensor] = []  # what they were given
+        self._labels: list[Tensor] = []  # of this batch, from the heads that have run so far
         self._handles: list[Removable] = []
         self._interval = Interval()
-        self._inherited = ""  # the term that the head's own loss is
         self._start: int | None = None  # of the schedule, at the first batch
         self._warned = False
         self.rank = 0 if world() is None else dist.get_rank()
@@ -73,34 +76,29 @@ class Attachment:
     # --- the classifier ----------------------------------------------------------------------
 
     def _share_classifier(self, heads: Sequence[nn.Module]) -> None:
-        shares = [tap for tap in self.distiller.taps if isinstance(tap, ClassifierShare)]
-        if shares and len(heads) > 1:
+        inherited = self.distiller.inherited
+        names = [tap.name for tap in self.distiller.taps if tap.needs_classifier]
+        names += [inherited.name] if inherited else []
+        if names and len(heads) > 1:
             raise KDHooksError(
-                f"{shares[0].name} shares one classifier, and the trainer has {len(heads)} heads; "
+                f"{names[0]} shares one classifier, and the trainer has {len(heads)} heads; "
                 "leave it out, or train with one head"
             )
-        for tap in shares:
-            if tap.mode == "inherit" and tap.weight != 0:
-                self._inherit(tap, heads[0])
+        if inherited:
+            self._inherit(inherited, heads[0])
 
-    def _inherit(self, tap: ClassifierShare, head: nn.Module) -> None:
+    def _inherit(self, inherited: Inherited, head: nn.Module) -> None:
         """The teacher's rows become the head's weight, frozen; its margin loss is the term."""
-        if callable(tap.weight):
-            raise KDHooksError(
-                f"{tap.name}: its weight must be a number where the trainer's head computes it, "
-                "since nothing else trains by the labels; set head = 'own' for a schedule"
-            )
-        rows = self.distiller.hand_over(tap)
         weight = weight_of(head)
         if not isinstance(weight, nn.Parameter):
             raise KDHooksError(
-                f"{tap.name}: the head must train a parameter 'weight' to take the teacher's rows; "
-                f"found {type(weight).__name__}; set head = 'own'"
+                f"{inherited.name}: the head must train a parameter 'weight' to take the teacher's "
+                f"rows; found {type(weight).__name__}; set head = 'own'"
             )
         weight.requires_grad_(False)
 
         def hold(*_: object) -> None:
-            weight.data.copy_(rows())
+            weight.data.copy_(inherited.rows())
 
         def hold_once(*_: object) -> None:
             hold()
@@ -111,8 +109,8 @@ class Attachment:
         first = head.register_forward_pre_hook(hold_once)
         self._handles += [first, head.register_load_state_dict_post_hook(hold)]
         hold()
-        self.task_weight, self._inherited = tap.weight, tap.name
-        log.info("%s: the head holds the teacher's %d rows, frozen", tap.name, len(weight))
+        self.task_weight = inherited.weight
+        log.info("%s: the head holds the teacher's %d rows, frozen", inherited.name, len(weight))
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -124,14 +122,15 @@ class Attachment:
                 self._undistilled()
             return None
         task = loss * self.task_weight
-        if (together := self._all_labels(images, labels)) is None:
+        if (together := self._all_labels(len(images), labels)) is None:
             return task
         if self._start is None:
             self._start = self._joined.schedule.last_epoch
         terms = self.distiller(images, together)
         if self.distiller.metrics or not terms:  # else this step goes on without them
-            own = {self._inherited: loss.detach()} if self._inherited else {}
-            weighted = {self._inherited: task.detach()} if self._inherited else {}
+            inherited = self.distiller.inherited
+            own = {inherited.name: loss.detach()} if inherited else {}
+            weighted = {inherited.name: task.detach()} if inherited else {}
             self._interval.add({**own, **self.distiller.metrics}, {**weighted, **terms})
         return sum(terms.values(), start=task)
 
@@ -149,20 +148,13 @@ class Attachment:
                 "eval mode, or a head ran twice for one batch"
             )
 
-    def _all_labels(self, images: Tensor, labels: Tensor) -> Tensor | None:
-        """The whole batch's, once all heads have seen their parts of it."""
-        if self._labels and self._images is not images:
-            raise KDHooksError(
-                f"arcface_torch: the heads were given {sum(map(len, self._labels))} labels for a "
-                "batch, fewer than it has images; each batch must go through all heads in their "
-                "order; attach to those that are used"
-            )
-        self._images = images
+    def _all_labels(self, count: int, labels: Tensor) -> Tensor | None:
+        """The labels of the whole batch, once all heads have seen their parts of it."""
         self._labels.append(labels)
-        if sum(map(len, self._labels)) < len(images):
+        if sum(map(len, self._labels)) < count:
             return None
         together = torch.cat(self._labels)
-        self._images, self._labels = None, []
+        self._labels = []
         return together
 
     # --- the log -----------------------------------------------------------------------------
@@ -217,7 +209,7 @@ class Attachment:
         self._handles.clear()
 
 
-class _Terms(LeftBehind):
+class _Terms(IdleCopy):
     """A head's forward hook; a copy of the head is left alone."""
 
     def __init__(self, attachment: Attachment, offset: int) -> None:
@@ -232,6 +224,12 @@ class _Terms(LeftBehind):
             raise KDHooksError(
                 f"arcface_torch: {type(head).__name__} must be called with embeddings and labels "
                 f"and return its loss; found {len(given)} arguments and a {type(loss).__name__}"
+            )
+        if loss.ndim:
+            raise KDHooksError(
+                f"arcface_torch: {type(head).__name__} must return its loss as a scalar, to which "
+                f"the terms are added; found shape {tuple(loss.shape)}; attach to the module that "
+                "returns the mean loss, not to one that returns logits or a loss for each sample"
             )
         labels = given[1].reshape(-1).long()
         if self._offset:

@@ -19,7 +19,6 @@ from kdhooks_integrations.mmengine.models import built
 from kdhooks_integrations.mmengine.options import Options
 from kdhooks_integrations.mmengine.resume import complete
 from kdhooks_integrations.mmengine.student import Distillation, attach
-from kdhooks_integrations.mmengine.watch import NOT_RUN
 
 
 def Distill(
@@ -68,12 +67,6 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         self.before_run(runner)  # FlexibleRunner loads first
         complete(runner, checkpoint)
-
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        if self._distillation is not None and not self._distillation.ran:
-            raise KDHooksError(NOT_RUN)
 
 
 @HOOKS.register_module()

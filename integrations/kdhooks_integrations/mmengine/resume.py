@@ -15,8 +15,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.mmengine.student import Distillation, refusal
-from kdhooks_integrations.mmengine.watch import CHILD
+from kdhooks_integrations.mmengine.student import CHILD, Distillation, refusal
 
 log = logging.getLogger("kdhooks")
 

@@ -9,10 +9,10 @@ from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from kdhooks.copies import IdleCopy
 from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.recipe import build
-from kdhooks_integrations._copies import LeftBehind
 from kdhooks_integrations.mmengine.checkpoints import readable
 from kdhooks_integrations.mmengine.forward import Arguments, Forward
 from kdhooks_integrations.mmengine.models import (
@@ -23,10 +23,10 @@ from kdhooks_integrations.mmengine.models import (
     with_teacher,
 )
 from kdhooks_integrations.mmengine.options import Options
-from kdhooks_integrations.mmengine.watch import CHILD, Watch
 
 log = logging.getLogger("kdhooks")
 
+CHILD = "kdhooks"  # the student's child, so the prefix of its keys in checkpoints
 TERM = "loss_kd_"  # MMEngine adds up whatever has 'loss' in its name
 _PIXELS = 16.0  # images beyond that were never normalised
 
@@ -52,6 +52,11 @@ class Distillation(nn.Module):
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
             )
+        self.distiller.host_advice = (
+            "; in MMEngine, train_step must call the model itself, in training mode and with "
+            "mode='loss', and parse_losses must train the sum of all keys with 'loss' in their "
+            "names, as BaseModel's do"
+        )
         scale, shift, self.bgr = to_recipes_images(student, options.input)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -75,10 +80,11 @@ class Distillation(nn.Module):
                 f"found {type(losses).__name__}"
             )
         if not self.ran:
-            self._begin()
+            self._set_first_step()
         images = self.forward_of.images(arguments)
         labels = self.forward_of.labels(arguments, len(images)).to(images.device)
-        terms = self.distiller(self._as_recipe_says(images), labels)
+        seen_by_teacher = self._as_recipe_says(images)
+        terms = self.distiller(images, labels, teacher_images=seen_by_teacher)
         self.ran = True
         ours = {f"{TERM}{name}": term for name, term in terms.items()}
         ours.update({_unsummed(name): value for name, value in self.distiller.metrics.items()})
@@ -90,8 +96,8 @@ class Distillation(nn.Module):
                 )
         return {**losses, **ours}
 
-    def _begin(self) -> None:
-        """Ahead of the first step: a runner that loads a checkpoint, and resumes none, is at 0."""
+    def _set_first_step(self) -> None:
+        """A runner that loads a checkpoint, and resumes none, is at 0."""
         iteration = MessageHub.get_current_instance().get_info("iter")  # None without a runner
         if iteration == 0:
             self.distiller.set_extra_state(torch.tensor(0))
@@ -172,12 +178,11 @@ def _unsummed(name: str) -> str:
     return f"kd/{name.replace('loss', 'term')}"
 
 
-class _AddTerms(LeftBehind):
+class _AddTerms(IdleCopy):
     """The hook on the student; a copy of the student, as EMAHook makes one, is left alone."""
 
-    def __init__(self, student: nn.Module, distillation: Distillation) -> None:
+    def __init__(self, distillation: Distillation) -> None:
         self._distillation = distillation
-        self._watch = Watch(student)
 
     def __call__(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: object
@@ -186,10 +191,9 @@ class _AddTerms(LeftBehind):
             return None
         arguments = self._distillation.forward_of.named(args, kwargs)
         if arguments.get("mode") != "loss":
+            self._distillation.distiller.discard()
             return None
-        extended = self._distillation.extended(losses, arguments)
-        self._watch.note({key: extended[key] for key in extended if key.startswith(TERM)})
-        return extended
+        return self._distillation.extended(losses, arguments)
 
 
 def attach(student: nn.Module, options: Options) -> Distillation:
@@ -203,5 +207,5 @@ def attach(student: nn.Module, options: Options) -> Distillation:
         raise KDHooksError("mmengine: this model is distilled already; use one door alone")
     distillation = Distillation(student, options)
     student.add_module(CHILD, distillation)
-    student.register_forward_hook(_AddTerms(student, distillation), with_kwargs=True)
+    student.register_forward_hook(_AddTerms(distillation), with_kwargs=True)
     return distillation

@@ -27,6 +27,7 @@ from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
 from kdhooks.teacher.fingerprints import check_same, read_header
+from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
@@ -47,19 +48,21 @@ def build(options: argparse.Namespace) -> int:
         )
     teacher = build_teacher(recipe, teacher_factory(None, recipe))
     pictures = Pictures(options.data)
-    teacher.start_cache(torch.zeros(1, *recipe.input_shape, device=options.device))
-    cache, done = teacher.cache, 0
-    assert cache is not None
-    for images in pictures.batches(pictures.names, options.batch_size, recipe.input_shape):
-        images = images.to(options.device)
-        teacher(images)
-        teacher(images.flip(-1))
-        done += len(images)
-        print(f"\r{done} of {len(pictures.names)} pictures", end="", file=sys.stderr, flush=True)
-        if not cache.writing:
-            break
+    done = 0
+    like = torch.zeros(1, *recipe.input_shape, device=options.device)
+    with TeacherSession(teacher, like=like) as session:
+        cache = session.cache
+        assert cache is not None
+        for images in pictures.batches(pictures.names, options.batch_size, recipe.input_shape):
+            images = images.to(options.device)
+            session(images)
+            session(images.flip(-1))
+            done += len(images)
+            text = f"\r{done} of {len(pictures.names)} pictures"
+            print(text, end="", file=sys.stderr, flush=True)
+            if not cache.writing:
+                break
     print(file=sys.stderr)
-    teacher.remove()
     print(
         f"{cache.folder}: {cache.asked} views of {done} pictures, of which {cache.hits} were there"
     )
@@ -114,16 +117,18 @@ def _compare(options: argparse.Namespace) -> None:
             list(dict.fromkeys(names)), options.batch_size, recipe.input_shape
         )
     ]
-    wanted = [teacher(images).embedding for images in batches]  # not yet looked up
-    teacher.start_cache(batches[0])
-    assert teacher.cache is not None
+    with TeacherSession(teacher) as session:
+        wanted = [session(images).embedding for images in batches]
+    with TeacherSession(teacher, like=batches[0]) as session:
+        cache = session.cache
+    assert cache is not None
     hits = 0
     for images, embedding in zip(batches, wanted, strict=True):
-        found, rows = teacher.cache.look_up(teacher.cache.keys(images))
+        found, rows = cache.look_up(cache.keys(images))
         here = torch.from_numpy(np.flatnonzero(found))
         if len(here):
             kept = torch.from_numpy(rows)[here].to(embedding)
-            check_same(teacher.cache.folder, kept, embedding[here], "the rows of these pictures")
+            check_same(cache.folder, kept, embedding[here], "the rows of these pictures")
         hits += len(here)
     print(f"{hits} of {sum(map(len, batches))} pictures are there, as the teacher embeds them")
 

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from kdhooks.asking import probe_student
-from kdhooks.checks import check_class_order, check_teacher
 from kdhooks.errors import KDHooksError
+from kdhooks.first_step import check_class_order, check_teacher
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_integrations.arcface_torch import attach
 from kdhooks_integrations.arcface_torch.commands import networks
 from kdhooks_integrations.arcface_torch.commands.cost import held, measure
 from kdhooks_integrations.arcface_torch.commands.faces import made_up, read_batch
-from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial, described
+from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
 _DEFAULT_CLASSES = 1000
@@ -34,6 +35,7 @@ class Examination:
     student: nn.Module
     width: int
     teacher: Teacher
+    embedding: Tensor  # the teacher's, of the images
     images: Tensor
     labels: Tensor | None
     classes: int
@@ -88,7 +90,9 @@ class Examination:
 
     def load_teacher(self) -> str:
         self.teacher = build_teacher(self.recipe, teacher_factory(None, self.recipe))
-        output = self.teacher(self.images)
+        with TeacherSession(self.teacher) as session:
+            output = session(self.images)
+        self.embedding = output.embedding
         check_teacher(output, self.images)
         size = f"{_millions(self.teacher.module)}, " if self.teacher.module else ""
         return f"{size}embedding {output.embedding.shape[1]}, finite, and its images differ"
@@ -114,7 +118,7 @@ class Examination:
         rows = self.teacher.classifier
         if rows is None:
             raise Unchecked("there is no classifier")
-        embedding = self.teacher(self.images).embedding
+        embedding = self.embedding
         if self.labels is None:
             # The first step compares as well: made-up faces are of whom the teacher takes them for.
             self.labels = rows.nearest(embedding)
@@ -131,7 +135,7 @@ class Examination:
         optimizer = torch.optim.SGD(models, lr=0.1)
         attachment = attach(self.student, head, optimizer, ConstantLR(optimizer), self.recipe)
         self.trial = Trial(self.student, head, attachment, self.images, self.labels)
-        taps = [described(tap) for tap in attachment.distiller.taps]
+        taps = [tap.described() for tap in attachment.distiller.taps]
         if not head.weight.requires_grad:
             taps.append("the head holds the teacher's rows, frozen")
         return "; ".join(taps)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks.declarations import ClassifierShare, FeatureTap, ParameterTap, Tap
 from kdhooks.errors import KDHooksError
 from kdhooks_integrations.arcface_torch import Attachment
 
@@ -66,12 +65,3 @@ class Trial:
         trained = [p for p in self.backbone.parameters() if p.requires_grad]
         parts = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
         return float(sum(float(g.double().square().sum()) for g in parts if g is not None) ** 0.5)
-
-
-def described(tap: Tap) -> str:
-    """fcd on the embedding; at on layer3 <- layer3."""
-    if isinstance(tap, FeatureTap):
-        return f"{tap.name} on {', '.join(tap.student)} <- {', '.join(tap.teacher)}"
-    if isinstance(tap, ParameterTap):
-        return f"{tap.name} on {len(tap.parameters)} parameters"
-    return f"{tap.name} on the {'classifier' if isinstance(tap, ClassifierShare) else 'embedding'}"

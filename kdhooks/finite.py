@@ -1,0 +1,146 @@
+"""Whether each step's numbers were finite, without waiting for the device to know."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdhooks.classes.shards import world
+from kdhooks.errors import KDHooksError
+from kdhooks.later import Sent
+
+log = logging.getLogger("kdhooks")
+
+
+class Question(NamedTuple):
+    """Numbers of one step that must be finite, still on the device."""
+
+    numbers: tuple[Tensor, ...]  # each (n)
+    fault: Callable[[Sequence[bool]], str]  # the words for the step, from which of them are finite
+    fatal: bool = False  # whether the step must not go on without its terms either
+
+
+def of_terms(values: Mapping[str, Tensor]) -> Question:
+    """Each term ()."""
+
+    def fault(finite: Sequence[bool]) -> str:
+        bad = [name for name, fine in zip(values, finite, strict=True) if not fine]
+        return f"{', '.join(bad)} not finite"
+
+    return Question(tuple([value.detach().reshape(1) for value in values.values()]), fault)
+
+
+def of_embedding(embedding: Tensor, labels: Tensor | None) -> Question:
+    """The teacher's embedding (b e), each sample by its sum."""
+    return Question((embedding.sum(dim=1),), partial(_lost_samples, labels))
+
+
+def _lost_samples(labels: Tensor | None, finite: Sequence[bool]) -> str:
+    kind = "places in the batch" if labels is None else "labels"
+    names = range(len(finite)) if labels is None else labels.cpu().tolist()
+    lost = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    return (
+        f"the teacher's embedding not finite for {len(lost)} of {len(finite)} samples "
+        f"({kind} {lost[:8]})"
+    )
+
+
+def check_nonfinite(found: object, where: str = "") -> None:
+    """Refuse a `nonfinite` option that is neither of the two."""
+    if found not in ("raise", "skip"):
+        raise KDHooksError(f"{where}nonfinite must be 'raise' or 'skip'; found {found!r}")
+
+
+class Finite:
+    """Asks the questions of each step; the answer is read in the next one.
+
+    With "skip", the host waits for the answer in the same step, since the step goes on without its
+    terms, on all ranks, if a number is not finite.
+    """
+
+    def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
+        check_nonfinite(nonfinite)
+        self.skips = nonfinite == "skip"
+        self.skipped = 0  # steps that went on without their terms
+        self._last: _Answer | None = None
+
+    def usable(self, step: int, tapped: Iterable[Tensor], questions: Sequence[Question]) -> bool:
+        """Whether the losses may see these tensors, when skipping.
+
+        A bank of past embeddings would keep a number that is not finite for good.
+        """
+        answer = _Answer(step, questions)
+        # 0 times a number is 0 if the number is finite; otherwise it is not a number.
+        zeros = [(tensor.detach() * 0).sum() for tensor in (*tapped, *answer.pieces)]
+        return self._all_ranks(torch.stack(zeros).sum() == 0, answer)
+
+    def note(self, step: int, questions: Sequence[Question]) -> bool:
+        """Ask about a step whose losses are computed. False: it must go on without its terms."""
+        answer = _Answer(step, questions)
+        if self.skips:
+            return self._all_ranks(torch.isfinite(answer.numbers).all(), answer)
+        known = not answer.numbers.is_cuda and not answer.get()
+        self._last = None if known else answer.sent()
+        return True
+
+    def check(self) -> None:
+        """Raise if a number of the last step was not finite."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        if fault := last.get():
+            raise KDHooksError(
+                f"{fault}; lower the weight or the learning rate, or look at these samples; "
+                "nonfinite = 'skip' goes on without the terms of such a step"
+            )
+
+    def _all_ranks(self, fine: Tensor, answer: "_Answer") -> bool:
+        if world() is not None:
+            fine = fine.float()
+            dist.all_reduce(fine, dist.ReduceOp.MIN)
+        if fine:
+            return True
+        self.skipped += 1
+        found = answer.get() or f"step {answer.step}: a tap, or another rank, is not finite"
+        log.warning("%s; the step goes on without its terms", found)
+        return False
+
+
+class _Answer:
+    """A `Later` of the fault of one step; "" if all of its numbers are finite."""
+
+    def __init__(self, step: int, questions: Sequence[Question]) -> None:
+        self.step = step
+        self._questions = questions
+        self.pieces = [piece for question in questions for piece in question.numbers]
+        # A concatenation is one more operator for the device, and torch makes none of nothing.
+        pieces = self.pieces or [torch.zeros(0)]
+        self.numbers = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        self._sent: Sent | None = None
+
+    def sent(self) -> "_Answer":
+        """Start the way of the numbers to the host."""
+        self._sent = Sent(self.numbers)
+        return self
+
+    def get(self) -> str:
+        """Raises KDHooksError itself if the fault is fatal."""
+        numbers = self.numbers.cpu() if self._sent is None else self._sent.get()
+        finite = list(map(math.isfinite, numbers.tolist()))
+        if all(finite):
+            return ""
+        faults: list[str] = []
+        for question in self._questions:
+            count = sum(len(piece) for piece in question.numbers)
+            answers, finite = finite[:count], finite[count:]
+            if not all(answers):
+                fault = question.fault(answers)
+                if question.fatal:
+                    raise KDHooksError(f"step {self.step}: {fault}")
+                faults.append(fault)
+        return f"step {self.step}: {' and '.join(faults)}"

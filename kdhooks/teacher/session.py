@@ -1,0 +1,266 @@
+"""One run's use of a teacher: its taps, its adapter, its cache, and work that was started ahead."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.copies import NotCopied
+from kdhooks.errors import KDHooksError
+from kdhooks.later import Later, Ready, SideStream
+from kdhooks.taps import HALF, Taps
+from kdhooks.teacher.cache import TeacherCache
+from kdhooks.teacher.fingerprints import probe_images, weights_of
+from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.teacher import Teacher, set_eval
+
+log = logging.getLogger("kdhooks")
+
+_PATIENCE = 8  # outputs that were started ahead and then not used
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """embedding (b e) and the tapped features, detached unless the teacher is adapted.
+
+    finite: whether the embedding is known to be finite, so that no step needs to check it.
+    """
+
+    embedding: Tensor
+    features: dict[str, Tensor]
+    finite: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.embedding
+        yield from self.features.values()
+
+    def to(self, dtype: torch.dtype) -> "TeacherOutput":
+        features = {path: tensor.to(dtype) for path, tensor in self.features.items()}
+        return TeacherOutput(self.embedding.to(dtype), features, self.finite)
+
+
+class _Ahead(NamedTuple):
+    """The output for images whose student forward has just started."""
+
+    images: Tensor
+    version: int  # of the images, which somebody may overwrite before the call
+    output: Later[TeacherOutput]
+
+
+class TeacherSession(NotCopied):
+    """Runs a `Teacher`, frozen, in eval mode and without gradients, until it is closed.
+
+    A session owns everything that the run adds to the teacher, so the sessions of several runs do
+    not know of each other. Calling it returns the output for the trainer's images. `run_ahead`
+    starts that work before the student's forward, whose activations take no memory yet.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        taps: Sequence[str] = (),
+        adapter: nn.Module | None = None,
+        like: Tensor | None = None,
+    ) -> None:
+        """
+        taps: paths of the teacher's submodules whose outputs each call returns.
+        adapter: called as (the teacher's module, images) -> (b e), with gradients.
+        like: images (b 3 h w) like the trainer's; they open the teacher's cache, if it has one.
+        """
+        self.teacher, self.adapter = teacher, adapter
+        self.cache: TeacherCache | None = None
+        self._tapped = tuple(taps)
+        self._micro_batch = teacher.micro_batch
+        self._stream: SideStream | None = None
+        self._ahead: _Ahead | None = None
+        self._unused = 0
+        self._device: torch.device | None = None
+        paths = [*taps, *([teacher.embedding] if teacher.embedding else [])]
+        if paths and teacher.module is None:
+            raise KDHooksError(
+                f"teacher has no submodules to tap ({', '.join(paths)}): it is a function or an "
+                "ONNX session; kdhooks.onnx.to_torch turns an ONNX file into a module"
+            )
+        self._taps = Taps(teacher.module or nn.Identity(), paths, "teacher")
+        if like is not None and teacher.cache is not None:
+            try:
+                self.cache = self._open_cache(like)
+            except BaseException:
+                self.close()
+                raise
+
+    def __call__(self, images: Tensor) -> TeacherOutput:
+        """(b 3 h w), the trainer's images."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.images is images and ahead.version == images._version:
+            self._unused -= 1
+            return ahead.output.get()
+        return self._forward(images) if self.cache is None else _LookedUp(self, images).get()
+
+    def run_ahead(self, images: Tensor) -> None:
+        """Start on these images (b 3 h w); the next call with the same images takes the output.
+
+        After _PATIENCE outputs that no call took, running ahead is switched off.
+        """
+        self._ahead = None
+        if torch.compiler.is_compiling() or images.is_inference() or self._unused > _PATIENCE:
+            return
+        if self._device != images.device:  # only a call moves the teacher
+            return
+        self._unused += 1  # until it is used
+        if self._unused > _PATIENCE:
+            log.info("the teacher runs after the student: no call used the outputs started ahead")
+            return
+        self._ahead = _Ahead(images, images._version, self._start(images))
+
+    def drop_ahead(self) -> None:
+        """Forget what was started ahead."""
+        self._ahead = None
+
+    def _start(self, images: Tensor) -> Later[TeacherOutput]:
+        if self.cache is not None:
+            return _LookedUp(self, images)
+        if self.teacher.side_stream and images.is_cuda and self.adapter is None:
+            if self._stream is None or self._stream.device != images.device:
+                self._stream = SideStream(images.device)
+            return self._stream.run(self._forward, images)
+        return Ready(self._forward(images))
+
+    def _forward(self, images: Tensor) -> TeacherOutput:
+        """Run the teacher itself, on as many images at a time as fit into memory."""
+        if self._micro_batch is not None and len(images) > self._micro_batch:
+            return _joined([self._forward(part) for part in images.split(self._micro_batch)])
+        try:
+            return self._forward_once(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        # Outside of the handler, because the exception keeps the first try's tensors alive.
+        self._micro_batch = (len(images) + 1) // 2
+        log.warning(
+            "teacher: no memory for %d images in one call; from now on it gets %d, as with "
+            "teacher.micro_batch = %d",
+            len(images),
+            self._micro_batch,
+            self._micro_batch,
+        )
+        return self._forward(images)
+
+    def _forward_once(self, images: Tensor) -> TeacherOutput:
+        teacher = self.teacher
+        self._prepare(images)
+        adapted = self.adapter is not None and torch.is_grad_enabled()
+        switched = teacher.dtype is not None or torch.is_autocast_enabled(images.device.type)
+        autocast = self._autocast if switched else nullcontext()
+        with self._taps, torch.set_grad_enabled(adapted), autocast:
+            images = teacher.transform(images)
+            if images.dtype != self._dtype:
+                images = images.to(self._dtype)
+            if teacher.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            if self.adapter is None:
+                output = teacher.forward(images)
+            else:
+                output = self.adapter(teacher.module, images)
+        features = self._taps.take()
+        if teacher.embedding:
+            output = features[teacher.embedding]
+        found = TeacherOutput(_embedding(output), features)
+        return _cloned(found) if teacher.overwrites_output else found
+
+    def _prepare(self, images: Tensor) -> None:
+        teacher = self.teacher
+        if teacher.module is not None and teacher.module.training:
+            set_eval(teacher.module)  # somebody has put it into training mode
+        if self._device != images.device:
+            self._device = images.device
+            self._autocast = torch.autocast(
+                images.device.type,
+                teacher.dtype or torch.bfloat16,
+                enabled=teacher.dtype is not None,
+            )
+            if teacher.module is not None:
+                teacher.module.to(images.device)
+            self._dtype = _input_dtype(teacher.module)
+
+    def _open_cache(self, images: Tensor) -> TeacherCache:
+        teacher = self.teacher
+        assert teacher.cache is not None
+        if self._tapped or self.adapter:
+            kept = f"tapped at {', '.join(self._tapped)}" if self._tapped else "adapted in training"
+            raise KDHooksError(
+                f"teacher.cache keeps embeddings alone, and the teacher is {kept}; remove "
+                "teacher.cache, or the methods that do this"
+            )
+        ours = isinstance(teacher.transform, InputTransform)
+        known = {
+            "weights": weights_of(teacher.module or teacher.forward),
+            "input": repr(teacher.transform) if ours else None,
+            "dtype": str(teacher.dtype or torch.float32),
+            "embedding": teacher.embedding,
+            "images": list(images.shape[1:]),
+        }
+        probe = self._forward(probe_images(images)).embedding
+        return TeacherCache(teacher.cache, known, probe)
+
+    def close(self) -> None:
+        """Take every hook off the teacher, and write what the cache has not yet written."""
+        self._taps.remove()
+        self._ahead = None
+        if self._stream is not None:  # it may still compute an output that nobody took
+            self._stream.join()
+        if self.cache is not None:
+            self.cache.flush()
+
+    def __enter__(self) -> "TeacherSession":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _LookedUp:
+    """Embeddings from the cache: their keys are on the way to the host, and `get` looks them up."""
+
+    def __init__(self, session: TeacherSession, images: Tensor) -> None:
+        assert session.cache is not None
+        self._rows = session.cache.start(images, lambda some: session._forward(some).embedding)
+
+    def get(self) -> TeacherOutput:
+        embedding, finite = self._rows.get()
+        return TeacherOutput(embedding, {}, finite)
+
+
+def _input_dtype(module: nn.Module | None) -> torch.dtype:
+    """The dtype of the module's floating-point parameters; float32 for a function."""
+    parameters = [] if module is None else module.parameters()
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+def _cloned(output: TeacherOutput) -> TeacherOutput:
+    features = {path: tensor.clone() for path, tensor in output.features.items()}
+    return TeacherOutput(output.embedding.clone(), features)
+
+
+def _joined(parts: Sequence[TeacherOutput]) -> TeacherOutput:
+    features = {
+        path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features
+    }
+    return TeacherOutput(torch.cat([part.embedding for part in parts]), features)
+
+
+def _embedding(output: object) -> Tensor:
+    """In float32 at least, and usable in a loss."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise KDHooksError(
+            f"teacher embedding must be a tensor (b e); found {found}; name the submodule that "
+            "puts it out as taps.teacher.embedding"
+        )
+    if output.is_inference():
+        output = output.clone()
+    return output.float() if output.dtype in HALF else output
