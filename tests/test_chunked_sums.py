@@ -279,19 +279,29 @@ def test_ones_own_cosine_is_that_of_the_own_class() -> None:
     assert_close(shard.own(x, labels), cosines)
 
 
-def test_a_mean_without_any_log_is_that_of_all_chunks() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mean_without_any_log_is_that_of_all_chunks(trained: bool) -> None:
     NUMBERS["cpu"] = 15
-    rows, x = normal(1, 7, 5), normal(2, 2, 5).requires_grad_()
+    rows, x = normal(1, 7, 5).requires_grad_(trained), normal(2, 2, 5).requires_grad_()
+    starts: list[int] = []
 
     def of(x: Tensor, chunk: ClassShard) -> Wanted:
-        z = x @ chunk.weight.T
-        return Wanted(logs=[], means=[(z, z.detach())])
+        starts.append(chunk.offset)
+        z, constant = x @ chunk.weight.T, chunk.weight.detach()[:, 0].expand(len(x), -1)
+        return Wanted(logs=[], means=[(z, z.detach()), (z.sin(), constant)])
 
-    ((), (found,)) = ClassShard(rows, 0, 7).over_classes(of, x)
-    z = x @ rows.T
-    expected = (z * z.detach().softmax(dim=1)).sum(dim=1)
-    assert_close(found, expected)
-    assert_close(*(torch.autograd.grad(y.sum(), x) for y in (found, expected)))
+    ((), found) = ClassShard(rows, 0, 7).over_classes(of, x)
+    assert starts == [0, 3, 6]
+    ((), last) = ClassShard(rows[6:], 6, 7).over_classes(of, x)
+    expected = [(v * z.softmax(dim=1)).sum(dim=1) for v, z in of(x, ClassShard(rows, 0, 7)).means]
+    inputs = [x, rows][: 1 + trained]
+    for mean, whole, of_last in zip(found, expected, last, strict=True):
+        assert_close(mean, whole)
+        assert not torch.isclose(mean, of_last).any(), "that of the last chunk would be noticed"
+        ours, theirs = (
+            torch.autograd.grad(y.sum(), inputs, retain_graph=True) for y in (mean, whole)
+        )
+        assert_close(ours, theirs)
 
 
 class _Norms(TorchDispatchMode):

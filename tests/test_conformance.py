@@ -1,17 +1,26 @@
 """Every installed method keeps the rules; and each rule can be broken."""
 
+import random
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, hookimpl, methods
+from kdhooks import EmbeddingTap, FeatureTap, hookimpl, methods
 from kdhooks.discovery import load
-from kdhooks.testing import check_method
+from kdhooks.testing import check_method, tiny_teacher
 
 
 @pytest.mark.parametrize("name", [info.name for info in methods()])
 def test_installed_method_conforms(name: str) -> None:
     check_method(load(name))
+
+
+@pytest.mark.parametrize("name", ["acsr", "at", "cakd", "reviewkd"])
+def test_installed_method_conforms_with_equal_stages(name: str) -> None:
+    check_method(load(name), teacher=partial(tiny_teacher, width=4))
 
 
 class _Mean(nn.Module):
@@ -63,6 +72,188 @@ class _HiddenState(_Mean):
         return self.calls * super().forward(student, teacher, labels)
 
 
+class _LateCounter(_HiddenState):
+    """The calls count from the fifth on."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        self.calls += 1
+        return max(1, self.calls - 3) * _Mean.forward(self, student, teacher, labels)
+
+
+class _Queue(_Mean):
+    def __init__(self) -> None:
+        super().__init__()
+        self.past: list[Tensor] = []
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        self.past = [*self.past[-1:], teacher.detach()]
+        return super().forward(student, torch.stack(self.past).mean(dim=0), labels)
+
+
+class _KeepsGraph(_Mean):
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        value = super().forward(student, teacher, labels)
+        self.total = self.total + value
+        return value
+
+
+class _EditsLabels(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        labels += 1
+        return super().forward(student, teacher, labels)
+
+
+class _ClampsLabels(_Mean):
+    """Nothing is changed but a label of -1."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        labels.clamp_(min=0)
+        return super().forward(student, teacher, labels)
+
+
+class _EditsStudent(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        student.data.copy_(F.normalize(student.detach()))
+        return super().forward(student, teacher, labels)
+
+
+class _EditsTeacher(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        teacher.data.copy_(F.normalize(teacher.detach()))
+        return super().forward(student, teacher, labels)
+
+
+class _Draws(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return super().forward(F.dropout(student, 0.5), teacher, labels)
+
+
+class _DrawsElsewhere(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return super().forward(student * random.random(), teacher, labels)
+
+
+class _Bfloat16(_Mean):
+    """The same rounding whatever the precision of the inputs."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        value = super().forward(student.bfloat16(), teacher.bfloat16(), labels)
+        return value.to(student.dtype)
+
+
+class _Autocast(_Mean):
+    same: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("same", torch.eye(12))
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        with torch.autocast("cpu", torch.bfloat16):
+            student = student @ self.same
+        return super().forward(student.to(teacher.dtype), teacher, labels)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return gradient.bfloat16().float() if gradient.dtype == torch.float32 else gradient
+
+
+class _RoundedGradient(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        rounded: Tensor = _Rounded.apply(student)  # type: ignore[no-untyped-call]  # torch's
+        return super().forward(rounded, teacher, labels)
+
+
+class _SlightRounding(_Mean):
+    """As much as bfloat16 does to a mean over the batch."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        value = super().forward(student, teacher, labels)
+        return value + 1e-4 * value.detach() * (value.dtype == torch.float32)
+
+
+class _Detached(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return super().forward(student.detach(), teacher, labels) + 0 * student.sum()
+
+
+class _Crash(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        share = F.one_hot(labels, 6).to(student).mean()
+        return share * super().forward(student, teacher, labels)
+
+
+class _NoSampleLeft(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        known = labels >= 0
+        return ((student - teacher.detach()).square().mean(dim=1) * known).sum() / known.sum()
+
+
+class _LastClass(_Mean):
+    """Gives each class a weight, and a sample without a class that of the last one."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        weights = torch.arange(1.0, 7.0)[labels].to(student)
+        return ((student - teacher.detach()).square().mean(dim=1) * weights).mean()
+
+
+class _FirstClass(_LastClass):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return super().forward(student, teacher, labels.clamp(min=0))
+
+
+class _Sum(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return (student - teacher.detach()).square().sum()
+
+
+class _Root(_Mean):
+    """Without a gradient at 0."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return (student - teacher.detach()).square().sum(dim=1).sqrt().mean()
+
+
+class _RootOfFeatures(nn.Module):
+    def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
+        """[(b k h w)], [(b k h w)], (b) -> ()."""
+        ours, theirs = student[0].mean(dim=1), teacher[0].detach().mean(dim=1)
+        return (ours - theirs).square().sum(dim=(1, 2)).sqrt().mean()
+
+
 class _Method:
     def __init__(self, loss: type[nn.Module] = _Mean, weight: float = 1.0) -> None:
         self.loss, self.weight = loss, weight
@@ -70,6 +261,13 @@ class _Method:
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:
         return EmbeddingTap("mean", self.loss(), self.weight)
+
+
+class _FeatureMethod(_Method):
+    @hookimpl
+    def feature_tap(self) -> FeatureTap:
+        paths = ("layer4",)
+        return FeatureTap("roots", _RootOfFeatures(), self.weight, student=paths, teacher=paths)
 
 
 class _Unweighted(_Method):
@@ -97,6 +295,26 @@ def test_a_sound_method_conforms() -> None:
         (_FirstSample, "ignores batch order"),
         (_Rounding, "agrees in float32 and float64"),
         (_HiddenState, "goes on exactly from its state dict"),
+        (_LateCounter, "goes on exactly from its state dict"),
+        (_Queue, "goes on exactly from its state dict"),
+        (_KeepsGraph, r"keeps no graph in its buffers; found \['total'\]"),
+        (_EditsLabels, "runs in a Distiller; mean: its loss wrote into one of its arguments"),
+        (_ClampsLabels, "runs in a Distiller; mean: its loss wrote into one of its arguments"),
+        (_EditsStudent, "leaves the student's tensors unchanged"),
+        (_EditsTeacher, "leaves the teacher's tensors unchanged"),
+        (_Draws, "draws nothing from torch's global generator in a step"),
+        (_DrawsElsewhere, "returns the same value for the same call"),
+        (_Bfloat16, r"computes in float32 or better; found {torch.bfloat16}"),
+        (_Autocast, r"computes in float32 or better; found {torch.bfloat16}"),
+        (_SlightRounding, "agrees in float32 and float64"),
+        (_RoundedGradient, "has the same gradient in float32 and float64"),
+        (_Detached, "gives all that it taps of the student a gradient other than zero"),
+        (_Crash, "accepts a label of -1, a sample without a class; found RuntimeError"),
+        (_NoSampleLeft, "stays finite on a label of -1"),
+        (_LastClass, "counts a label of -1 as no class, not as class 5"),
+        (_FirstClass, "counts a label of -1 as no class, not as class 0"),
+        (_Sum, r"takes the mean over the batch and not the sum; .* 2.00 times"),
+        (_Root, "has a finite value and gradient if the student equals the teacher"),
     ],
 )
 def test_a_broken_rule_is_named(loss: type[nn.Module], rule: str) -> None:
@@ -112,3 +330,10 @@ def test_a_method_must_take_its_weight() -> None:
 def test_a_method_must_leave_the_generator_alone() -> None:
     with pytest.raises(AssertionError, match="leaves the global generator alone"):
         check_method(_Drawing)
+
+
+def test_equal_stages_must_have_a_gradient() -> None:
+    rule = "roots: a method has a finite value and gradient if the student equals the teacher"
+    check_method(_FeatureMethod)  # stages of other widths are never equal
+    with pytest.raises(AssertionError, match=rule):
+        check_method(_FeatureMethod, teacher=partial(tiny_teacher, width=4))
