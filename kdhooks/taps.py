@@ -14,7 +14,7 @@ from kdhooks.errors import KDHooksError, listed, near_miss
 
 HALF = (torch.float16, torch.bfloat16)
 # The children of DDP, DataParallel, torch.compile and Fabric that hold the model itself.
-_WRAPPERS = ("module", "_orig_mod")
+_WRAPPERS = ("module", "_orig_mod", "_original_module", "_forward_module")
 
 
 class Removable(Protocol):
@@ -24,7 +24,7 @@ class Removable(Protocol):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile, in any nesting."""
+    """The module inside DistributedDataParallel, torch.compile and Fabric, in any nesting."""
     while (inner := _wrapped(model)) is not None:
         model = inner
     return model
@@ -32,7 +32,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
     data_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    return dict(model.named_children()).get("module" if data_parallel else "_orig_mod")
+    children = dict(model.named_children())  # which names a module once, by its first name
+    names = ("module",) if data_parallel else _WRAPPERS[1:]
+    return next((children[name] for name in names if name in children), None)
 
 
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
