@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kdhooks
+import kdhooks_demo
 import kdhooks_integrations
 import kdhooks_plugins
 
@@ -29,7 +30,12 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
 }
-FOR_PLUGINS = {"chunks", "declarations", "hookspecs", "shards", "errors"}
+CLASSES = ("chunked_sums", "cosines", "rows", "shards")
+FOR_PLUGINS = {"declarations", "hookspecs", "errors", *(f"classes.{name}" for name in CLASSES)}
+NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
+    "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks_plugins",
+    "kdhooks_integrations",
+}  # fmt: skip
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")
 
 
@@ -37,9 +43,9 @@ OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL
 
 
 def sources() -> dict[str, Path]:
-    """Each module of the three packages, and its file."""
+    """Each module of the four packages, and its file."""
     found = {}
-    for package in (kdhooks, kdhooks_plugins, kdhooks_integrations):
+    for package in (kdhooks, kdhooks_plugins, kdhooks_integrations, kdhooks_demo):
         folder = Path(package.__path__[0])
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
@@ -89,7 +95,7 @@ def graph() -> dict[str, set[str]]:
 
 def floors(text: str) -> list[tuple[str, int]]:
     """Patterns of module names with their floor, from the table of CONTRIBUTING.md."""
-    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
     return [(name, int(floor)) for floor, cell in rows for name in re.findall(r"`([^`]+)`", cell)]
 
 
@@ -100,14 +106,36 @@ def floor_of(module: str, table: list[tuple[str, int]]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def packages_of(table: list[tuple[str, int]]) -> list[str]:
+    """The patterns of whole packages, whose modules may import one another."""
+    return [pattern for pattern, _ in table if pattern.startswith("kdhooks_")]
+
+
 def upward(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> list[str]:
-    """Imports of a module on a higher floor."""
+    """Imports of a module that is not on a lower floor."""
     found = []
     for importer, targets in imports.items():
-        for target in sorted(targets & imports.keys() - {"kdhooks"}):
+        for target in sorted(targets & imports.keys() - NAMESPACES):
             here, there = floor_of(importer, table), floor_of(target, table)
-            if here is not None and there is not None and there > here:
+            together = any(
+                fnmatch.fnmatchcase(importer, package) and fnmatch.fnmatchcase(target, package)
+                for package in packages_of(table)
+            )
+            if here is not None and there is not None and there >= here and not together:
                 found.append(f"{importer} (floor {here}) imports {target} (floor {there})")
+    return found
+
+
+def too_high(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> list[str]:
+    """Modules of the core that could stand on a lower floor."""
+    found = []
+    for module, targets in imports.items():
+        inner = targets & imports.keys() - NAMESPACES
+        below = [floor_of(target, table) or 0 for target in inner]
+        here = floor_of(module, table)
+        core = module.startswith("kdhooks.") and module not in NAMESPACES
+        if core and here is not None and here > max(below, default=0) + 1:
+            found.append(f"{module} (floor {here}) needs floor {max(below, default=0) + 1}")
     return found
 
 
@@ -163,9 +191,8 @@ def table() -> list[tuple[str, int]]:
 
 
 def test_every_module_has_one_floor(table: list[tuple[str, int]]) -> None:
-    packages = {"kdhooks", "kdhooks_plugins", "kdhooks_integrations"}
-    homeless = [name for name in sources() if floor_of(name, table) is None]
-    assert set(homeless) <= packages, "give it a floor in CONTRIBUTING.md"
+    homeless = {name for name in sources() if floor_of(name, table) is None}
+    assert homeless <= NAMESPACES, "give it a floor in CONTRIBUTING.md"
 
 
 def test_every_floor_names_modules_that_exist(table: list[tuple[str, int]]) -> None:
@@ -175,6 +202,10 @@ def test_every_floor_names_modules_that_exist(table: list[tuple[str, int]]) -> N
 
 def test_imports_run_downwards(table: list[tuple[str, int]]) -> None:
     assert upward(graph(), table) == []
+
+
+def test_no_module_stands_higher_than_it_must(table: list[tuple[str, int]]) -> None:
+    assert too_high(graph(), table) == []
 
 
 def test_no_imports_run_in_circles() -> None:
@@ -222,6 +253,19 @@ def test_an_upward_import_is_noticed() -> None:
     imports = {"kdhooks.low": {"kdhooks.high"}, "kdhooks.high": set[str]()}
     assert upward(imports, TABLE) == ["kdhooks.low (floor 1) imports kdhooks.high (floor 2)"]
     assert upward({"kdhooks.low": set(), "kdhooks.high": {"kdhooks.low"}}, TABLE) == []
+
+
+def test_an_import_along_a_floor_is_noticed_but_within_a_package() -> None:
+    table = [("one", 1), ("two", 1), ("kdhooks_plugins.*", 1)]
+    imports = {"kdhooks.one": {"kdhooks.two"}, "kdhooks.two": set[str]()}
+    assert upward(imports, table) == ["kdhooks.one (floor 1) imports kdhooks.two (floor 1)"]
+    methods = {"kdhooks_plugins.a": {"kdhooks_plugins.b"}, "kdhooks_plugins.b": set[str]()}
+    assert upward(methods, table) == []
+
+
+def test_a_floor_that_is_too_high_is_noticed() -> None:
+    assert too_high({"kdhooks.high": set()}, TABLE) == ["kdhooks.high (floor 2) needs floor 1"]
+    assert too_high({"kdhooks.low": set(), "kdhooks.high": {"kdhooks.low"}}, TABLE) == []
 
 
 def test_a_circle_is_noticed() -> None:

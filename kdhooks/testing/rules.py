@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdhooks.declarations import ParameterTap
-from kdhooks.loss_calls import Arguments, Case, call, differentiate, mapped, tensors
+from kdhooks.testing.loss_calls import Arguments, Case, call, differentiate, mapped, tensors
 
 _PARTS = (
     "student's tensors",

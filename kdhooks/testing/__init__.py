@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.conformance import check_loss
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
-from kdhooks.loss_calls import Arguments, Case, mapped, require
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.testing.loss_calls import Arguments, Case, mapped, require
+from kdhooks.testing.rules import check_loss
 
 _CLASSES = 6
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
