@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,39 @@ from kdhooks.classes.shards import before_gathering
 from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.taps import Removable
+
+
+class _Mark(NamedTuple):
+    """Tells a buffer from another one, and from itself after a change."""
+
+    tensor: int
+    version: int
+    kind: tuple[torch.device, torch.dtype]  # a module that is moved has other tensors
+
+
+@dataclass(frozen=True)
+class _Place:
+    module: nn.Module
+    name: str
+    own: bool  # whether each rank keeps it by itself
+
+    @property
+    def buffer(self) -> Tensor:
+        return self.module.get_buffer(self.name)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it changes without a new version, as the statistics of a BatchNorm do."""
+        return isinstance(self.module, nn.modules.batchnorm._NormBase)
+
+    def mark(self) -> _Mark:
+        buffer = self.buffer
+        return _Mark(id(buffer), buffer._version, (buffer.device, buffer.dtype))
+
+    def replace(self, tensor: Tensor) -> None:
+        """By a new tensor, since the backward pass may still need the values of the old one."""
+        persistent = self.name not in self.module._non_persistent_buffers_set
+        self.module.register_buffer(self.name, tensor, persistent)
 
 
 class Replicas(NotCopied):
@@ -32,28 +67,31 @@ class Replicas(NotCopied):
         """
         _refuse_different(declared)
         own = own_buffers(module)
-        self._own = [buffer for name, buffer in module.named_buffers() if sharded and name in own]
-        # A module may replace its buffer by another tensor, so they are named by their module.
-        self._places = [
-            (inner, name)
+        # A module may replace its buffer by another tensor, so each is named by its module.
+        places: list[_Place] = [
+            _Place(inner, name, f"{prefix}.{name}".lstrip(".") in own)
             for prefix, inner in module.named_modules()
             for name, buffer in inner.named_buffers(recurse=False)
-            if buffer.is_floating_point() and f"{prefix}.{name}".lstrip(".") not in own
+            if buffer.is_floating_point()
         ]
-        for tensor in (*module.parameters(), *self._buffers()):
+        self._shared = [place for place in places if not place.own]
+        self._own = [place for place in places if place.own and sharded]
+        for tensor in (*module.parameters(), *(place.buffer for place in self._shared)):
             dist.broadcast(tensor.data, 0)
-        self._versions = [(id(buffer), buffer._version) for buffer in self._buffers()]
+        self._note()
         self._handles: list[Removable] = [
             parameter.register_hook(_mean)
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
+        loaded = module.register_load_state_dict_post_hook(lambda *_: self._note())
+        self._handles.append(loaded)
         self._hosts: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
     @contextmanager
     def one_step(self, size: int) -> Iterator[None]:
         """Run the losses inside, on a batch of `size` samples of this rank."""
-        _refuse_broadcast(self._own)
+        self._refuse_overwritten()
         compared = set[dist.ProcessGroup]()
 
         def compare(group: dist.ProcessGroup) -> None:
@@ -68,24 +106,35 @@ class Replicas(NotCopied):
             before_gathering.reset(token)
         self._average_buffers()
 
-    def _buffers(self) -> list[Tensor]:
-        return [inner.get_buffer(name) for inner, name in self._places]
+    def _note(self) -> None:
+        """Remember which tensors the buffers are, and in which version."""
+        self._shared_marks = [place.mark() for place in self._shared]
+        self._own_marks = [place.mark() for place in self._own]
 
     def _average_buffers(self) -> None:
-        buffers = self._buffers()
-        now = [(id(buffer), buffer._version) for buffer in buffers]
-        if now == self._versions:
-            return
-        pairs = zip(buffers, now, self._versions, strict=True)
-        changed = [buffer for buffer, new, old in pairs if new != old]
-        with torch.no_grad():
-            joined = torch.cat([buffer.double().flatten() for buffer in changed])
+        pairs = zip(self._shared, self._shared_marks, strict=True)
+        changed = [place for place, before in pairs if place.silent or place.mark() != before]
+        if changed:
+            given = [place.buffer.detach() for place in changed]
+            joined = torch.cat([buffer.double().flatten() for buffer in given])
             dist.all_reduce(joined)
             joined /= dist.get_world_size()
-            parts = joined.split([buffer.numel() for buffer in changed])
-            for buffer, mean in zip(changed, parts, strict=True):
-                buffer.copy_(mean.reshape(buffer.shape))
-        self._versions = [(id(buffer), buffer._version) for buffer in buffers]
+            parts = joined.split([buffer.numel() for buffer in given])
+            for place, buffer, mean in zip(changed, given, parts, strict=True):
+                place.replace(mean.reshape(buffer.shape).to(buffer.dtype))
+        self._note()
+
+    def _refuse_overwritten(self) -> None:
+        """A DDP around the losses overwrites each rank's own classes with those of rank 0."""
+        for place, before in zip(self._own, self._own_marks, strict=True):
+            now = place.mark()
+            if now != before and now.kind == before.kind:
+                raise KDHooksError(
+                    f"the buffer '{place.name}' holds this rank's own classes, and was overwritten "
+                    "after the last step; DistributedDataParallel does that to the buffers of the "
+                    "module that it wraps; keep kd outside of that module (kdhooks keeps the ranks "
+                    "equal by itself)"
+                )
 
     def _compare_sizes(self, size: int, group: dist.ProcessGroup) -> None:
         """A gathering of batches of different sizes would hang, or end the process.
@@ -134,19 +183,6 @@ def _refuse_different(declared: Sequence[str]) -> None:
                 "all ranks must declare the same terms in the same order; only rank 0 has: "
                 f"{ours}; only rank {rank}: {theirs}; start every rank with the same recipe"
             )
-
-
-def _refuse_broadcast(own: Sequence[Tensor]) -> None:
-    """A DDP around the module would overwrite each rank's own classes with those of rank 0."""
-    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-    if wrapper is None or not own:
-        return
-    sent = {id(buffer) for buffer in wrapper.modules_buffers}
-    if wrapper.broadcast_buffers and any(id(buffer) in sent for buffer in own):
-        raise KDHooksError(
-            "DistributedDataParallel would overwrite buffers of the losses that each rank keeps by "
-            "itself; wrap the model with broadcast_buffers=False"
-        )
 
 
 def _mean(gradient: Tensor) -> Tensor:

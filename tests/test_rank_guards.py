@@ -1,0 +1,259 @@
+"""What several ranks must have in common: their terms, batch sizes, buffers and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, Distiller, EmbeddingTap, KDHooksError, hookimpl
+from kdhooks.replicas import own_buffers
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from tests.ranks import Results, group, here, mine, on_two_ranks
+
+SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
+STAGES: dict[str, Any] = {
+    "student_stages": [f"layer{n}" for n in (1, 2, 3, 4)],
+    "teacher_stages": [f"layer{n}" for n in (1, 2, 3, 4)],
+}
+
+
+def student() -> TinyFaceNet:
+    torch.manual_seed(0)
+    return TinyFaceNet().train()
+
+
+def distiller(net: nn.Module, *methods: object, **options: Any) -> Distiller:
+    return Distiller(net, tiny_teacher(), list(methods), **{**SIZE, **options})
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack([*terms.values()]).sum()
+
+
+# --- the same terms ------------------------------------------------------------------------------
+
+
+def _different(*methods: object) -> str:
+    """The error of a rank that has the methods of its number."""
+    try:
+        distiller(student(), "fcd", methods[here()[0]], **STAGES).remove()
+    except KDHooksError as error:
+        return str(error)
+    return ""
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def _uneven(method: str, **options: Any) -> tuple[str, int]:
+    """The error of two even steps and one in which rank 1 has two samples fewer; and the step."""
+    images, labels = (mine(x) for x in tiny_batch())
+    kd = distiller(net := student(), method, **options)
+    found = ""
+    for step in range(3):
+        count = 4 if step == 2 and here()[0] == 1 else 6
+        net(images[:count])
+        try:
+            total(kd(images[:count], labels[:count])).backward()
+        except KDHooksError as error:
+            found = str(error)
+            break
+    kd.remove()
+    return found, kd.step
+
+
+# --- buffers -------------------------------------------------------------------------------------
+
+
+class Averages(nn.Module):
+    """Keeps the mean embedding of the past, and a number of the rank's own."""
+
+    mean: Tensor
+    own: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+        self.register_buffer("own", torch.zeros(()))
+
+    def buffers_by_rank(self) -> set[str]:
+        return {"own"}
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        with torch.no_grad():
+            self.mean.lerp_(student.mean(dim=0), 0.5)
+            self.own.add_(here()[0] + 1)
+        return (student - teacher - self.mean).square().mean()
+
+
+class Keeping:
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        return EmbeddingTap("keeping", Averages())
+
+
+def _buffers(wrapped: bool) -> Results:
+    images, labels = (mine(x) for x in tiny_batch())
+    net = DistributedDataParallel(inner := student()) if here()[1] > 1 else (inner := student())
+    # The class makes its buffers before the ranks meet in `Distiller`; rank 1 starts elsewhere.
+    kd = distiller(inner, Keeping(), "acsr", **STAGES)
+    losses: nn.Module = DistributedDataParallel(kd) if wrapped and here()[1] > 1 else kd
+    optimizer = SGD([*inner.parameters(), *kd.parameters()], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(images)
+        total(losses(images, labels)).backward()
+        optimizer.step()
+    kd.remove()
+    own = kd.losses["keeping"].own
+    shared = {name: b for name, b in kd.named_buffers() if not name.endswith("own")}
+    return {"own": own, "shared": shared}
+
+
+def _sharded_inside_ddp(told: bool) -> str:
+    """adadistill with each rank's own classes, as the child of a module that DDP wraps.
+
+    told: whether DDP is told to leave these buffers alone.
+    """
+
+    class Whole(nn.Module):
+        def __init__(self, net: nn.Module, kd: Distiller) -> None:
+            super().__init__()
+            self.net, self.kd = net, kd
+
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            self.net(images)
+            return total(self.kd(images, labels))
+
+    rank, _ = here()
+    images, labels = (mine(x) for x in tiny_batch())
+    head = ClassShard(nn.Parameter(torch.randn(3, 12)), 3 * rank, 6, group())
+    kd = distiller(net := student(), "adadistill", head=head)
+    whole = Whole(net, kd)
+    if told:
+        names = [f"kd.{name}" for name in own_buffers(kd)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, names)
+    wrapped = DistributedDataParallel(whole)
+    try:
+        for _ in range(2):
+            wrapped(images, labels).backward()
+        kd.load_state_dict(kd.state_dict())
+        wrapped(images, labels).backward()
+    except KDHooksError as error:
+        return str(error)
+    finally:
+        kd.remove()
+    return ""
+
+
+# --- gradients of a static graph -----------------------------------------------------------------
+
+
+def _static_graph(alone: bool) -> tuple[str, list[Tensor]]:
+    """Training by the terms alone, or together with a loss of the module's output."""
+    images, labels = (mine(x) for x in tiny_batch())
+    net = student()
+    kd = distiller(net, "fcd")
+    wrapped = DistributedDataParallel(net, static_graph=True)
+    optimizer = SGD(net.parameters(), lr=0.01)
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            embedding = wrapped(images)
+            loss = total(kd(images, labels))
+            if not alone:
+                loss = loss + F.cross_entropy(embedding, labels)
+            loss.backward()
+            optimizer.step()
+    except KDHooksError as error:
+        return str(error), []
+    finally:
+        kd.remove()
+    return "", [parameter.detach() for parameter in net.parameters()]
+
+
+# --- all of it on two ranks ----------------------------------------------------------------------
+
+
+def _scenarios() -> dict[str, Any]:
+    sharded = {"head": ClassShard(nn.Parameter(torch.randn(3, 12)), 3 * here()[0], 6, group())}
+    return {
+        "methods": {"error": _different("at", "rkd")},
+        "weights": {
+            "error": _different({"name": "at", "weight": 1.0}, {"name": "at", "weight": 2})
+        },
+        "uneven rkd": dict(zip(("error", "step"), _uneven("rkd"), strict=True)),
+        "uneven thkd": dict(zip(("error", "step"), _uneven("thkd", **sharded), strict=True)),
+        "uneven fcd": dict(zip(("error", "step"), _uneven("fcd"), strict=True)),
+        "buffers": _buffers(wrapped=False),
+        "buffers wrapped": _buffers(wrapped=True),
+        "sharded": {"error": _sharded_inside_ddp(told=False)},
+        "sharded, told": {"error": _sharded_inside_ddp(told=True)},
+        "static alone": dict(zip(("error", "net"), _static_graph(alone=True), strict=True)),
+        "static": dict(zip(("error", "net"), _static_graph(alone=False), strict=True)),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    return on_two_ranks(_scenarios, tmp_path_factory.mktemp("rank_guards"))
+
+
+Ranks = list[dict[str, Results]]
+
+
+def test_ranks_with_different_methods_are_refused_by_name(ranks: Ranks) -> None:
+    for rank in ranks:
+        message = rank["methods"]["error"]
+        assert "all ranks must declare the same terms" in message
+        assert "only rank 0 has: FeatureTap at" in message
+        assert "only rank 1: EmbeddingTap rkd" in message
+
+
+def test_ranks_with_different_weights_are_refused(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "all ranks must declare the same terms" in rank["weights"]["error"]
+
+
+@pytest.mark.parametrize("method", ["rkd", "thkd"])
+def test_an_uneven_batch_of_a_loss_over_all_ranks_names_the_sizes(
+    ranks: Ranks, method: str
+) -> None:
+    for rank in ranks:
+        found = rank[f"uneven {method}"]
+        assert "whose batches must be of one size; found [6, 4], by rank" in found["error"]
+        assert found["step"] == 2
+
+
+def test_an_uneven_batch_of_another_loss_is_no_error(ranks: Ranks) -> None:
+    assert [rank["uneven fcd"] for rank in ranks] == [{"error": "", "step": 3}] * 2
+
+
+@pytest.mark.parametrize("way", ["buffers", "buffers wrapped"])
+def test_buffers_are_the_ranks_mean_unless_a_loss_keeps_them_by_rank(
+    ranks: Ranks, way: str
+) -> None:
+    zero, one = (rank[way] for rank in ranks)
+    assert len(zero["shared"]) > 3, "acsr has batch norms"
+    assert_close(zero["shared"], one["shared"], rtol=0, atol=0)
+    assert (float(zero["own"]), float(one["own"])) == (3.0, 6.0)
+    assert_close(ranks[0]["buffers"]["shared"], zero["shared"])
+
+
+def test_a_ddp_that_would_overwrite_the_ranks_own_classes_is_refused(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["sharded, told"]["error"] == ""
+    assert "holds this rank's own classes, and was overwritten" in ranks[1]["sharded"]["error"]
+
+
+def test_a_static_graph_that_averages_nothing_is_refused(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "static_graph=True) averaged no gradient" in rank["static alone"]["error"]
+        assert rank["static"]["error"] == ""
+    assert_close(ranks[0]["static"]["net"], ranks[1]["static"]["net"], rtol=0, atol=0)

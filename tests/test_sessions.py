@@ -1,0 +1,276 @@
+"""A Teacher is configuration that several runs share; each run has a session of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import Distiller, EmbeddingTap, KDHooksError, Model, Teacher, hookimpl
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.session import TeacherSession
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+
+SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
+STAGES: dict[str, Any] = {
+    "student_stages": ["layer1", "layer3"],
+    "teacher_stages": ["layer1", "layer3"],
+}
+
+
+def module() -> nn.Module:
+    found = tiny_teacher().module
+    assert found is not None
+    return found
+
+
+def student() -> TinyFaceNet:
+    torch.manual_seed(0)
+    return TinyFaceNet().train()
+
+
+def terms(kd: Distiller, net: nn.Module) -> dict[str, Tensor]:
+    images, labels = tiny_batch()
+    net(images)
+    return kd(images, labels)
+
+
+# --- one teacher for two runs --------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """Adds a trained vector to the teacher's embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(12))
+
+    def forward(self, teacher: nn.Module, images: Tensor) -> Tensor:
+        embedding: Tensor = teacher(images)
+        return embedding + self.by
+
+
+class Gap(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return (student - teacher).square().mean()
+
+
+class Shifted:
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        return EmbeddingTap("gap", Gap())
+
+    @hookimpl
+    def adapt_teacher(self, teacher: Model) -> nn.Module:
+        return Shift()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["at", "fcd"], ["at"]),
+        (["at"], ["fcd"]),
+        (["fcd"], ["at"]),
+        ([Shifted()], ["fcd"]),
+        (["fcd"], [Shifted()]),
+    ],
+)
+def test_a_second_run_changes_nothing_for_the_first(first: list[Any], second: list[Any]) -> None:
+    alone, other = student(), student()
+    expected = terms(Distiller(alone, Teacher(module()), first, **STAGES, **SIZE), alone)
+    teacher, net = Teacher(module()), student()
+    before = dict(vars(teacher))
+    kd = Distiller(net, teacher, first, **STAGES, **SIZE)
+    one_more = Distiller(other, teacher, second, **STAGES, **SIZE)
+    found = terms(kd, net)
+    assert_close(found, expected, rtol=0, atol=0)
+    sum(found.values(), start=torch.zeros(())).backward()
+    assert all(parameter.grad is not None for parameter in kd.parameters())
+    terms(one_more, other)
+    kd.remove()
+    terms(one_more, other)
+    assert vars(teacher) == before
+
+
+def test_closing_one_leaves_the_hooks_and_the_cache_of_the_other(tmp_path: Path) -> None:
+    teacher = Teacher(module(), cache=CacheOptions(tmp_path))
+    first, second = student(), student()
+    one = Distiller(first, teacher, ["fcd"], **SIZE)
+    two = Distiller(second, teacher, ["fcd"], **SIZE)
+    expected = terms(one, first)
+    one.remove()
+    for _ in range(2):
+        found = terms(two, second)
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    cache = two._session.cache
+    assert cache is not None
+    assert cache.hits > 0
+
+
+def test_a_probe_leaves_no_hook_on_the_teacher() -> None:
+    network = module()
+    kd = Distiller(student(), Teacher(network), ["fcd"], **STAGES, **SIZE)
+    assert not any(m._forward_hooks for m in network.modules())
+    kd.remove()
+
+
+# --- the student and the teacher are two models --------------------------------------------------
+
+
+def test_a_student_that_is_its_own_teacher_is_refused() -> None:
+    net = module().requires_grad_().train()
+    with pytest.raises(KDHooksError, match=r"must have parameters of their own.*copy\.deepcopy"):
+        Distiller(net, net, ["fcd"], **SIZE)
+
+
+def test_a_student_that_another_run_froze_is_refused() -> None:
+    peer = module().train()
+    Teacher(peer)
+    with pytest.raises(KDHooksError, match="must train at least one parameter; found all of them"):
+        Distiller(peer, tiny_teacher(), ["fcd"], **SIZE)
+
+
+# --- number formats ------------------------------------------------------------------------------
+
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("ours", FORMATS)
+@pytest.mark.parametrize("theirs", FORMATS)
+@pytest.mark.parametrize("method", ["fcd", "at", "thkd", "rkd"])
+def test_models_of_any_floating_point_format_train(
+    ours: torch.dtype, theirs: torch.dtype, method: str
+) -> None:
+    network, (images, labels) = module().to(theirs), tiny_batch()
+    classifier = tiny_teacher().classifier
+    net = student().to(ours)
+    kd = Distiller(net, Teacher(network, classifier=classifier), [method], **STAGES, **SIZE)
+    for _ in range(2):
+        images = images.to(ours)
+        net(images)
+        (term,) = kd(images, labels).values()
+        term.backward()
+    assert term.dtype == torch.promote_types(ours, torch.float32)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.layer1.parameters())
+
+
+def test_images_of_whole_numbers_are_refused_with_the_conversion() -> None:
+    class Pixels(TinyFaceNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward((images.float() - 127.5) / 127.5)
+
+    net, (images, labels) = Pixels().train(), tiny_batch()
+    pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    kd = Distiller(net, tiny_teacher(), ["fcd"], **SIZE)
+    net(pixels)
+    with pytest.raises(KDHooksError, match=r"found torch.uint8; give kd \(images.float\(\) - 127"):
+        kd(pixels, labels)
+    net(pixels)
+    kd(pixels, labels, teacher_images=(pixels.float() - 127.5) / 127.5)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)).train()
+    kd = Distiller(net, tiny_teacher(), ["fcd"], **SIZE)
+    images = torch.zeros(0, 3, 32, 32)
+    net(images)
+    with pytest.raises(KDHooksError, match="of at least one sample; found an empty batch"):
+        kd(images, torch.zeros(0, dtype=torch.long))
+
+
+# --- forms of models -----------------------------------------------------------------------------
+
+
+def exported(network: nn.Module) -> Any:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    return torch.export.export(network.eval(), (tiny_batch()[0],), dynamic_shapes=({0: batch},))
+
+
+def traced(network: nn.Module) -> Any:
+    return torch.jit.trace(network.eval(), tiny_batch()[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("form", [exported, lambda network: exported(network).module(), traced])
+def test_a_model_of_any_form_teaches_its_embedding(form: Callable[[nn.Module], Any]) -> None:
+    images, _ = tiny_batch()
+    teacher = Teacher(form(module()))
+    with TeacherSession(teacher) as session:
+        assert_close(session(images).embedding, module()(images).detach())
+    assert teacher.module is not None
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    net = student()
+    terms(Distiller(net, teacher, ["fcd"], **SIZE), net)["fcd"].backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_submodules_of_such_a_form_cannot_be_tapped() -> None:
+    with pytest.raises(KDHooksError, match=r"'layer1'.* recorded nothing: a compiled, scripted"):
+        Distiller(student(), Teacher(exported(module())), ["at"], **STAGES, **SIZE)
+
+
+def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module()
+
+        def forward(self, images: Tensor, keypoints: Tensor) -> tuple[Tensor, None]:
+            return self.inner(images) + keypoints.mean(), None
+
+    def run(model: nn.Module, images: Tensor) -> Tensor:
+        embedding: Tensor = model(images, images.new_ones(len(images), 5, 2))[0]
+        return embedding
+
+    images, _ = tiny_batch()
+    with TeacherSession(Teacher(Keyed(), run=run), ["inner.layer1"]) as session:
+        output = session(images)
+    assert_close(output.embedding, module()(images).detach() + 1)
+    assert list(output.features) == ["inner.layer1"]
+
+
+# --- what was started ahead ----------------------------------------------------------------------
+
+
+def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> None:
+    seen: list[int] = []
+
+    def embed(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images.mean(dim=(2, 3))
+
+    session = TeacherSession(Teacher(embed))
+    images, _ = tiny_batch()
+    session(images)
+    session.run_ahead(images)
+    assert_close(session(images).embedding, images.mean(dim=(2, 3)))
+    assert len(seen) == 2, "the call took the output"
+    session.run_ahead(images)
+    images.mul_(0.5)
+    assert_close(session(images).embedding, images.mean(dim=(2, 3)))
+    session.run_ahead(images)
+    assert_close(session(images[:5]).embedding, images[:5].mean(dim=(2, 3)))
+    session.run_ahead(images)
+    session.drop_ahead()
+    assert_close(session(images).embedding, images.mean(dim=(2, 3)))
+    assert len(seen) == 8, "each other call ran the teacher again"
+
+
+def test_running_ahead_ends_if_nobody_takes_its_outputs() -> None:
+    seen: list[int] = []
+
+    def embed(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images.mean(dim=(2, 3))
+
+    session = TeacherSession(Teacher(embed))
+    images, _ = tiny_batch()
+    session(images)
+    for _ in range(30):
+        session.run_ahead(images)
+    assert len(seen) == 1 + 8
