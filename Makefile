@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
 
+# A process a core, each with one thread; a file's tests stay in one process, for its fixtures.
 test: .venv/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 bench-methods: .venv/.demo
 	$(BIN)/python -m benchmarks.methods $(ARGS)

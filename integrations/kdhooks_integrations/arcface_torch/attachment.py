@@ -264,6 +264,12 @@ def attach(
 
 
 def _refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
+    if not isinstance(schedule, LRScheduler):
+        raise KDHooksError(
+            "arcface_torch: schedule must be a torch.optim.lr_scheduler of the optimizer, whose "
+            f"checkpoints then hold the methods' state; found {type(schedule).__name__}; with "
+            "another kind, or none, use kdhooks.Distiller in the loop (README, a loop of your own)"
+        )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     faults = {
         "the schedule is of another optimizer": schedule.optimizer is not optimizer,
