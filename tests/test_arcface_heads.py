@@ -56,9 +56,7 @@ def made(head: nn.Module) -> tuple[TinyFaceNet, SGD]:
 def test_a_head_that_returns_no_scalar_is_refused(head: nn.Module, shape: str) -> None:
     backbone, _ = made(head)
     images, labels = tiny_batch()
-    with pytest.raises(
-        KDHooksError, match=f"must return its loss as a scalar.*found shape {shape}"
-    ):
+    with pytest.raises(KDHooksError, match=f"its loss as a scalar.*found shape {shape}"):
         head(backbone(images), labels)
 
 
@@ -67,9 +65,7 @@ def test_a_head_whose_hooks_never_run_is_noticed_at_the_first_step() -> None:
     backbone, optimizer = made(head)
     images, labels = tiny_batch()
     head.forward_backward(backbone(images), labels).backward()
-    with pytest.raises(
-        KDHooksError, match="by calls that run the hooks of the backbone and of the"
-    ):
+    with pytest.raises(KDHooksError, match="by calls that run the hooks of the backbone"):
         optimizer.step()
 
 

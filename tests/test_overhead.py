@@ -22,8 +22,8 @@ SIZE = 32
 
 # 100 in Python 3.11, where a comprehension is a call; fewer in later ones. On the same step and
 # counted alike: 35 for hooks by hand, 56 for torchdistill's hooks, 114 for its whole loop. About 25
-# are guards: images, labels, batch sizes, overwritten arguments, terms that nobody took, numbers that
-# are not finite. A step enters no autocast that is off already, which would be 7 more.
+# are guards: images, labels, batch sizes, overwritten arguments, terms that nobody took, numbers
+# that are not finite. A step enters no autocast that is off already, which would be 7 more.
 EXTRA_CALLS = 100
 
 
