@@ -7,25 +7,20 @@ tap's loss on both.
 """
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations, probe_student, probe_teacher
-from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, world
-from kdhooks.declarations import InheritedClassifier, ParameterTap, Step, Tap, check_weight
-from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
+from kdhooks.errors import KDHooksError
 from kdhooks.finite import Finite, Question, of_embedding, of_terms
 from kdhooks.first_step import check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.generators import undisturbed_generators
 from kdhooks.guards import (
     OptimizerGuard,
     Untouched,
@@ -36,21 +31,14 @@ from kdhooks.guards import (
     check_same_images,
     checked_labels,
 )
+from kdhooks.parameter_groups import parameter_groups
 from kdhooks.replicas import Replicas, own_buffers
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
 
 log = logging.getLogger("kdhooks")
-
-
-@dataclass(frozen=True)
-class Inherited:
-    """A term that the host's own head computes, on the teacher's rows in place of its own."""
-
-    name: str
-    weight: float
-    rows: Callable[[], Tensor]  # reads this rank's rows (c e) of the teacher's classifier
 
 
 class Distiller(nn.Module):
@@ -64,8 +52,6 @@ class Distiller(nn.Module):
                 task_loss = criterion(student(images), labels)
                 loss = sum(kd(images, labels).values(), start=task_loss)
     """
-
-    teacher_rows: Tensor
 
     def __init__(
         self,
@@ -123,15 +109,21 @@ class Distiller(nn.Module):
             self.taps = asked.taps(ours, theirs, head)
             self.adapter = asked.teacher_adapter(theirs)
         self._stages = {stage.path: stage.shape for stage in ours.stages}
+        self.teacher_rows: TeacherRows | None = (
+            None  # if a term is computed on the teacher's classes
+        )
+        self._class_count = number_of_classes(theirs.classifier, head)  # 0: any label is a class
         if host_head is not None:
-            self._leave_to_host(teacher)
+            self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         if self._dtype == torch.float64:
             self.losses.double()
-        self._take_rows(theirs.classifier)
+        if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
+            self.teacher_rows = TeacherRows(theirs.classifier, head, self._dtype)
+            self.teacher_rows.prepare(self.losses.values())
         self.to(first.device)
         parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
         self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
@@ -174,11 +166,9 @@ class Distiller(nn.Module):
         questions: list[Question] = []
         if question := check_same_images(seen, inputs, version, images):
             questions.append(question)
-        beyond = (
-            check_range(labels, self._classes) if labels is not None and self._classes else None
-        )
-        if beyond:
-            questions.append(beyond)
+        ranged = labels if self._class_count else None
+        if ranged is not None and (question := check_range(ranged, self._class_count)):
+            questions.append(question)
         if not self._checked:
             self._check_first(features)
         teacher = self._teach(theirs, labels)
@@ -195,7 +185,7 @@ class Distiller(nn.Module):
             teacher_features=teacher.features if teacher else {},
             labels=labels,
             parameters=self._own,
-            classifier=self._classifier(),
+            classifier=None if self.teacher_rows is None else self.teacher_rows.shard(),
             head=self._head,
         )
         return step, questions
@@ -325,60 +315,6 @@ class Distiller(nn.Module):
 
     # --- set-up and end ----------------------------------------------------------------------
 
-    def _leave_to_host(self, teacher: Teacher) -> None:
-        """Take the term out that the host's own head computes."""
-        for tap in self.taps:
-            if not (isinstance(tap, InheritedClassifier) and tap.weight != 0):
-                continue
-            if tap.host_conflict or any(True for _ in tap.loss.parameters()):
-                reason = tap.host_conflict or "it has trainable parts of its own"
-                raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
-            if callable(tap.weight):
-                raise KDHooksError(
-                    f"{tap.name}: its weight must be a number if the trainer's head computes it, "
-                    "since nothing else trains by the labels; set head = 'own' for a schedule"
-                )
-            assert teacher.classifier is not None
-            rows = partial(teacher.classifier.slice, *self._bounds(teacher.classifier))
-            self.inherited = Inherited(tap.name, tap.weight, rows)
-            self.taps = tuple(other for other in self.taps if other is not tap)
-
-    def _take_rows(self, rows: Rows | None) -> None:
-        """This rank's rows of the teacher's classifier, split as the student's own are."""
-        self._classes = 0 if rows is None else rows.total
-        self._split: tuple[int, int, dist.ProcessGroup | None] | None = None
-        if rows is None:
-            return
-        head = self._head
-        if head is not None and head.total != rows.total:
-            raise KDHooksError(
-                f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
-                "be the same classes in the same order"
-            )
-        if any(tap.needs_classifier for tap in self.taps):
-            start, stop = self._bounds(rows)
-            own = rows.slice(start, stop).to(self._dtype)
-            self.register_buffer("teacher_rows", own, persistent=False)
-            self._split = start, rows.total, head.group if head else None
-            for loss in self.losses.values():
-                if prepare := getattr(loss, "prepare", None):
-                    prepare(self._classifier())
-
-    def _bounds(self, rows: Rows) -> tuple[int, int]:
-        """The first of this rank's rows, and the one after its last."""
-        if self._head is None:
-            return 0, rows.total
-        return self._head.offset, self._head.offset + len(self._head.weight)
-
-    def _classifier(self) -> ClassShard | None:
-        if self._split is None:
-            return None
-        return ClassShard(self.teacher_rows, *self._split)
-
-    def buffers_by_rank(self) -> set[str]:
-        """Each rank holds other classes; see `Replicas`."""
-        return {"teacher_rows"} if self._split else set()
-
     def _connect(self, student: nn.Module, teacher: Teacher, images: Tensor) -> None:
         """Register all that `remove` takes away. If one part raises, the others are taken back."""
         ours = [path for tap in self.taps for path in tap.student_paths]
@@ -405,30 +341,8 @@ class Distiller(nn.Module):
         return Replicas(self, declared, sharded)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The losses' parameters for an optimizer; no decay for those that a loss says so of.
-
-        A loss, or a module inside it, says so by `no_weight_decay() -> set[str]`: names of its
-        parameters, as in timm.
-        """
-        spared = set[str]()
-        for prefix, module in self.named_modules():
-            names: Any = getattr(module, "no_weight_decay", None)
-            if names is not None:
-                spared |= {f"{prefix}.{name}" for name in names()}
-        named = dict(self.named_parameters())
-        if unknown := spared - named.keys():
-            raise KDHooksError(
-                f"no_weight_decay names '{min(unknown)}', which is no parameter; "
-                f"{near_miss(min(unknown), named)}the losses have: {listed(named)}"
-            )
-        groups = [
-            {
-                "params": [p for name, p in named.items() if name not in spared],
-                "weight_decay": weight_decay,
-            },
-            {"params": [named[name] for name in named if name in spared], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """The losses' parameters for an optimizer; see `kdhooks.parameter_groups`."""
+        return parameter_groups(self, weight_decay)
 
     def remove(self) -> None:
         """Take every hook off both models."""
@@ -456,16 +370,3 @@ class Distiller(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)
-
-
-@contextmanager
-def undisturbed_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """A seed of our own inside; torch's, numpy's and Python's generators unchanged outside."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
-from kdhooks.distiller import Distiller, undisturbed_generators
+from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.finite import check_nonfinite
+from kdhooks.generators import undisturbed_generators
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.cache import CacheOptions

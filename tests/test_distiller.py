@@ -481,7 +481,8 @@ def test_hook_classifier_share(kind: type[ClassifierShare]) -> None:
     assert method.classes == 6
     assert net.fc.weight.grad is not None
     assert (weight.grad is not None) == (kind is ComparedClassifiers)
-    assert not kd.teacher_rows.requires_grad
+    assert kd.teacher_rows is not None
+    assert not kd.teacher_rows.rows.requires_grad
 
 
 def test_hook_adapt_teacher() -> None:

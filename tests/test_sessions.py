@@ -35,7 +35,8 @@ def student() -> TinyFaceNet:
 def terms(kd: Distiller, net: nn.Module) -> dict[str, Tensor]:
     images, labels = tiny_batch()
     net(images)
-    return kd(images, labels)
+    found: dict[str, Tensor] = kd(images, labels)
+    return found
 
 
 # --- one teacher for two runs --------------------------------------------------------------------

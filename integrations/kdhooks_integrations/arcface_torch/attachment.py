@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdhooks.classes.shards import world
 from kdhooks.copies import IdleCopy
-from kdhooks.distiller import Inherited
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
 from kdhooks.taps import Removable
+from kdhooks.teacher_rows import Inherited
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
 from kdhooks_integrations.arcface_torch.joining import Joined

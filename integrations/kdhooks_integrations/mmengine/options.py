@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import Recipe
 from kdhooks_integrations.mmengine.models import initialised
 

@@ -10,8 +10,8 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdhooks.copies import IdleCopy
-from kdhooks.distiller import undisturbed_generators
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
 from kdhooks_integrations.mmengine.checkpoints import readable
 from kdhooks_integrations.mmengine.forward import Arguments, Forward

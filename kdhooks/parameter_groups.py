@@ -1,0 +1,33 @@
+"""Parameters for an optimizer, some of them without weight decay."""
+
+from typing import Any
+
+from torch import nn
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """One group with the decay, and one without it for the parameters that must not decay.
+
+    A module inside names these by `no_weight_decay() -> set[str]`, as in timm.
+    """
+    spared = set[str]()
+    for prefix, inner in module.named_modules():
+        names: Any = getattr(inner, "no_weight_decay", None)
+        if names is not None:
+            spared |= {f"{prefix}.{name}" for name in names()}
+    named = dict(module.named_parameters())
+    if unknown := spared - named.keys():
+        raise KDHooksError(
+            f"no_weight_decay names '{min(unknown)}', which is no parameter; "
+            f"{near_miss(min(unknown), named)}the losses have: {listed(named)}"
+        )
+    groups = [
+        {
+            "params": [p for name, p in named.items() if name not in spared],
+            "weight_decay": weight_decay,
+        },
+        {"params": [named[name] for name in named if name in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,88 @@
+"""This rank's rows of the teacher's classifier, and the term that a host's head computes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import ClassShard
+from kdhooks.declarations import InheritedClassifier, Tap
+from kdhooks.errors import KDHooksError
+
+
+class TeacherRows(nn.Module):
+    """This rank's rows of the teacher's classifier, split as the student's own are."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Rows, head: ClassShard | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        start, stop = _bounds(rows, head)
+        self.register_buffer("rows", rows.slice(start, stop).to(dtype), persistent=False)
+        self._split = start, rows.total, head.group if head else None
+
+    def shard(self) -> ClassShard:
+        return ClassShard(self.rows, *self._split)
+
+    def prepare(self, losses: Iterable[nn.Module]) -> None:
+        """Show them once to the losses that keep something of each class."""
+        for loss in losses:
+            if prepare := getattr(loss, "prepare", None):
+                prepare(self.shard())
+
+    def buffers_by_rank(self) -> set[str]:
+        """Each rank holds other classes; see `Replicas`."""
+        return {"rows"}
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A term that the host's own head computes, on the teacher's rows in place of its own."""
+
+    name: str
+    weight: float
+    rows: Callable[[], Tensor]  # reads this rank's rows (c e) of the teacher's classifier
+
+
+def number_of_classes(rows: Rows | None, head: ClassShard | None) -> int:
+    """The teacher's classes, which must be the student's; 0 if the teacher has no classifier."""
+    if rows is None:
+        return 0
+    if head is not None and head.total != rows.total:
+        raise KDHooksError(
+            f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
+            "be the same classes in the same order"
+        )
+    return rows.total
+
+
+def left_to_host(
+    taps: Sequence[Tap], rows: Rows | None, head: ClassShard | None
+) -> tuple[Inherited | None, tuple[Tap, ...]]:
+    """The term that a margin softmax of the host computes, if there is one; and all others."""
+    for tap in taps:
+        if not (isinstance(tap, InheritedClassifier) and tap.weight != 0):
+            continue
+        if tap.host_conflict or any(True for _ in tap.loss.parameters()):
+            reason = tap.host_conflict or "it has trainable parts of its own"
+            raise KDHooksError(f"{tap.name}: the trainer's own head can't compute it; {reason}")
+        if callable(tap.weight):
+            raise KDHooksError(
+                f"{tap.name}: its weight must be a number if the trainer's head computes it, "
+                "since nothing else trains by the labels; set head = 'own' for a schedule"
+            )
+        assert rows is not None
+        read = partial(rows.slice, *_bounds(rows, head))
+        others = tuple(other for other in taps if other is not tap)
+        return Inherited(tap.name, tap.weight, read), others
+    return None, tuple(taps)
+
+
+def _bounds(rows: Rows, head: ClassShard | None) -> tuple[int, int]:
+    """The first of this rank's rows, and the one after its last."""
+    if head is None:
+        return 0, rows.total
+    return head.offset, head.offset + len(head.weight)
