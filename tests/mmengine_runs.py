@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -19,6 +20,14 @@ from torch import Tensor, nn
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 RUNNERS: dict[str, Any] = {"Runner": Runner, "FlexibleRunner": FlexibleRunner}
+DOORS = ("model", "hook")
+each_door = pytest.mark.parametrize("door", DOORS)
+each_runner = pytest.mark.parametrize("kind", RUNNERS)
+QUIET = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of mmengine's own, on new torch
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning"),
+]
 _numbers = itertools.count()
 
 
@@ -130,6 +139,12 @@ def Taught() -> nn.Module:
 MODELS.register_module("Taught", module=Taught)  # pyright: ignore[reportArgumentType]
 
 
+def trained_teacher() -> nn.Module:
+    model = Recogniser(width=6)
+    model.backbone = Taught()
+    return model
+
+
 def samples(kind: str) -> list[Any]:
     images, labels = tiny_batch(copies=4)
     if kind == "tuple":
@@ -199,6 +214,7 @@ class Run:
 
 FCD: dict[str, Any] = {"name": "fcd", "weight": 8.0}
 PROJECTED = {**FCD, "projector": True}
+SCHEDULED = {**PROJECTED, "weight": {"value": 8.0, "start": 1, "warmup": 3}}
 KD: dict[str, Any] = {
     "teacher": {"module": {"type": "Taught"}},
     "methods": [FCD],
@@ -263,3 +279,16 @@ def train(folder: Path, kind: str = "Runner", **changes: Any) -> Run:
     runner.train()
     (spy,) = (one for one in runner.hooks if isinstance(one, Spy))
     return Run(runner, spy.logs)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def students(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith("kdhooks.")}
+
+
+def saved(folder: Path, name: str = "epoch_2.pth") -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / name, weights_only=False)
+    return content

@@ -1,0 +1,385 @@
+"""A wrong config, batch or model of MMEngine is refused or noticed at each place."""
+
+import gc
+import warnings
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdhooks import KDHooksError
+from kdhooks.testing import TinyFaceNet
+
+pytest.importorskip("mmengine")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    import_module("mmengine.runner")
+
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from kdhooks_integrations import mmengine
+from kdhooks_integrations.mmengine.registered import _optimise
+from tests.mmengine_runs import (
+    KD,
+    PROJECTED,
+    QUIET,
+    STUDENT,
+    Classifier,
+    Recogniser,
+    Taught,
+    both,
+    distilled,
+    each_door,
+    hook,
+    made,
+    samples,
+    train,
+    trained_teacher,
+)
+
+pytestmark = QUIET
+
+
+ROUND = {"type": "ImgDataPreprocessor", "rgb_to_bgr": True}
+SCALED = {"type": "ImgDataPreprocessor", "mean": [0.0] * 3, "std": [255.0] * 3}
+ROWS = {"module": {"type": "Taught"}, "classifier": torch.randn(6, 12)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"lables": "labels"},
+            "no key 'lables'; did you mean 'labels'. the keys are: recipe, teac",
+        ),
+        ({"methods": ["fdc"]}, "no method 'fdc' is installed; did you mean 'fcd'"),
+        ({"recipe": "kd.toml"}, "from a file or from keys; found 'kd.toml' and teacher, methods"),
+        ({"teacher": {"module": {"typ": "Taught"}}}, r"teacher.module must be a model's config"),
+        ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
+        ({"teacher": {"network": "r50", "checkpoint": __file__}}, "can't be read as tensors alone"),
+        ({"labels": "gt.label"}, "labels = 'gt.label': the student's forward has no argument 'gt'"),
+        ({"images": "imgs"}, "no argument 'imgs'; its arguments are: inputs, labels, mode"),
+        ({"classifier": "head.wight"}, "no such parameter; did you mean 'head.weight'"),
+        ({"teacher": ROWS, "classifier": "backbone.fc.bias"}, r"must be rows \(c d\); found shape"),
+        ({"input": {"means": 0}}, "input has no key 'means'; its keys are: mean, std, order"),
+        ({"input": {"order": "gbr"}}, "input.order must be 'rgb' or 'bgr'; found 'gbr'"),
+        ({"taps": {"student": {"embedding": "bone"}}}, "no submodule 'bone'"),
+        ({"input_shape": [3, 48, 48]}, r"must run on images \(2, 3, 48, 48\) alone.*input_shape"),
+        ({"student": {"type": "Tutorial"}}, "no child neck or backbone.*its children are: resnet"),
+        ({"student": TinyFaceNet()}, "the student must be a BaseModel.*found TinyFaceNet"),
+        ({"student": {"type": "Recognizer"}}, "student: Recognizer is not in the"),
+        ({"student": "Recogniser"}, "student must be a model's config.*found 'Recogniser'"),
+        ({"student": None}, "student must be a model's config, dict.*found None"),
+        ({"backbone": {}}, "no key 'backbone'; a model's line over .* needs _delete_=True.*recipe"),
+        ({"images": 3}, "images must be a path like 'data_samples.gt_label'; found 3"),
+        ({"classifier": None}, "classifier must be a path like .*; found None"),
+        ({"input": None}, r"input must be dict\(mean=…, std=…, order=…\); found None"),
+        (
+            {"input": {"mean": "a"}},
+            "input.mean must be a number, or one for each of three; f.* 'a'",
+        ),
+        ({"input": {"mean": [1, 2]}}, r"input.mean must be a number, .* found \[1, 2\]"),
+        ({"input": {"std": 0}}, "input.std must be positive; found 0"),
+        (
+            {"student": {**STUDENT, "data_preprocessor": ROUND}},
+            r"student's data_preprocessor turns the channels .*: input = dict\(order='rgb'\) after",
+        ),
+        (
+            {"teacher": {"module": {**STUDENT, "data_preprocessor": ROUND}}},
+            r"teacher's data_preprocessor turns the channels .*: teacher.input = dict\(order='rgb'",
+        ),
+        (
+            {"teacher": {"module": {**STUDENT, "data_preprocessor": SCALED}}},
+            r"normalises with mean \[0.*teacher.input = dict",
+        ),
+    ],
+)
+def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        MODELS.build(distilled(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lables": "labels"}, "no key 'lables'; did you mean 'labels'"),
+        ({"methods": ["fdc"]}, "no method 'fdc' is installed"),
+        ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
+    ],
+)
+def test_a_wrong_hook_line_is_refused_when_it_is_read(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        HOOKS.build(hook(**changes))
+
+
+def test_a_teachers_own_normalisation_must_be_said(tmp_path: Path) -> None:
+    torch.save(trained_teacher().state_dict(), tmp_path / "teacher.pth")
+    network = {"type": "Recogniser", "width": 6, "data_preprocessor": SCALED}
+    teacher = {"network": network, "checkpoint": tmp_path / "teacher.pth"}
+    with pytest.raises(KDHooksError, match=r"normalises with mean \[0.*teacher.input = dict"):
+        MODELS.build(distilled(teacher=teacher))
+    for mean in (0.0, [0.0], [0.0] * 3):
+        MODELS.build(distilled(teacher={**teacher, "input": {"mean": mean, "std": 255.0}}))
+
+
+def test_channels_that_are_turned_round_must_be_said() -> None:
+    seen: list[Tensor] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.mean(dim=(2, 3)).repeat(1, 4)
+
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    for order in ("rgb", "bgr"):
+        student = {**STUDENT, "data_preprocessor": ROUND}
+        model = MODELS.build(distilled(student, teacher=teacher, input={"order": order}))
+        model(images, torch.arange(4), mode="loss")
+        assert torch.equal(seen[-1], images.flip(1) if order == "bgr" else images)
+
+
+@pytest.mark.parametrize("source", ["network", "module"])
+def test_a_teachers_embedding_is_found_as_the_students_is(tmp_path: Path, source: str) -> None:
+    """And not the logits that a classifier's forward returns, unless that is asked for."""
+    torch.manual_seed(0)
+    trained = Classifier().train()
+    trained(torch.randn(8, 3, 32, 32))
+    torch.save(trained.state_dict(), tmp_path / "teacher.pth")
+    teacher: dict[str, Any] = {
+        "network": {"type": "Classifier"},
+        "checkpoint": tmp_path / "teacher.pth",
+    }
+    if source == "module":
+        teacher = {"module": trained}
+    student = {"type": "Classifier"}
+    for taps, dim in (({}, 16), ({"teacher": {"embedding": ""}}, 6)):
+        model = MODELS.build(distilled(student, teacher=teacher, taps=taps, methods=["rkd"]))
+        found = model.kdhooks.distiller._session(torch.randn(2, 3, 32, 32)).embedding
+        assert found.shape == (2, dim)
+
+
+def test_images_between_0_and_1_are_doubted(caplog: pytest.LogCaptureFixture) -> None:
+    labels = torch.arange(4)
+    for said, images, doubted in (
+        ({}, torch.rand(4, 3, 32, 32), True),
+        ({"mean": 0, "std": 255}, torch.rand(4, 3, 32, 32), False),
+        ({}, torch.rand(4, 3, 32, 32) * 2 - 1, False),
+    ):
+        caplog.clear()
+        MODELS.build(distilled(input=said))(images, labels, mode="loss")
+        assert ("lie in [0, 1]: the teacher takes them for (pixel" in caplog.text) == doubted
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "match"),
+    [
+        ({}, {"inputs": 255.0}, r"found values up to 3\d\d; normalise them in the data_prep"),
+        (
+            {},
+            {"labels": "x"},
+            r"labels must be one class.*inputs: float32 \(24, 3, 32, 32\), labels",
+        ),
+        ({}, {"labels": 1.5}, "labels must be one class number for each of 24 images"),
+        ({"images": "labels"}, {}, r"images must be a floating point tensor \(b 3 h w\)"),
+    ],
+)
+def test_a_wrong_batch_is_refused(
+    changes: dict[str, Any], batch: dict[str, Any], match: str
+) -> None:
+    model = MODELS.build(distilled(**changes))
+    data = samples("dict")
+    given: dict[str, Any] = {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
+    for key, value in batch.items():
+        given[key] = value if isinstance(value, str) else given[key] * value
+    model.head.forward = lambda embedding: embedding[:, :6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", lambda logits, labels: logits.sum())
+        with pytest.raises(KDHooksError, match=match):
+            model(**given, mode="loss")
+
+
+def test_pixels_that_are_said_to_be_pixels_are_taken() -> None:
+    seen: list[Tensor] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.mean(dim=(2, 3)).repeat(1, 4)
+
+    said = {"mean": 0, "std": 1, "order": "bgr"}
+    model = MODELS.build(distilled(teacher=teacher, input=said))
+    pixels = torch.rand(4, 3, 32, 32) * 255
+    model(pixels, torch.arange(4), mode="loss")
+    torch.testing.assert_close(seen[-1], ((pixels - 127.5) / 127.5).flip(1))
+
+
+def test_losses_must_be_a_dict_without_our_keys() -> None:
+    for losses, match in (
+        (torch.zeros(()), "must return a dict of losses in mode 'loss'; found Tensor"),
+        ({"loss_kd_fcd": torch.zeros(())}, "have the key 'loss_kd_fcd' already"),
+    ):
+
+        class Odd(Recogniser):
+            def forward(self, inputs: Tensor, labels: Any = None, mode: str = "tensor") -> Any:
+                embedding = self.backbone(inputs)
+                return losses if mode == "loss" else embedding  # noqa: B023
+
+        model = mmengine.Distill(Odd(), **{**KD, "teacher": Taught()})
+        with pytest.raises(KDHooksError, match=match):
+            model(torch.rand(4, 3, 32, 32), torch.arange(4), mode="loss")
+
+
+def test_one_door_alone(tmp_path: Path) -> None:
+    with pytest.raises(KDHooksError, match="distilled already; use one door alone"):
+        train(tmp_path, model=distilled(), hooks=[hook()])
+
+
+def test_the_hook_refuses_what_only_the_main_door_can_do(tmp_path: Path) -> None:
+    groups = {
+        "optimizer": {"type": "SGD", "lr": 0.05},
+        "paramwise_cfg": {"custom_keys": {"head": {"lr_mult": 0.1}}},
+    }
+    train(tmp_path, hooks=[hook()], optim_wrapper=groups)  # nothing of its own to train
+    with pytest.raises(KDHooksError, match=r"the optimizer has \d+ groups.*type='kdhooks.Distill'"):
+        train(tmp_path, hooks=[hook(methods=[PROJECTED])], optim_wrapper=groups)
+    parameter = nn.Parameter(torch.zeros(1))
+    wrapper = OptimWrapper(torch.optim.SGD([parameter], lr=0.1))
+    with pytest.raises(KDHooksError, match="there is more than one optimizer; use the door"):
+        _optimise(OptimWrapperDict(a=wrapper), [parameter])
+    wrapper.optimizer = object.__new__(ZeroRedundancyOptimizer)
+    with pytest.raises(KDHooksError, match="has shared out its parameters already; use the door"):
+        _optimise(wrapper, [parameter])
+    wrapped = SimpleNamespace(model=nn.DataParallel(Recogniser()), optim_wrapper=wrapper)
+    with pytest.raises(KDHooksError, match="the model is wrapped in DataParallel; use the door"):
+        HOOKS.build(hook(methods=[PROJECTED])).before_run(wrapped)
+
+
+def test_a_train_step_that_passes_the_model_by_is_noticed(tmp_path: Path) -> None:
+    class Aside(Recogniser):
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+            loss = self.backbone(data["inputs"]).sum()
+            optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    with pytest.raises(KDHooksError, match="in MMEngine, train_step must call the model itself"):
+        by_door(made(tmp_path), Aside(), "hook").train()
+
+
+class OwnMode(Recogniser):
+    """Its train_step has a word of its own for the losses."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
+        return super().forward(inputs, labels, "loss" if mode == "train" else mode)
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        return super()._run_forward(data, "train" if mode == "loss" else mode)
+
+
+class Past(Recogniser):
+    """Its losses come past __call__, where hooks are."""
+
+    def _run_forward(self, data: Any, mode: str) -> Any:
+        return self.forward(**data, mode=mode)
+
+
+class Frozen(Recogniser):
+    """Trained in evaluation mode."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(False)
+        return self
+
+
+class Choosy(Recogniser):
+    """Trains what it knows by name."""
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> Any:
+        return losses["loss_cls"], {"loss": losses["loss_cls"]}
+
+
+def by_door(runner: Any, student: nn.Module, door: str, **table: Any) -> Any:
+    """The runner, with a student that no registry knows."""
+    runner.model = student
+    if door == "model":
+        runner.model = mmengine.Distill(student, **{**KD, **table})
+    else:
+        runner.register_hook(mmengine.DistillHook(**{**KD, **table}))
+    return runner
+
+
+@each_door
+@pytest.mark.parametrize(
+    ("student", "match"),
+    [
+        (
+            OwnMode,
+            "kd has computed no term; .* train_step must call .*in training mode and with mo",
+        ),
+        (Past, "optimizer stepped, and kd has computed no term"),
+        (Frozen, "optimizer stepped, and kd has computed no term"),
+        (Choosy, "optimizer stepped without fcd: .* parse_losses must train the sum of all keys"),
+    ],
+)
+def test_a_run_without_the_terms_is_noticed(
+    tmp_path: Path, door: str, student: type[nn.Module], match: str
+) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        by_door(made(tmp_path), student(), door).train()
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class Parts:
+    """Lists the parts of the model that it knows, for one optimizer or for one each."""
+
+    def __init__(self, optim_wrapper_cfg: Any, paramwise_cfg: Any = None) -> None:
+        self.several, self.also = optim_wrapper_cfg["several"], optim_wrapper_cfg["also"]
+
+    def __call__(self, model: Any) -> Any:
+        names = ("backbone", "head", *self.also)
+        parts = {name: list(getattr(model, name).parameters()) for name in names}
+        if not self.several:
+            parts = {"all": [p for part in parts.values() for p in part]}
+        wrappers = {k: OptimWrapper(torch.optim.SGD(v, lr=0.05)) for k, v in parts.items()}
+        return OptimWrapperDict(**wrappers) if self.several else wrappers["all"]
+
+
+class InTurn(Recogniser):
+    """Steps several optimizers."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+        loss, log = self.parse_losses(self(**data, mode="loss"))
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return log
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_methods_that_no_optimizer_trains_are_noticed(tmp_path: Path, several: bool) -> None:
+    def run(also: list[str]) -> None:
+        wrapper = {"constructor": "Parts", "several": several, "also": also}
+        runner = made(tmp_path, optim_wrapper=wrapper, param_scheduler=None)
+        student = (InTurn if several else Recogniser)()
+        by_door(runner, student, "model", methods=[PROJECTED]).train()
+
+    with pytest.raises(
+        KDHooksError, match=r"no optimizer: losses\.fcd\.projector\.weight; give the"
+    ):
+        run([])
+    run(["kdhooks"])
+
+
+def test_a_trained_models_guard_ends_with_it(tmp_path: Path) -> None:
+    gc.collect()
+    hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    before = len(hooks)
+    train(tmp_path, **both("model"))
+    gc.collect()
+    assert len(hooks) == before
