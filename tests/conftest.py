@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.arcface_runs import described, trained
+from tests.standin import Trainer
+
 
 @pytest.fixture
 def safe_globals() -> Iterator[None]:
@@ -13,3 +16,31 @@ def safe_globals() -> Iterator[None]:
     yield
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(before)
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """A stand-in for arcface_torch's trainer on one rank; it remembers its runs."""
+    trainer = Trainer(1, tmp_path_factory.mktemp("one"))
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """The same trainer on two ranks."""
+    trainer = Trainer(2, tmp_path_factory.mktemp("two"))
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def teacher(one: Trainer) -> dict[str, str]:
+    """The table of a recipe that names what the trainer has learnt."""
+    return described(trained(one))
+
+
+@pytest.fixture(scope="session")
+def wide(one: Trainer) -> dict[str, str]:
+    """A teacher of another network and another width."""
+    return described(trained(one, network="wide", embedding_size=24), "wide")

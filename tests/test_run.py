@@ -12,8 +12,8 @@ import torch
 from kdhooks import KDHooksError
 from kdhooks.cli import main
 from kdhooks_integrations.arcface_torch.commands import compat, run
+from tests.arcface_runs import described, install, outcome, trained
 from tests.standin import Trainer
-from tests.test_arcface_torch import described, install, outcome, trained
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """'''Its docstring.'''

@@ -1,0 +1,109 @@
+"""Methods, and the lines and runs that the tests of the arcface_torch adapter share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.standin import Report, Trainer
+
+FCD = {"name": "fcd", "weight": 8.0}
+COUPLEFACE: dict[str, object] = {"name": "coupleface", "k": 2}
+METHODS: dict[str, dict[str, object]] = {
+    "fcd": dict(FCD),
+    "coupleface": COUPLEFACE,
+    "proxylesskd": {"name": "proxylesskd"},
+}
+EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
+    **METHODS,
+    "acsr": {"name": "acsr", "warmup_steps": 4},
+    "adadistill": {"name": "adadistill"},
+    "at": {"name": "at"},
+    "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 4},
+    "cakd": {"name": "cakd", "width": 8, "heads": 2, "centres": 4, "prompts": 0},
+    "eckd": {"name": "eckd"},
+    "gkd": {"name": "gkd", "largest": 5},
+    "kd": {"name": "kd"},
+    "margindistillation": {"name": "margindistillation"},
+    "own": {"name": "proxylesskd", "head": "own", "margin_warmup_steps": 4},
+    "reviewkd": {"name": "reviewkd", "warmup_steps": 4},
+    "rkd": {"name": "rkd"},
+    "sp": {"name": "sp"},
+    "thkd": {"name": "thkd"},
+}
+PROJECTED = [{**FCD, "projector": True}, {**COUPLEFACE, "projector": True}]
+OUTCOME = ("losses", "verified", "backbone", "head", "generator", "groups", "files")
+NOT_COMPRESSED: dict[str, Any] = {"compress": False, "sample_rate": 1.0, "lr": 0.02}
+EQUAL_ROWS = (
+    "whole = torch.randn(6, 16, generator=torch.Generator().manual_seed(4))\n"
+    "start = module_partial_fc.class_start\n"
+    "own = whole[start : start + module_partial_fc.num_local]\n"
+    "if module_partial_fc.weight.requires_grad: module_partial_fc.weight.data.copy_(own)\n"
+)
+
+
+def trained(trainer: Trainer, **config: Any) -> Path:
+    """The output of a plain run that has learnt its identities."""
+    (report, *_) = trainer.run(steps=60, sample_rate=1.0, seed=1, verbose=100, **config)
+    assert sum(report["losses"][-10:]) < 0.2 * sum(report["losses"][:10])
+    return Path(report["output"])
+
+
+def described(folder: Path, network: str = "tiny") -> dict[str, str]:
+    return {
+        "network": network,
+        "checkpoint": str(folder / "model.pt"),
+        "classifier": str(folder / "checkpoint_gpu_*.pt"),
+    }
+
+
+def recipe(teacher: dict[str, str], *methods: object, **more: object) -> dict[str, object]:
+    return {"teacher": teacher, "methods": list(methods), "input_shape": [3, 32, 32], **more}
+
+
+def install(teacher: dict[str, str], *methods: object, **more: object) -> str:
+    """The line a user adds."""
+    given = recipe(teacher, *methods, **more)
+    return (
+        "from kdhooks_integrations import arcface_torch\n"
+        f"installed = arcface_torch.install({given!r})\n"
+    )
+
+
+def attach(teacher: dict[str, str], *methods: object, **more: object) -> str:
+    given = recipe(teacher, *methods, **more)
+    return (
+        "from kdhooks_integrations import arcface_torch\n"
+        "attached = arcface_torch.attach(\n"
+        f"    backbone, module_partial_fc, opt, lr_scheduler, {given!r}, get_model=get_model\n"
+        ")\n"
+    )
+
+
+def outcome(report: Report) -> dict[str, object]:
+    """What a run came to; two runs that agree here agree to the last bit."""
+    assert "error" not in report, report
+    return {key: report[key] for key in OUTCOME}
+
+
+def saved(report: Report, file: str = "checkpoint_gpu_0.pt") -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(Path(report["output"]) / file)
+    return content
+
+
+def rows_of(folder: Path) -> Tensor:
+    shards = sorted(folder.glob("checkpoint_gpu_*.pt"))
+    return torch.cat([torch.load(shard)["state_dict_softmax_fc"]["weight"] for shard in shards])
+
+
+def same(found: Any, expected: Any) -> None:
+    """Two checkpoints, entry by entry, to the last bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            same(found[key], expected[key])
+    elif isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
