@@ -1,0 +1,282 @@
+"""The files of the cache survive damage, a full disk and several processes that write them."""
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kdhooks import KDHooksError, Teacher
+from kdhooks.teacher import cache as cache_module
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.cache_files import Index, checksums
+from kdhooks.teacher.session import TeacherSession
+from tests.cache_samples import Counting, Log, counts, filled, started, stored, views
+from tests.ranks import Results, here, on_two_ranks
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+def part_of(folder: Path, suffix: str) -> Path:
+    (path,) = folder.glob(f"*.{suffix}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "cut", "left"), [("keys", 1, 7), ("rows", 1, 7), ("rows", 30, 6)]
+)
+def test_a_torn_tail_is_left_out(suffix: str, cut: int, left: int, tmp_path: Path) -> None:
+    expected = filled(tmp_path)
+    path = part_of(tmp_path, suffix)
+    os.truncate(path, path.stat().st_size - cut)
+    teacher = started(tmp_path)
+    found = teacher(views(0, 8)).embedding
+    assert teacher.cache is not None
+    assert teacher.cache.hits == left
+    assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    teacher.close()
+    assert stored(tmp_path) == 8
+
+
+@pytest.mark.parametrize("content", [b"\0" * 24, b"\x01\x02" * 12])
+def test_a_row_that_is_not_what_was_written_is_embedded_anew(
+    content: bytes, tmp_path: Path
+) -> None:
+    """As after a power cut: the file has its length, but not its content."""
+    expected = filled(tmp_path)
+    path = part_of(tmp_path, "rows")
+    with path.open("r+b") as file:
+        file.seek(3 * 24)
+        file.write(content)
+    for hits in (7, 8):
+        teacher = started(tmp_path)
+        assert_close(teacher(views(0, 8)).embedding, expected, rtol=2e-3, atol=2e-3)
+        assert teacher.cache is not None
+        assert teacher.cache.hits == hits
+        teacher.close()
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from tests.cache_samples import Counting, started, views
+
+def write(descriptor, content):
+    calls.append(descriptor)
+    if len(calls) == int(sys.argv[2]):
+        real(descriptor, content[: len(content) // 2 + 1])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(descriptor, content)
+
+calls = []
+real, os.write = os.write, write
+module = Counting()  # the other process's: a few threads more or less give other last bits
+module.load_state_dict(torch.load(sys.argv[3]))
+teacher = started(Path(sys.argv[1]), module)
+for start in range(0, 64, 8):
+    teacher(views(start, start + 8))
+"""
+
+
+@pytest.mark.parametrize(("fatal", "kept"), [(1, 0), (5, 16), (6, 20)])
+def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
+    fatal: int, kept: int, tmp_path: Path
+) -> None:
+    """Each batch of 8 is two writes, rows and keys; of the fatal one half gets through."""
+    torch.save(Counting().state_dict(), tmp_path / "teacher.pt")
+    folder = tmp_path / "cache"
+    given = [str(folder), str(fatal), str(tmp_path / "teacher.pt")]
+    ended = subprocess.run([sys.executable, "-c", WRITER, *given], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert stored(folder) == kept
+    teacher, plain = started(folder), TeacherSession(Teacher(Counting()))
+    for start in range(0, 64, 8):
+        wanted = plain(views(start, start + 8)).embedding.half().float()
+        found = teacher(views(start, start + 8)).embedding
+        assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+    assert teacher.cache is not None
+    assert teacher.cache.hits == kept
+    teacher.close()
+    assert stored(folder) == 64
+
+
+# --- a full disk, and the bound --------------------------------------------------------------
+
+
+def test_a_full_disk_is_said_once_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    """The disk takes half of a write, and then nothing."""
+    expected = filled(tmp_path)
+    teacher = started(tmp_path)
+    written: list[int] = []
+
+    def write(descriptor: int, content: bytes) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(real(descriptor, content[: len(content) // 2]))
+        return written[0]
+
+    real = os.write
+    monkeypatch.setattr(os, "write", write)
+    plain = TeacherSession(Teacher(Counting()))(views(8, 16)).embedding.half().float()
+    for _ in range(3):
+        assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+        assert_close(teacher(views(8, 16)).embedding, plain, rtol=0, atol=0)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "can't be written (No space left on device); what it holds is used on" in said
+    assert str(tmp_path) in said
+    monkeypatch.undo()
+    teacher.close()
+    assert stored(tmp_path) == 8
+    assert_close(started(tmp_path)(views(0, 8)).embedding, expected, rtol=0, atol=0)
+
+
+def test_a_write_that_takes_several_goes_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda to, content: real(to, content[:7]))
+    expected = filled(tmp_path)
+    monkeypatch.undo()
+    teacher = started(tmp_path)
+    assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+    assert teacher.cache is not None
+    assert teacher.cache.hits == 8
+
+
+def test_a_folder_without_room_for_a_header_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(KDHooksError, match=r"can't be begun \(No space left on device\); make ro"):
+        started(tmp_path)
+
+
+def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog: Log) -> None:
+    record = 24 + 12
+    teacher = started(tmp_path, max_gb=15 * record / 1e9)
+    for start in (0, 8, 16, 24):
+        teacher(views(start, start + 8))
+    teacher.close()
+    assert stored(tmp_path) == 8  # a second batch would pass the bound
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"{tmp_path} holds max_gb = 5.4e-07; what it holds is used on" in said
+    teacher = started(tmp_path, max_gb=15 * record / 1e9)
+    assert teacher.cache is not None
+    for start in (0, 16):
+        teacher(views(start, start + 8))
+    assert teacher.cache.hits == 8
+
+
+def test_the_last_of_the_disk_is_left_to_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    expected = filled(tmp_path)
+    monkeypatch.setattr("kdhooks.teacher.cache.RESERVE_GB", 1e9)
+    teacher = started(tmp_path)
+    for start in (0, 8, 16, 0):
+        teacher(views(start, start + 8))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"{tmp_path} leaves the disk its last 1000000000.0 GB; what it holds is used on" in said
+    assert said.endswith("(8 of 16 were found so far)")
+    assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+    teacher.close()
+    assert stored(tmp_path) == 8
+
+
+@pytest.mark.parametrize("bound", [0, -1, "20"])
+def test_a_bound_must_be_positive(bound: Any) -> None:
+    with pytest.raises(KDHooksError, match=f"max_gb must be positive; found {bound}"):
+        CacheOptions(Path("cache"), bound)
+
+
+# --- several ranks ---------------------------------------------------------------------------
+
+
+def test_what_another_process_wrote_is_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdhooks.teacher.cache.READ_ON_EVERY", 0.0)
+    one, two = started(tmp_path), started(tmp_path)
+    for start in (0, 8):
+        expected = one(views(start, start + 8)).embedding
+        one.cache.flush()  # type: ignore[union-attr]
+        assert_close(two(views(start, start + 8)).embedding, expected, rtol=0, atol=0)
+    assert two.cache is not None
+    assert two.cache.hits == 16
+
+
+def test_other_processes_are_asked_at_intervals_alone(tmp_path: Path) -> None:
+    one, two = started(tmp_path), started(tmp_path)
+    one(views(0, 8))
+    one.close()
+    two(views(0, 8))
+    assert two.cache is not None
+    assert two.cache.hits == 0
+
+
+def scenarios() -> dict[str, Results]:
+    """Each rank sees its half of the views, and then, in a second epoch, the other half."""
+    cache_module.READ_ON_EVERY = 0.0
+    teacher = started(Path(os.environ["CACHE_OF_RANKS"]))
+    rank, _ = here()
+    halves = [views(0, 8), views(8, 16)]
+    first = teacher(halves[rank]).embedding
+    assert teacher.cache is not None
+    teacher.cache.flush()
+    torch.distributed.barrier()
+    second = teacher(halves[1 - rank]).embedding
+    counts(teacher)
+    third = teacher(torch.cat(halves)).embedding
+    results = {"first": first, "second": second, "third": third}
+    return {"": {**results, "hits": teacher.cache.hits, "calls": counts(teacher)}}
+
+
+def test_two_ranks_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_OF_RANKS", str(tmp_path / "cache"))
+    zero, one = (found[""] for found in on_two_ranks(scenarios, tmp_path))
+    assert_close(zero["second"], one["first"], rtol=0, atol=0)
+    assert_close(one["second"], zero["first"], rtol=0, atol=0)
+    assert_close(zero["third"], one["third"], rtol=0, atol=0)
+    assert zero["hits"] == one["hits"] == 8 + 16
+    assert zero["calls"] == one["calls"] == []
+    assert len(list((tmp_path / "cache").glob("*.keys"))) == 2
+    assert stored(tmp_path / "cache") == 16
+
+
+# --- the index -------------------------------------------------------------------------------
+
+
+def test_the_index_is_a_dict_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdhooks.teacher.cache_files._RECENT", 50)
+    generator = np.random.default_rng(0)
+    index, expected = Index(), dict[int, int]()
+    for size in [*generator.integers(0, 40, 40), 200, 3]:
+        keys = generator.integers(-(2**62), 2**62, size) // 2**53  # small ones meet again
+        places = generator.integers(0, 2**62, size)
+        index.add(keys, places)
+        expected.update(zip(keys.tolist(), places.tolist(), strict=True))
+        asked = np.concatenate([keys, np.arange(-520, 520)])
+        assert index.find(asked).tolist() == [expected.get(key, -1) for key in asked.tolist()]
+
+
+def test_a_checksum_covers_key_and_row() -> None:
+    rows = np.ones((2, 4), np.float16)
+    keys = np.array([1, 2])
+    one, two = checksums(keys, rows)
+    assert one != two
+    rows[0, 3] = 2
+    assert checksums(keys, rows)[0] != one
