@@ -15,7 +15,7 @@ from kdhooks import (
 )
 from kdhooks.asking import Declarations
 from kdhooks.testing import TinyFaceNet
-from tests.test_distiller import Gap, Method, distil
+from tests.small_distiller import Gap, Method, distil
 
 
 def test_methods_must_be_a_list() -> None:
