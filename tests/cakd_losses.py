@@ -1,0 +1,48 @@
+"""Losses of CAKD between stages of given shapes, and what they cost."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kdhooks_plugins._local_features import LocalFeatures
+from kdhooks_plugins.cakd import CAKD
+from tests import maps
+from tests.maps import Shape, features, labels, model, normal
+
+SMALL: dict[str, Any] = {"width": 4, "heads": 2, "centres": 3, "check_every": 0}
+
+# The last stage of student and teacher: maps, tokens (n k), and maps (h w k) as of timm's Swin.
+SHAPES: list[tuple[Shape, Shape]] = [
+    ((3, 3, 3), (3, 3, 3)),
+    ((2, 3, 3), (5, 3, 3)),
+    ((3, 2, 3), (2, 4, 4)),
+    ((3, 2, 2), (9, 2)),
+    ((9, 3), (2, 2, 2)),
+    ((2, 2, 2), (3, 3, 9)),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"attention": "kl"},
+    {"standardise": False},
+    {"share_msa": False},
+    {"heads": 2, "attention_weight": 0.0, "feature_weight": 3.0},
+    {"attention_weight": 7.0, "feature_weight": 0.0, "gamma": 0.0},
+    {"distance": "saliency", "saliency": normal(3, 3, 3)},
+    {"pieces": (1.9, 3.8, 15.2), "anchor": (10.0, 100.0)},
+]
+
+
+def made(ours: Shape, theirs: Shape, **options: Any) -> LocalFeatures:
+    method = CAKD(**{**SMALL, "prompts": 0, **options})
+    loss = maps.seeded(method.feature_tap(model(ours), model(theirs)).loss)
+    assert isinstance(loss, LocalFeatures)
+    return loss
+
+
+def inputs(ours: Shape, theirs: Shape, b: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    return features(1, b, ours), features(9, b, theirs)
+
+
+def value(loss: LocalFeatures, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    result: Tensor = loss(student, teacher, labels(len(student[0])))[0]
+    return result
