@@ -1,0 +1,235 @@
+"""CAKD trains prompts in teachers that have blocks for them, and refuses them for others."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import ClassShard, KDHooksError, Model, Stage, Teacher
+from kdhooks.classes.rows import Rows
+from kdhooks.teacher.session import TeacherSession
+from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
+from kdhooks_plugins._blocks import transformer_blocks
+from kdhooks_plugins._prompts import Prompts
+from kdhooks_plugins.cakd import CAKD
+from tests.maps import normal
+from tests.prompted import SMALL, TEACHERS, Maker, distiller_of, prompts_of, total
+from tests.references.proxylesskd import Margin, margin_softmax
+from tests.transformers import Block, TinySwin, TinyViT, WindowAttention, teacher_of, trained
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+@TEACHERS
+@pytest.mark.parametrize(
+    "options", [{}, {"prompts": 0}, {"checkpointing": True, "prompt_tokens_in_f": True}]
+)
+def test_conforms_with_a_transformer_teacher(
+    make: Maker, stage: str, last: str, options: dict[str, Any]
+) -> None:
+    check_method(
+        CAKD, teacher=partial(teacher_of, make), teacher_stages=[stage], **{**SMALL, **options}
+    )
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 8), (2, 2), (0, None)])
+def test_a_transformer_gets_eight_prompts_a_block_unless_told(
+    asked: int | None, expected: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "kdhooks")
+    distiller = distiller_of(TinyViT, "blocks.2", prompts=asked)
+    adapter = distiller.adapter
+    counts = [len(p) for p in adapter.prompts] if isinstance(adapter, Prompts) else None
+    assert counts == (None if expected is None else [expected] * 3)
+    assert not caplog.messages
+
+
+def test_without_prompts_the_teacher_runs_without_grad() -> None:
+    student = TinyFaceNet().train()
+    images, labels = tiny_batch()
+    for prompts, grad in ((0, False), (2, True)):
+        distiller = distiller_of(TinyViT, "blocks.2", student, prompts=prompts)
+        seen: list[bool] = []
+        distiller.losses["cakd"].register_forward_pre_hook(
+            lambda module, arguments: seen.append(arguments[1][0].requires_grad)  # noqa: B023
+        )
+        student(images)
+        distiller(images, labels)
+        distiller.remove()
+        assert seen == [grad]
+
+
+def test_what_nothing_trains_is_left_out() -> None:
+    assert distiller_of(TinyViT, "blocks.2", detach_teacher_side=True).adapter is None
+    options: dict[str, Any] = {"detach_teacher_side": True, "teacher_cls_weight": 1.0}
+    assert distiller_of(TinyViT, "blocks.2", **options).adapter is not None
+
+
+@TEACHERS
+def test_the_state_dict_restores_the_prompts_and_the_next_step(
+    make: Maker, stage: str, last: str
+) -> None:
+    student = TinyFaceNet().train()
+    images, labels = tiny_batch()
+    first = distiller_of(make, stage, student)
+    assert first.adapter is not None
+    with torch.no_grad():
+        for place, parameter in enumerate(first.parameters()):
+            parameter.add_(0.1 * normal(place, *parameter.shape))
+    student(images)
+    expected = first(images, labels)
+    first.remove()
+    second = distiller_of(make, stage, student)
+    second.load_state_dict(first.state_dict())
+    assert second.adapter is not None
+    assert_close(second.adapter.state_dict(), first.adapter.state_dict(), rtol=0, atol=0)
+    student(images)
+    assert_close(second(images, labels), expected, rtol=0, atol=0)
+
+
+@TEACHERS
+def test_prompts_work_under_the_teachers_autocast(make: Maker, stage: str, last: str) -> None:
+    network = trained(make)
+    adapter = prompts_of(network)
+    session = TeacherSession(Teacher(network, dtype=torch.bfloat16), adapter=adapter)
+    images, _ = tiny_batch()
+    found = session(images).embedding
+    assert found.dtype == torch.float32
+    assert_close(found, adapter(network, images), rtol=0.1, atol=0.1)
+    found.sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+# --- the teacher's own classes ---------------------------------------------------------------
+
+
+def test_the_teachers_classification_trains_prompts_alone() -> None:
+    teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
+    tap = CAKD(teacher_cls_weight=2.0, weight=0.5).classifier_share(teacher)
+    assert tap is not None
+    assert tap.weight == 1.0
+    assert not tap.inherits_classifier
+    student, labels = normal(1, 4, 12).requires_grad_(), torch.tensor([0, 2, 1, 2])
+    embedding, rows = normal(2, 4, 12).requires_grad_(), normal(3, 3, 12)
+    loss, notes = tap.loss(student, embedding, labels, ClassShard(rows, 0, 3))
+    expected = margin_softmax(
+        embedding.detach().numpy(), labels.numpy(), rows.numpy(), Margin(), scale=64.0
+    )
+    assert_close(loss.item(), expected)
+    assert set(notes) == {"cosine"}
+    loss.backward()
+    assert student.grad is None
+    assert embedding.grad is not None
+    assert CAKD().classifier_share(teacher) is None
+
+
+def test_its_classification_reaches_the_prompts_of_a_step() -> None:
+    student = TinyFaceNet().train()
+    distiller = distiller_of(
+        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, detach_teacher_side=True
+    )
+    images, labels = tiny_batch()
+    student(images)
+    terms = distiller(images, labels)
+    assert set(terms) == {"cakd", "cakd_teacher"}
+    total(terms).backward()
+    assert isinstance(distiller.adapter, Prompts)
+    assert all(p.grad is not None and p.grad.any() for p in distiller.adapter.prompts)
+
+
+# --- teachers that can't be prompted ---------------------------------------------------------
+
+
+class OwnBias(WindowAttention):
+    """As BEiT's: a bias of queries and values that is not in qkv."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x + 1.0, mask)
+
+
+class Unscaled(WindowAttention):
+    """As torchvision's shifted windows: some of what is read is not there."""
+
+    def __init__(self, width: int, heads: int, side: int) -> None:
+        super().__init__(width, heads, side)
+        del self.scale, self.proj
+
+
+class FixedTokens(nn.Module):
+    """As a BatchNorm over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+
+def block_with(attn: nn.Module | None = None, norm: nn.Module | None = None) -> nn.Module:
+    block = Block(4, 2, attn).eval()
+    if norm is not None:
+        block.norm1 = norm  # type: ignore[assignment]  # of the same use
+    return nn.Sequential(block)
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (block_with(OwnBias(4, 2, 2)), "its attention computes something else than that of a Swin"),
+        (block_with(Unscaled(4, 2, 2)), "its attention has no proj, scale"),
+        (block_with(norm=FixedTokens()), "running_mean"),
+        (block_with(nn.Linear(4, 4)), "has no attribute `qkv`"),
+    ],
+)
+def test_blocks_that_are_no_such_thing_are_refused(network: nn.Module, reason: str) -> None:
+    with pytest.raises(KDHooksError, match=rf"the teacher's block '0' \(.*{reason}.*prompts = 0"):
+        transformer_blocks(network)
+
+
+def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> None:
+    teacher = Model(TinyFaceNet(), 12, (Stage("layer4", (16, 2, 2)),))
+    with pytest.raises(
+        KDHooksError, match="the teacher TinyFaceNet has none; supported are blocks"
+    ):
+        CAKD(prompts=2).adapt_teacher(teacher)
+    with pytest.raises(KDHooksError, match="prompt_tokens_in_f needs prompts, and the teacher has"):
+        CAKD(prompt_tokens_in_f=True).adapt_teacher(teacher)
+    with pytest.raises(KDHooksError, match="teacher_cls_weight trains the teacher's prompts, and"):
+        CAKD(teacher_cls_weight=1.0).classifier_share(teacher)
+
+
+@pytest.mark.parametrize(
+    ("make", "stage"),
+    [
+        (TinySwin, Stage("layers.1", (4, 4, 16))),
+        (TinyViT, Stage("patch_embed", (8, 4, 4))),
+        (TinySwin, Stage("layers", (4, 4, 8))),
+    ],
+)
+def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stage) -> None:
+    teacher = Model(trained(make), 12, (stage,))
+    with pytest.raises(KDHooksError, match="needs a stage that ends in a transformer block; found"):
+        CAKD(prompts=2, prompt_tokens_in_f=True).adapt_teacher(teacher)
+
+
+def test_a_teacher_that_is_a_function_gets_none() -> None:
+    rows = Rows.open(torch.rand(3, 12))
+    assert CAKD().adapt_teacher(Model(None, 12, classifier=rows)) is None
+
+
+def test_centres_tables_and_prompts_do_not_decay() -> None:
+    kd = distiller_of(TinyViT, "blocks.2", prompt_tokens_in_f=True)
+    spared = {id(p) for group in kd.parameter_groups(1.0)[1:] for p in group["params"]}
+    names = {name for name, parameter in kd.named_parameters() if id(parameter) in spared}
+    assert names == {
+        "losses.cakd.urfm.centres",
+        "losses.cakd.urfm.table",
+        "losses.cakd.theirs.prompt_positions",
+        *(f"adapter.prompts.{block}" for block in range(3)),
+    }
