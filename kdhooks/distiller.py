@@ -109,9 +109,7 @@ class Distiller(nn.Module):
             self.taps = asked.taps(ours, theirs, head)
             self.adapter = asked.teacher_adapter(theirs)
         self._stages = {stage.path: stage.shape for stage in ours.stages}
-        self.teacher_rows: TeacherRows | None = (
-            None  # if a term needs them
-        )
+        self.teacher_rows: TeacherRows | None = None  # if a term needs them
         self._class_count = number_of_classes(theirs.classifier, head)  # 0: any label is a class
         if host_head is not None:
             self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
