@@ -332,6 +332,44 @@ def test_a_method_must_leave_the_generator_alone() -> None:
         check_method(_Drawing)
 
 
+class _UsesLabels(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:  # type: ignore[override]
+        """(b d), (b e), (b) -> ()."""
+        value: Tensor = (student - teacher.detach()).square().mean()
+        return value * (2 if labels is None else 1)
+
+
+class _CannotDoWithout(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        value: Tensor = (student - teacher.detach())[labels > -9].square().mean()
+        return value
+
+
+class _WithoutLabels:
+    def __init__(self, loss: type[nn.Module], weight: float = 1.0) -> None:
+        self.loss, self.weight = loss, weight
+
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        return EmbeddingTap("mean", self.loss(), self.weight, needs_labels=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule"),
+    [
+        (_UsesLabels, "ignores the labels if it declares needs_labels=False"),
+        (_CannotDoWithout, "that declares needs_labels=False accepts labels of None; found Type"),
+    ],
+)
+def test_a_method_that_declares_to_need_no_labels_ignores_them(
+    loss: type[nn.Module], rule: str
+) -> None:
+    check_method(_WithoutLabels, loss=_Mean)
+    with pytest.raises(AssertionError, match=f"mean: a method {rule}"):
+        check_method(_WithoutLabels, loss=loss)
+
+
 def test_equal_stages_must_have_a_gradient() -> None:
     rule = "roots: a method has a finite value and gradient if the student equals the teacher"
     check_method(_FeatureMethod)  # stages of other widths are never equal

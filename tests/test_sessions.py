@@ -15,6 +15,7 @@ from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
+PROJECTED = {"name": "fcd", "projector": True}
 STAGES: dict[str, Any] = {
     "student_stages": ["layer1", "layer3"],
     "teacher_stages": ["layer1", "layer3"],
@@ -142,9 +143,9 @@ FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @pytest.mark.parametrize("ours", FORMATS)
 @pytest.mark.parametrize("theirs", FORMATS)
-@pytest.mark.parametrize("method", ["fcd", "at", "thkd", "rkd"])
+@pytest.mark.parametrize("method", [PROJECTED, "at", "thkd", "rkd"])
 def test_models_of_any_floating_point_format_train(
-    ours: torch.dtype, theirs: torch.dtype, method: str
+    ours: torch.dtype, theirs: torch.dtype, method: object
 ) -> None:
     network, (images, labels) = module().to(theirs), tiny_batch()
     classifier = tiny_teacher().classifier
