@@ -143,9 +143,9 @@ class Replicas(NotCopied):
         """
         if group not in self._hosts:
             ranks = dist.get_process_group_ranks(group)
-            self._hosts[group] = dist.new_group(
-                ranks, backend="gloo", use_local_synchronization=True
-            )
+            host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            assert isinstance(host, dist.ProcessGroup)  # this rank is one of them
+            self._hosts[group] = host
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size(group))]
         dist.all_gather(sizes, torch.tensor([size]), self._hosts[group])
         found = [int(one) for one in sizes]

@@ -256,8 +256,7 @@ def test_a_term_that_the_hosts_head_cannot_compute_is_refused(
 
 
 def test_without_such_a_head_or_with_weight_zero_kdhooks_computes_it() -> None:
-    for options in ({"host_head": None}, {"host_head": "margin"}):
-        weight = 0.0 if options["host_head"] else 1.0
-        kd = distil({"name": "proxylesskd", "weight": weight}, **options)
+    for host_head, weight in ((None, 1.0), ("margin", 0.0)):
+        kd = distil({"name": "proxylesskd", "weight": weight}, host_head=host_head)
         assert kd.inherited is None
         assert [tap.name for tap in kd.taps] == ["proxylesskd"]
