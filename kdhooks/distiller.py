@@ -22,7 +22,6 @@ from kdhooks.finite import Finite, Question, of_embedding, of_terms
 from kdhooks.first_step import check_class_order, check_shapes, check_teacher, check_terms
 from kdhooks.generators import undisturbed_generators
 from kdhooks.guards import (
-    OptimizerGuard,
     Untouched,
     check_batch,
     check_images,
@@ -31,6 +30,7 @@ from kdhooks.guards import (
     check_same_images,
     checked_labels,
 )
+from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.parameter_groups import parameter_groups
 from kdhooks.replicas import Replicas, own_buffers
 from kdhooks.taps import StudentTaps, unwrap

@@ -333,7 +333,7 @@ def test_a_method_must_leave_the_generator_alone() -> None:
 
 
 class _UsesLabels(_Mean):
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """(b d), (b e), (b) -> ()."""
         value: Tensor = (student - teacher.detach()).square().mean()
         return value * (2 if labels is None else 1)

@@ -1,0 +1,126 @@
+"""Rules for the steps of the student's optimizers, whatever the training loop is."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakSet, finalize, ref
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from kdhooks.copies import NotCopied
+from kdhooks.errors import KDHooksError, listed
+from kdhooks.taps import StudentTaps
+
+
+class _Watched(Protocol):
+    """The parts of a Distiller that the guard looks at."""
+
+    step: int
+    host_advice: str
+
+    def named_parameters(self) -> Any: ...
+
+
+class OptimizerGuard(NotCopied):
+    """Looks at each step of the optimizers that train the student.
+
+    Always: a step after a forward of the student whose terms nobody computed is refused. Before an
+    optimizer's second step, once: the losses' parameters must be in an optimizer, and every term
+    must have taken part in a backward pass. By then, a loop that steps several optimizers in turn
+    has stepped each. An optimizer without any of the student's own parameters, as with FSDP, is not
+    looked at.
+    """
+
+    def __init__(self, student: nn.Module, distiller: _Watched, taps: StudentTaps) -> None:
+        self.judged = False
+        self.noting = True  # until a backward pass has reached every term
+        self._student, self._distiller, self._taps = ref(student), ref(distiller), ref(taps)
+        self._optimised: set[int] = set()  # ids of parameters
+        self._reached: dict[str, bool] = {}  # terms, and whether each got a gradient
+        self._stepped: WeakSet[Optimizer] = WeakSet()
+        self._handle = register_optimizer_step_pre_hook(self._before_step)
+        finalize(distiller, self._handle.remove)  # if nobody calls `remove`
+
+    def note(self, terms: Mapping[str, Tensor]) -> None:
+        """The weighted terms of a step, before they are trained."""
+        for name, term in terms.items():
+            self._reached.setdefault(name, False)
+            term.register_hook(partial(self._reach, name))
+
+    def _reach(self, name: str, gradient: Tensor) -> None:
+        self._reached[name] = True
+        self.noting = not all(self._reached.values())
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        taps, distiller = self._taps(), self._distiller()
+        if taps is None or distiller is None:
+            return
+        if taps.paused or (self.judged and not taps.waiting):
+            return
+        if not self._trains_student(optimizer):
+            return
+        if taps.waiting:
+            taps.discard()
+            raise KDHooksError(
+                "the student ran in training, and its optimizer steps before kd computed the terms "
+                "of that forward; call kd(images, labels) after each forward and train the sum of "
+                "its terms, or do both inside `with kd.paused():`" + distiller.host_advice
+            )
+        if not self._stepped:
+            _check_static_graph(taps)
+        if optimizer in self._stepped:
+            self.judged = True
+            self._judge(distiller)
+        self._stepped.add(optimizer)
+
+    def _trains_student(self, optimizer: Optimizer) -> bool:
+        student = self._student()
+        if student is None:
+            return False
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        given = {id(parameter) for group in groups for parameter in group["params"]}
+        self._optimised |= given
+        return not given.isdisjoint(map(id, student.parameters()))
+
+    def _judge(self, distiller: _Watched) -> None:
+        if not distiller.step:
+            raise KDHooksError(
+                "the student's optimizer stepped, and kd has computed no term; run the student by "
+                "calling it in training mode with gradients (student(images), not "
+                "student.forward(images)), make the Distiller before the first call of a compiled "
+                "student, and call kd(images, labels) after each forward; steps without terms "
+                "belong inside `with kd.paused():`" + distiller.host_advice
+            )
+        if dropped := [name for name, reached in self._reached.items() if not reached]:
+            raise KDHooksError(
+                f"the student's optimizer stepped without {listed(dropped)}: no backward pass "
+                "reached these terms; add every term that kd returns to the loss that is trained, "
+                "or leave its method out" + distiller.host_advice
+            )
+        named = dict(distiller.named_parameters())
+        left = [n for n, p in named.items() if p.requires_grad and id(p) not in self._optimised]
+        if left:
+            raise KDHooksError(
+                f"these parameters of the losses are in no optimizer: {listed(left)}; give the "
+                "student's optimizer those of kd, or of the model that holds it, too, as "
+                "kd.parameter_groups(weight_decay) returns them; requires_grad_(False) keeps one "
+                "as it is"
+            )
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def _check_static_graph(taps: StudentTaps) -> None:
+    """A DDP with a static graph averages gradients only after a backward through its output."""
+    wrapper = None if taps.wrapper is None else taps.wrapper()
+    if wrapper is None or not wrapper.static_graph:
+        return
+    if not getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True):
+        raise KDHooksError(
+            "DistributedDataParallel(static_graph=True) averaged no gradient of the student, since "
+            "the loss does not depend on its output; train the terms together with a loss of that "
+            "output, or leave static_graph out"
+        )
