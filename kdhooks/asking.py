@@ -1,6 +1,7 @@
 """Asks the methods, once, what they declare; and probes the models, so that they can answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pluggy
 import torch
@@ -103,6 +104,21 @@ class Declarations:
         return adapter
 
 
+@contextmanager
+def _runs(side: str, images: Tensor) -> Iterator[None]:
+    """Name the model and the setting if the first forward raises an error of torch's."""
+    try:
+        yield
+    except (KDHooksError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise KDHooksError(
+            f"the {side} must run on images of the shape {tuple(images.shape[1:])}; found "
+            f"{type(error).__name__}: {error}; set input_shape to the shape of the training images"
+            f"{', or teacher.input.size to what the teacher takes' if side == 'teacher' else ''}"
+        ) from error
+
+
 def probe_student(
     module: nn.Module,
     embedding: str,
@@ -113,9 +129,9 @@ def probe_student(
     """One forward in eval mode without grad, which leaves no trace in the module."""
     taps = Taps(module, [embedding, *stages], "student")
     try:
-        with evaluating(module), torch.no_grad(), taps:
+        with evaluating(module), torch.no_grad(), taps, _runs("student", images):
             (run or module)(images)
-            outputs = taps.take()
+        outputs = taps.take()
     finally:
         taps.remove()
     found = outputs[embedding]
@@ -130,7 +146,7 @@ def probe_student(
 
 def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
     """One forward in a session of its own."""
-    with TeacherSession(teacher, stages) as session:
+    with TeacherSession(teacher, stages) as session, _runs("teacher", images):
         output = session(images)
     shapes = tuple(Stage(path, tuple(output.features[path].shape[1:])) for path in stages)
     dim = output.embedding.shape[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdhooks import ClassShard, KDHooksError, Teacher
+from kdhooks import ClassShard, Distiller, KDHooksError, Teacher
 from kdhooks.testing import tiny_batch, tiny_teacher
 from tests.small_distiller import SMALL, Gap, Method, distil, student
 
@@ -260,3 +260,13 @@ def test_without_such_a_head_or_with_weight_zero_kdhooks_computes_it() -> None:
         kd = distil({"name": "proxylesskd", "weight": weight}, host_head=host_head)
         assert kd.inherited is None
         assert [tap.name for tap in kd.taps] == ["proxylesskd"]
+
+
+def test_images_of_a_wrong_shape_name_the_setting() -> None:
+    net = student()
+    with pytest.raises(KDHooksError, match=r"student must run on images of the shape \(3, 112"):
+        Distiller(net, tiny_teacher(), ["fcd"])
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 12))
+    with pytest.raises(KDHooksError, match=r"teacher must run .* or teacher\.input\.size to what"):
+        Distiller(net, wide, ["fcd"], input_shape=SMALL)
+    assert not net._forward_hooks
