@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class Tap:
 
     contract: ClassVar[str]
     """The first line of the docstring of the loss's forward: the shapes of its arguments."""
+    needs_head: ClassVar[bool] = False
+    """Whether the loss trains the student's own classifier."""
     needs_classifier: ClassVar[bool] = False
     """Whether the loss is computed on the rows of the teacher's classifier."""
     inherits_classifier: ClassVar[bool] = False
@@ -119,7 +122,7 @@ class Tap:
 
 def check_weight(name: str, weight: float) -> None:
     """Refuse everything but a finite number of at least 0."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise KDHooksError(
             f"{name}: weight must be a number, a function of the step, or in a recipe a table; "
             f"found {weight!r}"
@@ -234,6 +237,7 @@ class ComparedClassifiers(ClassifierShare):
     """
 
     contract = "(b d), (b e), (b), classifier, head -> ()."
+    needs_head = True
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         assert step.head is not None

@@ -32,7 +32,7 @@ from kdhooks.guards import (
 )
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.parameter_groups import parameter_groups
-from kdhooks.replicas import Replicas, own_buffers
+from kdhooks.replicas import Replicas, options_of, own_buffers, weights_of
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
@@ -91,7 +91,6 @@ class Distiller(nn.Module):
         self.step = 0  # steps taken; schedules count in these
         self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
-        self.host_advice = ""  # added to errors about terms that are not trained
         self.inherited: Inherited | None = None  # the term that the host's head computes
         self._embedding = student_embedding
         self._head = head
@@ -144,6 +143,11 @@ class Distiller(nn.Module):
         labels: class numbers; None if no term needs them.
         teacher_images: another view of the same samples for the teacher; by default `images`.
         """
+        if self._session is None:
+            raise KDHooksError(
+                "a copy of a Distiller has no teacher and no hooks; create a Distiller for the "
+                "copied student, and load the state dict of the first one"
+            )
         try:
             step, questions = self._look(images, labels, teacher_images)
             return self._terms(step, questions)
@@ -207,6 +211,11 @@ class Distiller(nn.Module):
 
     def _check_first(self, features: Mapping[str, Tensor]) -> None:
         check_shapes(features, self._stages)
+        self._dtype = features[self._embedding].dtype
+        if any(p.dtype != self._dtype for p in self.losses.parameters()):
+            self.losses.to(self._dtype)  # the student, or kd with it, was converted meanwhile
+        if self.teacher_rows is not None:
+            self.teacher_rows.to(self._dtype)
         if self._replicas is None and world() is not None:
             self._replicas = self._new_replicas()
 
@@ -265,7 +274,9 @@ class Distiller(nn.Module):
         """The terms of a step that goes on without them: 0, with a gradient of 0."""
         self.step += 1
         self.metrics.clear()
-        zero = torch.stack([tensor.sum() * 0 for tensor in step.student_features.values()]).sum()
+        # Not tensor * 0, which is not a number if the tensor is infinite.
+        finite = [tensor.nan_to_num(0, 0, 0) for tensor in step.student_features.values()]
+        zero = torch.stack([tensor.sum() * 0 for tensor in finite]).sum()
         return {tap.name: zero for tap in self.taps}
 
     def weight(self, tap: Tap) -> float:
@@ -274,6 +285,7 @@ class Distiller(nn.Module):
         if callable(factor):
             factor = factor(self.step)
             check_weight(f"{tap.name}, step {self.step}", factor)
+            factor = float(factor)
         return factor / self.accumulation if tap.per_optimizer_step else factor
 
     # --- between the steps -------------------------------------------------------------------
@@ -305,7 +317,12 @@ class Distiller(nn.Module):
     def discard(self) -> None:
         """Forget the student's last forward, whose terms are not wanted."""
         self._student.discard()
-        self._session.drop_ahead()
+        if self._session is not None:  # as in a copy
+            self._session.drop_ahead()
+
+    def advise(self, advice: str) -> None:
+        """For a host: a sentence for errors about terms that are not trained."""
+        self._guard.host_advice = f"; {advice}"
 
     def check_finite(self) -> None:
         """Raise if the last step was not finite: before the next one, and before a save."""
@@ -322,7 +339,9 @@ class Distiller(nn.Module):
             undo.callback(self._student.remove)
             self._session = TeacherSession(teacher, theirs, self.adapter, like=images)
             undo.callback(self._session.close)
-            self._guard = OptimizerGuard(student, self, self._student)
+            trains_head = any(tap.needs_head for tap in self.taps)
+            rows = self._head.weight if trains_head and self._head is not None else None
+            self._guard = OptimizerGuard(student, self, self._student, rows)
             undo.callback(self._guard.remove)
             if world() is not None:  # otherwise in the first step, if the ranks meet later
                 self._replicas = self._new_replicas()
@@ -332,9 +351,10 @@ class Distiller(nn.Module):
         declared = [
             f"{type(tap).__name__} {tap.name} {type(tap.loss).__qualname__} "
             f"{tap.student_paths} {tap.teacher_paths} "
-            f"{'by a function' if callable(tap.weight) else tap.weight}"
+            f"{'by a function' if callable(tap.weight) else tap.weight} {options_of(tap.loss)}"
             for tap in self.taps
         ]
+        declared.append(f"a teacher with {weights_of(self._session.teacher.module)}")
         sharded = self._head is not None and self._head.group is not None
         return Replicas(self, declared, sharded)
 

@@ -90,14 +90,14 @@ class Finite:
 
     def check(self) -> None:
         """Raise if a number of the last step was not finite."""
-        last, self._last = self._last, None
-        if last is None:
+        if self._last is None:
             return
-        if fault := last.get():
+        if fault := self._last.get():  # which stays, so that nothing is saved after it either
             raise KDHooksError(
                 f"{fault}; lower the weight or the learning rate, or look at these samples; "
                 "nonfinite = 'skip' goes on without the terms of such a step"
             )
+        self._last = None
 
     def _all_ranks(self, fine: Tensor, answer: "_Answer") -> bool:
         if world() is not None:

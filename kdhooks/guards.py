@@ -113,6 +113,7 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
         raise KDHooksError(
             f"images and labels must be of the same samples; found {len(images)} and {len(labels)}"
         )
+    labels = labels.long()  # others are no index, or are taken for a mask
     return labels.clone() if labels.is_inference() else labels  # such a tensor has no version
 
 

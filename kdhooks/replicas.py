@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -79,19 +80,18 @@ class Replicas(NotCopied):
         for tensor in (*module.parameters(), *(place.buffer for place in self._shared)):
             dist.broadcast(tensor.data, 0)
         self._note()
-        self._handles: list[Removable] = [
-            parameter.register_hook(_mean)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
         loaded = module.register_load_state_dict_post_hook(lambda *_: self._note())
-        self._handles.append(loaded)
+        self._handles: list[Removable] = [loaded]
+        self._module = ref(module)
+        self._averaged: dict[int, ref[nn.Parameter]] = {}  # by id
+        self._average_gradients()
         self._hosts: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
     @contextmanager
     def one_step(self, size: int) -> Iterator[None]:
         """Run the losses inside, on a batch of `size` samples of this rank."""
         self._refuse_overwritten()
+        self._average_gradients()
         compared = set[dist.ProcessGroup]()
 
         def compare(group: dist.ProcessGroup) -> None:
@@ -105,6 +105,15 @@ class Replicas(NotCopied):
         finally:
             before_gathering.reset(token)
         self._average_buffers()
+
+    def _average_gradients(self) -> None:
+        """Also those of parameters that were unfrozen, or replaced, since the last step."""
+        module = self._module()
+        for parameter in () if module is None else module.parameters():
+            known = self._averaged.get(id(parameter))
+            if parameter.requires_grad and (known is None or known() is not parameter):
+                self._averaged[id(parameter)] = ref(parameter)
+                self._handles.append(parameter.register_hook(_mean))
 
     def _note(self) -> None:
         """Remember which tensors the buffers are, and in which version."""
@@ -169,6 +178,25 @@ def own_buffers(module: nn.Module) -> set[str]:
         if names is not None:
             found |= {f"{prefix}.{name}".lstrip(".") for name in names()}
     return found
+
+
+def options_of(loss: nn.Module) -> str:
+    """The numbers and words that a loss and its parts hold, which its options have set."""
+    found = {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, inner in loss.named_modules()
+        for name, value in vars(inner).items()
+        if isinstance(value, bool | int | float | str) and not name.startswith("_")
+    }
+    return ", ".join(f"{name}={value}" for name, value in found.items() if "training" not in name)
+
+
+def weights_of(module: nn.Module | None) -> str:
+    """A sum by which two teachers differ, to six digits, since devices round differently."""
+    if module is None:
+        return "no weights"
+    total = sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+    return f"weights of {total:.6g}"
 
 
 def _refuse_different(declared: Sequence[str]) -> None:

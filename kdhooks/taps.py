@@ -1,7 +1,7 @@
 """Records the outputs of named modules, and refuses those that would train the wrong thing."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -153,7 +153,10 @@ class Taps:
         missing = [path for path in self._paths if path not in fired]
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
         if fired:
-            return f"{self._side} tap {names} did not run in this forward; tap a module that does"
+            return (
+                f"{self._side} tap {names} did not run in this forward; tap a module that does, "
+                "and attach before the first call of a compiled model"
+            )
         if self._side == "teacher":
             return (
                 f"teacher tap {names} recorded nothing: a compiled, scripted or exported model "
@@ -234,11 +237,14 @@ class StudentTaps:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 tensors.append(value)
-                # Images are the first floating-point tensor, and better the first (b 3 h w).
-                if value.is_floating_point() and (images is None or images.ndim < 4 == value.ndim):
+                # Images are the first tensor (b 3 h w), or else the first floating-point one.
+                better = value.ndim == 4 and (images is None or images.ndim != 4)
+                if better or (images is None and value.is_floating_point()):
                     images = value
+        if not tensors:
+            images = _images_inside((*args, *kwargs.values()))
         if images is not None:
-            if self.on_enter is not None:
+            if self.on_enter is not None and images.is_floating_point():
                 self.on_enter(images)
             self.version = -1 if images.is_inference() else images._version
         if not self._taps.fired and not torch.compiler.is_compiling():
@@ -294,6 +300,19 @@ class StudentTaps:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_student_taps, ()
+
+
+def _images_inside(value: object) -> Tensor | None:
+    """The first tensor (b 3 h w) in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 4 else None
+    inner = value.values() if isinstance(value, dict) else value
+    for one in inner if isinstance(inner, Iterable) and not isinstance(inner, str) else ():
+        if isinstance(one, Tensor | dict | list | tuple):
+            found = _images_inside(one)
+            if found is not None:
+                return found
+    return None
 
 
 def _no_student_taps() -> StudentTaps:

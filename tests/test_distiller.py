@@ -216,6 +216,15 @@ def test_a_copy_has_no_teacher_and_disturbs_nothing() -> None:
     assert not teacher.training
 
 
+def test_a_copy_that_is_called_says_that_it_is_one() -> None:
+    kd, (images, labels) = distil("fcd"), tiny_batch()
+    copied = copy.deepcopy(kd)
+    with pytest.raises(KDHooksError, match="a copy of a Distiller has no teacher and no hooks"):
+        copied(images, labels)
+    copied.discard()
+    assert copied.state_dict().keys() == kd.state_dict().keys()
+
+
 def test_losses_run_in_float32_inside_autocast() -> None:
     seen: list[torch.dtype] = []
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,13 +74,13 @@ def test_a_teacher_with_fewer_embeddings_than_images_is_refused() -> None:
 def test_a_column_of_labels_is_taken_as_labels() -> None:
     images, labels = tiny_batch()
     values = []
-    for given in (labels, labels[:, None], labels.int()):
+    for given in (labels, labels[:, None], labels.int(), labels.to(torch.uint8)):
         torch.manual_seed(0)
         student = TinyFaceNet().train()
         with distiller(student, "thkd") as kd:
             student(images)
             values.append(kd(images, given)["thkd"])
-    assert_close(values[1:], [values[0]] * 2, rtol=0, atol=0)
+    assert_close(values[1:], [values[0]] * 3, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,14 @@ def test_a_weight_by_function_is_looked_at_in_every_step(wrong: Any) -> None:
             kd(images, labels)
 
 
+def test_a_weight_may_be_a_number_of_numpy() -> None:
+    student, (images, labels) = TinyFaceNet().train(), tiny_batch()
+    weight: Callable[[int], Any] = lambda step: np.float32(2)  # noqa: E731
+    with distiller(student, {"name": "fcd", "weight": weight}) as kd:
+        student(images)
+        assert kd(images, labels)["fcd"].dtype == torch.float32
+
+
 class _LateNaN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +201,40 @@ def test_what_is_not_finite_in_the_last_step_is_told_at_the_end() -> None:
     with pytest.raises(KDHooksError, match="step 2: late not finite"):
         run()
     assert not student._forward_hooks, "the hooks are off all the same"
+
+
+def test_nothing_is_saved_after_a_step_that_was_not_finite() -> None:
+    student, (images, labels) = TinyFaceNet().train(), tiny_batch()
+    kd = distiller(student, _Late())
+    for _ in range(2):
+        student(images)
+        kd(images, labels)
+    for _ in range(2):  # however often it is tried
+        with pytest.raises(KDHooksError, match="step 2: late not finite"):
+            kd.state_dict()
+
+
+def test_a_step_without_its_terms_has_a_gradient_of_zero_though_a_tap_is_infinite() -> None:
+    class Infinite(TinyFaceNet):
+        shift: Tensor
+
+        def forward(self, images: Tensor) -> Tensor:
+            embedding = super().forward(images)
+            shift = torch.where(torch.arange(12) == 3, self.shift, torch.zeros(12))
+            return embedding + shift
+
+    student, (images, labels) = Infinite().train(), tiny_batch()
+    student.shift = torch.zeros(())
+    kd = distiller(student, "fcd", nonfinite="skip")
+    for shift in (0.0, math.inf):
+        student.shift = torch.tensor(shift)
+        student.zero_grad()
+        student(images)
+        total(kd(images, labels)).backward()
+    assert kd.skipped == 1
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_the_end_does_not_hide_another_error() -> None:
@@ -272,6 +315,42 @@ def test_losses_that_are_trained_or_frozen_are_no_error() -> None:
         student = TinyFaceNet().train()
         with distiller(student, PROJECTED) as kd:
             steps(student, kd, *make(student, kd))
+
+
+def test_an_optimizer_that_steps_later_counts() -> None:
+    student = TinyFaceNet().train()
+    with distiller(student, PROJECTED) as kd:
+        often, seldom = SGD(student.parameters(), lr=0.01), SGD(kd.parameters(), lr=0.01)
+        steps(student, kd, often)
+        seldom.step()
+
+
+def test_a_second_optimizer_without_the_losses_is_refused() -> None:
+    student = TinyFaceNet().train()
+    with distiller(student, PROJECTED) as kd:
+        steps(student, kd, SGD([*student.parameters(), *kd.parameters()], lr=0.01))
+        with pytest.raises(KDHooksError, match=r"in no optimizer: losses\.fcd\.projector"):
+            steps(student, kd, SGD(student.parameters(), lr=0.01))
+
+
+def test_a_run_that_was_resumed_is_judged_as_well() -> None:
+    student, (images, _) = TinyFaceNet().train(), tiny_batch()
+    with distiller(student, "fcd") as kd:
+        kd.set_extra_state(torch.tensor(100))
+        optimizer = SGD(student.parameters(), lr=0.01)
+        student.forward(images).sum().backward()
+        optimizer.step()
+        with pytest.raises(KDHooksError, match="kd has computed no term"):
+            optimizer.step()
+
+
+def test_a_classifier_that_a_term_trains_must_be_in_an_optimizer() -> None:
+    student, shard = TinyFaceNet().train(), head()
+    lacking = pytest.raises(KDHooksError, match=r"no optimizer: the student's classifier \(head\)")
+    with distiller(student, "kd", head=shard) as kd, lacking:
+        steps(student, kd, SGD(student.parameters(), lr=0.01))
+    with distiller(student, "kd", head=shard) as kd:
+        steps(student, kd, SGD([*student.parameters(), shard.weight], lr=0.01))
 
 
 def test_an_optimizer_of_another_model_is_not_judged() -> None:

@@ -211,6 +211,27 @@ def test_a_student_with_more_inputs_is_known_by_any_of_them() -> None:
         kd(images, labels)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: {"images": x}, lambda x: [[1, x]]])
+def test_images_inside_of_an_argument_are_compared(wrap: Callable[[Tensor], Any]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = student()
+
+        def forward(self, batch: Any) -> Tensor:
+            images = batch["images"] if isinstance(batch, dict) else batch[0][1]
+            embedding: Tensor = self.inner(images)
+            return embedding
+
+    net, (images, labels) = Wrapped().train(), tiny_batch()
+    kd = distiller(net, run_student=lambda images: net(wrap(images)))
+    net(wrap(images))
+    kd(images, labels)
+    net(wrap(others(images)))
+    with pytest.raises(KDHooksError, match="must be those of the student's last forward"):
+        kd(images, labels)
+
+
 def test_the_teacher_sees_another_view_if_it_is_given_one() -> None:
     net, (images, labels) = student(), tiny_batch()
     clean, network = images * 0.9, tiny_teacher().module

@@ -1,5 +1,6 @@
 """What several ranks must have in common: their terms, batch sizes, buffers and gradients."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from kdhooks import ClassShard, Distiller, EmbeddingTap, KDHooksError, hookimpl
+from kdhooks import ClassShard, Distiller, EmbeddingTap, KDHooksError, Model, hookimpl
 from kdhooks.replicas import own_buffers
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks_plugins.fcd import FCD
 from tests.ranks import Results, group, here, mine, on_two_ranks
 
 SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
@@ -45,6 +47,51 @@ def _different(*methods: object) -> str:
     except KDHooksError as error:
         return str(error)
     return ""
+
+
+def _other_teachers() -> str:
+    """The error of ranks whose teachers have other weights."""
+    module = tiny_teacher().module
+    assert module is not None
+    with torch.no_grad():
+        next(module.parameters()).mul_(1 + here()[0])
+    try:
+        Distiller(student(), module, ["fcd"], **SIZE).remove()
+    except KDHooksError as error:
+        return str(error)
+    return ""
+
+
+def _changed(how: str) -> list[Tensor]:
+    """The losses' parameters after some steps in which they were unfrozen, or replaced."""
+    images, labels = (mine(x) for x in tiny_batch())
+    kd = distiller(net := student(), {"name": "fcd", "projector": True})
+    if how == "frozen":
+        kd = distiller(net := student(), _Frozen())
+    wrapped = DistributedDataParallel(net)
+    for step in range(4):
+        if step == 2 and how == "frozen":
+            kd.requires_grad_(True)
+        if step == 2 and how == "assigned":
+            kd.load_state_dict(copy.deepcopy(kd.state_dict()), assign=True)
+        wrapped(images)
+        total(kd(images, labels)).backward()
+        for parameter in kd.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 0.1 * parameter.grad
+                parameter.grad = None
+    kd.remove()
+    return [parameter.detach() for parameter in kd.parameters()]
+
+
+class _Frozen:
+    """fcd with a projector that is frozen at first."""
+
+    @hookimpl
+    def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
+        tap = FCD(projector=True).embedding_tap(student, teacher)
+        tap.loss.requires_grad_(False)
+        return tap
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -188,6 +235,12 @@ def _scenarios() -> dict[str, Any]:
         "weights": {
             "error": _different({"name": "at", "weight": 1.0}, {"name": "at", "weight": 2})
         },
+        "one option": {
+            "error": _different(*({"name": "rkd", "angle_weight": a} for a in (1.0, 2.0)))
+        },
+        "teachers": {"error": _other_teachers()},
+        "frozen": {"losses": _changed("frozen")},
+        "assigned": {"losses": _changed("assigned")},
         "uneven rkd": dict(zip(("error", "step"), _uneven("rkd"), strict=True)),
         "uneven thkd": dict(zip(("error", "step"), _uneven("thkd", **sharded), strict=True)),
         "uneven fcd": dict(zip(("error", "step"), _uneven("fcd"), strict=True)),
@@ -219,6 +272,18 @@ def test_ranks_with_different_methods_are_refused_by_name(ranks: Ranks) -> None:
 def test_ranks_with_different_weights_are_refused(ranks: Ranks) -> None:
     for rank in ranks:
         assert "all ranks must declare the same terms" in rank["weights"]["error"]
+
+
+def test_ranks_with_other_options_or_teachers_are_refused(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "all ranks must declare the same terms" in rank["one option"]["error"]
+        assert "only rank 0 has: a teacher with weights of" in rank["teachers"]["error"]
+
+
+@pytest.mark.parametrize("how", ["frozen", "assigned"])
+def test_parameters_that_were_unfrozen_or_replaced_stay_equal(ranks: Ranks, how: str) -> None:
+    zero, one = (rank[how]["losses"] for rank in ranks)
+    assert_close(zero, one, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["rkd", "thkd"])

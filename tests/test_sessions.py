@@ -160,6 +160,18 @@ def test_models_of_any_floating_point_format_train(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.layer1.parameters())
 
 
+def test_a_student_that_was_converted_meanwhile_trains() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    kd = Distiller(net, tiny_teacher(), [PROJECTED, "thkd"], **SIZE)
+    net.double()
+    images = images.double()
+    net(images)
+    found = kd(images, labels)
+    assert {term.dtype for term in found.values()} == {torch.float64}
+    torch.stack([*found.values()]).sum().backward()
+    assert all(p.dtype == torch.float64 and p.grad is not None for p in kd.parameters())
+
+
 def test_images_of_whole_numbers_are_refused_with_the_conversion() -> None:
     class Pixels(TinyFaceNet):
         def forward(self, images: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class Attachment:
             plugins=[Backbones()],
         )
         self.distiller.accumulation = accumulation or _gradient_acc()
-        self.distiller.host_advice = (
-            "; in arcface_torch, each batch must go through all attached heads in their order, by "
+        self.distiller.advise(
+            "in arcface_torch, each batch must go through all attached heads in their order, by "
             "calls that run the hooks of the backbone and of the heads"
         )
         self.task_weight = 1.0

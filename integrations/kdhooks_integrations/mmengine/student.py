@@ -52,8 +52,8 @@ class Distillation(nn.Module):
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
             )
-        self.distiller.host_advice = (
-            "; in MMEngine, train_step must call the model itself, in training mode and with "
+        self.distiller.advise(
+            "in MMEngine, train_step must call the model itself, in training mode and with "
             "mode='loss', and parse_losses must train the sum of all keys with 'loss' in their "
             "names, as BaseModel's do"
         )
