@@ -6,7 +6,6 @@ and, from the second step on, let the `TeacherSession` run ahead. `kd(images, la
 tap's loss on both.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -37,8 +36,6 @@ from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
-
-log = logging.getLogger("kdhooks")
 
 
 class Distiller(nn.Module):
@@ -86,8 +83,9 @@ class Distiller(nn.Module):
         """
         super().__init__()
         student = unwrap(student)
+        # Before a Teacher freezes its module.
+        check_models(student, teacher.module if isinstance(teacher, Teacher) else teacher)
         teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        check_models(student, teacher.module)
         self.step = 0  # steps taken; schedules count in these
         self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
@@ -168,7 +166,7 @@ class Distiller(nn.Module):
         questions: list[Question] = []
         if question := check_same_images(seen, inputs, version, images):
             questions.append(question)
-        ranged = labels if self._class_count else None
+        ranged = labels if self._class_count and self._needs_labels else None
         if ranged is not None and (question := check_range(ranged, self._class_count)):
             questions.append(question)
         if not self._checked:
@@ -201,11 +199,8 @@ class Distiller(nn.Module):
             output = output.to(self._dtype)
         if not self._checked:
             check_teacher(output, images)
-            if (rows := self._session.teacher.classifier) is None:
-                return output
-            if labels is None:
-                log.warning("the order of the teacher's classes is not checked without labels")
-            else:
+            rows = self._session.teacher.classifier
+            if rows is not None and labels is not None and (self._needs_labels or self.inherited):
                 check_class_order(rows, output.embedding, labels)
         return output
 

@@ -12,9 +12,9 @@ from kdhooks.finite import Question
 _VERSION = attrgetter("_version")
 
 
-def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
+def check_models(student: nn.Module, teacher: object) -> None:
     """Refuse a student that is its own teacher, or that trains nothing."""
-    shared = {id(p) for p in teacher.parameters()} if teacher is not None else set()
+    shared = {id(p) for p in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
     if any(id(parameter) in shared for parameter in student.parameters()):
         raise KDHooksError(
             "the student and the teacher must have parameters of their own, since those of a "
@@ -29,8 +29,10 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def check_images(images: Tensor) -> None:
-    """Refuse images (b 3 h w) that are not floating point, or none at all."""
+def check_images(images: object) -> None:
+    """Refuse images (b 3 h w) that are not a floating-point tensor, or none at all."""
+    if not isinstance(images, Tensor):
+        raise KDHooksError(f"images must be a tensor (b 3 h w); found {type(images).__name__}")
     if not images.is_floating_point():
         raise KDHooksError(
             f"images must be floating point, (pixel - 127.5) / 127.5; found {images.dtype}; give "
@@ -51,7 +53,7 @@ def check_same_images(
     """
     if seen is None:
         return None
-    if seen is images:
+    if seen is images or seen.is_set_to(images):  # or another name for the same memory
         if version >= 0 and version != images._version:
             raise KDHooksError(
                 "the images were written to in place after the student's forward had started; give "
@@ -61,25 +63,23 @@ def check_same_images(
     if any(images is tensor for tensor in inputs):
         return None
     same = seen.shape == images.shape
-    if same and seen.is_set_to(images):  # another name for the same memory
-        return None
     if same:
         differ = (images.detach().to(seen) != seen).any()
         if seen.device.type != "cpu":
             number = torch.where(differ, torch.nan, 0.0).reshape(1)
-            fault = _other_images(seen, images)
-            return Question((number,), lambda finite: fault, fatal=True)
+            shapes = tuple(seen.shape), tuple(images.shape)
+            return Question((number,), lambda finite: _other_images(*shapes), fatal=True)
         same = not differ
     if not same:
-        raise KDHooksError(_other_images(seen, images))
+        raise KDHooksError(_other_images(tuple(seen.shape), tuple(images.shape)))
     return None
 
 
-def _other_images(seen: Tensor, images: Tensor) -> str:
-    content = ", of other content" if seen.shape == images.shape else ""
+def _other_images(seen: tuple[int, ...], found: tuple[int, ...]) -> str:
+    content = ", of other content" if seen == found else ""
     return (
         "the images given to kd must be those of the student's last forward in training; found "
-        f"{tuple(images.shape)} after a forward on {tuple(seen.shape)}{content}; call kd once "
+        f"{found} after a forward on {seen}{content}; call kd once "
         "after each forward with the same images, and give images that only the teacher should "
         "see as teacher_images"
     )

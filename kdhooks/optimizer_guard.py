@@ -87,8 +87,9 @@ class OptimizerGuard(NotCopied):
         if dropped := [name for name, reached in self._reached.items() if not reached]:
             raise KDHooksError(
                 f"the student's optimizer stepped without {listed(dropped)}: no backward pass "
-                "reached these terms; add every term that kd returns to the loss that is trained, "
-                "or leave its method out" + self.host_advice
+                "reached these terms; add every term that kd returns to the loss that is trained "
+                "(for a later start, give its weight a schedule), or leave its method out"
+                + self.host_advice
             )
         if left := self._in_no_optimizer():
             raise KDHooksError(

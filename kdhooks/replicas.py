@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import before_gathering
-from kdhooks.copies import NotCopied
+from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.taps import Removable
 
@@ -80,7 +80,7 @@ class Replicas(NotCopied):
         for tensor in (*module.parameters(), *(place.buffer for place in self._shared)):
             dist.broadcast(tensor.data, 0)
         self._note()
-        loaded = module.register_load_state_dict_post_hook(lambda *_: self._note())
+        loaded = module.register_load_state_dict_post_hook(_NotesLoading(self))
         self._handles: list[Removable] = [loaded]
         self._module = ref(module)
         self._averaged: dict[int, ref[nn.Parameter]] = {}  # by id
@@ -168,6 +168,16 @@ class Replicas(NotCopied):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class _NotesLoading(IdleCopy):
+    """A hook: a state dict may overwrite each rank's own buffers."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+
+    def __call__(self, *_: object) -> None:
+        self._replicas._note()
 
 
 def own_buffers(module: nn.Module) -> set[str]:

@@ -142,9 +142,9 @@ class Taps:
                 tensor = tensor.clone()  # no loss could use it
             elif tensor._version != version:
                 raise KDHooksError(
-                    f"{self._side} tap '{path}' was overwritten in place after it was recorded "
-                    "(an in-place ReLU, dropout or residual sum follows it); tap the module that "
-                    "overwrites it, or the block around both"
+                    f"{self._side} tap '{path or 'output'}' was overwritten in place after it was "
+                    "recorded (an in-place ReLU, dropout or residual sum follows it, or the loop "
+                    "writes into it); tap the module that overwrites it, or clone it before"
                 )
             outputs[path] = tensor.float() if tensor.dtype in HALF else tensor
         return outputs
@@ -152,6 +152,8 @@ class Taps:
     def _never_fired(self, fired: Collection[str]) -> str:
         missing = [path for path in self._paths if path not in fired]
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
+        if not self._handles:
+            return f"{self._side} tap {names} recorded nothing, since remove() took its hook off"
         if fired:
             return (
                 f"{self._side} tap {names} did not run in this forward; tap a module that does, "
@@ -230,8 +232,9 @@ class StudentTaps:
             self.discard()
             raise KDHooksError(
                 "the student ran again in training before kd computed the terms of its last "
-                "forward; call kd(images, labels) once after each forward, or run the forwards "
-                "that are not to count inside `with kd.paused():`"
+                "forward; call kd(images, labels) once after each forward, call kd.discard() if a "
+                "batch is skipped, or run the forwards that are not to count inside "
+                "`with kd.paused():`"
             )
         images, tensors = None, list[Tensor]()
         for value in (*args, *kwargs.values()):

@@ -183,13 +183,16 @@ def test_another_device_is_not_waited_for_to_compare_images(nonfinite: str, step
     assert message.startswith("step 3: the images given to kd must be those of the student's last")
 
 
-def test_images_that_were_overwritten_meanwhile_are_refused() -> None:
+@pytest.mark.parametrize("view", [lambda images: images, lambda images: images[:]])
+def test_images_that_were_overwritten_meanwhile_are_refused(
+    view: Callable[[Tensor], Tensor],
+) -> None:
     net, (images, labels) = student(), tiny_batch()
     with distiller(net) as kd:
-        net(images)
+        net(view(images))
         images.mul_(0.5)
         with pytest.raises(KDHooksError, match="written to in place after the student's forward"):
-            kd(images, labels)
+            kd(view(images), labels)
 
 
 def test_a_student_with_more_inputs_is_known_by_any_of_them() -> None:

@@ -1,6 +1,7 @@
 """What several ranks must have in common: their terms, batch sizes, buffers and gradients."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def _changed(how: str) -> list[Tensor]:
             if parameter.grad is not None:
                 parameter.data -= 0.1 * parameter.grad
                 parameter.grad = None
+        pickle.loads(pickle.dumps(kd))  # its hooks stay behind
     kd.remove()
     return [parameter.detach() for parameter in kd.parameters()]
 

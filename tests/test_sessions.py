@@ -127,6 +127,30 @@ def test_a_student_that_is_its_own_teacher_is_refused() -> None:
     net = module().requires_grad_().train()
     with pytest.raises(KDHooksError, match=r"must have parameters of their own.*copy\.deepcopy"):
         Distiller(net, net, ["fcd"], **SIZE)
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters()), "it is as it was"
+
+
+def test_a_method_of_a_module_is_no_teacher() -> None:
+    awake = module().train()
+    with pytest.raises(KDHooksError, match="is a method of a module, which nobody would freeze"):
+        Distiller(student(), awake.forward, ["fcd"], **SIZE)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_function_may_return_a_buffer_that_it_overwrites(micro_batch: int | None) -> None:
+    network, buffer = module().eval(), torch.zeros(64, 12)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            buffer[: len(images)].copy_(network(images))
+        return buffer[: len(images)]
+
+    images, _ = tiny_batch()
+    with TeacherSession(Teacher(embed, micro_batch=micro_batch)) as session:
+        first = session(images).embedding
+        session(images.flip(0))
+    assert_close(first, network(images).detach())
 
 
 def test_a_student_that_another_run_froze_is_refused() -> None:

@@ -67,6 +67,11 @@ class Teacher:
             )
         if isinstance(model, torch.export.ExportedProgram):
             model = model.module()
+        if isinstance(getattr(model, "__self__", None), nn.Module):
+            raise KDHooksError(
+                "teacher is a method of a module, which nobody would freeze; give the module "
+                "itself, and run=lambda model, images: … to call another method than forward"
+            )
         self.module = unwrap(model) if isinstance(model, nn.Module) else None
         if self.module is not None:
             set_eval(self.module)
@@ -79,7 +84,8 @@ class Teacher:
         if compile and self.module is not None:
             forward = torch.compile(self.module, mode=None if compile is True else compile)
         self.forward: Callable[[Tensor], object] = partial(run, forward) if run else forward
-        self.overwrites_output = isinstance(compile, str)  # a later call reuses the output's memory
+        # A later call may reuse the memory of the output.
+        self.overwrites_output = isinstance(compile, str) or self.module is None
         self.transform = transform or InputTransform()
         self.dtype = dtype
         self.channels_last = channels_last
