@@ -92,7 +92,7 @@ class Distiller(nn.Module):
         self.inherited: Inherited | None = None  # the term that the host's head computes
         self._embedding = student_embedding
         self._head = head
-        self._checked = False  # whether the first step is over
+        self._first_step_over = False
         self._replicas: Replicas | None = None  # if there are several ranks
         self._finite = Finite(nonfinite)
         first = next(student.parameters())
@@ -147,16 +147,20 @@ class Distiller(nn.Module):
                 "copied student, and load the state dict of the first one"
             )
         try:
-            step, questions = self._look(images, labels, teacher_images)
+            step, questions = self._inputs(images, labels, teacher_images)
             return self._terms(step, questions)
         except BaseException:
             self._session.drop_ahead()
             raise
 
-    def _look(
+    def _inputs(
         self, images: Tensor, labels: Tensor | None, teacher_images: Tensor | None
     ) -> tuple[Step, list[Question]]:
-        """The inputs of the losses, and the questions about them that a device is to answer."""
+        """The inputs of the losses, and the questions about them that a device is to answer.
+
+        A processor answers immediately, by an error; another device is read in the next step.
+        """
+        # Before `take`, which lets go of them.
         seen, inputs, version = self._student.images, self._student.inputs, self._student.version
         features = self._student.take()
         self._finite.check()
@@ -169,12 +173,13 @@ class Distiller(nn.Module):
         ranged = labels if self._class_count and self._needs_labels else None
         if ranged is not None and (question := check_range(ranged, self._class_count)):
             questions.append(question)
-        if not self._checked:
+        if not self._first_step_over:
             self._check_first(features)
         teacher = self._teach(theirs, labels)
         check_batch(images, features[self._embedding], teacher.embedding if teacher else None)
-        if not self._checked and self._needs_teacher and seen is theirs:
-            self._student.on_enter = self._session.run_ahead  # from now on
+        if not self._first_step_over and self._needs_teacher and seen is theirs:
+            # From now on, since the teacher is on its device and sees the student's own images.
+            self._student.on_enter = self._session.run_ahead
             self._student.on_failure = self._session.drop_ahead
         if teacher is not None and not teacher.finite:
             questions.append(of_embedding(teacher.embedding, labels))
@@ -192,12 +197,12 @@ class Distiller(nn.Module):
 
     def _teach(self, images: Tensor, labels: Tensor | None) -> TeacherOutput | None:
         """The teacher's output in the dtype of the losses; None if no term needs it."""
-        if self._checked and not self._needs_teacher:
+        if self._first_step_over and not self._needs_teacher:
             return None
         output = self._session(images)
         if output.embedding.dtype != self._dtype:
             output = output.to(self._dtype)
-        if not self._checked:
+        if not self._first_step_over:
             check_teacher(output, images)
             rows = self._session.teacher.classifier
             if rows is not None and labels is not None and (self._needs_labels or self.inherited):
@@ -228,9 +233,9 @@ class Distiller(nn.Module):
             with self._replicas.one_step(len(step.student)):
                 weighted = self._losses(step)
         values = {name: self.metrics[name] for name in weighted}
-        if not self._checked:
+        if not self._first_step_over:
             check_terms(values)
-            self._checked = True
+            self._first_step_over = True
         if not self._finite.note(number, [of_terms(values), *questions]):
             return self._nothing(step)
         self.step = number
