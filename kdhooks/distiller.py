@@ -114,8 +114,6 @@ class Distiller(nn.Module):
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
         self._dtype = torch.promote_types(first.dtype, torch.float32)
-        if self._dtype == torch.float64:
-            self.losses.double()
         if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
             self.teacher_rows = TeacherRows(theirs.classifier, head, self._dtype)
             self.teacher_rows.prepare(self.losses.values())
