@@ -69,6 +69,21 @@ def test_a_head_whose_hooks_never_run_is_noticed_at_the_first_step() -> None:
         optimizer.step()
 
 
+def test_labels_of_a_batch_that_was_discarded_are_not_counted() -> None:
+    backbone, heads = TinyFaceNet().train(), [Head().train(), Head().train()]
+    optimizer = SGD([{"params": m.parameters()} for m in (backbone, *heads)], lr=0.1)
+    attachment = attach(backbone, heads, optimizer, ConstantLR(optimizer), RECIPE)
+    images, labels = tiny_batch()
+    heads[0](backbone(images)[:6], labels[:6])
+    attachment.distiller.discard()
+    given = images.flip(0)
+    embedding = backbone(given)
+    plain = F.cross_entropy(embedding[:6] @ heads[0].weight.T, labels[:6])
+    assert torch.equal(heads[0](embedding[:6], labels[:6]), plain), "one head is not the batch"
+    heads[1](embedding[6:], labels[6:])
+    assert attachment.distiller.step == 1
+
+
 @pytest.mark.parametrize("schedule", [None, object()])
 def test_a_schedule_that_is_not_torchs_is_refused(schedule: Any) -> None:
     backbone, head = TinyFaceNet().train(), Head()

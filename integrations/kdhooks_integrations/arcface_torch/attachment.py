@@ -54,10 +54,11 @@ class Attachment:
             "calls that run the hooks of the backbone and of the heads"
         )
         self.task_weight = 1.0
+        self._images: Tensor | None = None  # of the batch that some heads have not seen yet
         self._labels: list[Tensor] = []  # of this batch, from the heads that have run so far
         self._handles: list[Removable] = []
         self._interval = Interval()
-        self._start: int | None = None  # of the schedule, at the first batch
+        self._start: int | None = None  # the schedule's last_epoch at the first batch
         self._warned = False
         self.rank = 0 if world() is None else dist.get_rank()
         try:
@@ -122,7 +123,7 @@ class Attachment:
                 self._undistilled()
             return None
         task = loss * self.task_weight
-        if (together := self._all_labels(len(images), labels)) is None:
+        if (together := self._all_labels(images, labels)) is None:
             return task
         if self._start is None:
             self._start = self._joined.schedule.last_epoch
@@ -148,13 +149,15 @@ class Attachment:
                 "eval mode, or a head ran twice for one batch"
             )
 
-    def _all_labels(self, count: int, labels: Tensor) -> Tensor | None:
+    def _all_labels(self, images: Tensor, labels: Tensor) -> Tensor | None:
         """The labels of the whole batch, once all heads have seen their parts of it."""
+        if self._images is not images:  # the batch before ended in an error, or was discarded
+            self._images, self._labels = images, []
         self._labels.append(labels)
-        if sum(map(len, self._labels)) < count:
+        if sum(map(len, self._labels)) < len(images):
             return None
         together = torch.cat(self._labels)
-        self._labels = []
+        self._images, self._labels = None, []
         return together
 
     # --- the log -----------------------------------------------------------------------------
