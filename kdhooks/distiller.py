@@ -31,8 +31,9 @@ from kdhooks.guards import (
 )
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.parameter_groups import parameter_groups
-from kdhooks.replicas import Replicas, options_of, own_buffers, weights_of
+from kdhooks.replicas import Replicas, options_of, own_buffers
 from kdhooks.taps import StudentTaps, unwrap
+from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
@@ -107,12 +108,13 @@ class Distiller(nn.Module):
             self.adapter = asked.teacher_adapter(theirs)
         self._stages = {stage.path: stage.shape for stage in ours.stages}
         self.teacher_rows: TeacherRows | None = None  # if a term needs them
-        self._class_count = number_of_classes(theirs.classifier, head)  # 0: any label is a class
+        classes = number_of_classes(theirs.classifier, head)
         if host_head is not None:
             self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
+        self._classes = classes if self._needs_labels else 0  # 0: any label is one of them
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
             self.teacher_rows = TeacherRows(theirs.classifier, head, self._dtype)
@@ -168,8 +170,11 @@ class Distiller(nn.Module):
         questions: list[Question] = []
         if question := check_same_images(seen, inputs, version, images):
             questions.append(question)
-        ranged = labels if self._class_count and self._needs_labels else None
-        if ranged is not None and (question := check_range(ranged, self._class_count)):
+        if (
+            labels is not None
+            and self._classes
+            and (question := check_range(labels, self._classes))
+        ):
             questions.append(question)
         if not self._first_step_over:
             self._check_first(features)
@@ -199,7 +204,7 @@ class Distiller(nn.Module):
             return None
         output = self._session(images)
         if output.embedding.dtype != self._dtype:
-            output = output.to(self._dtype)
+            output = output.each(lambda tensor: tensor.to(self._dtype))
         if not self._first_step_over:
             check_teacher(output, images)
             rows = self._session.teacher.classifier
@@ -269,7 +274,7 @@ class Distiller(nn.Module):
         return value
 
     def _nothing(self, step: Step) -> dict[str, Tensor]:
-        """The terms of a step that goes on without them: 0, with a gradient of 0."""
+        """Zeros in place of the terms, with gradients of zero, for a step that is skipped."""
         self.step += 1
         self.metrics.clear()
         # Not tensor * 0, which is not a number if the tensor is infinite.
@@ -352,7 +357,9 @@ class Distiller(nn.Module):
             f"{'by a function' if callable(tap.weight) else tap.weight} {options_of(tap.loss)}"
             for tap in self.taps
         ]
-        declared.append(f"a teacher with {weights_of(self._session.teacher.module)}")
+        teacher = self._session.teacher
+        digest = weights_of(teacher.module or teacher.forward)
+        declared.append(f"a teacher with weights of SHA-256 {digest}")
         sharded = self._head is not None and self._head.group is not None
         return Replicas(self, declared, sharded)
 
@@ -363,8 +370,7 @@ class Distiller(nn.Module):
     def remove(self) -> None:
         """Take every hook off both models."""
         self._student.remove()
-        # A copy of a Distiller has none of the others.
-        if self._session is not None:
+        if self._session is not None:  # a copy of a Distiller has none of these
             self._session.close()
         for part in (self._guard, self._replicas):
             if part is not None:

@@ -50,6 +50,16 @@ def _lost_samples(labels: Tensor | None, finite: Sequence[bool]) -> str:
     )
 
 
+def refuse(wrong: Tensor, words: Callable[[], str]) -> Question | None:
+    """Raise now if a processor says that something is wrong (); ask about it on another device."""
+    if wrong.device.type != "cpu":
+        number = torch.where(wrong, torch.nan, 0.0).reshape(1)
+        return Question((number,), lambda finite: words(), fatal=True)
+    if wrong:
+        raise KDHooksError(words())
+    return None
+
+
 def check_nonfinite(found: object, where: str = "") -> None:
     """Refuse a `nonfinite` option that is neither of the two."""
     if found not in ("raise", "skip"):

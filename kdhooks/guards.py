@@ -1,13 +1,14 @@
 """Rules for the inputs of every step, whatever the training loop is."""
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.finite import Question
+from kdhooks.finite import Question, refuse
 
 _VERSION = attrgetter("_version")
 
@@ -48,12 +49,12 @@ def check_same_images(
     """Refuse images that are not those of the student's forward.
 
     seen: the student's images, None if it got no tensor; inputs: all tensors that it got; version:
-    of `seen` when the forward started. Another tensor with the same content is accepted. A
-    processor compares the two now; on another device the result is the question that is returned.
+    of `seen` when the forward started. Another tensor with the same content is accepted.
     """
     if seen is None:
         return None
-    if seen is images or seen.is_set_to(images):  # or another name for the same memory
+    same_memory = seen.device == images.device and seen.is_set_to(images)
+    if seen is images or same_memory:
         if version >= 0 and version != images._version:
             raise KDHooksError(
                 "the images were written to in place after the student's forward had started; give "
@@ -62,17 +63,11 @@ def check_same_images(
         return None
     if any(images is tensor for tensor in inputs):
         return None
-    same = seen.shape == images.shape
-    if same:
-        differ = (images.detach().to(seen) != seen).any()
-        if seen.device.type != "cpu":
-            number = torch.where(differ, torch.nan, 0.0).reshape(1)
-            shapes = tuple(seen.shape), tuple(images.shape)
-            return Question((number,), lambda finite: _other_images(*shapes), fatal=True)
-        same = not differ
-    if not same:
-        raise KDHooksError(_other_images(tuple(seen.shape), tuple(images.shape)))
-    return None
+    # Shapes and not tensors, which the words would keep alive until the next step.
+    words = partial(_other_images, tuple(seen.shape), tuple(images.shape))
+    if seen.shape != images.shape:
+        raise KDHooksError(words())
+    return refuse((images.detach().to(seen) != seen).any(), words)
 
 
 def _other_images(seen: tuple[int, ...], found: tuple[int, ...]) -> str:
@@ -132,17 +127,8 @@ def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None
 
 
 def check_range(labels: Tensor, classes: int) -> Question | None:
-    """Refuse labels (b) beyond the classes. Labels below 0 are samples without a class.
-
-    A processor compares them now; on another device the result is the question that is returned.
-    """
-    beyond = labels >= classes
-    if labels.device.type != "cpu":
-        number = torch.where(beyond.any(), torch.nan, 0.0).reshape(1)
-        return Question((number,), lambda finite: out_of_range(labels, classes), fatal=True)
-    if beyond.any():
-        raise KDHooksError(out_of_range(labels, classes))
-    return None
+    """Refuse labels (b) beyond the classes. Labels below 0 are samples without a class."""
+    return refuse((labels >= classes).any(), partial(out_of_range, labels, classes))
 
 
 def out_of_range(labels: Tensor, classes: int) -> str:

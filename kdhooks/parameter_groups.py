@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.names import declared_inside
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -12,11 +13,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     A module inside names these by `no_weight_decay() -> set[str]`, as in timm.
     """
-    spared = set[str]()
-    for prefix, inner in module.named_modules():
-        names: Any = getattr(inner, "no_weight_decay", None)
-        if names is not None:
-            spared |= {f"{prefix}.{name}" for name in names()}
+    spared = declared_inside(module, "no_weight_decay")
     named = dict(module.named_parameters())
     if unknown := spared - named.keys():
         raise KDHooksError(

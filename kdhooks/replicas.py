@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdhooks.classes.shards import before_gathering
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.names import declared_inside, full_name
 from kdhooks.taps import Removable
 
 
@@ -70,7 +71,7 @@ class Replicas(NotCopied):
         own = own_buffers(module)
         # A module may replace its buffer by another tensor, so each is named by its module.
         places: list[_Place] = [
-            _Place(inner, name, f"{prefix}.{name}".lstrip(".") in own)
+            _Place(inner, name, full_name(prefix, name) in own)
             for prefix, inner in module.named_modules()
             for name, buffer in inner.named_buffers(recurse=False)
             if buffer.is_floating_point()
@@ -141,8 +142,8 @@ class Replicas(NotCopied):
                 raise KDHooksError(
                     f"the buffer '{place.name}' holds this rank's own classes, and was overwritten "
                     "after the last step; DistributedDataParallel does that to the buffers of the "
-                    "module that it wraps; keep kd outside of that module (kdhooks keeps the ranks "
-                    "equal by itself)"
+                    "module that it wraps; keep kd outside of that module, since kd itself keeps "
+                    "the ranks equal"
                 )
 
     def _compare_sizes(self, size: int, group: dist.ProcessGroup) -> None:
@@ -182,31 +183,19 @@ class _NotesLoading(IdleCopy):
 
 def own_buffers(module: nn.Module) -> set[str]:
     """The names of all buffers that each rank keeps by itself."""
-    found = set[str]()
-    for prefix, inner in module.named_modules():
-        names = getattr(inner, "buffers_by_rank", None)
-        if names is not None:
-            found |= {f"{prefix}.{name}".lstrip(".") for name in names()}
-    return found
+    return declared_inside(module, "buffers_by_rank")
 
 
 def options_of(loss: nn.Module) -> str:
     """The numbers and words that a loss and its parts hold, which its options have set."""
-    found = {
-        f"{prefix}.{name}".lstrip("."): value
+    return ", ".join(
+        f"{full_name(prefix, name)}={value}"
         for prefix, inner in loss.named_modules()
         for name, value in vars(inner).items()
-        if isinstance(value, bool | int | float | str) and not name.startswith("_")
-    }
-    return ", ".join(f"{name}={value}" for name, value in found.items() if "training" not in name)
-
-
-def weights_of(module: nn.Module | None) -> str:
-    """A sum by which two teachers differ, to six digits, since devices round differently."""
-    if module is None:
-        return "no weights"
-    total = sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
-    return f"weights of {total:.6g}"
+        if isinstance(value, bool | int | float | str)
+        and not name.startswith("_")
+        and name != "training"
+    )
 
 
 def _refuse_different(declared: Sequence[str]) -> None:

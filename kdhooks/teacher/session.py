@@ -1,7 +1,7 @@
 """One run's use of a teacher: its taps, its adapter, its cache, and work that was started ahead."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,9 +38,10 @@ class TeacherOutput:
         yield self.embedding
         yield from self.features.values()
 
-    def to(self, dtype: torch.dtype) -> "TeacherOutput":
-        features = {path: tensor.to(dtype) for path, tensor in self.features.items()}
-        return TeacherOutput(self.embedding.to(dtype), features, self.finite)
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TeacherOutput":
+        """All tensors changed, to others with the same finite numbers."""
+        features = {path: change(tensor) for path, tensor in self.features.items()}
+        return TeacherOutput(change(self.embedding), features, self.finite)
 
 
 class _Ahead(NamedTuple):
@@ -170,7 +171,7 @@ class TeacherSession(NotCopied):
         if teacher.embedding:
             output = features[teacher.embedding]
         found = TeacherOutput(_embedding(output), features)
-        return _cloned(found) if teacher.overwrites_output else found
+        return found.each(torch.clone) if teacher.overwrites_output else found
 
     def _prepare(self, images: Tensor) -> None:
         teacher = self.teacher
@@ -239,11 +240,6 @@ def _input_dtype(module: nn.Module | None) -> torch.dtype:
     """The dtype of the module's floating-point parameters; float32 for a function."""
     parameters = [] if module is None else module.parameters()
     return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-
-
-def _cloned(output: TeacherOutput) -> TeacherOutput:
-    features = {path: tensor.clone() for path, tensor in output.features.items()}
-    return TeacherOutput(output.embedding.clone(), features)
 
 
 def _joined(parts: Sequence[TeacherOutput]) -> TeacherOutput:

@@ -61,7 +61,7 @@ class Distillation(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
-        self.ran = False  # in this process
+        self.ran = False  # whether this process has distilled a step
         self._others = ""  # what a checkpoint's methods were, where not these
 
     def trained(self) -> list[nn.Parameter]:
