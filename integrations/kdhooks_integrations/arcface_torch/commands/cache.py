@@ -29,6 +29,7 @@ from kdhooks.teacher.cache_files import Keys, Parts
 from kdhooks.teacher.fingerprints import check_same, read_header
 from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
@@ -153,12 +154,7 @@ def _opened(folder: str) -> tuple[dict[str, Any], Parts, list[Keys]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kdhooks cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("cache", __doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="command")
     filling = commands.add_parser("build", help="embed all pictures and their mirror images")
     _add_teacher(filling, required=True)

@@ -19,6 +19,7 @@ import torch
 from kdhooks.errors import KDHooksError
 from kdhooks_integrations.arcface_torch.commands.examination import Examination, Unchecked
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,12 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kdhooks doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("doctor", __doc__)
     add = parser.add_argument
     add("--recipe", required=True, help="TOML file: the teacher and the methods")
     add_options(parser, "--network")

@@ -8,7 +8,6 @@ the distillation is left. The ONNX file must give the embeddings that torch give
 insightface takes for a recognition model; it can lie in a pack of insightface's.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,15 +19,11 @@ from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.files import dims, image_inputs, read_graph
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly, sha256
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="kdhooks export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("export", __doc__)
     parser.add_argument("checkpoint", help="model.pt or checkpoint_gpu_0.pt of the trainer")
     add_options(parser, "--network")
     parser.add_argument("--out", default="export", help="folder for model.pt and model.onnx")

@@ -21,6 +21,7 @@ from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.recipe import Recipe
 from kdhooks_integrations import arcface_torch
 from kdhooks_integrations.arcface_torch.commands.compat import repair
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 from kdhooks_integrations.arcface_torch.installation import HEADS
 
 Install: TypeAlias = Callable[[dict[str, Any]], object]
@@ -52,13 +53,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Ours, wherever they stand before a `--`, and the script's own, untouched."""
-    first = argparse.ArgumentParser(
-        prog="kdhooks run",
-        usage="kdhooks run SCRIPT [ARGUMENTS …] --recipe FILE [--compat] [-- ARGUMENTS …]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "kdhooks run SCRIPT [ARGUMENTS …] --recipe FILE [--compat] [-- ARGUMENTS …]"
+    first = make_parser("run", __doc__, usage)
     ours = argparse.ArgumentParser(prog="kdhooks run", add_help=False, allow_abbrev=False)
     for parser in (first, ours):
         parser.add_argument("--recipe", help="TOML file: the teacher and the methods")

@@ -8,7 +8,6 @@ The network is made with random weights and runs once in evaluation and once in 
 without the batch. What can't be tapped in training says why.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,11 @@ from torch import Tensor, nn
 from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="kdhooks taps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("taps", __doc__)
     add_options(parser, "network")
     parser.add_argument("--depth", type=int, default=1, help="of submodules; stages show anyhow")
     parser.add_argument("--input-shape", type=int, nargs=3, default=[3, 112, 112])
