@@ -203,17 +203,6 @@ def test_what_is_not_finite_in_the_last_step_is_told_at_the_end() -> None:
     assert not student._forward_hooks, "the hooks are off all the same"
 
 
-def test_nothing_is_saved_after_a_step_that_was_not_finite() -> None:
-    student, (images, labels) = TinyFaceNet().train(), tiny_batch()
-    kd = distiller(student, _Late())
-    for _ in range(2):
-        student(images)
-        kd(images, labels)
-    for _ in range(2):  # however often it is tried
-        with pytest.raises(KDHooksError, match="step 2: late not finite"):
-            kd.state_dict()
-
-
 def test_a_step_without_its_terms_has_a_gradient_of_zero_though_a_tap_is_infinite() -> None:
     class Infinite(TinyFaceNet):
         shift: Tensor
@@ -325,6 +314,7 @@ def test_an_optimizer_that_steps_later_counts() -> None:
         often, seldom = SGD(student.parameters(), lr=0.01), SGD(kd.parameters(), lr=0.01)
         steps(student, kd, often)
         seldom.step()
+        assert kd.step == 3
 
 
 def test_a_second_optimizer_without_the_losses_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from kdhooks import KDHooksError
 from kdhooks.cli import main
 from kdhooks_integrations.arcface_torch.commands import compat, run
-from tests.arcface_runs import described, install, outcome, trained
+from tests.arcface_runs import install, outcome
 from tests.standin import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -31,18 +31,6 @@ def main():
 if __name__ == "__main__":
     main()
 """
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    trainer = Trainer(1, tmp_path_factory.mktemp("launched"))
-    yield trainer
-    trainer.close()
-
-
-@pytest.fixture(scope="module")
-def teacher(one: Trainer) -> dict[str, str]:
-    return described(trained(one))
 
 
 def toml(folder: Path, teacher: dict[str, str], methods: str) -> str:

@@ -275,14 +275,19 @@ def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
 # --- what was started ahead ----------------------------------------------------------------------
 
 
-def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> None:
+def counted() -> tuple[TeacherSession, list[int]]:
+    """A session, and the sizes of the batches that its teacher has seen."""
     seen: list[int] = []
 
     def embed(images: Tensor) -> Tensor:
         seen.append(len(images))
         return images.mean(dim=(2, 3))
 
-    session = TeacherSession(Teacher(embed))
+    return TeacherSession(Teacher(embed)), seen
+
+
+def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> None:
+    session, seen = counted()
     images, _ = tiny_batch()
     session(images)
     session.run_ahead(images)
@@ -300,13 +305,7 @@ def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> 
 
 
 def test_running_ahead_ends_if_nobody_takes_its_outputs() -> None:
-    seen: list[int] = []
-
-    def embed(images: Tensor) -> Tensor:
-        seen.append(len(images))
-        return images.mean(dim=(2, 3))
-
-    session = TeacherSession(Teacher(embed))
+    session, seen = counted()
     images, _ = tiny_batch()
     session(images)
     for _ in range(30):
