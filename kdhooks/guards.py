@@ -53,8 +53,7 @@ def check_same_images(
     """
     if seen is None:
         return None
-    same_memory = seen.device == images.device and seen.is_set_to(images)
-    if seen is images or same_memory:
+    if seen is images or (seen.device == images.device and seen.is_set_to(images)):
         if version >= 0 and version != images._version:
             raise KDHooksError(
                 "the images were written to in place after the student's forward had started; give "
