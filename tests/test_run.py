@@ -97,8 +97,7 @@ def test_two_ranks_by_torchrun(one: Trainer, teacher: dict[str, str], tmp_path: 
     """The ranks end with the same student, and not with the plain run's."""
     config = tmp_path / "job.py"
     (report,) = one.run()
-    job = next(path for path in one.folder.glob("job*.py") if report["output"] in path.read_text())
-    text = job.read_text().replace(report["output"], str(tmp_path / "out"))
+    text = Path(report["config"]).read_text().replace(report["output"], str(tmp_path / "out"))
     config.write_text(text)
     lines = dict.fromkeys(("BELOW_IMPORTS", "AFTER_SCHEDULE", "BEFORE_LOOP"), "")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kdhooks"]

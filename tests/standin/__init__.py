@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 Report: TypeAlias = dict[str, Any]
-"""What train.py reports, or {"error": its type, "message": its text}."""
+"""What train.py reports, or {"error": its type, "message": its text}; and the run's two paths."""
 
 _ROOT = Path(__file__).parents[2]
 _DEFAULTS = {
@@ -99,7 +99,7 @@ class Trainer:
                 answers[rank] = json.loads(
                     Path(config["output"], f"report_{rank}.json").read_text()
                 )
-            answers[rank]["output"] = config["output"]
+            answers[rank].update(output=config["output"], config=str(path))
         return answers
 
     def _start(self, rank: int) -> "subprocess.Popen[str]":
