@@ -46,7 +46,9 @@ def batches(keys: Keys, size: int) -> Iterator[Keys]:
 
 def measure(options: argparse.Namespace, views: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
-        opened = partial(TeacherCache, CacheOptions(Path(place)), {}, torch.zeros(2, options.dim))
+        opened = partial(
+            TeacherCache, CacheOptions(path=Path(place)), {}, torch.zeros(2, options.dim)
+        )
         opened()  # which begins the folder
         batch = batches(filled(Path(place), views, options.dim), options.batch_size)
         opening, _ = timed(opened, CPU)

@@ -89,7 +89,7 @@ class Measurement:
         batches = ((pixels.float() - 127.5) / 127.5).to(self.device)
         labels = torch.randint(0, CLASSES, (options.batch_size,), device=self.device)
         settle(trained, batches[0])
-        teacher = Teacher(trained, cache=CacheOptions(folder))
+        teacher = Teacher(trained, cache=CacheOptions(path=folder))
         teachers = (None, Teacher(copy.deepcopy(trained)), teacher)
         self.variants = {
             name: Variant(student, one, batches, labels)

@@ -17,7 +17,9 @@ from kdhooks.discovery import methods
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
+from kdhooks.options import Options, option
 from kdhooks.recipe import build
+from kdhooks.schedules import Schedule, Scheduled, Varying
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
@@ -33,13 +35,18 @@ __all__ = [
     "InputTransform",
     "KDHooksError",
     "Model",
+    "Options",
     "ParameterTap",
+    "Schedule",
+    "Scheduled",
     "Stage",
     "Teacher",
+    "Varying",
     "Wanted",
     "Weight",
     "build",
     "class_means",
     "hookimpl",
     "methods",
+    "option",
 ]

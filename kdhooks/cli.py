@@ -1,13 +1,18 @@
 """The command `kdhooks`: around a training, the installed methods, and a demonstration."""
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 
+from kdhooks.described import as_table, as_text
 from kdhooks.discovery import methods
 from kdhooks.errors import KDHooksError
+from kdhooks.schema import recipe_schema
 
 _DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
 _TOOLS = {  # command -> the module that has it, and what it does
@@ -29,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KDHooksError as error:
         print(f"kdhooks: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kdhooks {version('kdhooks')}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    listing = commands.add_parser("methods", help="list the installed methods; imports none")
+    listing = commands.add_parser("methods", help="list the installed methods, or describe one")
     listing.set_defaults(command=_methods)
+    schema = commands.add_parser("schema", help="write the JSON Schema of a recipe, for editors")
+    schema.set_defaults(command=_schema)
     for name, (module, text) in _TOOLS.items():
         commands.add_parser(name, help=text).set_defaults(command=_tool(module))
     demo = commands.add_parser("demo", help="distil a small network on real faces")
@@ -59,14 +69,39 @@ def _tool(module: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _methods(rest: list[str]) -> int:
-    if rest:
-        raise KDHooksError(f"methods takes no arguments; found {' '.join(rest)}")
+def _methods(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kdhooks methods",
+        description="List the installed methods, without importing them; or describe one of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", help="describe this method: hooks, needs, options")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        infos = [asdict(info) for info in methods()]
+        print(json.dumps(infos, indent=2, ensure_ascii=False) if options.json else _listed(infos))
+    else:
+        table = as_table(options.name)
+        print(json.dumps(table, indent=2, ensure_ascii=False) if options.json else as_text(table))
+    return 0
+
+
+def _listed(infos: Sequence[Mapping[str, str]]) -> str:
     rows = [("name", "package", "paper")]
-    rows += [(info.name, info.package, info.paper) for info in methods()]
+    rows += [(info["name"], info["package"], info["paper"]) for info in infos]
     name, package = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for row in rows:
-        print(f"{row[0]:{name}}  {row[1]:{package}}  {row[2]}".rstrip())
+    return "\n".join(f"{r[0]:{name}}  {r[1]:{package}}  {r[2]}".rstrip() for r in rows)
+
+
+def _schema(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="kdhooks schema",
+        description="Write the JSON Schema (draft 2020-12) of a recipe with all installed methods.",
+        epilog="In a recipe, the first line '#:schema kd.schema.json' names the file for editors.",
+        allow_abbrev=False,
+    ).parse_args(arguments)
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
     return 0
 
 

@@ -7,7 +7,7 @@ A new kind of tap is therefore one class here.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar, TypeAlias
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, gather
 from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.schedules import Scheduled
 from kdhooks.taps import find
 
-Weight: TypeAlias = float | Callable[[int], float]
-"""A loss's factor: a number of at least 0, or a function from the step (0 is the first) to one."""
+Weight: TypeAlias = Scheduled
+"""A loss's factor, at least 0: a number, a schedule, or a function from the step to a number."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 import ast
 import inspect
+import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.options import Options, read
 from kdhooks.schedules import Schedule
 
 GROUP = "kdhooks"
@@ -65,30 +67,20 @@ def create(method: object) -> object:
     if inspect.isclass(method):
         raise KDHooksError(f"method {method.__name__} is a class; give an object, with its ()")
     if not isinstance(method, Mapping):
+        if method is None or isinstance(method, bool | int | float | Sequence):
+            raise KDHooksError(
+                "a method must be a name, a table with a 'name', or an object with hooks; found "
+                f"{reprlib.repr(method)}"
+            )
         return method
     options = dict(method)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}")
     made = load(name)
-    _check_options(name, made, options)
-    if isinstance(options.get("weight"), Mapping):
-        options["weight"] = Schedule.read(name, options["weight"])
-    return made(**options)
-
-
-def _check_options(name: str, made: type, options: Mapping[str, object]) -> None:
-    known = [p for p in inspect.signature(made).parameters.values() if p.kind != p.VAR_KEYWORD]
-    for option in options:
-        if option not in {p.name for p in known}:
-            raise KDHooksError(
-                f"method '{name}' has no option '{option}'; "
-                f"{near_miss(option, [p.name for p in known])}"
-                f"its options are: {listed(p.name for p in known)}"
-            )
-    for parameter in known:
-        if parameter.default is parameter.empty and parameter.name not in options:
-            raise KDHooksError(f"method '{name}' needs its option '{parameter.name}'")
+    if isinstance(options.get("weight"), Mapping) and not issubclass(made, Options):
+        options["weight"] = Schedule.read(options["weight"], f"{name}: weight")
+    return read(made, options, name)
 
 
 def _package(entry: EntryPoint) -> str:

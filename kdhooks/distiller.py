@@ -31,7 +31,8 @@ from kdhooks.guards import (
 )
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.parameter_groups import parameter_groups
-from kdhooks.replicas import Replicas, options_of, own_buffers
+from kdhooks.replicas import Replicas, options_of, own_buffers, shown_number
+from kdhooks.schedules import Varying, number_at
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
@@ -65,6 +66,7 @@ class Distiller(nn.Module):
         host_head: Literal["margin"] | None = None,
         input_shape: tuple[int, int, int] = (3, 112, 112),
         plugins: Sequence[object] = (),
+        steps_per_epoch: int | None = None,
         seed: int = 0,
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -77,6 +79,7 @@ class Distiller(nn.Module):
         host_head: "margin" if the host's own head is a margin softmax that can take the teacher's
             rows over. A term that inherits the classifier is then left to it; see `inherited`.
         plugins: objects that answer `model_stages`.
+        steps_per_epoch: batches in an epoch, for schedules that count epochs.
         seed: of the losses' initial weights; the global generators are left as they were.
         nonfinite: the reaction to a term or a teacher's embedding that is not finite. "raise": the
             next step raises, so that the device need not be waited for; "skip": the step goes on
@@ -87,7 +90,14 @@ class Distiller(nn.Module):
         # Before a Teacher freezes its module.
         check_models(student, teacher.module if isinstance(teacher, Teacher) else teacher)
         teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        if steps_per_epoch is not None and not (
+            type(steps_per_epoch) is int and steps_per_epoch > 0
+        ):
+            raise KDHooksError(
+                f"steps_per_epoch must be a whole number, at least 1; found {steps_per_epoch!r}"
+            )
         self.step = 0  # steps taken; schedules count in these
+        self.steps_per_epoch = steps_per_epoch  # a host may set it before the first step
         self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # of the last step, detached
         self.inherited: Inherited | None = None  # the term that the host's head computes
@@ -112,6 +122,8 @@ class Distiller(nn.Module):
         if host_head is not None:
             self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
+        numbers = [inner for inner in self.losses.modules() if isinstance(inner, Varying)]
+        self._varying = [number for number in numbers if number.changes]
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
         self._classes = classes if self._needs_labels else 0  # 0: any label is one of them
@@ -251,6 +263,8 @@ class Distiller(nn.Module):
         shared += [tensor for tensor in (step.teacher, step.labels) if tensor is not None]
         untouched = Untouched(shared)
         weighted: dict[str, Tensor] = {}
+        for number in self._varying:
+            number.move(self.step, self.steps_per_epoch)
         kind = step.student.device.type
         autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
@@ -286,7 +300,7 @@ class Distiller(nn.Module):
         """A term's factor in the step at hand."""
         factor = tap.weight
         if callable(factor):
-            factor = factor(self.step)
+            factor = number_at(factor, self.step, self.steps_per_epoch)
             check_weight(f"{tap.name}, step {self.step}", factor)
             factor = float(factor)
         return factor / self.accumulation if tap.per_optimizer_step else factor
@@ -354,7 +368,7 @@ class Distiller(nn.Module):
         declared = [
             f"{type(tap).__name__} {tap.name} {type(tap.loss).__qualname__} "
             f"{tap.student_paths} {tap.teacher_paths} "
-            f"{'by a function' if callable(tap.weight) else tap.weight} {options_of(tap.loss)}"
+            f"{shown_number(tap.weight)} {options_of(tap.loss)}"
             for tap in self.taps
         ]
         teacher = self._session.teacher

@@ -60,12 +60,6 @@ def refuse(wrong: Tensor, words: Callable[[], str]) -> Question | None:
     return None
 
 
-def check_nonfinite(found: object, where: str = "") -> None:
-    """Refuse a `nonfinite` option that is neither of the two."""
-    if found not in ("raise", "skip"):
-        raise KDHooksError(f"{where}nonfinite must be 'raise' or 'skip'; found {found!r}")
-
-
 class Finite:
     """Asks the questions of each step; the answer is read in the next one.
 
@@ -74,7 +68,8 @@ class Finite:
     """
 
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
-        check_nonfinite(nonfinite)
+        if nonfinite not in ("raise", "skip"):
+            raise KDHooksError(f"nonfinite must be 'raise' or 'skip'; found {nonfinite!r}")
         self.skips = nonfinite == "skip"
         self.skipped = 0  # steps that went on without their terms
         self._last: _Answer | None = None

@@ -40,3 +40,7 @@ class Specs:
     @hookspec(firstresult=True)
     def model_stages(self, model: nn.Module) -> Sequence[str] | None:
         """Return the paths of a known backbone's stages, shallow to deep. First result."""
+
+
+HOOKS = tuple(name for name in vars(Specs) if not name.startswith("_"))
+"""Their names, in this order."""

@@ -1,95 +1,180 @@
 """A checked description of a distillation, the same in every host, becomes a Distiller."""
 
-import sys
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
-from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
-from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.finite import check_nonfinite
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.generators import undisturbed_generators
+from kdhooks.kinds import user_path
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
+from kdhooks.options import REQUIRED, Options, option, read
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
-from kdhooks.teacher.input_transform import InputTransform, channels
-from kdhooks.teacher.teacher import Teacher, check_compile
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.teacher import Teacher
 
 NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 """A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
 
-_KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
-_SOURCES = ("module", "network", "onnx", "insightface")
-_TEACHER_KEYS = (
-    *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "side_stream", "micro_batch", "convert", "cache",
-)  # fmt: skip
-_FLAGS = ("channels_last", "side_stream", "convert")
-_INPUT_KEYS = ("size", "order", "mean", "std")
-_CACHE_KEYS = ("path", "max_gb")
-_TAP_KEYS = ("embedding", "stages")
+Channels: TypeAlias = float | tuple[float] | tuple[float, float, float]
+
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FILES = ("checkpoint", "onnx")
+_BELONGS = {  # an option of the teacher's -> the sources that it belongs to
+    "checkpoint": ("network",),
+    "convert": ("onnx", "insightface"),
+    "root": ("insightface",),
+}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a recipe says, checked as far as it can be without the models."""
+class InputTable(Options, subject="recipe: teacher.input"):
+    """The images that the teacher expects, if they differ from the trainer's."""
 
-    teacher: Mapping[str, Any]
-    methods: Sequence[object]
-    taps: Mapping[str, Mapping[str, Any]]
-    input_shape: tuple[int, int, int] = (3, 112, 112)
-    seed: int = 0
-    nonfinite: Literal["raise", "skip"] = "raise"
+    size: tuple[int, int] | None = option(
+        None, "Height and width; by default those of the training images.", least=1, unit="pixels"
+    )
+    order: Literal["rgb", "bgr"] | None = option(None, "The order of the channels; by default rgb.")
+    mean: Channels | None = option(
+        None, "Subtracted from pixels in 0..255, in the order of the channels; by default 127.5."
+    )
+    std: Channels | None = option(
+        None, "The pixels are divided by it after that; by default 127.5.", above=0
+    )
+
+
+class TeacherTable(Options, subject="recipe: teacher"):
+    """Where the teacher comes from, and how it runs."""
+
+    module: nn.Module | Callable[..., object] | None = option(
+        None, "The module itself, or a function (b 3 h w) -> (b e); in Python only."
+    )
+    network: str | Mapping[str, Any] | None = option(
+        None, "The name of a network that the host can build; for MMEngine a config."
+    )
+    onnx: Path | None = option(None, "An ONNX file.")
+    insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
+    checkpoint: Path | None = option(None, "The file of the network's weights.")
+    root: Path | None = option(
+        None, "The folder of insightface's packs; by default ~/.insightface."
+    )
+    convert: bool = option(
+        False, "Turn the ONNX file into a torch module, whose features can be tapped."
+    )
+    classifier: Tensor | Rows | Path | None = option(
+        None, "The class rows (c e): a file, or a pattern of checkpoint_gpu_*.pt shards."
+    )
+    input: InputTable = option(InputTable(), "The images that the teacher expects.")
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "The precision of an autocast around the teacher."
+    )
+    channels_last: bool = option(False, "Keep the weights in channels_last memory order.")
+    compile: bool | Literal["reduce-overhead", "max-autotune"] = option(
+        False, "Whether to use torch.compile, or its mode."
+    )
+    side_stream: bool = option(False, "Run beside the student on CUDA, which takes more memory.")
+    micro_batch: int | None = option(
+        None, "The most images in one call of the teacher; by default the batch.", least=1
+    )
+    cache: CacheOptions | Path | None = option(
+        None, "A folder that keeps the embeddings, so that a view is embedded once."
+    )
+
+    rules: ClassVar[Mapping[str, Any]] = {
+        "oneOf": [{"required": [source]} for source in ("network", "onnx", "insightface")],
+        "dependentRequired": {"network": ["checkpoint"], "checkpoint": ["network"]},
+    }
+
+    def check(self) -> None:
+        sources = [key for key in ("module", "network", "onnx", "insightface") if self.has(key)]
+        if len(sources) != 1:
+            raise KDHooksError(
+                "recipe: teacher needs exactly one of module, network, onnx, insightface; found "
+                f"{listed(sources)}"
+            )
+        if self.has("network") and not self.has("checkpoint"):
+            raise KDHooksError(
+                "recipe: teacher.network needs teacher.checkpoint, since a network without weights "
+                f"knows nothing; found {listed(self.given())}"
+            )
+        for key, owners in _BELONGS.items():
+            if self.has(key) and sources[0] not in owners:
+                raise self.refused(
+                    key, f"belongs to teacher.{' and '.join(owners)}; found {sources[0]}"
+                )
+        for key in _FILES:
+            path = getattr(self, key)
+            if path is not None and not path.is_file():
+                found = "it is a folder" if path.is_dir() else f"there is no file '{path}'"
+                raise self.refused(key, f"must be a file; {found}")
+        if isinstance(self.cache, Path):
+            object.__setattr__(
+                self, "cache", CacheOptions.read({"path": self.cache}, "recipe: teacher.cache")
+            )
+
+
+class SideTaps(Options, subject="recipe: taps"):
+    """The paths of the submodules of one model."""
+
+    embedding: str | None = option(
+        None,
+        "The submodule that returns the embedding; by default the model, or what the host finds.",
+    )
+    stages: tuple[str, ...] | None = option(
+        None, "The ends of the stages, shallow to deep; by default those of a known backbone."
+    )
+
+
+class TapsTable(Options, subject="recipe: taps"):
+    """Where both models are tapped."""
+
+    student: SideTaps = option(SideTaps(), "The student's submodules.")
+    teacher: SideTaps = option(SideTaps(), "The teacher's submodules.")
+
+
+class Recipe(Options):
+    """A recipe, checked as far as it can be without the models."""
+
+    teacher: TeacherTable = option(REQUIRED, "The frozen network that is learnt from.")
+    methods: Sequence[object] = option(
+        REQUIRED, 'The methods: "name", or { name = "…", weight = …, and its options }.'
+    )
+    taps: TapsTable = option(TapsTable(), "Where both models are tapped.")
+    input_shape: tuple[int, int, int] = option(
+        (3, 112, 112), "Channels, height and width of the training images.", least=1
+    )
+    seed: int = option(0, "Of the losses' initial weights.", least=0, most=2**63 - 1)
+    nonfinite: Literal["raise", "skip"] = option(
+        "raise", "The reaction to a term that is not finite: raise, or skip the step's terms."
+    )
+
+    def check(self) -> None:
+        if not self.methods:
+            raise self.refused("methods", "must be a list of at least one; found []")
+        object.__setattr__(self, "methods", [create(method) for method in self.methods])
 
     @classmethod
-    def read(cls, source: "Recipe | Mapping[str, Any] | str | Path") -> "Recipe":
+    def read(  # type: ignore[override]
+        cls, source: "Recipe | Mapping[str, Any] | str | Path", subject: str = "recipe"
+    ) -> "Recipe":
         """From a dict, or a TOML file, whose relative paths start at the file's folder."""
         if isinstance(source, Recipe):
             return source
-        folder = Path()
         if isinstance(source, str | Path):
-            folder, source = Path(source).expanduser().parent, _read_toml(Path(source))
-        _only(source, _KEYS, "recipe")
-        for key in ("teacher", "methods"):
-            if key not in source:
-                raise KDHooksError(f"recipe needs '{key}'; found {listed(map(str, source))}")
-        methods = source["methods"]
-        if not isinstance(methods, Sequence) or isinstance(methods, str) or not methods:
-            raise KDHooksError(f"recipe: methods must be a list of at least one; found {methods!r}")
-        taps = source.get("taps", {})
-        _only(taps, ("student", "teacher"), "recipe: taps")
-        for side, table in taps.items():
-            _only(table, _TAP_KEYS, f"recipe: taps.{side}")
-        _check_simple(source)
-        return cls(
-            teacher=_checked_teacher(source["teacher"], folder),
-            methods=[_checked_method(method) for method in methods],
-            taps=taps,
-            input_shape=tuple(source.get("input_shape", (3, 112, 112))),
-            seed=source.get("seed", 0),
-            nonfinite=source.get("nonfinite", "raise"),
-        )
-
-    def stages(self, side: str) -> Sequence[str] | None:
-        stages: Sequence[str] | None = self.taps.get(side, {}).get("stages")
-        return stages
-
-    def embedding(self, side: str) -> str:
-        return str(self.taps.get(side, {}).get("embedding", ""))
+            source = _in_folder(_read_toml(Path(source)), Path(source).expanduser().parent)
+        if isinstance(source, Mapping) and not isinstance(source.get("teacher", {}), Mapping):
+            source = {**source, "teacher": {"module": source["teacher"]}}
+        return read(cls, source, subject)
 
 
 def build(
@@ -101,6 +186,7 @@ def build(
     host_head: Literal["margin"] | None = None,
     plugins: Sequence[object] = (),
     run_student: Callable[[Tensor], object] | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Distiller:
     """The Distiller that a recipe describes.
 
@@ -113,14 +199,15 @@ def build(
         student,
         teacher,
         recipe.methods,
-        student_embedding=recipe.embedding("student"),
+        student_embedding=recipe.taps.student.embedding or "",
         run_student=run_student,
-        student_stages=recipe.stages("student"),
-        teacher_stages=recipe.stages("teacher"),
+        student_stages=recipe.taps.student.stages,
+        teacher_stages=recipe.taps.teacher.stages,
         head=head,
         host_head=host_head,
         input_shape=recipe.input_shape,
         plugins=plugins,
+        steps_per_epoch=steps_per_epoch,
         seed=recipe.seed,
         nonfinite=recipe.nonfinite,
     )
@@ -130,148 +217,81 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     """The teacher alone, as `kdhooks.class_means` takes it."""
     spec = recipe.teacher
     transform = InputTransform()
-    model: nn.Module | Callable[[Tensor], Tensor]
-    if "module" in spec:
-        model = spec["module"]
-    elif "network" in spec:
+    model: Any
+    if spec.module is not None:
+        model = spec.module
+    elif spec.network is not None:
         model = _from_checkpoint(spec, network)
     else:
-        path = spec.get("onnx") or insightface_model(
-            spec["insightface"], spec.get("root", "~/.insightface")
-        )
-        given = spec.get("input", {})
-        said = {"mean", "std"} <= set(given)  # three of each are for the transform below
-        scale = (_average(given["mean"]), _average(given["std"])) if said else None
-        opened = (to_torch if spec.get("convert") else OnnxModel)(path, scale)
+        path = spec.onnx or insightface_model(str(spec.insightface), spec.root or "~/.insightface")
+        mean, std = spec.input.mean, spec.input.std
+        # Three of each are for the transform below.
+        scale = None if mean is None or std is None else (_average(mean), _average(std))
+        opened = (to_torch if spec.convert else OnnxModel)(path, scale)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
+    assert not isinstance(spec.cache, Path)
     return Teacher(
         model,
-        transform=replace(transform, **spec.get("input", {})),
-        classifier=spec.get("classifier"),
-        embedding=recipe.embedding("teacher"),
-        dtype=_DTYPES[spec.get("dtype", "float32")],
-        channels_last=spec.get("channels_last", False),
-        compile=spec.get("compile", False),
-        side_stream=spec.get("side_stream", False),
-        micro_batch=spec.get("micro_batch"),
-        cache=spec.get("cache"),
+        transform=replace(transform, **spec.input.given()),
+        classifier=spec.classifier,
+        embedding=recipe.taps.teacher.embedding or "",
+        dtype=_DTYPES[spec.dtype],
+        channels_last=spec.channels_last,
+        compile=spec.compile,
+        side_stream=spec.side_stream,
+        micro_batch=spec.micro_batch,
+        cache=spec.cache,
     )
 
 
-def _from_checkpoint(spec: Mapping[str, Any], network: NetworkFactory | None) -> nn.Module:
+def _from_checkpoint(spec: TeacherTable, network: NetworkFactory | None) -> nn.Module:
+    assert spec.checkpoint is not None
     if network is None:
         raise KDHooksError(
-            f"teacher network {spec['network']!r} is built by a host's own factory, and there is "
+            f"teacher network {spec.network!r} is built by a host's own factory, and there is "
             "none here; give the module itself as teacher, or kdhooks.build(…, network=factory)"
         )
-    state = load_checkpoint(spec["checkpoint"])
-    return load_strictly(network(spec["network"], state), state, spec["checkpoint"])
+    state = load_checkpoint(spec.checkpoint)
+    return load_strictly(network(spec.network, state), state, spec.checkpoint)
 
 
-def _average(value: object) -> float:
-    numbers = channels(value, "recipe: teacher.input")
-    return sum(numbers) / 3 if isinstance(numbers, tuple) else numbers
+def _average(numbers: Channels) -> float:
+    return sum(numbers) / len(numbers) if isinstance(numbers, tuple) else numbers
 
 
-def _check_simple(source: Mapping[str, Any]) -> None:
-    shape = source.get("input_shape", (3, 112, 112))
-    if not isinstance(shape, Sequence) or [type(n) for n in shape] != [int] * 3 or min(shape) < 1:
-        raise KDHooksError(
-            f"recipe: input_shape must be channels, height and width; found {shape!r}"
-        )
-    seed = source.get("seed", 0)
-    if type(seed) is not int:
-        raise KDHooksError(f"recipe: seed must be a whole number; found {seed!r}")
-    check_nonfinite(source.get("nonfinite", "raise"), "recipe: ")
-
-
-def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
-    """The teacher's table, with one source and paths that exist."""
+def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The table with the teacher's relative paths in that folder."""
+    teacher = table.get("teacher")
     if not isinstance(teacher, Mapping):
-        teacher = {"module": teacher}
-    _only(teacher, _TEACHER_KEYS, "recipe: teacher")
-    sources = [key for key in _SOURCES if key in teacher]
-    if len(sources) != 1:
-        raise KDHooksError(
-            f"recipe: teacher needs exactly one of {', '.join(_SOURCES)}; found {listed(sources)}"
-        )
-    if ("checkpoint" in teacher) != ("network" in teacher):
-        raise KDHooksError(
-            "recipe: teacher.network and teacher.checkpoint go together, for a network without a "
-            f"checkpoint knows nothing; found {listed(map(str, teacher))}"
-        )
-    if "module" in teacher and not callable(teacher["module"]):
-        raise KDHooksError(
-            "recipe: teacher must be a table, a module or a function; found "
-            f"{type(teacher['module']).__name__}"
-        )
-    given: Any = teacher.get("input", {})
-    _only(given, _INPUT_KEYS, "recipe: teacher.input")
-    InputTransform(**given)
-    for key in _FLAGS:
-        if not isinstance(teacher.get(key, False), bool):
-            raise KDHooksError(
-                f"recipe: teacher.{key} must be true or false; found {teacher[key]!r}"
-            )
-    check_compile(teacher.get("compile", False), "recipe: ")
-    for key in ("checkpoint", "onnx", "insightface"):
-        if not isinstance(teacher.get(key, ""), str | Path):
-            raise KDHooksError(f"recipe: teacher.{key} must be a path; found {teacher[key]!r}")
-    if teacher.get("dtype", "float32") not in _DTYPES:
-        raise KDHooksError(
-            f"recipe: teacher.dtype must be one of {listed(_DTYPES)}; found '{teacher['dtype']}'"
-        )
-    checked = dict(teacher)
-    for key in ("checkpoint", "onnx", "classifier"):
-        value = teacher.get(key)
-        if isinstance(value, str | Path):
-            path = folder / Path(value).expanduser()
-            if key != "classifier" and not path.is_file():
-                raise KDHooksError(f"recipe: teacher.{key}: there is no file '{path}'")
-            checked[key] = path
-    if "cache" in teacher:
-        checked["cache"] = _checked_cache(teacher["cache"], folder)
-    return checked
+        return table
 
+    def inside(found: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+        paths = {key: value for key in keys if isinstance(value := found.get(key), str) and value}
+        return {**found, **{key: str(folder / user_path(path)) for key, path in paths.items()}}
 
-def _checked_cache(cache: object, folder: Path) -> CacheOptions:
-    """A folder, or a table with it and a bound."""
-    table: Any = {"path": cache} if isinstance(cache, str | Path) else cache
-    _only(table, _CACHE_KEYS, "recipe: teacher.cache")
-    if not isinstance(table.get("path"), str | Path):
-        raise KDHooksError(
-            'recipe: teacher.cache must name a folder, as "cache" or as '
-            f'{{ path = "cache", max_gb = 20 }}; found {cache!r}'
-        )
-    path = folder / Path(table["path"]).expanduser()
-    if path.exists() and not path.is_dir():
-        raise KDHooksError(f"recipe: teacher.cache must be a folder; '{path}' is a file")
-    return CacheOptions(path, table.get("max_gb"))
-
-
-def _checked_method(method: object) -> object:
-    if isinstance(method, Mapping) and isinstance(method.get("weight"), int | float):
-        check_weight(str(method.get("name")), method["weight"])
-    return create(method)
-
-
-def _only(table: object, known: Sequence[str], where: str) -> None:
-    if not isinstance(table, Mapping):
-        raise KDHooksError(f"{where} must be a table; found {type(table).__name__}")
-    for key in table:
-        if key not in known:
-            raise KDHooksError(
-                f"{where} has no key '{key}'; {near_miss(str(key), known)}"
-                f"its keys are: {listed(known)}"
-            )
+    teacher = inside(teacher, *_FILES, "root", "classifier", "cache")
+    if isinstance(teacher.get("cache"), Mapping):
+        teacher = {**teacher, "cache": inside(teacher["cache"], "path")}
+    return {**table, "teacher": teacher}
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
-    path = path.expanduser()
+    path = user_path(path)
     if not path.is_file():
-        raise KDHooksError(f"recipe: there is no file '{path}'")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise KDHooksError(f"recipe must be a TOML file; '{path}' {what}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KDHooksError(f"recipe: '{path}' can't be read: {error.strerror}") from error
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise KDHooksError(
+            f"recipe: '{path}' must be a text in UTF-8; found byte 0x{content[error.start]:02x} in "
+            f"line {line}; save the file in the encoding UTF-8"
+        ) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise KDHooksError(f"recipe: '{path}' is not TOML: {error}") from error

@@ -14,6 +14,7 @@ from kdhooks.classes.shards import before_gathering
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import declared_inside, full_name
+from kdhooks.schedules import Schedule
 from kdhooks.taps import Removable
 
 
@@ -189,13 +190,19 @@ def own_buffers(module: nn.Module) -> set[str]:
 def options_of(loss: nn.Module) -> str:
     """The numbers and words that a loss and its parts hold, which its options have set."""
     return ", ".join(
-        f"{full_name(prefix, name)}={value}"
+        f"{full_name(prefix, name)}={shown_number(value)}"
         for prefix, inner in loss.named_modules()
         for name, value in vars(inner).items()
-        if isinstance(value, bool | int | float | str)
+        if isinstance(value, bool | int | float | str | Schedule)
         and not name.startswith("_")
         and name != "training"
     )
+
+
+def shown_number(value: object) -> str:
+    """The same on two ranks that were given the same; a function can't be compared."""
+    function = callable(value) and not isinstance(value, Schedule)
+    return "by a function" if function else str(value)
 
 
 def _refuse_different(declared: Sequence[str]) -> None:

@@ -1,58 +1,111 @@
-"""A weight that begins, rises and ends with the training steps."""
+"""Numbers that change while the student trains."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
-from kdhooks.declarations import check_weight
-from kdhooks.errors import KDHooksError, listed, near_miss
+from torch import nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.options import REQUIRED, Options, option
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """0 before `start`, a straight line to `value` over `warmup` steps, 0 from `stop` on.
+class Schedule(Options):
+    """`initial`; from `start` a line to `value`, `warmup` long; from `stop` on `initial` again.
 
-    A step is a batch, the first is 0. A term of weight 0 is computed all the same, so that no
-    parameter ever enters or leaves the graph.
+    A step is a batch, and the first is 0. An epoch is `Distiller.steps_per_epoch` batches. A term
+    of weight 0 is computed all the same, so that no parameter ever enters or leaves the graph.
     """
 
-    value: float
-    start: int = 0
-    stop: int | None = None
-    warmup: int = 0
+    bounded = ("value", "initial")
 
-    @classmethod
-    def read(cls, name: str, table: Mapping[str, Any]) -> "Schedule":
-        """From the table that stands for a method's weight in a recipe."""
-        known = [field.name for field in fields(cls)]
-        for key in table:
-            if key not in known:
-                raise KDHooksError(
-                    f"{name}: weight has no key '{key}'; {near_miss(str(key), known)}"
-                    f"its keys are: {listed(known)}"
-                )
-        if "value" not in table:
-            raise KDHooksError(f"{name}: weight needs 'value'; found {listed(map(str, table))}")
-        check_weight(f"{name}: weight.value", table["value"])
-        for key in ("start", "stop", "warmup"):
-            if key in table:
-                _check_steps(f"{name}: weight.{key}", table[key])
-        schedule = cls(**table)
-        if schedule.stop is not None and schedule.stop <= schedule.start + schedule.warmup:
-            raise KDHooksError(
-                f"{name}: weight.stop must come after start and warm-up, or the weight never gets "
-                f"to its value; found stop {schedule.stop}, start {schedule.start}, warmup "
-                f"{schedule.warmup}"
+    value: float = option(REQUIRED, "The number after the warm-up.")
+    initial: float | None = option(
+        None, "The number until `start`, and again from `stop` on; by default 0."
+    )
+    start: float = option(0, "When the number leaves `initial`.", least=0)
+    stop: float | None = option(None, "When it returns to `initial`; by default never.", least=0)
+    warmup: float = option(
+        0, "How long it takes from `initial` to `value`, along a straight line.", least=0
+    )
+    unit: Literal["step", "epoch"] = option("step", "The unit of `start`, `stop` and `warmup`.")
+
+    def check(self) -> None:
+        if self.initial is None:  # without a change it is never used, and may not be 0
+            changes = self.start or self.warmup or self.stop is not None
+            object.__setattr__(self, "initial", 0.0 if changes else self.value)
+        if self.unit == "step":
+            for name in ("start", "stop", "warmup"):
+                found = getattr(self, name)
+                if found is not None and found != int(found):
+                    raise self.refused(name, f"must be a whole number of steps; found {found}")
+        if self.stop is not None and self.stop <= self.start + self.warmup:
+            raise self.refused(
+                "stop",
+                "must come after start and warm-up, or `value` is never reached; found stop "
+                f"{self.stop}, start {self.start}, warmup {self.warmup}",
             )
-        return schedule
 
-    def __call__(self, step: int) -> float:
-        if step < self.start or (self.stop is not None and step >= self.stop):
-            return 0.0
-        risen = (step - self.start) / self.warmup if self.warmup else 1.0
-        return self.value * min(1.0, risen)
+    def __call__(self, position: float) -> float:
+        """The number at this step, or at this epoch."""
+        assert self.initial is not None
+        if position < self.start or (self.stop is not None and position >= self.stop):
+            return self.initial
+        risen = min(1.0, (position - self.start) / self.warmup) if self.warmup else 1.0
+        return self.initial + (self.value - self.initial) * risen if risen < 1 else self.value
 
 
-def _check_steps(what: str, found: object) -> None:
-    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise KDHooksError(f"{what} must be a number of steps, at least 0; found {found!r}")
+Scheduled: TypeAlias = float | Schedule | Callable[[int], float]
+"""A number; or a schedule of it, or a function of the step (the first is 0)."""
+
+
+def number_at(value: Scheduled, step: int, steps_per_epoch: int | None) -> float:
+    """The number in this step.
+
+    Raises:
+        KDHooksError: the schedule counts epochs, and nobody has set the number of steps in one.
+    """
+    if not callable(value):
+        return value
+    if not isinstance(value, Schedule) or value.unit == "step":
+        return value(step)
+    if steps_per_epoch is None:
+        raise KDHooksError(
+            "a schedule counts epochs, and the number of steps in an epoch is not known; give "
+            "Distiller(…, steps_per_epoch=len(loader)), or a schedule in steps"
+        )
+    return value(step / steps_per_epoch)
+
+
+def times(value: Scheduled, factor: float) -> Scheduled:
+    """The same, multiplied by a constant."""
+    if isinstance(value, Schedule):
+        assert value.initial is not None
+        return replace(value, value=value.value * factor, initial=value.initial * factor)
+    if callable(value):
+        return lambda step: factor * value(step)
+    return factor * value
+
+
+class Varying(nn.Module):
+    """A number of a loss that may follow a schedule: `now` is its value in the current step.
+
+    A Distiller finds it among the loss's modules and tells it the step; without one it is step 0.
+    """
+
+    def __init__(self, value: "Scheduled | Varying") -> None:
+        super().__init__()
+        self.value: Scheduled = value.value if isinstance(value, Varying) else value
+        self._step = 0
+        self._steps_per_epoch: int | None = None
+
+    def move(self, step: int, steps_per_epoch: int | None) -> None:
+        self._step, self._steps_per_epoch = step, steps_per_epoch
+
+    @property
+    def changes(self) -> bool:
+        return callable(self.value)
+
+    @property
+    def now(self) -> float:
+        return number_at(self.value, self._step, self._steps_per_epoch)

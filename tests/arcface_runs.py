@@ -10,6 +10,7 @@ from tests.standin import Report, Trainer
 
 FCD = {"name": "fcd", "weight": 8.0}
 COUPLEFACE: dict[str, object] = {"name": "coupleface", "k": 2}
+WARM_UP = {"value": 1.0, "warmup": 4}
 METHODS: dict[str, dict[str, object]] = {
     "fcd": dict(FCD),
     "coupleface": COUPLEFACE,
@@ -17,17 +18,21 @@ METHODS: dict[str, dict[str, object]] = {
 }
 EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
     **METHODS,
-    "acsr": {"name": "acsr", "warmup_steps": 4},
+    "acsr": {"name": "acsr", "weight": {"value": 5.0, "warmup": 4}},
     "adadistill": {"name": "adadistill"},
     "at": {"name": "at"},
-    "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 4},
-    "cakd": {"name": "cakd", "width": 8, "heads": 2, "centres": 4, "prompts": 0},
+    "bank": {**COUPLEFACE, "relations": "bank", "bank_momentum": 0.5, "alpha": WARM_UP},
+    "cakd": {
+        "name": "cakd",
+        "urfm": {"centres": 4, "width": 8, "heads": 2},
+        "prompts": {"number": 0},
+    },
     "eckd": {"name": "eckd"},
     "gkd": {"name": "gkd", "largest": 5},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},
-    "own": {"name": "proxylesskd", "head": "own", "margin_warmup_steps": 4},
-    "reviewkd": {"name": "reviewkd", "warmup_steps": 4},
+    "own": {"name": "proxylesskd", "head": "own", "m": {"value": 0.5, "warmup": 4}},
+    "reviewkd": {"name": "reviewkd", "weight": WARM_UP},
     "rkd": {"name": "rkd"},
     "sp": {"name": "sp"},
     "thkd": {"name": "thkd"},

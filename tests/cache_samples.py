@@ -43,7 +43,9 @@ def started(
     folder: Path, module: nn.Module | Callable[[Tensor], Tensor] | None = None, **options: Any
 ) -> TeacherSession:
     bound = options.pop("max_gb", None)
-    teacher = Teacher(module or Counting(), cache=CacheOptions(folder, bound), **options)
+    teacher = Teacher(
+        module or Counting(), cache=CacheOptions(path=folder, max_gb=bound), **options
+    )
     return TeacherSession(teacher, like=torch.zeros(1, *SHAPE))
 
 

@@ -9,7 +9,10 @@ from kdhooks_plugins.cakd import CAKD
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
 
-SMALL: dict[str, Any] = {"width": 4, "heads": 2, "centres": 3, "check_every": 0}
+SMALL: dict[str, Any] = {
+    "urfm": {"centres": 3, "width": 4, "heads": 2},
+    "collapse": {"every": 0},
+}
 
 # The last stage of student and teacher: maps, tokens (n k), and maps (h w k) as of timm's Swin.
 SHAPES: list[tuple[Shape, Shape]] = [
@@ -22,18 +25,21 @@ SHAPES: list[tuple[Shape, Shape]] = [
 ]
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"attention": "kl"},
-    {"standardise": False},
-    {"share_msa": False},
-    {"heads": 2, "attention_weight": 0.0, "feature_weight": 3.0},
-    {"attention_weight": 7.0, "feature_weight": 0.0, "gamma": 0.0},
-    {"distance": "saliency", "saliency": normal(3, 3, 3)},
-    {"pieces": (1.9, 3.8, 15.2), "anchor": (10.0, 100.0)},
+    {"matching": {"attention": "kl"}},
+    {"matching": {"standardise": False}},
+    {"matching": {"share_msa": False}},
+    {"matching": {"attention_weight": 0.0, "feature_weight": 3.0}},
+    {
+        "matching": {"attention_weight": 7.0, "feature_weight": 0.0},
+        "positions": {"gamma": 0.0},
+    },
+    {"positions": {"distance": "saliency", "saliency": normal(3, 3, 3)}},
+    {"positions": {"pieces": (1.9, 3.8, 15.2), "anchor": (10.0, 100.0)}},
 ]
 
 
 def made(ours: Shape, theirs: Shape, **options: Any) -> LocalFeatures:
-    method = CAKD(**{**SMALL, "prompts": 0, **options})
+    method = CAKD(**{**SMALL, "prompts": {"number": 0}, **options})
     loss = maps.seeded(method.feature_tap(model(ours), model(theirs)).loss)
     assert isinstance(loss, LocalFeatures)
     return loss

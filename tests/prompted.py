@@ -18,7 +18,10 @@ from tests.transformers import TinySwin, TinyViT, teacher_of
 
 Maker: TypeAlias = Callable[[], nn.Module]
 FlatSwin: Maker = partial(TinySwin, flat=True)
-SMALL: dict[str, Any] = {"width": 8, "heads": 2, "centres": 3, "check_every": 0}
+SMALL: dict[str, Any] = {
+    "urfm": {"centres": 3, "width": 8, "heads": 2},
+    "collapse": {"every": 0},
+}
 
 # A maker, the path of its last stage, and of the last block in there.
 VIT = (TinyViT, "blocks.2", "blocks.2")

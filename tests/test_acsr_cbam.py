@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from kdhooks import Distiller, KDHooksError, Teacher
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
-from kdhooks_plugins.acsr import ACSR, ReviewedAttention
+from kdhooks_plugins.acsr import ACSR, ReviewedAttention, Source
 from tests import maps
 from tests.acsr_losses import gates, made, value
 from tests.maps import Shape, features
@@ -121,7 +121,7 @@ def test_channel_logits_are_compared_as_they_are(center: bool, flat: bool) -> No
         ("cbam_channel", "channel_logits", "channel_sigmoid"),
     ],
 )
-def test_a_tapped_sigmoid_is_undone(source: str, logits: str, sigmoid: str) -> None:
+def test_a_tapped_sigmoid_is_undone(source: Source, logits: str, sigmoid: str) -> None:
     images, targets = tiny_batch()
     found = []
     for name in (logits, sigmoid):

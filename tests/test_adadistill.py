@@ -70,7 +70,7 @@ def test_three_steps_agree_with_the_equations(
         centres = reference.followed(at, teacher.numpy(), y, centres, weighted)
         assert_close(loss.centres.numpy(), centres)
         by_loop = partial(
-            reference.loss, labels=y, centres=centres, m=loss.m, m2=loss.m2, scale=16.0
+            reference.loss, labels=y, centres=centres, m=loss.m.now, m2=loss.m2.now, scale=16.0
         )
         assert_close(value.item(), by_loop(at))
         assert student.grad is not None
@@ -128,9 +128,12 @@ def test_conforms_with_every_option(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"margin_type": "sphere"}, "margin_type must be 'arcface' or 'cosface'; found 'sphere'"),
-        ({"m": -0.1}, "m must be at least 0; found -0.1"),
-        ({"scale": -1.0}, "scale must be at least 0; found -1.0"),
+        (
+            {"margin_type": "sphere"},
+            "margin_type must be one of 'arcface', 'cosface'; found 'sphere'",
+        ),
+        ({"m": -0.1}, "m must be at least 0 and at most 3.14159 rad; found -0.1"),
+        ({"scale": -1.0}, "scale must be above 0; found -1.0"),
         ({"width": 4}, "as wide as the teacher's; found 4 and 6; give the student"),
     ],
 )

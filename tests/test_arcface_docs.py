@@ -68,9 +68,9 @@ def test_a_recipe_is_read(block: str, tmp_path: Path) -> None:
     (tmp_path / "teacher" / "model.pt").write_text("")
     (tmp_path / "kd.toml").write_text(BLOCKS[block])
     recipe = Recipe.read(tmp_path / "kd.toml")
-    assert recipe.teacher["network"] == "r100"
-    stages = ["layer2", "layer3"] if block == "named-taps" else None
-    assert recipe.stages("student") == recipe.stages("teacher") == stages
+    assert recipe.teacher.network == "r100"
+    stages = ("layer2", "layer3") if block == "named-taps" else None
+    assert recipe.taps.student.stages == recipe.taps.teacher.stages == stages
 
 
 def test_the_python_is_python() -> None:

@@ -221,6 +221,30 @@ def test_weight_zero_with_projectors_is_the_plain_run(one: Trainer, wide: dict[s
     assert report == plain
 
 
+def test_schedules_count_the_epochs_of_the_trainers_config(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    """3 steps of 12 images in an epoch; the 37th image makes no step."""
+    weight = {"value": 8.0, "start": 1, "warmup": 0.5, "unit": "epoch"}
+    line = install(teacher, {**FCD, "weight": weight})
+    distiller = "installed.attachment.distiller"
+    ask = {"weight": f"{distiller}.weight({distiller}.taps[0])"}  # of the step after the last
+    found = [
+        one.run(below_imports=line, num_image=37, steps=steps, ask=ask)[0]["extra"]["weight"]
+        for steps in (2, 3, 4, 5)
+    ]
+    assert found == pytest.approx([0.0, 0.0, 8.0 * 2 / 3, 8.0])
+
+
+def test_epochs_that_the_config_does_not_know_are_refused(
+    one: Trainer, teacher: dict[str, str]
+) -> None:
+    weight = {"value": 8.0, "start": 1, "unit": "epoch"}
+    (report,) = one.run(install(teacher, {**FCD, "weight": weight}))
+    assert report["error"] == "KDHooksError"
+    assert "the number of steps in an epoch is not known" in report["message"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_model_pt_has_the_students_keys_alone(
     one: Trainer, teacher: dict[str, str], wide: dict[str, str], method: str

@@ -109,8 +109,11 @@ def test_a_teacher_of_another_network_than_said(one: Trainer, teacher: dict[str,
             {"dtype": "bfloat16"},
             "'bfloat16' would have no effect; found 'bfloat16'; take dtype = 'float16'",
         ),
-        ({"chekpoint": "model.pt"}, "teacher has no key 'chekpoint'; did you mean 'checkpoint'?"),
-        ({"metods": []}, "recipe has no key 'metods'; did you mean 'methods'?"),
+        (
+            {"chekpoint": "model.pt"},
+            "teacher has no option 'chekpoint'; did you mean 'checkpoint'?",
+        ),
+        ({"metods": []}, "recipe has no option 'metods'; did you mean 'methods'?"),
         ({"taps": {"student": {"stages": ["layer9"]}}}, "student has no submodule 'layer9'"),
         ({"taps": {"teacher": {"stages": ["layer9"]}}}, "teacher has no submodule 'layer9'"),
     ],
@@ -126,7 +129,7 @@ def test_what_is_misspelt_or_missing(
     [
         ("coupelface", "did you mean 'coupleface'?"),
         ({"name": "fcd", "distence": "l2"}, "distence"),
-        ({"name": "fcd", "weight": -1.0}, "fcd: weight must be finite and at least 0"),
+        ({"name": "fcd", "weight": -1.0}, "fcd: weight must be at least 0"),
     ],
 )
 def test_a_misspelt_method_or_option(

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins._local_features import LocalFeatures, standardised
-from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.cakd import CAKD, PromptTokens
 from kdhooks_plugins.saliency import saliency_map
 from tests.cakd_losses import OPTIONS, SHAPES, SMALL, inputs, made, value
 from tests.maps import Shape, features, labels, model, normal
@@ -32,7 +32,7 @@ def test_equal_features_with_tied_projections_cost_nothing(
     attention: str, standardise: bool
 ) -> None:
     shape = (3, 4, 4)
-    loss = made(shape, shape, attention=attention, standardise=standardise)
+    loss = made(shape, shape, matching={"attention": attention, "standardise": standardise})
     x = features(1, 3, shape)
     assert value(loss, x, x) > 0.01
     loss.theirs.load_state_dict(loss.ours.state_dict())
@@ -71,7 +71,7 @@ def routes(loss: LocalFeatures) -> dict[str, bool]:
     ],
 )
 def test_who_gets_a_gradient(prompted: bool, detached: bool, without: set[str]) -> None:
-    loss = made(*SHAPES[1], detach_teacher_side=detached)
+    loss = made(*SHAPES[1], matching={"detach_teacher_side": detached})
     loss.prompted = prompted
     found = routes(loss)
     assert {name for name, reached in found.items() if not reached} == without
@@ -81,7 +81,7 @@ def test_constants_cost_nothing_unless_features_are_standardised() -> None:
     """The reason for the default: a projection that shrinks is no way out."""
     student, teacher = inputs(*SHAPES[1])
     for standardise in (False, True):
-        loss = made(*SHAPES[1], standardise=standardise)
+        loss = made(*SHAPES[1], matching={"standardise": standardise})
         before = loss(student, teacher, labels(3))[1]["feature"]
         with torch.no_grad():
             loss.get_parameter("msa.0.out.weight").mul_(0.1)
@@ -157,7 +157,7 @@ def test_precisions_agree() -> None:
 
 
 def test_constant_features_are_refused_every_so_many_steps() -> None:
-    loss = made(*SHAPES[1], check_every=3)
+    loss = made(*SHAPES[1], collapse={"every": 3})
     student, teacher = inputs(*SHAPES[1])
     same = [teacher[0][:1].expand_as(teacher[0])]
     assert loss(student, same, labels(3))[1]["token_variance"] < 1e-20
@@ -170,21 +170,21 @@ def test_constant_features_are_refused_every_so_many_steps() -> None:
 
 
 def test_features_that_differ_are_let_through_and_so_is_what_can_not_be_judged() -> None:
-    loss = made(*SHAPES[1], check_every=1)
+    loss = made(*SHAPES[1], collapse={"every": 1})
     student, teacher = inputs(*SHAPES[1])
     value(loss, student, teacher)
     value(loss, [student[0][:1]], [teacher[0][:1]])
     same = [teacher[0][:1].expand_as(teacher[0])]
     loss.eval()
     value(loss, student, same)
-    never = made(*SHAPES[1], check_every=0)
+    never = made(*SHAPES[1], collapse={"every": 0})
     value(never, student, same)
 
 
 def test_the_threshold_is_an_option() -> None:
     student, teacher = inputs(*SHAPES[1])
-    with pytest.raises(KDHooksError, match=r"below collapse_below = 1\.1e\+00"):
-        value(made(*SHAPES[1], check_every=1, collapse_below=1.1), student, teacher)
+    with pytest.raises(KDHooksError, match=r"below collapse.below = 1\.0e\+00"):
+        value(made(*SHAPES[1], collapse={"every": 1, "below": 1.0}), student, teacher)
 
 
 # --- the other terms -------------------------------------------------------------------------
@@ -215,11 +215,22 @@ def test_a_schedule_of_the_weight_holds_for_every_term() -> None:
     assert weights == {"cakd": 1.5, "cakd_embedding": 6.0}
 
 
+def salient(map_: Tensor | str) -> dict[str, Any]:
+    return {"positions": {"distance": "saliency", "saliency": map_}}
+
+
 # --- the whole, and refusals -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [{}, *OPTIONS[1:4], {"embedding_weight": 1.0}, {"prompts": 0}, {"check_every": 1}]
+    "options",
+    [
+        {},
+        *OPTIONS[1:4],
+        {"embedding_weight": 1.0},
+        {"prompts": {"number": 0}},
+        {"collapse": {"every": 1}},
+    ],
 )
 def test_conforms_between_networks_of_one_kind(options: dict[str, Any]) -> None:
     check_method(CAKD, **{**SMALL, **options})
@@ -247,48 +258,78 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
     assert distiller.adapter is None
     assert "cakd: the teacher has no transformer blocks, so it gets no prompts" in caplog.messages
     caplog.clear()
-    assert CAKD(prompts=0).adapt_teacher(Model(teacher.module, 12)) is None
+    assert CAKD(prompts=PromptTokens(number=0)).adapt_teacher(Model(teacher.module, 12)) is None
     assert not caplog.messages
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "nose"}, r"cakd: distance must be one of .*; found 'nose'"),
-        ({"attention": "l1"}, r"cakd: attention must be one of .*; found 'l1'"),
-        ({"centres": 1}, "cakd: centres must be at least 2; found 1"),
-        ({"heads": 0}, "cakd: heads must be at least 1; found 0"),
-        ({"gamma": -1.0}, "cakd: gamma must be at least 0; found -1.0"),
-        ({"attention_weight": -1.0}, "cakd: attention_weight must be at least 0"),
-        ({"feature_weight": -1.0}, "cakd: feature_weight must be at least 0"),
+        (
+            {"positions": {"distance": "nose"}},
+            "cakd: positions.distance must be one of 'relative', 'saliency'; found 'nose'",
+        ),
+        (
+            {"matching": {"attention": "l1"}},
+            "cakd: matching.attention must be one of 'mse', 'kl'; found 'l1'",
+        ),
+        ({"urfm": {"centres": 1}}, r"cakd: urfm\.centres must be at least 2; found 1"),
+        ({"urfm": {"heads": 0}}, r"cakd: urfm\.heads must be at least 1; found 0"),
+        (
+            {"urfm": {"width": 12}},
+            r"cakd: urfm\.width must be a multiple of heads; found 12 and 8",
+        ),
+        ({"urfm": {"width": 0}}, r"cakd: urfm\.width must be at least 1; found 0"),
+        ({"urfm": 16}, "cakd: urfm must be a table; found 16"),
+        ({"urfm": {"depth": 2}}, "cakd: urfm has no option 'depth'; .* centres, width, heads"),
+        ({"positions": {"gamma": -1.0}}, r"cakd: positions\.gamma must be at least 0; found -1\.0"),
+        (
+            {"matching": {"attention_weight": -1.0}},
+            r"cakd: matching\.attention_weight must be at least 0",
+        ),
+        (
+            {"matching": {"feature_weight": -1.0}},
+            r"cakd: matching\.feature_weight must be at least 0",
+        ),
         ({"embedding_weight": -1.0}, "cakd: embedding_weight must be at least 0"),
         ({"teacher_cls_weight": -1.0}, "cakd: teacher_cls_weight must be at least 0"),
-        ({"prompts": -1}, "cakd: prompts must be at least 0; found -1"),
-        ({"check_every": -1}, "cakd: check_every must be at least 0; found -1"),
-        ({"width": 12}, "cakd: width must be a multiple of heads; found 12 and 8"),
-        ({"width": 0}, "cakd: width must be a multiple of heads; found 0 and 8"),
-        ({"distance": "saliency"}, "found distance 'saliency' and no map"),
-        ({"saliency": torch.rand(2, 2)}, "found distance 'relative' and a map"),
+        ({"prompts": {"number": -1}}, r"cakd: prompts\.number must be at least 0; found -1"),
+        ({"collapse": {"every": -1}}, r"cakd: collapse\.every must be at least 0 steps; found -1"),
+        ({"collapse": {"below": 1.1}}, r"cakd: collapse\.below must be .*at most 1; found 1\.1"),
         (
-            {"distance": "saliency", "saliency": torch.rand(2, 2, 2)},
+            {"positions": {"distance": "saliency"}},
+            r"cakd: positions\.saliency must be given with .* 'saliency' and no map",
+        ),
+        (
+            {"positions": {"saliency": torch.rand(2, 2)}},
+            "only with it; found distance 'relative' and a map",
+        ),
+        (
+            salient(torch.rand(2, 2, 2)),
             r"cakd: saliency must be a map \(h w\); found \(2, 2, 2\)",
         ),
         (
-            {"distance": "saliency", "saliency": torch.ones(2, 2)},
+            salient(torch.ones(2, 2)),
             "cakd: saliency must be finite and differ between pixels; found 1.0 to 1.0",
         ),
+        (salient(torch.tensor([[0.0, torch.nan]])), "cakd: saliency must be finite"),
+        (salient("/nowhere.pt"), "'/nowhere.pt' can't be read"),
         (
-            {"distance": "saliency", "saliency": torch.tensor([[0.0, torch.nan]])},
-            "cakd: saliency must be finite",
+            {"positions": {"pieces": (0.0, 1.0, 2.0)}},
+            r"cakd: positions\.pieces\[0\] must be above 0; found 0\.0",
         ),
-        ({"distance": "saliency", "saliency": "/nowhere.pt"}, "'/nowhere.pt' can't be read"),
-        ({"pieces": (0.0, 1.0, 2.0)}, r"cakd: pieces are alpha, beta .*; found \(0.0, 1.0, 2.0\)"),
-        ({"pieces": (4.0, 3.0, 24.0)}, "0 < alpha <= beta"),
-        ({"pieces": (4.0, 12.0, 4.0)}, "alpha < reach"),
-        ({"anchor": (56.0, 112.0)}, r"cakd: anchor must be a point .*; found \(56.0, 112.0\)"),
         (
-            {"prompts": 2, "detach_teacher_side": True},
-            "cakd: nothing would train the prompts",
+            {"positions": {"pieces": (4.0, 3.0, 24.0)}},
+            r"cakd: positions\.pieces must be .* alpha <= beta .*; found \(4\.0, 3\.0, 24\.0\)",
+        ),
+        ({"positions": {"pieces": (4.0, 12.0, 4.0)}}, "alpha < reach"),
+        (
+            {"positions": {"anchor": (56.0, 112.0)}},
+            r"cakd: positions\.anchor\[1\] must be at least 0 and below 112 pixels; found 112\.0",
+        ),
+        (
+            {"prompts": {"number": 2}, "matching": {"detach_teacher_side": True}},
+            r"cakd: prompts would never be trained, .*; set teacher_cls_weight, or prompts = \{",
         ),
     ],
 )
@@ -311,7 +352,7 @@ def test_models_without_a_usable_stage_are_refused(
     student: Model, teacher: Model, message: str
 ) -> None:
     with pytest.raises(KDHooksError, match=message):
-        CAKD(prompts=0).feature_tap(student, teacher)
+        CAKD(prompts=PromptTokens(number=0)).feature_tap(student, teacher)
 
 
 def test_embeddings_of_different_widths_are_refused() -> None:

@@ -13,7 +13,7 @@ from kdhooks import Model, Stage
 from kdhooks.testing import TinyFaceNet, tiny_batch
 from kdhooks_plugins._facial_positions import FacialPositions, piecewise_index
 from kdhooks_plugins._local_features import LocalFeatures
-from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.cakd import CAKD, PromptTokens
 from kdhooks_plugins.saliency import saliency_map
 from tests import maps
 from tests.cakd_losses import OPTIONS, SHAPES, SMALL, inputs, made, value
@@ -38,7 +38,12 @@ class Expected:
     """What the equations give for a loss, piece by piece."""
 
     def __init__(self, loss: LocalFeatures, ours: Shape, theirs: Shape, **options: Any) -> None:
-        self.loss, self.ours, self.theirs, self.options = loss, ours, theirs, options
+        self.loss, self.ours, self.theirs, self.matching = (
+            loss,
+            ours,
+            theirs,
+            options.get("matching", {}),
+        )
 
     def side(
         self, x: np.ndarray, weights: dict[str, np.ndarray], name: str
@@ -63,15 +68,18 @@ class Expected:
         self, ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
     ) -> tuple[float, float]:
         return (
-            reference.attention_term(ours[1], theirs[1], self.options.get("attention", "mse")),
-            reference.feature_term(ours[0], theirs[0], self.options.get("standardise", True)),
+            reference.attention_term(ours[1], theirs[1], self.matching.get("attention", "mse")),
+            reference.feature_term(ours[0], theirs[0], self.matching.get("standardise", True)),
         )
 
     def total(
         self, ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
     ) -> float:
         attention, feature = self.terms(ours, theirs)
-        factors = self.options.get("attention_weight", 1.0), self.options.get("feature_weight", 1.0)
+        factors = (
+            self.matching.get("attention_weight", 1.0),
+            self.matching.get("feature_weight", 1.0),
+        )
         return float(factors[0]) * attention + float(factors[1]) * feature
 
 
@@ -109,13 +117,15 @@ def test_the_piecewise_index_gives_the_golden_values(
     ],
 )
 def test_distances_agree_with_the_equation(size: tuple[int, int], options: dict[str, Any]) -> None:
-    found = FacialPositions(**options).distances(size)
+    positions = FacialPositions(**options)
+    found = positions.distances(size)
     chosen = {key: value for key, value in options.items() if key != "distance"}
     if "saliency" in chosen:
-        chosen["saliency"] = chosen["saliency"].numpy()
+        assert isinstance(positions.saliency, Tensor)  # scaled from 0 to 1
+        chosen["saliency"] = positions.saliency.numpy()
     assert_close(found.tolist(), reference.distances(size, **chosen))
     expected = [reference.piecewise_index(x, 4.0, 12.0, 24.0) for x in found.tolist()]
-    assert FacialPositions(**options).buckets(size).tolist() == expected
+    assert positions.buckets(size).tolist() == expected
 
 
 def test_the_anchor_is_the_nose_and_the_buckets_are_many() -> None:
@@ -167,7 +177,7 @@ def test_agrees_with_the_equation(ours: Shape, theirs: Shape, options: dict[str,
 def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
     ours: Shape = (3, 2, 2)
     teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
-    method = CAKD(**SMALL, prompts=2, prompt_tokens_in_f=True)
+    method = CAKD(**SMALL, prompts=PromptTokens(number=2, in_features=True))
     loss = maps.seeded(method.feature_tap(model(ours), teacher).loss)
     assert isinstance(loss, LocalFeatures)
     expected = Expected(loss, ours, (18, 8))
@@ -187,7 +197,7 @@ def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
 @pytest.mark.parametrize("share_msa", [True, False])
 def test_a_detached_teacher_side_is_a_constant(share_msa: bool) -> None:
     ours, theirs = SHAPES[2]
-    loss = made(ours, theirs, detach_teacher_side=True, share_msa=share_msa)
+    loss = made(ours, theirs, matching={"detach_teacher_side": True, "share_msa": share_msa})
     expected = Expected(loss, ours, theirs)
     student, teacher = inputs(ours, theirs)
     constant = expected.side(teacher[0].numpy(), maps.weights(loss), "theirs")
@@ -254,8 +264,9 @@ def test_a_saliency_map_can_be_a_file_and_its_scale_does_not_matter(tmp_path: Pa
     saliency = normal(1, 4, 4)
     torch.save(3 * saliency - 2, tmp_path / "saliency.pt")
     ours, theirs = SHAPES[2]
-    options: dict[str, Any] = {"distance": "saliency"}
-    given = made(ours, theirs, saliency=saliency, **options)
-    read = made(ours, theirs, saliency=str(tmp_path / "saliency.pt"), **options)
+    positions: dict[str, Any] = {"distance": "saliency"}
+    given = made(ours, theirs, positions={**positions, "saliency": saliency})
+    file = str(tmp_path / "saliency.pt")
+    read = made(ours, theirs, positions={**positions, "saliency": file})
     assert torch.equal(given.theirs.buckets, read.theirs.buckets)
     assert not torch.equal(given.theirs.buckets, made(ours, theirs).theirs.buckets)

@@ -1,5 +1,6 @@
 """The command: what it prints, and how it says what is wrong."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,78 @@ def python(code: str) -> str:
     ).stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "hooks", "needs"),
+    [
+        ("fcd", ["embedding_tap"], []),
+        ("rkd", ["embedding_tap"], []),
+        ("at", ["feature_tap"], ["feature_maps", "torch_teacher"]),
+        ("coupleface", ["embedding_tap"], ["labels", "class_rows"]),
+        ("proxylesskd", ["classifier_share"], ["labels", "class_rows"]),
+        ("kd", ["classifier_share"], ["labels", "class_rows", "own_classifier"]),
+        ("eckd", ["embedding_tap", "parameter_tap"], []),
+    ],
+)
+def test_a_method_is_described(
+    name: str, hooks: list[str], needs: list[str], capsys: Captured
+) -> None:
+    assert main(["methods", name, "--json"]) == 0
+    captured = capsys.readouterr()
+    table = json.loads(captured.out)
+    assert captured.err == ""
+    assert (table["name"], table["hooks"]) == (name, hooks)
+    assert [need for need, needed in table["needs"].items() if needed] == needs
+    assert table["paper"] == next(info.paper for info in methods() if info.name == name)
+    assert main(["methods", name]) == 0
+    text = capsys.readouterr().out
+    assert all(need.replace("_", " ") in text for need in needs)
+    assert all(hook in text for hook in hooks)
+
+
+def test_the_options_of_a_method_are_described(capsys: Captured) -> None:
+    assert main(["methods", "kd", "--json"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert options["temperature"] == {
+        "type": "a number", "required": False, "default": 4.0, "range": "above 0", "unit": "",
+        "schedule": True, "meaning": options["temperature"]["meaning"],
+    }  # fmt: skip
+    assert main(["methods", "kd"]) == 0
+    lines = [line.strip() for line in lines_of(capsys)]
+    assert "temperature = 4.0  (a number, above 0, or a schedule)" in lines
+    assert options["temperature"]["meaning"] in lines
+
+
+def test_a_method_that_needs_options_is_described(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+from kdhooks import hookimpl
+class M:
+    def __init__(self, *, size: int): ...
+    @hookimpl
+    def embedding_tap(self): ...
+"""
+    write_distribution(tmp_path, "fake_needy", {"needy": "fake_needy:M"}, code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["methods", "needy"]) == 0
+    text = capsys.readouterr().out
+    assert "needs    depends on its options: needy needs its option 'size'" in text
+    assert "size  (must be given, a whole number)" in text
+
+
+def test_the_list_of_methods_as_json(capsys: Captured) -> None:
+    assert main(["methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["paper"]) for one in listed] == [(m.name, m.paper) for m in methods()]
+
+
+def test_a_pipe_that_is_closed_early_is_no_error() -> None:
+    command = f"{sys.executable} -m kdhooks schema | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert len(done.stdout) == 10
+    assert done.stderr == ""
+
+
 LISTING = """
 import sys
 from kdhooks.cli import main
@@ -85,9 +158,10 @@ def test_what_argparse_refuses(argv: list[str], said: str, capsys: Captured) -> 
 
 
 def test_an_error_is_one_line_and_status_2(capsys: Captured) -> None:
-    assert main(["methods", "fcd"]) == 2
+    assert main(["methods", "fdc"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "kdhooks: methods takes no arguments; found fcd\n"
+    assert captured.err.startswith("kdhooks: no method 'fdc' is installed; did you mean 'fcd'?")
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
 
 
@@ -175,7 +249,7 @@ def test_the_help_lists_every_command(capsys: Captured) -> None:
         main(["--help"])
     listed = [line.split()[0] for line in lines_of(capsys) if line.startswith("    ")]
     assert [name for name in listed if name.isalpha()] == [
-        "methods", "run", "doctor", "taps", "cache", "export", "demo",
+        "methods", "schema", "run", "doctor", "taps", "cache", "export", "demo",
     ]  # fmt: skip
 
 
@@ -190,13 +264,13 @@ def test_commands_are_imported_when_they_are_called() -> None:
 
 def test_the_package_is_the_command_too() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kdhooks", "methods", "fcd"],
+        [sys.executable, "-m", "kdhooks", "methods", "fdc"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "kdhooks: methods takes no arguments; found fcd\n"
+    assert done.stderr.startswith("kdhooks: no method 'fdc' is installed")
 
 
 def test_the_command_is_installed() -> None:

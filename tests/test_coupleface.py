@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import KDHooksError, Model
+from kdhooks import KDHooksError, Model, Schedule, Scheduled
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.neighbours import nearest_classes
@@ -50,10 +50,9 @@ def expected_of(loss: MutualRelations, prototypes: Tensor) -> reference.CoupleFa
     return reference.CoupleFace(
         prototypes.numpy(),
         loss.neighbours.tolist(),
-        loss.alpha,
-        loss.q,
+        loss.alpha.now,
+        loss.q.now,
         loss.two_sided,
-        loss.warmup.total,
         loss.bank_momentum,
     )
 
@@ -169,11 +168,11 @@ def test_static_relations_agree_with_the_equation(
     assert_close(gradient(student).numpy(), by_difference, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("alpha", [0.7, Schedule(value=1.0, warmup=3)])
 @pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_bank_relations_agree_with_the_equation_step_by_step(
-    momentum: float, two_sided: bool, warmup: int
+    momentum: float, two_sided: bool, alpha: Scheduled
 ) -> None:
     """Some classes come late, some twice in a batch, some samples have no label."""
     c, d = 6, 4
@@ -184,12 +183,14 @@ def test_bank_relations_agree_with_the_equation_step_by_step(
         relations="bank",
         bank_momentum=momentum,
         two_sided=two_sided,
-        warmup_steps=warmup,
+        alpha=alpha,
     )
     expected = expected_of(loss, prototypes)
     batches = [[0, 0, 1], [2, -1, 2], [0, 3, 0], [5, 5, 5], [-1, -1, -1], [1, 4, 2], [0, 1, 5]]
     for step, drawn_labels in enumerate(batches):
         labels = torch.tensor(drawn_labels)
+        loss.alpha.move(step, None)
+        expected.alpha = min(1.0, step / 3) if isinstance(alpha, Schedule) else 0.7
         student, teacher = normal(step, 3, d).requires_grad_(), normal(50 + step, 3, d)
         value, notes = loss(student, teacher, labels)
         value.backward()
@@ -226,9 +227,10 @@ def test_an_empty_bank_gives_feature_consistency_alone() -> None:
     assert_close(value.item(), embedding_distance(golden.S.numpy(), golden.T.numpy(), "l2"))
 
 
-def test_the_warm_up_scales_alpha_and_not_what_is_logged() -> None:
-    loss = made(golden.W, warmup_steps=4, alpha=2.0)
+def test_a_warm_up_scales_alpha_and_not_what_is_logged() -> None:
+    loss = made(golden.W, alpha=Schedule(value=2.0, warmup=4))
     for step in range(6):
+        loss.alpha.move(step, None)
         value, notes = loss(golden.S, golden.T, golden.Y)
         assert_close(notes["rad"].item(), golden.COUPLEFACE_RAD[0.03], rtol=0, atol=6e-9)
         ramped = 2.0 * min(1.0, step / 4) * notes["rad"]
@@ -236,7 +238,7 @@ def test_the_warm_up_scales_alpha_and_not_what_is_logged() -> None:
 
 
 def test_evaluation_is_no_step_and_leaves_the_bank() -> None:
-    loss = made(golden.W, relations="bank", bank_momentum=0.5, warmup_steps=4)
+    loss = made(golden.W, relations="bank", bank_momentum=0.5)
     loss(golden.S, golden.T, golden.Y)
     before = {key: value.clone() for key, value in loss.state_dict().items()}
     loss.eval()(golden.T, golden.S, golden.Y)
@@ -408,9 +410,7 @@ def test_gradient_reaches_student_and_projector_alone(relations: str, projector:
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path) -> None:
     def fresh() -> MutualRelations:
-        return declared(
-            golden.W, relations="bank", bank_momentum=momentum, warmup_steps=5, projector=True
-        )
+        return declared(golden.W, relations="bank", bank_momentum=momentum, projector=True)
 
     def step(loss: MutualRelations, seed: int) -> Tensor:
         batch = normal(seed, 4, 6).float(), normal(seed + 9, 4, 6).float()
@@ -422,9 +422,8 @@ def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path)
         step(straight, seed)
     torch.save(straight.state_dict(), tmp_path / "state.pt")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    keys = {"prototypes", "neighbours", "warmup.steps", "student_bank", "teacher_bank"}
+    keys = {"prototypes", "neighbours", "student_bank", "teacher_bank"}
     assert keys < set(straight.state_dict())
-    assert straight.state_dict()["warmup.steps"] == 3
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
     for seed in range(3, 8):
@@ -435,7 +434,7 @@ def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path)
 
 def test_prototypes_may_come_from_a_file(tmp_path: Path) -> None:
     torch.save(3 * golden.W, tmp_path / "means.pt")
-    method = CoupleFace(k=2, prototypes=str(tmp_path / "means.pt"))
+    method = CoupleFace(k=2, prototypes=tmp_path / "means.pt")
     loss = method.embedding_tap(Model(None, 6), Model(None, 6)).loss
     assert isinstance(loss, MutualRelations)
     assert_close(loss.prototypes, declared(golden.W).prototypes)
@@ -453,14 +452,17 @@ def test_prototypes_given_go_before_the_teachers_classifier() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relations": "queue"}, "relations must be 'static' or 'bank'; found 'queue'"),
+        ({"relations": "queue"}, "relations must be one of 'static', 'bank'; found 'queue'"),
         ({"k": 0}, "k must be at least 1; found 0"),
         ({"bank_momentum": 1.0}, r"bank_momentum must be at least 0 and below 1; found 1\.0"),
         ({"bank_momentum": -0.1}, r"bank_momentum must be at least 0 and below 1; found -0\.1"),
         ({"bank_momentum": 0.9}, "bank_momentum belongs to relations 'bank'; found 'static'"),
         ({"alpha": -1.0}, r"alpha must be at least 0; found -1\.0"),
-        ({"warmup_steps": -5}, "warmup_steps must be at least 0; found -5"),
-        ({"max_neighbour_sim": -1.0}, r"no class has a neighbour below .* = -1\.0"),
+        (
+            {"max_neighbour_sim": -1.0},
+            r"max_neighbour_sim must be above -1 and at most 1; found -1",
+        ),
+        ({"max_neighbour_sim": -0.99}, r"no class has a neighbour below .* = -0\.99"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:

@@ -160,11 +160,12 @@ def method(name: str, **options: Any) -> object:
     return load(name)(**options)
 
 
+WARM_UP = {"value": 0.5, "warmup": 2}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("cakd", {"prompts": 2, "teacher_cls_weight": 0.1}),
-    ("coupleface", {"k": 2, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 2}),
+    ("cakd", {"prompts": {"number": 2}, "teacher_cls_weight": 0.1}),
+    ("coupleface", {"k": 2, "relations": "bank", "bank_momentum": 0.5, "alpha": WARM_UP}),
     ("fcd", {"projector": True}),
-    ("proxylesskd", {"projector": True, "extra_fcd_weight": 1.0, "margin_warmup_steps": 2}),
+    ("proxylesskd", {"projector": True, "extra_fcd_weight": 1.0, "m": WARM_UP}),
 ]
 every_method = pytest.mark.parametrize(
     ("name", "options"), [*((name, {}) for name in NAMES), *OPTIONS]

@@ -93,14 +93,14 @@ def test_a_name_unlike_any_gets_the_list_alone() -> None:
 def test_an_unknown_option_gets_its_near_miss() -> None:
     with pytest.raises(
         KDHooksError,
-        match=r"'fcd' has no option 'distanse'; did you mean 'distance'\? its options are: weight",
+        match=r"fcd has no option 'distanse'; did you mean 'distance'\? its options are: weight",
     ):
         create({"name": "fcd", "distanse": "l2"})
 
 
 def test_a_missing_required_option_is_named(path: Path) -> None:
     write_distribution(path, "fake_paper", {"fake": "fake_paper:Method"}, SOURCE)
-    with pytest.raises(KDHooksError, match="method 'fake' needs its option 'size'"):
+    with pytest.raises(KDHooksError, match="fake needs its option 'size'"):
         create("fake")
     made = create({"name": "fake", "size": 3})
     assert (getattr(made, "size", None), getattr(made, "weight", None)) == (3, 1.0)
@@ -176,3 +176,15 @@ def test_a_table_is_left_as_it_was() -> None:
     table = {"name": "fcd", "weight": 2.0}
     create(table)
     assert table == {"name": "fcd", "weight": 2.0}
+
+
+def test_a_signature_with_a_number_as_weight_takes_a_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "class M:\n    def __init__(self, *, weight: float = 1.0):\n        self.weight = weight"
+    write_distribution(tmp_path, "fake_weight", {"fake": "fake_weight:M"}, code)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = create({"name": "fake", "weight": {"value": 2.0, "warmup": 4}})
+    assert made.weight(2) == 1.0  # type: ignore[attr-defined]
+    with pytest.raises(KDHooksError, match="fake: weight: value must be a number; found 'x'"):
+        create({"name": "fake", "weight": {"value": "x"}})

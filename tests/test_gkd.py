@@ -163,14 +163,14 @@ def test_conforms_with_other_options(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "gkd: temperature must be above 0 and finite; found 0"),
-        ({"scale": -1.0}, "gkd: scale must be above 0 and finite; found -1"),
-        ({"scale": float("nan")}, "gkd: scale must be above 0 and finite; found nan"),
-        ({"margin": -0.1}, "gkd: margin must be at least 0; found -0.1"),
+        ({"temperature": 0.0}, "gkd: temperature must be above 0; found 0"),
+        ({"scale": -1.0}, "gkd: scale must be above 0; found -1"),
+        ({"scale": float("nan")}, "gkd: scale must be finite; found nan"),
+        ({"margin": -0.1}, "gkd: margin must be at least 0 and at most 2; found -0.1"),
         ({"primary": -1.0}, "gkd: primary must be at least 0; found -1"),
         ({"binary": -1.0}, "gkd: binary must be at least 0; found -1"),
-        ({"tau": 0.0}, "gkd: tau must lie above 0 and at most at 1; found 0"),
-        ({"tau": 1.1}, "gkd: tau must lie above 0 and at most at 1; found 1.1"),
+        ({"tau": 0.0}, "gkd: tau must be above 0 and at most 1; found 0"),
+        ({"tau": 1.1}, "gkd: tau must be above 0 and at most 1; found 1.1"),
         ({"largest": 0}, "gkd: largest must be at least 1; found 0"),
     ],
 )

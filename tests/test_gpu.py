@@ -40,7 +40,13 @@ needs_compiler = pytest.mark.skipif(
 CLASSES, DIM = 6, 12
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 FCD = {"name": "fcd", "projector": True}
-BANK = {"name": "coupleface", "k": 2, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 2}
+BANK = {
+    "name": "coupleface",
+    "k": 2,
+    "relations": "bank",
+    "bank_momentum": 0.5,
+    "alpha": {"value": 1.0, "warmup": 2},
+}
 
 
 @pytest.fixture(scope="module")

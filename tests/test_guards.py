@@ -159,7 +159,7 @@ def test_a_weight_by_function_is_looked_at_in_every_step(wrong: Any) -> None:
             student(images)
             kd(images, labels)
         student(images)
-        with pytest.raises(KDHooksError, match=f"fcd, step 2: weight must be .*found '?{wrong}"):
+        with pytest.raises(KDHooksError, match=f"fcd: weight in step 2 must be .*found '?{wrong}"):
             kd(images, labels)
 
 
@@ -255,7 +255,7 @@ def test_a_constructor_that_raises_leaves_no_hook(tmp_path: Path) -> None:
     student = TinyFaceNet().train()
     module = tiny_teacher().module
     assert module is not None
-    cached = Teacher(module, cache=CacheOptions(tmp_path))
+    cached = Teacher(module, cache=CacheOptions(path=tmp_path))
     stages: dict[str, Any] = {"student_stages": ["layer1"], "teacher_stages": ["layer1"]}
     with pytest.raises(KDHooksError, match=r"teacher\.cache keeps embeddings alone"):
         Distiller(student, cached, ["at"], **stages, **SIZE)

@@ -205,7 +205,7 @@ def test_a_head_that_is_not_trained_is_refused() -> None:
     [
         ({"temperature": 0.0}, "kd: temperature must be above 0; found 0"),
         ({"scale": -1.0}, "kd: scale must be above 0; found -1"),
-        ({"margin": -0.1}, "kd: margin must be at least 0; found -0.1"),
+        ({"margin": -0.1}, "kd: margin must be at least 0 and at most 2; found -0.1"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, float], message: str) -> None:

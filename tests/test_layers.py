@@ -23,7 +23,6 @@ EVERYWHERE = {"torch", "pluggy", "numpy", "einops", "kdhooks"}
 OWNERS = {  # an optional package -> the modules that may import it, patterns with spaces between
     "onnx": "kdhooks.onnx.*",
     "onnxruntime": "kdhooks.onnx.*",
-    "tomli": "kdhooks.recipe",  # the standard library's, before Python 3.11
     "PIL": "kdhooks_demo.*",
     "matplotlib": "kdhooks_demo.*",
     "tqdm": "kdhooks_demo.*",
@@ -31,7 +30,14 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
 }
 CLASSES = ("chunked_sums", "cosines", "rows", "shards")
-FOR_PLUGINS = {"declarations", "hookspecs", "errors", *(f"classes.{name}" for name in CLASSES)}
+FOR_PLUGINS = {
+    "declarations",
+    "hookspecs",
+    "errors",
+    "options",
+    "schedules",
+    *(f"classes.{name}" for name in CLASSES),
+}
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
     "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks_plugins",
     "kdhooks_integrations",

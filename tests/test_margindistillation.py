@@ -72,8 +72,10 @@ def test_conforms_with_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low": 0.6}, "low and high must rise from 0; found 0.6 and 0.5"),
-        ({"low": -0.1}, "low and high must rise from 0; found -0.1 and 0.5"),
+        ({"low": 0.6}, "low must be at most `high`; found 0.6 and 0.5"),
+        ({"high": {"value": 0.5, "warmup": 9}}, "low must be at most `high`; found 0.2 and 0.0"),
+        ({"low": {"value": 0.6}}, "low must be at most `high`; found 0.6 and 0.5"),
+        ({"low": -0.1}, "low must be at least 0 and at most 3.14159 rad; found -0.1"),
         ({"scale": 0.0}, "scale must be above 0; found 0"),
         ({"width": 4}, "as wide as the teacher's rows; found 4 and 6"),
     ],
@@ -81,3 +83,17 @@ def test_conforms_with_options() -> None:
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(KDHooksError, match=f"margindistillation: .*{message}"):
         declared(**options)
+
+
+def test_two_schedules_may_cross_no_step() -> None:
+    warmup = {"warmup": 4, "unit": "step"}
+    both = declared(low={"value": 0.2, **warmup}, high={"value": 0.5, **warmup})
+    crossing = declared(low={"value": 0.4, **warmup}, high=lambda step: 0.25)
+    for step in range(3):
+        for margin in (both.low, both.high, crossing.low):
+            margin.move(step, None)
+        both.margins(golden.T, golden.Y, whole(golden.W))
+        crossing.margins(golden.T, golden.Y, whole(golden.W))
+    crossing.low.move(3, None)
+    with pytest.raises(KDHooksError, match=r"low must be at most `high`; found 0\.3.* in a step"):
+        crossing.margins(golden.T, golden.Y, whole(golden.W))

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from torch import nn
 
@@ -287,4 +287,4 @@ def test_every_config_fits_the_real_teacher(
         assert [m if isinstance(m, str) else m["name"] for m in config.model.methods] == [name]
         assert model.kdhooks.distiller.taps[0].name == name
     for line in config.get("custom_hooks", []):
-        assert HOOKS.build(line)._options.recipe.teacher["module"] is not None
+        assert HOOKS.build(line)._options.recipe.teacher.module is not None

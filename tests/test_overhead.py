@@ -107,7 +107,7 @@ def test_a_key_takes_five_operators() -> None:
 def test_a_step_of_hits_takes_few_operators_besides_the_keys_and_the_loss(tmp_path: Path) -> None:
     """Memory for the rows, their float32, and the term's weight with its gradient."""
     trained = pair()
-    teacher = Teacher(trained.teacher, cache=CacheOptions(tmp_path))
+    teacher = Teacher(trained.teacher, cache=CacheOptions(path=tmp_path))
     kd = Distiller(trained.student, teacher, ["fcd"], input_shape=(3, SIZE, SIZE))
     loss = kd.losses["fcd"]
     images, labels = batch()

@@ -261,7 +261,9 @@ def test_a_step_with_checkpointing_is_the_same(make: Maker, stage: str, last: st
     for checkpointing in (False, True):
         student = TinyFaceNet()
         student.load_state_dict(trained(TinyFaceNet).state_dict())
-        distiller = distiller_of(make, stage, student.train(), checkpointing=checkpointing)
+        distiller = distiller_of(
+            make, stage, student.train(), prompts={"checkpointing": checkpointing}
+        )
         assert isinstance(distiller.adapter, Prompts)
         assert distiller.adapter.checkpointing == checkpointing
         images, labels = tiny_batch()
@@ -297,7 +299,7 @@ def test_joined_prompts_get_a_gradient_through_their_own_end(
     make: Maker, stage: str, last: str
 ) -> None:
     student = TinyFaceNet().train()
-    distiller = distiller_of(make, stage, student, prompts=2, prompt_tokens_in_f=True)
+    distiller = distiller_of(make, stage, student, prompts={"number": 2, "in_features": True})
     images, labels = tiny_batch()
     student(images)
     total(distiller(images, labels)).backward()

@@ -15,7 +15,7 @@ from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
 from kdhooks_plugins._blocks import transformer_blocks
 from kdhooks_plugins._prompts import Prompts
-from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.cakd import CAKD, PromptTokens
 from tests.maps import normal
 from tests.prompted import SMALL, TEACHERS, Maker, distiller_of, prompts_of, total
 from tests.references.proxylesskd import Margin, margin_softmax
@@ -26,7 +26,8 @@ from tests.transformers import Block, TinySwin, TinyViT, WindowAttention, teache
 
 @TEACHERS
 @pytest.mark.parametrize(
-    "options", [{}, {"prompts": 0}, {"checkpointing": True, "prompt_tokens_in_f": True}]
+    "options",
+    [{}, {"prompts": {"number": 0}}, {"prompts": {"checkpointing": True, "in_features": True}}],
 )
 def test_conforms_with_a_transformer_teacher(
     make: Maker, stage: str, last: str, options: dict[str, Any]
@@ -41,7 +42,7 @@ def test_a_transformer_gets_eight_prompts_a_block_unless_told(
     asked: int | None, expected: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "kdhooks")
-    distiller = distiller_of(TinyViT, "blocks.2", prompts=asked)
+    distiller = distiller_of(TinyViT, "blocks.2", prompts={"number": asked})
     adapter = distiller.adapter
     counts = [len(p) for p in adapter.prompts] if isinstance(adapter, Prompts) else None
     assert counts == (None if expected is None else [expected] * 3)
@@ -52,7 +53,7 @@ def test_without_prompts_the_teacher_runs_without_grad() -> None:
     student = TinyFaceNet().train()
     images, labels = tiny_batch()
     for prompts, grad in ((0, False), (2, True)):
-        distiller = distiller_of(TinyViT, "blocks.2", student, prompts=prompts)
+        distiller = distiller_of(TinyViT, "blocks.2", student, prompts={"number": prompts})
         seen: list[bool] = []
         distiller.losses["cakd"].register_forward_pre_hook(
             lambda module, arguments: seen.append(arguments[1][0].requires_grad)  # noqa: B023
@@ -64,8 +65,11 @@ def test_without_prompts_the_teacher_runs_without_grad() -> None:
 
 
 def test_what_nothing_trains_is_left_out() -> None:
-    assert distiller_of(TinyViT, "blocks.2", detach_teacher_side=True).adapter is None
-    options: dict[str, Any] = {"detach_teacher_side": True, "teacher_cls_weight": 1.0}
+    assert distiller_of(TinyViT, "blocks.2", matching={"detach_teacher_side": True}).adapter is None
+    options: dict[str, Any] = {
+        "matching": {"detach_teacher_side": True},
+        "teacher_cls_weight": 1.0,
+    }
     assert distiller_of(TinyViT, "blocks.2", **options).adapter is not None
 
 
@@ -130,7 +134,7 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
 def test_its_classification_reaches_the_prompts_of_a_step() -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(
-        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, detach_teacher_side=True
+        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, matching={"detach_teacher_side": True}
     )
     images, labels = tiny_batch()
     student(images)
@@ -188,7 +192,9 @@ def block_with(attn: nn.Module | None = None, norm: nn.Module | None = None) -> 
     ],
 )
 def test_blocks_that_are_no_such_thing_are_refused(network: nn.Module, reason: str) -> None:
-    with pytest.raises(KDHooksError, match=rf"the teacher's block '0' \(.*{reason}.*prompts = 0"):
+    with pytest.raises(
+        KDHooksError, match=rf"the teacher's block '0' \(.*{reason}.*set prompts = "
+    ):
         transformer_blocks(network)
 
 
@@ -197,9 +203,9 @@ def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> No
     with pytest.raises(
         KDHooksError, match="the teacher TinyFaceNet has none; supported are blocks"
     ):
-        CAKD(prompts=2).adapt_teacher(teacher)
-    with pytest.raises(KDHooksError, match="prompt_tokens_in_f needs prompts, and the teacher has"):
-        CAKD(prompt_tokens_in_f=True).adapt_teacher(teacher)
+        CAKD(prompts=PromptTokens(number=2)).adapt_teacher(teacher)
+    with pytest.raises(KDHooksError, match=r"prompts\.in_features needs prompts, and the teacher"):
+        CAKD(prompts=PromptTokens(in_features=True)).adapt_teacher(teacher)
     with pytest.raises(KDHooksError, match="teacher_cls_weight trains the teacher's prompts, and"):
         CAKD(teacher_cls_weight=1.0).classifier_share(teacher)
 
@@ -215,7 +221,7 @@ def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> No
 def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stage) -> None:
     teacher = Model(trained(make), 12, (stage,))
     with pytest.raises(KDHooksError, match="needs a stage that ends in a transformer block; found"):
-        CAKD(prompts=2, prompt_tokens_in_f=True).adapt_teacher(teacher)
+        CAKD(prompts=PromptTokens(number=2, in_features=True)).adapt_teacher(teacher)
 
 
 def test_a_teacher_that_is_a_function_gets_none() -> None:
@@ -224,7 +230,7 @@ def test_a_teacher_that_is_a_function_gets_none() -> None:
 
 
 def test_centres_tables_and_prompts_do_not_decay() -> None:
-    kd = distiller_of(TinyViT, "blocks.2", prompt_tokens_in_f=True)
+    kd = distiller_of(TinyViT, "blocks.2", prompts={"in_features": True})
     spared = {id(p) for group in kd.parameter_groups(1.0)[1:] for p in group["params"]}
     names = {name for name, parameter in kd.named_parameters() if id(parameter) in spared}
     assert names == {

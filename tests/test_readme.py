@@ -6,6 +6,7 @@ A code block is named by the word after its language; each name has its test her
 import inspect
 import re
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -21,10 +22,13 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from kdhooks import Distiller, build, methods
 from kdhooks.cli import main
-from kdhooks.discovery import load
+from kdhooks.discovery import create, load
 from kdhooks.hookspecs import Specs
 from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.schedules import number_at
 from kdhooks_integrations.arcface_torch import Attachment, Installation
+from kdhooks_plugins.fcd import FCD
+from kdhooks_plugins.kd import KD
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -142,8 +146,17 @@ def terms_of_distiller(distiller: Distiller) -> list[str]:
 
 def test_block_recipe(folder: Path) -> None:
     recipe = Recipe.read(folder / "kd.toml")
-    assert recipe.teacher["checkpoint"] == folder / "teacher" / "model.pt"
+    assert recipe.teacher.checkpoint == folder / "teacher" / "model.pt"
     assert len(recipe.methods) == 2
+
+
+def test_block_schedules() -> None:
+    fcd, kd = (create(method) for method in tomllib.loads(BLOCKS["schedules"][1])["methods"])
+    assert isinstance(fcd, FCD)
+    assert isinstance(kd, KD)
+    assert [number_at(fcd.weight, step, None) for step in (0, 250, 1000)] == [0, 8, 32]
+    expected = [8, 8, 6, 4, 4]
+    assert [number_at(kd.temperature, step, 2) for step in (0, 4, 5, 6, 9)] == expected
 
 
 def test_block_arcface_install(folder: Path, trainer: ModuleType) -> None:
@@ -190,7 +203,7 @@ def test_block_mmengine() -> None:
     model = MODELS.build(names["model"])
     assert terms_of_distiller(model.kdhooks.distiller) == ["fcd"]
     (line,) = names["custom_hooks"]
-    assert HOOKS.build(line)._options.recipe.teacher["module"] is not None
+    assert HOOKS.build(line)._options.recipe.teacher.module is not None
 
 
 def test_block_plain() -> None:
@@ -272,6 +285,24 @@ def test_block_method() -> None:
     images, labels = batch()
     student(images)
     assert list(kd(images, labels)) == ["align"]
+
+
+def test_block_options() -> None:
+    student = Network().train()
+    names = run("method", student=student, teacher=trained())
+    names["kd"].remove()
+    kd = run("options", **{**names, "student": student})["kd"]
+    images, labels = batch()
+    student(images)
+    terms = kd(images, labels)
+    assert list(terms) == ["scaled"]
+    student(images)
+    kd(images, labels)
+    step = 1  # of the second forward; the scale falls from 4 to 1 in 1,000 steps
+    scale = 4.0 - 3.0 * step / 1000
+    with kd.paused():
+        plain = 1 - F.cosine_similarity(student(images), names["teacher"](images)).mean()
+    assert kd.metrics["scaled"].item() == pytest.approx(scale * plain.item(), rel=1e-4)
 
 
 def test_block_sh() -> None:

@@ -101,27 +101,30 @@ TEACHER = {"module": torch.flatten}
 @pytest.mark.parametrize(
     ("recipe", "match"),
     [
-        ({"teacher": TEACHER}, "recipe needs 'methods'; found teacher"),
-        ({"methods": ["fcd"]}, "recipe needs 'teacher'; found methods"),
-        ({"teacher": TEACHER, "method": []}, "no key 'method'; did you mean 'methods'"),
+        ({"teacher": TEACHER}, "recipe needs its option 'methods'"),
+        ({"methods": ["fcd"]}, "recipe needs its option 'teacher'"),
+        (
+            {"teacher": TEACHER, "method": []},
+            "recipe has no option 'method'; did you mean 'methods'",
+        ),
         ({"teacher": TEACHER, "methods": []}, "methods must be a list of at least one"),
         ({"teacher": TEACHER, "methods": "fcd"}, "methods must be a list"),
         ({"teacher": TEACHER, "methods": ["fdc"]}, "no method 'fdc' is installed; did you mean"),
         (
             {"teacher": TEACHER, "methods": [{"name": "fcd", "wieght": 1}]},
-            "'fcd' has no option 'wieght'; did you mean 'weight'",
+            "fcd has no option 'wieght'; did you mean 'weight'",
         ),
         (
             {"teacher": TEACHER, "methods": [{"name": "fcd", "weight": -1}]},
-            "fcd: weight must be finite and at least 0; found -1",
+            "fcd: weight must be at least 0; found -1",
         ),
         (
             {"teacher": TEACHER, "methods": ["fcd"], "taps": {"pupil": {}}},
-            "recipe: taps has no key 'pupil'",
+            "recipe: taps has no option 'pupil'",
         ),
         (
             {"teacher": TEACHER, "methods": ["fcd"], "taps": {"student": {"embeding": ""}}},
-            "recipe: taps.student has no key 'embeding'; did you mean 'embedding'",
+            "recipe: taps.student has no option 'embeding'; did you mean 'embedding'",
         ),
         ({"teacher": {}, "methods": ["fcd"]}, "needs exactly one of .*; found none"),
         (
@@ -130,27 +133,33 @@ TEACHER = {"module": torch.flatten}
         ),
         (
             {"teacher": {"network": "r50"}, "methods": ["fcd"]},
-            "teacher.network and teacher.checkpoint go together",
+            "teacher.network needs teacher.checkpoint",
         ),
         (
             {"teacher": {"network": "r50", "chekpoint": ""}, "methods": ["fcd"]},
-            "teacher has no key 'chekpoint'; did you mean 'checkpoint'",
+            "teacher has no option 'chekpoint'; did you mean 'checkpoint'",
         ),
         (
             {"teacher": {"network": "r50", "checkpoint": "absent.pt"}, "methods": ["fcd"]},
-            "teacher.checkpoint: there is no file 'absent.pt'",
+            "teacher.checkpoint must be a file; there is no file 'absent.pt'",
         ),
-        ({"teacher": {"onnx": "absent.onnx"}, "methods": ["fcd"]}, "teacher.onnx: there is no"),
-        ({"teacher": 3, "methods": ["fcd"]}, "a table, a module or a function; found int"),
+        (
+            {"teacher": {"onnx": "absent.onnx"}, "methods": ["fcd"]},
+            "teacher.onnx must be a file; there is no",
+        ),
+        (
+            {"teacher": 3, "methods": ["fcd"]},
+            "teacher.module must be a Module or a function; found 3",
+        ),
         (
             {"teacher": {**TEACHER, "dtype": "float8"}, "methods": ["fcd"]},
-            "dtype must be one of float32, float16, bfloat16; found 'float8'",
+            "dtype must be one of 'float32', 'float16', 'bfloat16'; found 'float8'",
         ),
         (
             {"teacher": {**TEACHER, "input": {"sise": 1}}, "methods": ["fcd"]},
-            "teacher.input has no key 'sise'; did you mean 'size'",
+            "teacher.input has no option 'sise'; did you mean 'size'",
         ),
-        ("absent.toml", "there is no file 'absent.toml'"),
+        ("absent.toml", "'absent.toml' does not exist"),
     ],
 )
 def test_refuses(recipe: Any, match: str) -> None:
@@ -185,15 +194,15 @@ def test_reading_a_recipe_twice_is_reading_it_once() -> None:
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ({"network": "r50", "checkpoint": None}, "teacher.checkpoint must be a path; found None"),
+        ({"network": "r50", "checkpoint": None}, "teacher.network needs teacher.checkpoint"),
         ({"network": "r50", "checkpoint": 3}, "teacher.checkpoint must be a path; found 3"),
         ({"onnx": 3}, "teacher.onnx must be a path; found 3"),
-        ({"insightface": None}, "teacher.insightface must be a path; found None"),
+        ({"insightface": None}, "teacher needs exactly one of"),
         ({**TEACHER, "channels_last": "yes"}, "channels_last must be true or false; found 'yes'"),
-        ({**TEACHER, "compile": 1}, "or one of reduce-overhead, max-autotune; found 1"),
+        ({**TEACHER, "compile": 1}, "or one of 'reduce-overhead', 'max-autotune'; found 1"),
         ({**TEACHER, "side_stream": 1}, "teacher.side_stream must be true or false; found 1"),
         ({**TEACHER, "convert": "no"}, "teacher.convert must be true or false; found 'no'"),
-        ({**TEACHER, "input": {"size": 64}}, "size must be height and width; found 64"),
+        ({**TEACHER, "input": {"size": 64}}, "size must be a list of 2 whole numbers; found 64"),
     ],
 )
 def test_a_teachers_keys_are_checked(spec: dict[str, object], match: str) -> None:
@@ -250,12 +259,85 @@ def export(module: nn.Module, images: Tensor, path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
-        ("input_shape", 112, "input_shape must be channels, height and width; found 112"),
-        ("input_shape", [3, 112], r"input_shape must be .* width; found \[3, 112\]"),
+        ("input_shape", 112, "input_shape must be a list of 3 whole numbers; found 112"),
+        ("input_shape", [3, 112], r"input_shape must be a list of 3 .*; found \[3, 112\]"),
         ("seed", "x", "seed must be a whole number; found 'x'"),
-        ("nonfinite", "skipp", "nonfinite must be 'raise' or 'skip'; found 'skipp'"),
+        ("nonfinite", "skipp", "nonfinite must be one of 'raise', 'skip'; found 'skipp'"),
     ],
 )
 def test_simple_keys_are_checked(key: str, value: object, found: str) -> None:
     with pytest.raises(KDHooksError, match=f"recipe: {found}"):
         Recipe.read({"teacher": nn.Identity(), "methods": ["fcd"], key: value})
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+TEXT = '# r\u00e9sum\u00e9\nteacher.onnx = "teacher.onnx"\nmethods = ["fcd"]\n'
+
+
+def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "teacher.onnx").write_bytes(b"")
+    (tmp_path / "kd.toml").write_bytes(TEXT.encode("utf-8-sig"))
+    assert Recipe.read(tmp_path / "kd.toml").teacher.onnx == tmp_path / "teacher.onnx"
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (TEXT.encode("latin-1"), r"kd\.toml' must be a text in UTF-8; found byte 0xe9 in line 1"),
+        (TEXT.encode("utf-16"), r"kd\.toml' must be a text in UTF-8; found byte 0xff in line 1"),
+        (b"a = 1\n# \xe9", "found byte 0xe9 in line 2; save the file in the encoding UTF-8"),
+        (b"methods = [", r"recipe: '.*kd\.toml' is not TOML: "),
+        (b"a = " + b"[" * 100_000, r"recipe: '.*kd\.toml' is not TOML: "),
+        (b"", "recipe needs its option 'teacher'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(content: bytes, match: str, tmp_path: Path) -> None:
+    (tmp_path / "kd.toml").write_bytes(content)
+    with pytest.raises(KDHooksError, match=match):
+        Recipe.read(tmp_path / "kd.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(KDHooksError, match=r"recipe must be a TOML file; '.*' is a folder"):
+        Recipe.read(tmp_path)
+    with pytest.raises(KDHooksError, match=r"'~nosuchuser/kd\.toml' must be a path; found no home"):
+        Recipe.read("~nosuchuser/kd.toml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"teacher": {"module": nn.Identity(), "convert": True}}, "teacher.convert belongs to"),
+        ({"teacher": {"module": nn.Identity(), "root": "x"}}, "teacher.root belongs to"),
+        (
+            {"teacher": {"module": nn.Identity(), "checkpoint": "x"}},
+            "teacher.checkpoint belongs to",
+        ),
+        ({"teacher": {"onnx": "."}}, r"teacher\.onnx must be a file; it is a folder"),
+        ({"teacher": {"onnx": ""}}, "teacher.onnx must be a path; found ''"),
+        ({"teacher": {"onnx": "~nosuchuser/a"}}, "'~nosuchuser/a' must be a path; found no home"),
+        ({"teacher": {"module": nn.Identity(), "cache": ""}}, "teacher.cache must be a path"),
+        (
+            {"teacher": {"module": nn.Identity(), "dtype": []}},
+            r"dtype must be one of .*; found \[\]",
+        ),
+        ({"teacher": nn.Identity}, "teacher.module must be a Module or a function; found type"),
+        ({"methods": [3]}, "a method must be a name, a table .*; found 3"),
+        ({"methods": {"name": "fcd"}}, "recipe: methods must be a list of anything; found"),
+        ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),
+        ({"methods": [{"name": 3}]}, "a method's table needs a 'name'"),
+        ({"taps": {"student": {"stages": "layer3"}}}, r"stages must be .* write \['layer3'\]"),
+        ({"taps": []}, r"taps must be a table; found \[\]"),
+        ({"seed": 2**64}, "seed must be at least 0 and at most"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": True}, "seed must be a whole number; found True"),
+        ({"input_shape": [3, 112, 0]}, r"input_shape\[2\] must be at least 1; found 0"),
+        ({"input_shape": "3x112"}, "input_shape must be a list of 3 whole numbers; found '3x112'"),
+    ],
+)
+def test_nothing_is_accepted_that_means_something_else(
+    changed: dict[str, object], match: str
+) -> None:
+    with pytest.raises(KDHooksError, match=match):
+        Recipe.read({"teacher": nn.Identity(), "methods": ["fcd"], **changed})

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from kdhooks import FeatureTap, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
-from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.reviewkd import LEVELS, ReviewedFeatures, ReviewKD, pyramid
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal
@@ -199,46 +198,25 @@ def test_gradient_reaches_student_and_own_weights_alone(
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
 def test_reads_no_value_in_forward(ours: tuple[Shape, ...], theirs: tuple[Shape, ...]) -> None:
-    maps.check_reads_no_value(made(ours, theirs, warmup_steps=2), ours, theirs)
+    maps.check_reads_no_value(made(ours, theirs), ours, theirs)
 
 
-@pytest.mark.parametrize("warmup", [1, 3, 4])
-def test_the_loss_grows_over_the_warm_up(warmup: int) -> None:
+def test_goes_on_bit_by_bit_from_its_state_dict() -> None:
     shapes = SHAPES[0][0]
     student, teacher = features(1, 3, *shapes), features(9, 3, *shapes)
-    loss = made(shapes, warmup_steps=warmup)
-    full = value(made(shapes), student, teacher)
-    for step in range(6):
-        expected = min(1.0, step / warmup) * full
-        assert_close(value(loss, student, teacher), expected)
-    loss.eval()
-    before = loss.warmup.steps.clone()
-    value(loss, student, teacher)
-    assert loss.warmup.steps == before  # an evaluation pass is no step
-
-
-def test_the_warm_up_goes_on_from_the_state_dict() -> None:
-    shapes = SHAPES[0][0]
-    student, teacher = features(1, 3, *shapes), features(9, 3, *shapes)
-    straight, resumed = made(shapes, warmup_steps=8), made(shapes, warmup_steps=8, mid=None)
+    straight, resumed = made(shapes), made(shapes)
     for _ in range(3):
         value(straight, student, teacher)
     state = straight.state_dict()
-    assert state["warmup.steps"] == 3
     assert {"path.inputs.0.1.running_mean", "outputs.1.1.running_var"} <= set(state)
+    assert not torch.equal(
+        state["outputs.1.1.running_var"], resumed.state_dict()["outputs.1.1.running_var"]
+    )
     resumed.load_state_dict(state)
-    found = value(resumed, student, teacher)
-    assert torch.equal(found, value(straight, student, teacher))
-    assert found != value(resumed, student, teacher)
+    assert torch.equal(value(resumed, student, teacher), value(straight, student, teacher))
 
 
-def test_the_factor_has_the_precision_of_the_loss() -> None:
-    warm = WarmUp(3)
-    warm(torch.ones(()))
-    assert warm(torch.ones((), dtype=torch.float64)).item() == 1 / 3
-
-
-@pytest.mark.parametrize("options", [{"mid": 3}, {"warmup_steps": 5}])
+@pytest.mark.parametrize("options", [{"mid": 3}, {"weight": 8.0}])
 def test_conforms_with_every_option(options: dict[str, Any]) -> None:
     check_method(ReviewKD, **options)
 
@@ -263,7 +241,6 @@ def test_the_weight_is_the_taps() -> None:
     ("options", "message"),
     [
         ({"mid": 0}, "reviewkd: mid must be at least 1; found 0"),
-        ({"warmup_steps": -1}, "reviewkd: warmup_steps must be at least 0; found -1"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:

@@ -36,6 +36,7 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 STEPS = 4
 NAMES = [info.name for info in methods()]
+WARM_UP = {"value": 0.5, "warmup": 2}
 
 
 @pytest.fixture(scope="module", params=[FAR, CUDA])
@@ -144,9 +145,9 @@ def test_a_method_trains_on_another_device_and_never_waits(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("coupleface", {"k": 2, "relations": "bank", "bank_momentum": 0.5, "warmup_steps": 2}),
+        ("coupleface", {"k": 2, "relations": "bank", "bank_momentum": 0.5, "alpha": WARM_UP}),
         ("fcd", {"projector": True}),
-        ("proxylesskd", {"projector": True, "extra_fcd_weight": 1.0, "margin_warmup_steps": 2}),
+        ("proxylesskd", {"projector": True, "extra_fcd_weight": 1.0, "m": WARM_UP}),
     ],
 )
 def test_an_options_state_trains_on_another_device_and_never_waits(
@@ -158,7 +159,7 @@ def test_an_options_state_trains_on_another_device_and_never_waits(
 def test_prompts_train_on_another_device_and_never_wait(
     process: ProcessPoolExecutor, place: str
 ) -> None:
-    make = partial(method, "cakd", prompts=2)
+    make = partial(method, "cakd", prompts={"number": 2})
     compare(process, place, make, transformer=True)
 
 
@@ -173,7 +174,7 @@ def test_prompts_are_trained_on_the_students_stream(
     process: ProcessPoolExecutor, place: str
 ) -> None:
     """Else their gradient would be another stream's."""
-    make = partial(method, "cakd", prompts=2)
+    make = partial(method, "cakd", prompts={"number": 2})
     compare(process, place, make, transformer=True, side_stream=True)
 
 
@@ -182,8 +183,10 @@ def test_a_cached_step_waits_for_the_keys_alone(
 ) -> None:
     """After the first, and the second, in which the teacher is asked what the cache has found."""
     make = partial(method, "fcd")
-    there = process.submit(trained, place, make, waits=2, cache=CacheOptions(tmp_path / "there"))
-    here = process.submit(trained, "cpu", make, cache=CacheOptions(tmp_path / "here"))
+    there = process.submit(
+        trained, place, make, waits=2, cache=CacheOptions(path=tmp_path / "there")
+    )
+    here = process.submit(trained, "cpu", make, cache=CacheOptions(path=tmp_path / "here"))
     # The cache rounds to float16, and CUDA may round an embedding to the next number.
     rtol, atol = (None, None) if place == NAME else (1e-2, 1e-3)
     assert_close(there.result(), here.result(), rtol=rtol, atol=atol)

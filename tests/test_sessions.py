@@ -99,7 +99,7 @@ def test_a_second_run_changes_nothing_for_the_first(first: list[Any], second: li
 
 
 def test_closing_one_leaves_the_hooks_and_the_cache_of_the_other(tmp_path: Path) -> None:
-    teacher = Teacher(module(), cache=CacheOptions(tmp_path))
+    teacher = Teacher(module(), cache=CacheOptions(path=tmp_path))
     first, second = student(), student()
     one = Distiller(first, teacher, ["fcd"], **SIZE)
     two = Distiller(second, teacher, ["fcd"], **SIZE)

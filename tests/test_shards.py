@@ -151,7 +151,7 @@ _HEADS: dict[str, tuple[dict[str, Any], Tensor]] = {
     "without_labels": ({}, _MISSING),
     "extra_fcd": ({"extra_fcd_weight": 8.0}, _MISSING),
     "projector": ({"projector": True, "extra_fcd_weight": 8.0, "scale": 4.0}, _LABELS),
-    "warm_up": ({"margin_warmup_steps": 2, "scale": 8.0}, _LABELS),
+    "warm_up": ({"m": {"value": 0.5, "initial": 0.2, "warmup": 2}, "scale": 8.0}, _LABELS),
 }
 _BANKS: dict[str, dict[str, Any]] = {
     "latest": {},

@@ -40,17 +40,17 @@ def distilled(teacher: Teacher, steps: int = 4) -> tuple[list[Tensor], nn.Module
 
 def test_a_cached_training_is_the_uncached_one_but_for_the_rounding(tmp_path: Path) -> None:
     plain, _ = distilled(Teacher(Counting()))
-    cached, first = distilled(Teacher(Counting(), cache=CacheOptions(tmp_path)))
+    cached, first = distilled(Teacher(Counting(), cache=CacheOptions(path=tmp_path)))
     assert_close(cached, plain, rtol=1e-3, atol=1e-3)
-    again, second = distilled(Teacher(Counting(), cache=CacheOptions(tmp_path)))
+    again, second = distilled(Teacher(Counting(), cache=CacheOptions(path=tmp_path)))
     assert_close(again, cached, rtol=0, atol=0)
     assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
 def test_steps_of_a_filled_cache_leave_the_teacher_alone(tmp_path: Path) -> None:
-    distilled(Teacher(Counting(), cache=CacheOptions(tmp_path)), steps=2)
+    distilled(Teacher(Counting(), cache=CacheOptions(path=tmp_path)), steps=2)
     module = Counting()
-    distilled(Teacher(module, cache=CacheOptions(tmp_path)), steps=6)
+    distilled(Teacher(module, cache=CacheOptions(path=tmp_path)), steps=6)
     assert module.calls == [2, 2, 12]  # shapes, fingerprint, and the first step
 
 
@@ -76,7 +76,7 @@ class Seeing(EmbeddingDistance):
 def test_the_teacher_sees_what_it_is_given_whatever_the_student_saw(
     student: Callable[[], TinyFaceNet], tmp_path: Path
 ) -> None:
-    teacher = Teacher(Counting(), cache=CacheOptions(tmp_path))
+    teacher = Teacher(Counting(), cache=CacheOptions(path=tmp_path))
     net, method = student().train(), Seeing()
     kd = Distiller(net, teacher, [method], input_shape=SHAPE)
     for step in range(3):
@@ -97,7 +97,7 @@ def test_the_teacher_sees_what_it_is_given_whatever_the_student_saw(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_student_trains_with_a_cache(tmp_path: Path) -> None:
-    teacher = Teacher(Counting(), cache=CacheOptions(tmp_path))
+    teacher = Teacher(Counting(), cache=CacheOptions(path=tmp_path))
     net, method = TinyFaceNet().train(), Seeing()
     kd = Distiller(net, teacher, [method], input_shape=SHAPE)
     fast = torch.compile(net, backend="eager")
@@ -133,7 +133,7 @@ class Adapted:
 def test_features_and_adapted_teachers_are_refused(
     method: object, match: str, tmp_path: Path
 ) -> None:
-    teacher = Teacher(Counting().inner, cache=CacheOptions(tmp_path / "cache"))
+    teacher = Teacher(Counting().inner, cache=CacheOptions(path=tmp_path / "cache"))
     stages = ("layer1", "layer2")
     with pytest.raises(KDHooksError, match=match):
         Distiller(
@@ -154,8 +154,9 @@ def test_a_recipe_names_a_folder_beside_it(table: object, tmp_path: Path) -> Non
         f'methods = ["fcd"]\nteacher = {{ onnx = "teacher.onnx", cache = {text} }}'
     )
     bound = None if isinstance(table, str) else 0.5
-    options = Recipe.read(tmp_path / "kd.toml").teacher["cache"]
-    assert options == CacheOptions(tmp_path / "cache", bound)
+    options = Recipe.read(tmp_path / "kd.toml").teacher.cache
+    assert isinstance(options, CacheOptions)
+    assert (options.path, options.max_gb) == (tmp_path / "cache", bound)
 
 
 def test_the_cache_of_a_recipe_reaches_the_teacher(tmp_path: Path) -> None:
@@ -168,11 +169,11 @@ def test_the_cache_of_a_recipe_reaches_the_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cache", "match"),
     [
-        (3, "teacher.cache must be a table; found int"),
-        ({"max_gb": 3}, 'teacher.cache must name a folder, as "cache" or as .* found .*max_gb'),
-        ({"pth": "cache"}, "teacher.cache has no key 'pth'; did you mean 'path'"),
-        ({"path": "cache", "max_gb": 0}, "max_gb must be positive; found 0"),
-        (__file__, "teacher.cache must be a folder; '.*py' is a file"),
+        (3, "teacher.cache must be a table or a path; found 3"),
+        ({"max_gb": 3}, "teacher.cache needs its option 'path'"),
+        ({"pth": "cache"}, "teacher.cache has no option 'pth'; did you mean 'path'"),
+        ({"path": "cache", "max_gb": 0}, "max_gb must be above 0 GB; found 0"),
+        (__file__, "teacher.cache: path must be a folder; '.*py' is a file"),
     ],
 )
 def test_a_recipe_refuses(cache: object, match: str) -> None:

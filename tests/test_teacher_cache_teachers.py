@@ -43,7 +43,7 @@ def test_another_teacher_is_refused(options: dict[str, Any], match: str, tmp_pat
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
-    teacher = Teacher(Mean(), cache=CacheOptions(tmp_path))
+    teacher = Teacher(Mean(), cache=CacheOptions(path=tmp_path))
     TeacherSession(teacher, like=torch.zeros(1, 3, 8, 8))
     with pytest.raises(KDHooksError, match=r"filled with images \[3, 8, 8\], .* has \[3, 4, 4\]"):
         TeacherSession(teacher, like=torch.zeros(1, 3, 4, 4))

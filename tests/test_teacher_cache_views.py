@@ -93,7 +93,7 @@ def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_them_alone(tmp_p
         pytest.skip("no CUDA device")
     images = views(0, 8).cuda()
     assert torch.equal(ViewKeys()(images).cpu(), ViewKeys()(images.cpu()))
-    teacher = TeacherSession(Teacher(Counting(), cache=CacheOptions(tmp_path)), like=images)
+    teacher = TeacherSession(Teacher(Counting(), cache=CacheOptions(path=tmp_path)), like=images)
     teacher(images)
     expected = teacher(images).embedding
     torch.cuda.set_sync_debug_mode("warn")
@@ -186,7 +186,7 @@ def test_a_miss_that_is_not_finite_is_noticed_among_hits(tmp_path: Path) -> None
         return torch.where(images.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 5, nan, embedding)
 
     nan = torch.tensor(torch.nan)
-    teacher = Teacher(bad_if_bright, cache=CacheOptions(tmp_path))
+    teacher = Teacher(bad_if_bright, cache=CacheOptions(path=tmp_path))
     net = TinyFaceNet().train()
     kd = Distiller(net, teacher, ["fcd"], input_shape=SHAPE)
     for start in (0, 0, 8):
@@ -212,6 +212,6 @@ def test_rows_that_float16_can_not_hold_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_session_that_knows_no_images_opens_no_cache(tmp_path: Path) -> None:
-    teacher = Teacher(Counting(), cache=CacheOptions(tmp_path / "cache"))
+    teacher = Teacher(Counting(), cache=CacheOptions(path=tmp_path / "cache"))
     TeacherSession(teacher)(views(0, 4))
     assert not (tmp_path / "cache").exists()

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import version
@@ -82,7 +82,7 @@ class Record:
         before = content["cases"].get(case, {})
         kept = before if before.get("status") == "done" else before.get("kept")
         # To the microsecond, so that two tries never look the same.
-        at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
+        at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
         made = {"at": at, "by": self._command, "on": machine()}
         entry = {"status": status, **more, "made": made}
         if kept and status != "done":

@@ -15,7 +15,12 @@ COUPLEFACE = {"name": "coupleface", "weight": 64.0, "k": 100}
 ECKD = {"name": "eckd", "weight": 16.0}
 # In place of the labels' loss, with its scale and margin: the teacher's rows are the classifier.
 PROXYLESSKD = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
-CAKD = {"name": "cakd", "weight": 1.0, "width": 128, "heads": 4, "prompts": 0}
+CAKD = {
+    "name": "cakd",
+    "weight": 1.0,
+    "urfm": {"width": 128, "heads": 4},
+    "prompts": {"number": 0},
+}
 ACSR = {"name": "acsr", "weight": 0.08}
 AT = {"name": "at", "weight": 1.0}
 REVIEWKD = {"name": "reviewkd", "weight": 0.25, "mid": 16}

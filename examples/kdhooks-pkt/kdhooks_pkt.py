@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, hookimpl
+from kdhooks import EmbeddingTap, Options, Weight, hookimpl, option
 
 
 class Neighbourhoods(nn.Module):
@@ -27,9 +27,10 @@ def probabilities(embedding: Tensor) -> Tensor:
     return others / others.sum(dim=1, keepdim=True)
 
 
-class PKT:
-    def __init__(self, *, weight: float = 100.0) -> None:
-        self.weight = weight
+class PKT(Options):
+    """L = mean KL(teacher's probabilities ‖ student's)."""
+
+    weight: Weight = option(100.0, "The factor of the term.", least=0)
 
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:

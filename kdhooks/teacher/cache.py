@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdhooks.errors import KDHooksError
 from kdhooks.later import Later, Sent
+from kdhooks.options import REQUIRED, Options, option
 from kdhooks.teacher.cache_files import Embeddings, Index, Keys, Parts
 from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same
 
@@ -25,18 +25,17 @@ RESERVE_GB = 2.0  # of the disk, left to the checkpoints of the training
 _ROW_BITS = 40  # of a place: the row; above them the part
 
 
-@dataclass(frozen=True)
-class CacheOptions:
-    """path: a folder, made where there is none; max_gb: of all its files, 10^9 bytes."""
+class CacheOptions(Options, subject="teacher.cache"):
+    """A folder of the teacher's embeddings."""
 
-    path: Path
-    max_gb: float | None = None
+    path: Path = option(REQUIRED, "The folder; it is created if it does not exist.")
+    max_gb: float | None = option(
+        None, "The most that all its files may take; by default no limit.", above=0, unit="GB"
+    )
 
-    def __post_init__(self) -> None:
-        if self.max_gb is not None and not (
-            isinstance(self.max_gb, int | float) and self.max_gb > 0
-        ):
-            raise KDHooksError(f"teacher.cache: max_gb must be positive; found {self.max_gb}")
+    def check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise self.refused("path", f"must be a folder; '{self.path}' is a file")
 
 
 class TeacherCache:

@@ -55,7 +55,7 @@ class Teacher:
             session halves it by itself.
         cache: a folder that keeps embeddings, so that a view is embedded once.
         """
-        check_compile(compile)
+        _check_compile(compile)
         if side_stream and isinstance(compile, str):
             raise KDHooksError(
                 f"teacher: side_stream and compile = {compile!r} exclude each other, since CUDA "
@@ -117,10 +117,8 @@ def set_eval(module: nn.Module) -> None:
         module.eval()
 
 
-def check_compile(found: object, where: str = "") -> None:
-    """Refuse a `compile` that is neither a bool nor one of the known modes."""
+def _check_compile(found: object) -> None:
     if not isinstance(found, bool) and found not in _MODES:
         raise KDHooksError(
-            f"{where}teacher.compile must be true, false or one of {listed(_MODES)}; "
-            f"found {found!r}"
+            f"teacher.compile must be true, false or one of {listed(_MODES)}; found {found!r}"
         )

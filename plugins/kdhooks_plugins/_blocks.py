@@ -32,7 +32,7 @@ def transformer_blocks(teacher: nn.Module) -> dict[str, nn.Module]:
         except Exception as error:
             raise KDHooksError(
                 f"cakd: prompts can't join the teacher's block '{path}' ({error}); they join "
-                f"{SUPPORTED}; set prompts = 0 to let the teacher run without"
+                f"{SUPPORTED}; set prompts = {{ number = 0 }} to let the teacher run without"
             ) from error
     return blocks
 
@@ -56,7 +56,7 @@ def last_block(blocks: Mapping[str, nn.Module], stage: Stage) -> str:
     inside = [path for path in blocks if f"{path}.".startswith(f"{stage.path}.")]
     if not inside or width(blocks[inside[-1]]) != stage.shape[-1]:
         raise KDHooksError(
-            f"cakd: prompt_tokens_in_f needs a stage that ends in a transformer block; found "
+            f"cakd: prompts.in_features needs a stage that ends in a transformer block; found "
             f"'{stage.path}' of shape {stage.shape}; name the last block as the last stage"
         )
     return inside[-1]

@@ -1,13 +1,15 @@
 """Where a pixel lies on an aligned face: its distance to an anchor, and the bucket of that."""
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kdhooks import KDHooksError
+from kdhooks import Options, option
 from kdhooks_plugins._maps import pool
+from kdhooks_plugins.saliency import load_saliency
 
 _SIDE = 112  # pixels of the ArcFace template, in which all coordinates (x, y) are given
 _LANDMARKS = ((38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20))
@@ -15,32 +17,56 @@ NOSE = _LANDMARKS[2]
 _SPAN = 14  # half-cells of a 7 x 7 grid across the face: the unit of every distance here
 
 
-@dataclass(frozen=True)
-class FacialPositions:
+class FacialPositions(Options, subject="cakd: positions"):
     """I(D(i, anchor)), D = |i - anchor| + gamma · D_face, in half-cells of a 7 x 7 grid.
 
     The unit is the same for every grid, so that a place on the face has one position, whether a
     student's map or a teacher's tokens show it. The anchor is the pixel that holds that point.
     """
 
-    distance: str = "relative"
-    gamma: float = 1.0
-    anchor: tuple[float, float] = NOSE
-    pieces: tuple[float, float, float] = (4.0, 12.0, 24.0)
-    saliency: Tensor | None = None  # (h w) of any size, from 0 to 1
+    distance: Literal["relative", "saliency"] = option(
+        "relative",
+        "D_face, the difference of a pixel and the anchor. relative: of their distances to the "
+        "five landmarks of an aligned face; saliency: of the teacher's activity at both.",
+    )
+    saliency: Tensor | Path | None = option(
+        None,
+        "For the distance saliency: a map (h w) made by `saliency.saliency_map`, or a file of one.",
+    )
+    gamma: float = option(1.0, "The factor of D_face.", least=0)
+    anchor: tuple[float, float] = option(
+        NOSE,
+        "The point (x, y) in the 112 x 112 template that positions count from; by default the tip "
+        "of the nose.",
+        least=0,
+        below=_SIDE,
+        unit="pixels",
+    )
+    pieces: tuple[float, float, float] = option(
+        (4.0, 12.0, 24.0),
+        "α, β and γ' of the piecewise index: buckets are half a cell wide up to α, then wider; the "
+        "last bucket, β, starts at γ'.",
+        above=0,
+    )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         alpha, beta, reach = self.pieces
-        if not 0 < alpha <= beta or alpha >= reach:
-            raise KDHooksError(
-                "cakd: pieces are alpha, beta and where beta is reached, with 0 < alpha <= beta "
-                f"and alpha < reach; found {tuple(self.pieces)}"
+        if alpha > beta or alpha >= reach:
+            raise self.refused(
+                "pieces",
+                "must be alpha, beta and the distance that reaches beta, with alpha <= beta and "
+                f"alpha < reach; found {self.pieces}",
             )
-        if not all(0 <= coordinate < _SIDE for coordinate in self.anchor):
-            raise KDHooksError(
-                f"cakd: anchor must be a point (x, y) of the {_SIDE} x {_SIDE} template; found "
-                f"{tuple(self.anchor)}"
+        if (self.distance == "saliency") != (self.saliency is not None):
+            found = "no" if self.saliency is None else "a"
+            raise self.refused(
+                "saliency",
+                "must be given with distance 'saliency', and only with it; found distance "
+                f"'{self.distance}' and {found} map; kdhooks_plugins.saliency.saliency_map makes "
+                "one",
             )
+        if self.saliency is not None:
+            object.__setattr__(self, "saliency", load_saliency(self.saliency))
 
     @property
     def rows(self) -> int:
@@ -65,7 +91,7 @@ class FacialPositions:
 
     def _salient(self, size: tuple[int, int], anchor: int) -> Tensor:
         """(h, w) -> (n): how much more or less salient than the anchor; at most the span."""
-        assert self.saliency is not None
+        assert isinstance(self.saliency, Tensor)
         map_ = pool(self.saliency[None, None], size).flatten()
         return _SPAN * (map_ - map_[anchor]).abs()
 

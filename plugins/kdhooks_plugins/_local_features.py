@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import KDHooksError
+from kdhooks import KDHooksError, Scheduled, Varying
 from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
 
-ATTENTIONS = ("mse", "kl")
 _EPS = 1e-5  # added to a variance
 
 
@@ -23,8 +22,8 @@ class LocalFeatures(nn.Module):
         msa: Sequence[SelfAttention],
         *,
         attention: str = "mse",
-        attention_weight: float = 1.0,
-        feature_weight: float = 1.0,
+        attention_weight: Scheduled = 1.0,
+        feature_weight: Scheduled = 1.0,
         standardise: bool = True,
         prompted: bool = False,
         detach_teacher_side: bool = False,
@@ -36,7 +35,8 @@ class LocalFeatures(nn.Module):
         self.ours, self.theirs, self.urfm = ours, theirs, urfm
         self.msa = nn.ModuleList(msa)
         self.attention = attention
-        self.attention_weight, self.feature_weight = attention_weight, feature_weight
+        self.attention_weight = Varying(attention_weight)
+        self.feature_weight = Varying(feature_weight)
         self.standardise = standardise
         self.prompted, self.detach_teacher_side = prompted, detach_teacher_side
         self.collapse_below, self.check_every = collapse_below, check_every
@@ -60,7 +60,8 @@ class LocalFeatures(nn.Module):
             y_s, y_t = standardised(y_s), standardised(y_t)
         attention = attention_distance(map_s, map_t, self.attention)
         feature = F.mse_loss(y_s, y_t)
-        return self.attention_weight * attention + self.feature_weight * feature, {
+        total = self.attention_weight.now * attention + self.feature_weight.now * feature
+        return total, {
             "attention": attention,
             "feature": feature,
             "token_variance": variance,
@@ -75,9 +76,10 @@ class LocalFeatures(nn.Module):
             if found < self.collapse_below:
                 raise KDHooksError(
                     "cakd: the teacher's local features must differ between the images of a "
-                    f"batch; found a relative variance of {found:.1e}, below collapse_below = "
-                    f"{self.collapse_below:.1e}: both sides agree on constants; set standardise "
-                    "= true, detach_teacher_side = true, or a smaller weight or learning rate"
+                    f"batch; found a relative variance of {found:.1e}, below collapse.below = "
+                    f"{self.collapse_below:.1e}: both sides agree on constants; set "
+                    "matching.standardise = true, matching.detach_teacher_side = true, or a "
+                    "smaller weight or learning rate"
                 )
 
 

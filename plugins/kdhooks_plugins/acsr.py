@@ -12,21 +12,18 @@ fused nor pooled, because channels have no order.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import FeatureTap, KDHooksError, Model, Options, Weight, hookimpl, option
 from kdhooks_plugins._attention import Energy, Logits, refuse_single_pixels, unit
 from kdhooks_plugins._maps import paired_grids, pool, to_smaller
-from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.reviewkd import ReviewPath, conv, pyramid
 
-SOURCES = ("activation", "cbam_spatial", "cbam_channel")
-DIRECTIONS = ("student_review", "teacher_fused")
+Source: TypeAlias = Literal["activation", "cbam_spatial", "cbam_channel"]
 Reader: TypeAlias = tuple[str, Energy | Logits]
 
 
@@ -42,14 +39,12 @@ class ReviewedAttention(nn.Module):
         fuse_teacher: bool = False,
         levels: Sequence[int] = (4, 2),
         center: bool = True,
-        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         self.ours, self.theirs = tuple(ours), tuple(theirs)
         self.fusion = fusion
         self.fuse_teacher = fuse_teacher
         self.levels, self.center = tuple(levels), center
-        self.warmup = WarmUp(warmup_steps)
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
@@ -62,13 +57,12 @@ class ReviewedAttention(nn.Module):
         terms = self.terms(self.fusion(ours) if self.fusion is not None else ours, theirs)
         name = "fused" if self.fuse_teacher else "stage"
         notes = {f"{name}{k}": term.detach() for k, term in enumerate(terms, start=1)}
-        if (
-            self.fusion is not None
-        ):  # which could learn the teacher's maps by itself: how is it without?
+        if self.fusion is not None:
+            # The fusion could learn the teacher's maps by itself: how far are they without it?
             with torch.no_grad():
                 bypassed = self.terms(ours, theirs)
             notes |= {f"stage{k}_unfused": term for k, term in enumerate(bypassed, start=1)}
-        return self.warmup(torch.stack(terms).sum()), notes
+        return torch.stack(terms).sum(), notes
 
     def terms(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
         """[(b 1 h w)], [(b 1 h w)] -> [()]: ℓ_k."""
@@ -114,64 +108,70 @@ def average(maps: Sequence[Tensor], center: bool) -> Tensor:
     return torch.stack([unit(x, center).view_as(x) for x in small]).mean(dim=0)
 
 
-class ACSR:
+class ACSR(Options):
     """L = Σ_k HCCSL(Â_k, A'_k), Â_k the student's map k fused with all deeper ones."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 5.0,
-        source: str = "activation",
-        p: float = 2.0,
-        student_attention: Sequence[str] = (),
-        teacher_attention: Sequence[str] = (),
-        direction: str = "student_review",
-        mid: int = 16,
-        levels: Sequence[int] = (4, 2),
-        center: bool = True,
-        warmup_steps: int = 0,
-    ) -> None:
-        """
-        weight: A-SKD's, a map.
-        source: "activation" mean |F|^p of each stage; "cbam_spatial", "cbam_channel" the logits of
-            CBAM gates, which both networks must have.
-        student_attention, teacher_attention: for CBAM, paths of what puts the logits out, shallow
-            to deep; or of the nn.Sigmoid behind them, which is undone.
-        direction: "student_review": each stage of the teacher guides the student's same and all
-            deeper ones, through AMFM; "teacher_fused", the literal reading: the teacher's maps,
-            averaged, guide the student's last one, and nothing is learned besides.
-        mid: channels inside AMFM; small, lest it learn the teacher's maps by itself.
-        levels: of HCCSL besides the full size, with weights ½, ¼, …; none is 1.
-        center: compare by Pearson's r instead of the cosine.
-        warmup_steps: let the loss grow from 0 over so many steps; 1/12 of a training, say.
-        """
-        _one_of("source", source, SOURCES)
-        _one_of("direction", direction, DIRECTIONS)
-        for option, least, found in (
-            ("p", 1, p),
-            ("mid", 1, mid),
-            ("warmup_steps", 0, warmup_steps),
-        ):
-            _at_least(option, least, found)
-        if any(level < 2 for level in levels):
-            raise KDHooksError(
-                "acsr: levels must be at least 2, since a map of one pixel has cosine 1 with any "
-                f"other; found {list(levels)}"
+    weight: Weight = option(
+        5.0, "The factor of the term; try 1, 5 and 20. 5 is A-SKD's, for one map.", least=0
+    )
+    source: Source = option(
+        "activation",
+        "The source of the attention maps. activation: mean |F|^p of each stage; cbam_spatial, "
+        "cbam_channel: the logits of the gates of CBAM, which both networks must have.",
+    )
+    p: float = option(2.0, "The power p of the source `activation`.", least=1)
+    student_attention: Sequence[str] = option(
+        (),
+        "For CBAM: the paths of the modules that return the logits, shallow to deep; or of the "
+        "nn.Sigmoid behind each of them, which is inverted.",
+    )
+    teacher_attention: Sequence[str] = option((), "The same paths in the teacher.")
+    direction: Literal["student_review", "teacher_fused"] = option(
+        "student_review",
+        "student_review: each stage of the teacher guides the same stage of the student and all "
+        "deeper ones, through AMFM; teacher_fused, the literal reading of the paper: the average "
+        "of the teacher's maps guides the student's last map, and the loss learns nothing itself.",
+    )
+    mid: int = option(
+        16,
+        "The number of channels inside of AMFM. With many, AMFM learns the teacher's maps by "
+        "itself.",
+        least=1,
+    )
+    levels: Sequence[int] = option(
+        (4, 2),
+        "The sizes that HCCSL pools maps to, besides their full size, with weights ½, ¼, …. A map "
+        "of one pixel would have cosine 1 with any other.",
+        least=2,
+    )
+    center: bool = option(True, "Compare by Pearson's correlation instead of the cosine.")
+
+    def check(self) -> None:
+        cbam = self.source != "activation"
+        if cbam and self.has("p"):
+            raise self.refused("p", f"belongs to source 'activation'; found '{self.source}'")
+        if self.source == "cbam_channel" and self.direction == "teacher_fused":
+            raise self.refused(
+                "source",
+                "'cbam_channel' can't be averaged over stages, whose channels differ; use "
+                "direction = 'student_review', or source = 'cbam_spatial'",
             )
-        if source != "activation" and p != 2.0:
-            raise KDHooksError(f"acsr: p belongs to source 'activation'; found '{source}'")
-        if source == "cbam_channel" and direction == "teacher_fused":
-            raise KDHooksError(
-                "acsr: cbam_channel can't be averaged over stages, whose channels differ; use "
-                "direction = 'student_review', or source = 'cbam_spatial'"
+        ours, theirs = len(self.student_attention), len(self.teacher_attention)
+        if not cbam and (ours or theirs):
+            raise self.refused(
+                "student_attention",
+                "and teacher_attention belong to the sources 'cbam_spatial' and 'cbam_channel'; "
+                "found 'activation'",
             )
-        self.weight = weight
-        self.source, self.p = source, p
-        self.ours, self.theirs = tuple(student_attention), tuple(teacher_attention)
-        self._check_paths()
-        self.direction, self.mid = direction, mid
-        self.levels, self.center = tuple(levels), center
-        self.warmup_steps = warmup_steps
+        needed = 1 if self.source == "cbam_channel" else 2
+        if cbam and (ours < needed or ours != theirs):
+            raise self.refused(
+                "source",
+                f"'{self.source}' reads the gates of CBAM, which both networks must have (a plain "
+                f"IResNet, MobileFaceNet or ViT has none): name at least {needed} of them, and "
+                f"as many of both, as student_attention and teacher_attention; found {ours} and "
+                f"{theirs}; without CBAM use source = 'activation'",
+            )
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
@@ -189,7 +189,6 @@ class ACSR:
             fuse_teacher=fuse_teacher,
             levels=self.levels,
             center=self.center,
-            warmup_steps=self.warmup_steps,
         )
         return FeatureTap(
             "acsr",
@@ -210,33 +209,12 @@ class ACSR:
                 [(s.path, Energy(g, self.p)) for s, g in zip(teacher.stages, theirs, strict=True)],
             )
         return (
-            [(p, Logits.at(p, self.source, student, "acsr: student")) for p in self.ours],
-            [(p, Logits.at(p, self.source, teacher, "acsr: teacher")) for p in self.theirs],
+            [
+                (p, Logits.at(p, self.source, student, "acsr: student"))
+                for p in self.student_attention
+            ],
+            [
+                (p, Logits.at(p, self.source, teacher, "acsr: teacher"))
+                for p in self.teacher_attention
+            ],
         )
-
-    def _check_paths(self) -> None:
-        cbam, found = self.source != "activation", (len(self.ours), len(self.theirs))
-        if not cbam and any(found):
-            raise KDHooksError(
-                "acsr: student_attention and teacher_attention belong to the sources "
-                "'cbam_spatial' and 'cbam_channel'; found 'activation'"
-            )
-        needed = 1 if self.source == "cbam_channel" else 2
-        if cbam and (min(found) < needed or found[0] != found[1]):
-            raise KDHooksError(
-                f"acsr: source '{self.source}' reads the gates of CBAM, which both networks must "
-                "have (a plain IResNet, MobileFaceNet or ViT has none): name at least "
-                f"{needed} of them, and as many of both, as student_attention and "
-                f"teacher_attention; found {found[0]} and {found[1]}; without CBAM use source = "
-                "'activation'"
-            )
-
-
-def _one_of(option: str, found: str, known: tuple[str, ...]) -> None:
-    if found not in known:
-        raise KDHooksError(f"acsr: {option} must be one of {known}; found '{found}'")
-
-
-def _at_least(option: str, least: int, found: float) -> None:
-    if found < least:
-        raise KDHooksError(f"acsr: {option} must be at least {least}; found {found}")

@@ -7,15 +7,25 @@ all ranks hold the same centres, and the margin goes on along a line past θ = �
 """
 
 from dataclasses import replace
-from typing import Any
+from math import pi
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks import (
+    ClassifierShare,
+    ClassShard,
+    Model,
+    Options,
+    Scheduled,
+    Varying,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks.classes.shards import gather, world
-from kdhooks.declarations import Weight
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
@@ -29,10 +39,11 @@ class AdaptiveCentres(nn.Module):
     centres: Tensor
 
     def __init__(
-        self, m: float = 0.45, m2: float = 0.0, scale: float = 64.0, weighted: bool = True
+        self, m: Scheduled = 0.45, m2: Scheduled = 0.0, scale: float = 64.0, weighted: bool = True
     ) -> None:
         super().__init__()
-        self.m, self.m2, self.scale, self.weighted = m, m2, scale, weighted
+        self.m, self.m2 = Varying(m), Varying(m2)
+        self.scale, self.weighted = scale, weighted
         self.register_buffer("centres", torch.empty(0))  # (c e) from `prepare` on
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
@@ -52,8 +63,8 @@ class AdaptiveCentres(nn.Module):
             self.prepare(classifier)
         rows = replace(classifier, weight=self.centres)
         alpha = self._follow(student, teacher, labels, rows) if self.training else None
-        m = student.new_full((), self.m)
-        loss, cosine = margin_softmax(student, labels, rows, m=m, m2=self.m2, scale=self.scale)
+        m, m2 = student.new_full((), self.m.now), self.m2.now
+        loss, cosine = margin_softmax(student, labels, rows, m=m, m2=m2, scale=self.scale)
         return loss, {"cosine": cosine, **({} if alpha is None else {"alpha": alpha})}
 
     @torch.no_grad()
@@ -82,36 +93,28 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object
         module.centres = saved.new_empty(saved.shape, device=module.get_buffer("centres").device)
 
 
-class AdaDistill:
+class AdaDistill(Options):
     """L = cross-entropy of cos(θ + m) - m2 against the centres, at scale σ."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        m: float | None = None,
-        margin_type: str = "arcface",
-        scale: float = 64.0,
-        weighted: bool = True,
-    ) -> None:
-        """
-        margin_type: "arcface" cos(θ + m), m by default 0.45; "cosface" cos θ - m, by default 0.35.
-        scale: σ.
-        weighted: α' = cos(s, t) · cos(w_y, t); False: α = cos(s, t).
-        """
-        if margin_type not in ("arcface", "cosface"):
-            raise KDHooksError(
-                f"adadistill: margin_type must be 'arcface' or 'cosface'; found '{margin_type}'"
-            )
-        m = m if m is not None else (0.45 if margin_type == "arcface" else 0.35)
-        for option, found in (("m", m), ("scale", scale)):
-            if found < 0:
-                raise KDHooksError(f"adadistill: {option} must be at least 0; found {found}")
-        self.weight, self.scale, self.weighted = weight, scale, weighted
-        self.margins = (m, 0.0) if margin_type == "arcface" else (0.0, m)
+    weight: Weight = option(1.0, "The factor of the term.", least=0)
+    m: Scheduled | None = option(
+        None, "The margin. The default is 0.45, and 0.35 for cosface.", least=0, most=pi, unit="rad"
+    )
+    margin_type: Literal["arcface", "cosface"] = option(
+        "arcface", "arcface: cos(θ + m); cosface: cos θ - m."
+    )
+    scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
+    weighted: bool = option(
+        True,
+        "Weigh α by how well the teacher fits the centre, α' = cos(s, t) · cos(w_y, t); false: "
+        "α = cos(s, t).",
+    )
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         need_teachers_width("adadistill", student, teacher, theirs="the teacher's")
-        loss = AdaptiveCentres(*self.margins, scale=self.scale, weighted=self.weighted)
+        arcface = self.margin_type == "arcface"
+        m: Scheduled = (0.45 if arcface else 0.35) if self.m is None else self.m
+        m, m2 = (m, 0.0) if arcface else (0.0, m)
+        loss = AdaptiveCentres(m, m2, scale=self.scale, weighted=self.weighted)
         return ClassifierShare("adadistill", loss, self.weight)

@@ -9,16 +9,16 @@ Ours: the cosine form, which counts a stage the same whatever its number of pixe
 """
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import FeatureTap, Model, Options, Weight, hookimpl, option
 from kdhooks_plugins._attention import Energy, refuse_single_pixels, unit
 from kdhooks_plugins._maps import paired_grids, to_smaller
 
-DISTANCES = ("mse", "cosine")
+Distance: TypeAlias = Literal["mse", "cosine"]
 _WEIGHTS = {"mse": 1000.0, "cosine": 5.0}
 
 
@@ -26,7 +26,7 @@ class AttentionMaps(nn.Module):
     """Σ over the stages of the distance between unit-length energy maps (eq. 2)."""
 
     def __init__(
-        self, ours: Sequence[Energy], theirs: Sequence[Energy], distance: str = "mse"
+        self, ours: Sequence[Energy], theirs: Sequence[Energy], distance: Distance = "mse"
     ) -> None:
         super().__init__()
         self.ours, self.theirs = tuple(ours), tuple(theirs)
@@ -50,23 +50,25 @@ class AttentionMaps(nn.Module):
         return (s - t).square().mean()
 
 
-class AT:
+class AT(Options):
     """L = Σ_k mean (A_k / ‖A_k‖ - A'_k / ‖A'_k‖)², A = mean_c |F|^p."""
 
-    def __init__(
-        self, *, weight: Weight | None = None, p: float = 2.0, distance: str = "mse"
-    ) -> None:
-        """
-        weight: by default 1000, for the cosine 5.
-        p: 1 looks at all of a map, larger ones at its peaks.
-        distance: "mse" the mean over the batch and the n pixels; "cosine" 1 - cos, n/2 times that.
-        """
-        if distance not in DISTANCES:
-            raise KDHooksError(f"at: distance must be one of {DISTANCES}; found '{distance}'")
-        if p < 1:
-            raise KDHooksError(f"at: p must be at least 1, else zeros have no gradient; found {p}")
-        self.weight = _WEIGHTS[distance] if weight is None else weight
-        self.p, self.distance = p, distance
+    weight: Weight | None = option(
+        None,
+        "The factor of the term. The default is 1000, and 5 if the distance is cosine.",
+        least=0,
+    )
+    p: float = option(
+        2.0,
+        "The power of the features. 1 compares whole maps; larger powers compare their peaks. "
+        "Below 1 a zero would have no gradient.",
+        least=1,
+    )
+    distance: Distance = option(
+        "mse",
+        "mse: the squared difference, averaged over the batch and the n pixels; cosine: 1 - cos, "
+        "which is n/2 times as large.",
+    )
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
@@ -80,7 +82,7 @@ class AT:
         return FeatureTap(
             "at",
             loss,
-            self.weight,
+            _WEIGHTS[self.distance] if self.weight is None else self.weight,
             student=tuple(stage.path for stage in student.stages),
             teacher=tuple(stage.path for stage in teacher.stages),
             needs_labels=False,

@@ -12,6 +12,7 @@ guard, and the teacher's classification term.
 """
 
 import logging
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -22,23 +23,25 @@ from kdhooks import (
     FeatureTap,
     KDHooksError,
     Model,
+    Options,
+    Scheduled,
     Stage,
+    Weight,
     hookimpl,
+    option,
 )
-from kdhooks.declarations import Weight
+from kdhooks.schedules import times
 from kdhooks_plugins._blocks import SUPPORTED, last_block, transformer_blocks
-from kdhooks_plugins._facial_positions import NOSE, FacialPositions
-from kdhooks_plugins._local_features import ATTENTIONS, LocalFeatures
+from kdhooks_plugins._facial_positions import FacialPositions
+from kdhooks_plugins._local_features import LocalFeatures
 from kdhooks_plugins._maps import Grid
 from kdhooks_plugins._prompts import Prompts
 from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
 from kdhooks_plugins.fcd import EmbeddingDistance
 from kdhooks_plugins.proxylesskd import MarginSoftmax
-from kdhooks_plugins.saliency import load_saliency
 
 log = logging.getLogger("kdhooks")
 
-DISTANCES = ("relative", "saliency")
 _PROMPTS = 8
 
 
@@ -57,124 +60,134 @@ class TeacherClasses(nn.Module):
         return loss
 
 
-class CAKD:
+class URFM(Options, subject="cakd: urfm"):
+    """The size of URFM and of the self-attention behind it."""
+
+    centres: int = option(16, "L, the number of local features of a face.", least=2)
+    width: int = option(
+        512, "d, the number of channels of a local feature; a multiple of `heads`.", least=1
+    )
+    heads: int = option(8, "The number of heads of URFM and of the self-attention.", least=1)
+
+    def check(self) -> None:
+        if self.width % self.heads:
+            raise self.refused(
+                "width", f"must be a multiple of heads; found {self.width} and {self.heads}"
+            )
+
+
+class Matching(Options, subject="cakd: matching"):
+    """The distances between both sides, and what the two share."""
+
+    attention: Literal["mse", "kl"] = option(
+        "mse",
+        "The distance of the attention maps. mse: L² times the mean squared difference; kl: "
+        "KL(teacher ‖ student) of their rows.",
+    )
+    attention_weight: Scheduled = option(
+        1.0, "λ_a, the factor of the maps' distance, times `weight`.", least=0
+    )
+    feature_weight: Scheduled = option(
+        1.0, "λ_f, the factor of the features' distance, times `weight`.", least=0
+    )
+    standardise: bool = option(
+        True,
+        "Bring MSA(h) to mean 0 and variance 1 over the batch before it is compared; false: the "
+        "plain equation, which both sides can meet with constants.",
+    )
+    share_msa: bool = option(True, "Use the same self-attention for both sides.")
+    detach_teacher_side: bool = option(
+        False,
+        "Train only the student's side to match. The teacher's projection then keeps its initial "
+        "weights, and prompts are trained by `teacher_cls_weight` alone.",
+    )
+
+
+class PromptTokens(Options, subject="cakd: prompts"):
+    """APT: trained tokens in the blocks of the frozen teacher."""
+
+    number: int | None = option(
+        None,
+        "t, the number of prompts in each block; with 0 the teacher runs without gradients. The "
+        "default is 8 if the teacher has transformer blocks, and 0 if not.",
+        least=0,
+    )
+    in_features: bool = option(
+        False, "Use the prompts that leave the last block as pixel features too."
+    )
+    checkpointing: bool = option(
+        False, "Compute the teacher's blocks again in the backward pass, to save memory."
+    )
+
+
+class Collapse(Options, subject="cakd: collapse"):
+    """The guard against two sides that agree on constants."""
+
+    below: float = option(
+        1e-3,
+        "Stop when the teacher's MSA(h) differs less than this between images. The measure is its "
+        "variance over the batch, divided by its mean square, and is at most 1.",
+        least=0,
+        most=1,
+    )
+    every: int = option(
+        100,
+        "The number of steps from one check to the next; 0 for no checks.",
+        least=0,
+        unit="steps",
+    )
+
+
+class CAKD(Options):
     """L = λ_a · d(Attn_S, Attn_T) + λ_f · MSE(MSA(h_S), MSA(h_T)), the teacher prompted."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        centres: int = 16,
-        width: int = 512,
-        heads: int = 8,
-        distance: str = "relative",
-        saliency: Tensor | str | None = None,
-        gamma: float = 1.0,
-        anchor: tuple[float, float] = NOSE,
-        pieces: tuple[float, float, float] = (4.0, 12.0, 24.0),
-        attention: str = "mse",
-        attention_weight: float = 1.0,
-        feature_weight: float = 1.0,
-        standardise: bool = True,
-        share_msa: bool = True,
-        detach_teacher_side: bool = False,
-        embedding_weight: float = 0.0,
-        prompts: int | None = None,
-        prompt_tokens_in_f: bool = False,
-        teacher_cls_weight: float = 0.0,
-        checkpointing: bool = False,
-        collapse_below: float = 1e-3,
-        check_every: int = 100,
-    ) -> None:
-        """
-        weight: of all terms together; attention_weight, feature_weight, embedding_weight and
-            teacher_cls_weight are factors of it.
-        centres: L, local features a face; width: d of URFM and MSA; heads: of both.
-        distance: D_face, how pixel and anchor differ: "relative" in their distances to the five
-            landmarks of an aligned face, "saliency" in how active the teacher is there.
-        saliency: for that, a map (h w), or a file of one: what `saliency.saliency_map` gives.
-        gamma: of D_face; anchor: (x, y) in the 112 × 112 template, by default the tip of the nose.
-        pieces: α, β, γ' of the piecewise index: buckets of half a cell up to α, then wider, the
-            last one, β, from γ' on.
-        attention: "mse" L² · MSE of the maps; "kl" KL(teacher ‖ student) of their rows.
-        standardise: bring MSA(h) to mean 0 and variance 1 over the batch before it is matched;
-            False: the equation as it stands, which invites constants.
-        share_msa: one self-attention for both sides.
-        detach_teacher_side: match the student's side to the teacher's alone; the teacher's
-            projection then stays as drawn, and prompts are left to teacher_cls_weight.
-        embedding_weight: λ_e of mean ‖s - t‖² of the unit embeddings.
-        prompts: t, prompts a block of the teacher; 0 for none, and then it runs without grad. By
-            default 8 where the teacher has transformer blocks, and 0 where not, as in a CNN.
-        prompt_tokens_in_f: the prompts behind the last block are pixel features too.
-        teacher_cls_weight: of an ArcFace loss of the prompted teacher on its own classifier.
-        checkpointing: compute the teacher's blocks anew in backward, to save memory.
-        collapse_below, check_every: every so many steps, 0 for never, refuse to go on when the
-            teacher's MSA(h) differs less than this between images: its variance over the batch,
-            divided by its mean square, so 1 at most.
-        """
-        _one_of("distance", distance, DISTANCES)
-        _one_of("attention", attention, ATTENTIONS)
-        for option, least, found in (
-            ("centres", 2, centres),
-            ("heads", 1, heads),
-            ("gamma", 0, gamma),
-            ("attention_weight", 0, attention_weight),
-            ("feature_weight", 0, feature_weight),
-            ("embedding_weight", 0, embedding_weight),
-            ("prompts", 0, prompts or 0),
-            ("teacher_cls_weight", 0, teacher_cls_weight),
-            ("check_every", 0, check_every),
-        ):
-            if found < least:
-                raise KDHooksError(f"cakd: {option} must be at least {least}; found {found}")
-        if width < heads or width % heads:
-            raise KDHooksError(
-                f"cakd: width must be a multiple of heads; found {width} and {heads}"
+    weight: Weight = option(1.0, "The factor of all terms together.", least=0)
+    urfm: URFM = option(URFM(), "The size of the local features.")
+    positions: FacialPositions = option(FacialPositions(), "Where a pixel lies on the face.")
+    matching: Matching = option(Matching(), "The distances between both sides.")
+    prompts: PromptTokens = option(PromptTokens(), "Prompts in the teacher.")
+    collapse: Collapse = option(Collapse(), "The guard against constants.")
+    embedding_weight: float = option(
+        0.0,
+        "λ_e, the factor of mean ‖s - t‖² of the embeddings at unit length, times `weight`.",
+        least=0,
+    )
+    teacher_cls_weight: float = option(
+        0.0,
+        "λ_t, the factor of an ArcFace loss of the prompted teacher on its own classifier, times "
+        "`weight`.",
+        least=0,
+    )
+
+    def check(self) -> None:
+        if self.prompts.number and self._idle:
+            raise self.refused(
+                "prompts",
+                "would never be trained, since matching.detach_teacher_side leaves them to the "
+                "teacher's classification; set teacher_cls_weight, or prompts = { number = 0 }",
             )
-        if (distance == "saliency") != (saliency is not None):
-            raise KDHooksError(
-                "cakd: saliency, a map (h w), belongs to distance 'saliency', which needs it; "
-                f"found distance '{distance}' and {'no' if saliency is None else 'a'} map; "
-                "kdhooks_plugins.saliency.saliency_map makes one"
-            )
-        idle = detach_teacher_side and not teacher_cls_weight
-        if prompts and idle:
-            raise KDHooksError(
-                "cakd: nothing would train the prompts, since detach_teacher_side leaves them to "
-                "the teacher's classification; set teacher_cls_weight, or prompts = 0"
-            )
-        self.weight = weight
-        self.centres, self.width, self.heads = centres, width, heads
-        self.positions = FacialPositions(
-            distance, gamma, anchor, pieces, None if saliency is None else load_saliency(saliency)
-        )
-        self.attention = attention
-        self.attention_weight, self.feature_weight = attention_weight, feature_weight
-        self.standardise, self.share_msa = standardise, share_msa
-        self.detach_teacher_side = detach_teacher_side
-        self.embedding_weight, self.teacher_cls_weight = embedding_weight, teacher_cls_weight
-        self.prompts = 0 if prompts is None and idle else prompts
-        self.prompt_tokens_in_f = prompt_tokens_in_f
-        self.checkpointing = checkpointing
-        self.collapse_below, self.check_every = collapse_below, check_every
+
+    @property
+    def _idle(self) -> bool:
+        return self.matching.detach_teacher_side and not self.teacher_cls_weight
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
         ours, theirs = _last("student", student), _last("teacher", teacher)
-        t = self._prompts_a_block(teacher)
+        urfm, matching, t = self.urfm, self.matching, self._prompts_a_block(teacher)
         loss = LocalFeatures(
             self._side(Grid.of(ours, "cakd: student")),
-            self._side(Grid.of(theirs, "cakd: teacher"), t if self.prompt_tokens_in_f else 0),
-            LocalCentres(self.centres, self.width, self.heads, self.positions.rows),
-            [SelfAttention(self.width, self.heads) for _ in range(1 if self.share_msa else 2)],
-            attention=self.attention,
-            attention_weight=self.attention_weight,
-            feature_weight=self.feature_weight,
-            standardise=self.standardise,
+            self._side(Grid.of(theirs, "cakd: teacher"), t if self.prompts.in_features else 0),
+            LocalCentres(urfm.centres, urfm.width, urfm.heads, self.positions.rows),
+            [SelfAttention(urfm.width, urfm.heads) for _ in range(1 if matching.share_msa else 2)],
+            attention=matching.attention,
+            attention_weight=matching.attention_weight,
+            feature_weight=matching.feature_weight,
+            standardise=matching.standardise,
             prompted=t > 0,
-            detach_teacher_side=self.detach_teacher_side,
-            collapse_below=self.collapse_below,
-            check_every=self.check_every,
+            detach_teacher_side=matching.detach_teacher_side,
+            collapse_below=self.collapse.below,
+            check_every=self.collapse.every,
         )
         return FeatureTap(
             "cakd",
@@ -186,7 +199,7 @@ class CAKD:
         )
 
     def _side(self, grid: Grid, prompts: int = 0) -> PixelFeatures:
-        return PixelFeatures(grid, self.positions.buckets(grid.size), self.width, prompts)
+        return PixelFeatures(grid, self.positions.buckets(grid.size), self.urfm.width, prompts)
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:
@@ -198,7 +211,7 @@ class CAKD:
                 "cakd: embedding_weight compares embeddings, which must be equally wide; found "
                 f"{d} and {e}; leave it at 0 and add the method fcd with projector = true"
             )
-        weight = _times(self.weight, self.embedding_weight)
+        weight = times(self.weight, self.embedding_weight)
         return EmbeddingTap("cakd_embedding", EmbeddingDistance("l2"), weight, needs_labels=False)
 
     @hookimpl
@@ -210,38 +223,43 @@ class CAKD:
                 "cakd: teacher_cls_weight trains the teacher's prompts, and it has none; leave it "
                 "at 0"
             )
-        weight = _times(self.weight, self.teacher_cls_weight)
+        weight = times(self.weight, self.teacher_cls_weight)
         return ClassifierShare("cakd_teacher", TeacherClasses(), weight)
 
     @hookimpl
     def adapt_teacher(self, teacher: Model) -> Prompts | None:
         t = self._prompts_a_block(teacher)
         if not t:
-            if self.prompts is None:
+            if self._number is None:
                 log.warning("cakd: the teacher has no transformer blocks, so it gets no prompts")
             return None
         assert teacher.module is not None
         blocks = transformer_blocks(teacher.module)
         stage = _last("teacher", teacher)
-        joined = (stage.path, last_block(blocks, stage)) if self.prompt_tokens_in_f else None
-        return Prompts(blocks, t, joined=joined, checkpointing=self.checkpointing)
+        joined = (stage.path, last_block(blocks, stage)) if self.prompts.in_features else None
+        return Prompts(blocks, t, joined=joined, checkpointing=self.prompts.checkpointing)
+
+    @property
+    def _number(self) -> int | None:
+        return 0 if self.prompts.number is None and self._idle else self.prompts.number
 
     def _prompts_a_block(self, teacher: Model) -> int:
         """t, for this teacher."""
-        if self.prompts == 0 or teacher.module is None:
+        number = self._number
+        if number == 0 or teacher.module is None:
             t = 0
         elif transformer_blocks(teacher.module):
-            t = self.prompts or _PROMPTS
-        elif self.prompts:
+            t = number or _PROMPTS
+        elif number:
             raise KDHooksError(
                 f"cakd: prompts join transformer blocks, and the teacher "
                 f"{type(teacher.module).__name__} has none; supported are {SUPPORTED}; set "
-                "prompts = 0, or leave it out, to let the teacher run as it is"
+                "prompts = { number = 0 }, or leave it out, to let the teacher run as it is"
             )
         else:
             t = 0
-        if self.prompt_tokens_in_f and not t:
-            raise KDHooksError("cakd: prompt_tokens_in_f needs prompts, and the teacher has none")
+        if self.prompts.in_features and not t:
+            raise KDHooksError("cakd: prompts.in_features needs prompts, and the teacher has none")
         return t
 
 
@@ -252,12 +270,3 @@ def _last(side: str, model: Model) -> Stage:
             way_out = "it is no torch module; kdhooks.onnx.to_torch turns an ONNX file into one"
         raise KDHooksError(f"cakd needs the {side}'s last stage; found no stages; {way_out}")
     return model.stages[-1]
-
-
-def _times(weight: Weight, factor: float) -> Weight:
-    return (lambda step: factor * weight(step)) if callable(weight) else factor * weight
-
-
-def _one_of(option: str, found: str, known: tuple[str, ...]) -> None:
-    if found not in known:
-        raise KDHooksError(f"cakd: {option} must be one of {known}; found '{found}'")

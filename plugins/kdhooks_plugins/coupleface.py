@@ -8,18 +8,27 @@ stands for the other class (a frozen prototype, or a bank of the latest embeddin
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
+from kdhooks import (
+    EmbeddingTap,
+    KDHooksError,
+    Model,
+    Options,
+    Scheduled,
+    Varying,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import gather, world
-from kdhooks.declarations import Weight
 from kdhooks_plugins._batches import class_sums
-from kdhooks_plugins._warmup import WarmUp
 from kdhooks_plugins.neighbours import mined, nearest_classes
 
 log = logging.getLogger("kdhooks")
@@ -38,17 +47,15 @@ class MutualRelations(nn.Module):
         prototypes: Tensor,
         neighbours: Tensor,
         *,
-        alpha: float = 1.0,
-        q: float = 0.03,
+        alpha: Scheduled = 1.0,
+        q: Scheduled = 0.03,
         two_sided: bool = False,
-        warmup_steps: int = 0,
         bank_momentum: float | None = None,
         projector: nn.Module | None = None,
     ) -> None:
         """prototypes (c e), unit rows; neighbours (c k) int32, -1 where fewer are left."""
         super().__init__()
-        self.alpha, self.q, self.two_sided = alpha, q, two_sided
-        self.warmup = WarmUp(warmup_steps)
+        self.alpha, self.q, self.two_sided = Varying(alpha), Varying(q), two_sided
         self.bank_momentum = bank_momentum
         self.projector = projector or nn.Identity()
         self.register_buffer("prototypes", prototypes)
@@ -68,7 +75,7 @@ class MutualRelations(nn.Module):
         s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
         fcd = (s - t).square().sum(dim=1).mean()
         rad, active = self._rad(s, t, labels)
-        loss = fcd + self.alpha * self.warmup(rad)
+        loss = fcd + self.alpha.now * rad
         if self.training:
             self._advance(s.detach(), t, labels)
         return loss, {"fcd": fcd, "rad": rad, "active": active}
@@ -86,7 +93,7 @@ class MutualRelations(nn.Module):
         relation_s = einsum(s, ours, "b e, b k e -> b k")
         relation_t = einsum(t, theirs, "b e, b k e -> b k")
         excess = relation_s - relation_t
-        hinge = excess.abs() if self.two_sided else (excess + self.q).relu()
+        hinge = excess.abs() if self.two_sided else (excess + self.q.now).relu()
         count = valid.sum().clamp(min=1)
         active = ((hinge > 0) & valid).sum() / count
         return (hinge * valid).sum() / count, active
@@ -109,63 +116,63 @@ def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) ->
     bank[labels] = torch.where(known.any(), moved, bank[labels])
 
 
-class CoupleFace:
+class CoupleFace(Options):
     """L = mean ‖s - t‖² + alpha · mean max(s·e_m - t·r_m + q, 0), m the classes nearest to y's."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 16.0,
-        alpha: float = 1.0,
-        k: int = 100,
-        q: float = 0.03,
-        two_sided: bool = False,
-        relations: str = "static",
-        bank_momentum: float = 0.0,
-        max_neighbour_sim: float | None = None,
-        warmup_steps: int = 0,
-        prototypes: Tensor | str | None = None,
-        neighbours: str | Path | None = None,
-        projector: bool = False,
-    ) -> None:
-        """
-        weight: of the whole, next to the classification loss (the paper's 1/β).
-        k: relations a class; q: slack, the student is to stay this much below the teacher.
-        two_sided: |R_s - R_t| instead of the hinge.
-        relations: "static": e_m = r_m, the prototypes; "bank": the latest embeddings of each
-            class, student's and teacher's, replaced (bank_momentum 0) or averaged over time.
-        max_neighbour_sim: pass over nearer classes, presumably the same person (about 0.7).
-        warmup_steps: let alpha grow from 0 over so many steps.
-        prototypes: (c e), or a file of them; by default the teacher's classifier, which may hold
-            classifier rows or class means.
-        neighbours: the folder that `python -m kdhooks_plugins.neighbours` made of the prototypes;
-            by default they are mined at the start.
-        projector: learn a linear map to the teacher's width; it is not part of the student.
-        """
-        if relations not in ("static", "bank"):
-            raise KDHooksError(
-                f"coupleface: relations must be 'static' or 'bank'; found '{relations}'"
+    weight: Weight = option(
+        16.0,
+        "The factor of both terms together, next to the classification loss; 1/β in the paper.",
+        least=0,
+    )
+    alpha: Scheduled = option(1.0, "The factor of the loss of relations (RAD).", least=0)
+    k: int = option(100, "The number of relations of each class.", least=1)
+    q: Scheduled = option(
+        0.03,
+        "The slack: a relation of the student should stay this much below the teacher's.",
+        least=-2,
+        most=2,
+    )
+    two_sided: bool = option(False, "Use |R_s - R_t| instead of the hinge.")
+    relations: Literal["static", "bank"] = option(
+        "static",
+        "static: e_m = r_m, the prototypes; bank: the latest embeddings of each class, the "
+        "student's and the teacher's.",
+    )
+    bank_momentum: float = option(
+        0.0,
+        "With 0 the latest embedding of a class replaces that in the bank; above 0 the bank "
+        "averages over time.",
+        least=0,
+        below=1,
+    )
+    max_neighbour_sim: float | None = option(
+        None,
+        "Skip neighbours with a higher cosine than this, which are probably the same person under "
+        "another label. About 0.7 is usual; by default none is skipped.",
+        above=-1,
+        most=1,
+    )
+    prototypes: Tensor | Path | None = option(
+        None,
+        "One embedding of each class (c e), or a file of them. By default they are the teacher's "
+        "classifier, which may hold classifier rows or class means.",
+    )
+    neighbours: Path | None = option(
+        None,
+        "The folder that `python -m kdhooks_plugins.neighbours` created from the prototypes. By "
+        "default the neighbours are searched at the start.",
+    )
+    projector: bool = option(
+        False,
+        "Learn a linear map of the student's embedding to the teacher's width. The map is not "
+        "part of the student.",
+    )
+
+    def check(self) -> None:
+        if self.bank_momentum and self.relations != "bank":
+            raise self.refused(
+                "bank_momentum", f"belongs to relations 'bank'; found '{self.relations}'"
             )
-        if k < 1:
-            raise KDHooksError(f"coupleface: k must be at least 1; found {k}")
-        if not 0 <= bank_momentum < 1:
-            raise KDHooksError(
-                f"coupleface: bank_momentum must be at least 0 and below 1; found {bank_momentum}"
-            )
-        if bank_momentum and relations != "bank":
-            raise KDHooksError(
-                f"coupleface: bank_momentum belongs to relations 'bank'; found '{relations}'"
-            )
-        for option, found in (("alpha", alpha), ("warmup_steps", warmup_steps)):
-            if found < 0:
-                raise KDHooksError(f"coupleface: {option} must be at least 0; found {found}")
-        self.weight, self.alpha, self.k, self.q = weight, alpha, k, q
-        self.two_sided = two_sided
-        self.bank_momentum = bank_momentum if relations == "bank" else None
-        self.max_neighbour_sim = max_neighbour_sim
-        self.warmup_steps = warmup_steps
-        self.prototypes, self.neighbours = prototypes, neighbours
-        self.projector = projector
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
@@ -182,8 +189,7 @@ class CoupleFace:
             alpha=self.alpha,
             q=self.q,
             two_sided=self.two_sided,
-            warmup_steps=self.warmup_steps,
-            bank_momentum=self.bank_momentum,
+            bank_momentum=self.bank_momentum if self.relations == "bank" else None,
             projector=nn.Linear(d, e, bias=False) if self.projector else None,
         )
         return EmbeddingTap("coupleface", loss, self.weight)

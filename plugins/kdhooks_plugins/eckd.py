@@ -11,15 +11,26 @@ Differs from the paper: exclusivity in O(n d) for n filters instead of O(n² d),
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, KDHooksError, Model, ParameterTap, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import (
+    EmbeddingTap,
+    KDHooksError,
+    Model,
+    Options,
+    ParameterTap,
+    Scheduled,
+    Varying,
+    Weight,
+    hookimpl,
+    option,
+)
 
-HARDNESS = ("none", "linear", "exponential")
+Hardness: TypeAlias = Literal["none", "linear", "exponential"]
 
 
 class HardnessAwareConsistency(nn.Module):
@@ -29,16 +40,16 @@ class HardnessAwareConsistency(nn.Module):
         self,
         regressor: nn.Module | None = None,
         *,
-        factor: float = 1.0,
-        hardness: str = "exponential",
-        gamma: float = 1.0,
+        factor: Scheduled = 1.0,
+        hardness: Hardness = "exponential",
+        gamma: Scheduled = 1.0,
         mean_one: bool = True,
         unit_length: bool = True,
     ) -> None:
         super().__init__()
         self.regressor = regressor or nn.Identity()
-        self.factor = factor
-        self.hardness, self.gamma, self.mean_one = hardness, gamma, mean_one
+        self.factor, self.gamma = Varying(factor), Varying(gamma)
+        self.hardness, self.mean_one = hardness, mean_one
         self.unit_length = unit_length
 
     def forward(
@@ -50,7 +61,7 @@ class HardnessAwareConsistency(nn.Module):
             student, teacher = F.normalize(student), F.normalize(teacher)
         squared = (student - teacher).square().sum(dim=1)
         omega = self._omega(squared.detach().sqrt())
-        loss = self.factor * (omega * squared).mean()
+        loss = self.factor.now * (omega * squared).mean()
         return loss, {"squared_distance": squared.detach().mean(), "hardest": omega.max()}
 
     def _omega(self, distance: Tensor) -> Tensor:
@@ -58,10 +69,10 @@ class HardnessAwareConsistency(nn.Module):
         if self.hardness == "none":
             return torch.ones_like(distance)
         if self.hardness == "exponential":
-            exponent = self.gamma * distance
+            exponent = self.gamma.now * distance
             # The same as exp / mean(exp), without its overflow on raw embeddings.
             return len(distance) * exponent.softmax(dim=0) if self.mean_one else exponent.exp()
-        omega = 1 + self.gamma * distance
+        omega = 1 + self.gamma.now * distance
         return omega / omega.mean() if self.mean_one else omega
 
 
@@ -72,14 +83,14 @@ class FilterExclusivity(nn.Module):
         self,
         layers: Sequence[str],
         *,
-        factor: float = 1.0,
+        factor: Scheduled = 1.0,
         normalize_rows: bool = False,
         mean_overlap: bool = True,
     ) -> None:
         """layers: names of the parameters, in their order."""
         super().__init__()
         self.layers = tuple(layers)
-        self.factor = factor
+        self.factor = Varying(factor)
         self.normalize_rows, self.mean_overlap = normalize_rows, mean_overlap
 
     def forward(self, parameters: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,7 +99,7 @@ class FilterExclusivity(nn.Module):
             layer: self._overlap(weight)
             for layer, weight in zip(self.layers, parameters, strict=True)
         }
-        loss = self.factor * torch.stack(list(by_layer.values())).sum()
+        loss = self.factor.now * torch.stack(list(by_layer.values())).sum()
         return loss, {layer: value.detach() for layer, value in by_layer.items()}
 
     def _overlap(self, weight: Tensor) -> Tensor:
@@ -152,68 +163,49 @@ def _comparable(layer: nn.Module, depthwise: bool) -> bool:
     return layer.groups == 1 or depthwise
 
 
-class ECKD:
+class ECKD(Options):
     """L = consistency_weight · mean ω_i ‖H(s_i) - t_i‖² + exclusivity_weight · Σ L_WE(F_l)."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        consistency_weight: float = 16.0,
-        exclusivity_weight: float = 2.5e-4,
-        regressor: bool = True,
-        hardness: str = "exponential",
-        gamma: float = 1.0,
-        mean_one: bool = True,
-        unit_length: bool = True,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        include_depthwise: bool = False,
-        normalize_rows: bool = False,
-        mean_overlap: bool = True,
-    ) -> None:
-        """
-        weight: of both terms together.
-        consistency_weight: 16 is as strong as fcd's default; 0 leaves exclusivity alone.
-        exclusivity_weight: half of the usual weight decay pulls about as much as that does;
-            0 leaves consistency alone.
-        regressor: learn H, linear without bias; False: the identity, for equal widths.
-        hardness: ω of a sample at distance d: "exponential" exp(γd), "linear" 1 + γd, "none" 1.
-        mean_one: divide ω by its mean over the batch of this rank.
-        unit_length: compare H(s)/‖H(s)‖ and t/‖t‖.
-        include, exclude: patterns (* ? [abc]) on the paths of the student's convolutions.
-        include_depthwise: those with groups too, though their filters see different channels.
-        normalize_rows: exclusivity of f/‖f‖, which shrinking the weights does not lower.
-        mean_overlap: divide a layer's sum by its number of filters less one.
-        """
-        numbers = {
-            "consistency_weight": consistency_weight,
-            "exclusivity_weight": exclusivity_weight,
-            "gamma": gamma,
-        }
-        for option, found in numbers.items():
-            if found < 0:
-                raise KDHooksError(f"eckd: {option} must be at least 0; found {found}")
-        if not consistency_weight and not exclusivity_weight:
-            raise KDHooksError(
-                "eckd: consistency_weight or exclusivity_weight must be above 0; found 0 twice"
+    weight: Weight = option(1.0, "The factor of both terms together.", least=0)
+    consistency_weight: Scheduled = option(
+        16.0,
+        "The factor of consistency; 0 leaves it out. 16 is as strong as fcd's default.",
+        least=0,
+    )
+    exclusivity_weight: Scheduled = option(
+        2.5e-4,
+        "The factor of exclusivity; 0 leaves it out. The default, half of the usual weight decay, "
+        "pulls about as strongly as that weight decay.",
+        least=0,
+    )
+    regressor: bool = option(
+        True, "Learn H, a linear map without bias; false: H is the identity, for equal widths."
+    )
+    hardness: Hardness = option(
+        "exponential",
+        "The weight ω of a sample at distance d. exponential: exp(γd); linear: 1 + γd; none: 1.",
+    )
+    gamma: Scheduled = option(1.0, "γ, how much more a distant sample counts.", least=0)
+    mean_one: bool = option(True, "Divide ω by its mean over the batch of this rank.")
+    unit_length: bool = option(True, "Compare embeddings at unit length.")
+    include: Sequence[str] = option(
+        ("*",),
+        "Patterns of the paths of the student's convolutions, with * ? and [abc]: `layer4.*`.",
+    )
+    exclude: Sequence[str] = option((), "Patterns of the paths of convolutions to leave out.")
+    include_depthwise: bool = option(
+        False, "Include convolutions with groups, although their filters see different channels."
+    )
+    normalize_rows: bool = option(
+        False, "Compare filters at unit length. Smaller weights then do not lower the term."
+    )
+    mean_overlap: bool = option(True, "Divide the sum of a layer by n - 1, for n filters.")
+
+    def check(self) -> None:
+        if self.consistency_weight == self.exclusivity_weight == 0:
+            raise self.refused(
+                "consistency_weight", "or exclusivity_weight must be above 0; found 0 twice"
             )
-        if hardness not in HARDNESS:
-            raise KDHooksError(f"eckd: hardness must be one of {HARDNESS}; found '{hardness}'")
-        for option, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise KDHooksError(
-                    f"eckd: {option} must be a list of patterns; found '{patterns}'; "
-                    f"write ['{patterns}']"
-                )
-        self.weight = weight
-        self.consistency_weight, self.exclusivity_weight = consistency_weight, exclusivity_weight
-        self.regressor = regressor
-        self.hardness, self.gamma, self.mean_one = hardness, gamma, mean_one
-        self.unit_length = unit_length
-        self.include, self.exclude = include, exclude
-        self.include_depthwise = include_depthwise
-        self.normalize_rows, self.mean_overlap = normalize_rows, mean_overlap
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:

@@ -10,20 +10,21 @@ single CUDA operator in each direction. F.normalize is about twenty, and a small
 limited by how many operators the host can start. The length becomes √d, so sums over d are means.
 """
 
+from typing import Literal, TypeAlias
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import EmbeddingTap, KDHooksError, Model, Options, Weight, hookimpl, option
 
 _LEAST = 1e-12  # added to a length, in squares, so that nothing is divided by 0
-DISTANCES = ("cosine", "cosine_squared", "l2", "mse", "raw_mse")
+Distance: TypeAlias = Literal["cosine", "cosine_squared", "l2", "mse", "raw_mse"]
 
 
 class EmbeddingDistance(nn.Module):
     """The mean distance of student to teacher embeddings."""
 
-    def __init__(self, distance: str = "cosine", projector: nn.Module | None = None) -> None:
+    def __init__(self, distance: Distance = "cosine", projector: nn.Module | None = None) -> None:
         super().__init__()
         self.distance = distance
         self.projector = projector
@@ -49,22 +50,20 @@ def _root_mean_square_one(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[1:], eps=_LEAST**2 / x.shape[1])
 
 
-class FCD:
+class FCD(Options):
     """L = mean d(P(s), t), with P the identity, or linear where the widths differ."""
 
-    def __init__(
-        self, *, weight: Weight = 32.0, distance: str = "cosine", projector: bool = False
-    ) -> None:
-        """
-        distance: "cosine" 1 - cos; "cosine_squared" (1 - cos)²; "l2" ‖s - t‖² = 2(1 - cos);
-            "mse" the mean over (b d) of the same, 2(1 - cos)/d; "raw_mse" without unit length.
-        projector: learn a linear map to the teacher's width; it is not part of the student.
-        """
-        if distance not in DISTANCES:
-            raise KDHooksError(f"fcd: distance must be one of {DISTANCES}; found '{distance}'")
-        self.weight = weight
-        self.distance = distance
-        self.projector = projector
+    weight: Weight = option(32.0, "The factor of the term.", least=0)
+    distance: Distance = option(
+        "cosine",
+        "cosine: 1 - cos; cosine_squared: (1 - cos)²; l2: ‖s - t‖² = 2(1 - cos); mse: the mean of "
+        "the same over (b d), 2(1 - cos)/d; raw_mse: mse without unit length.",
+    )
+    projector: bool = option(
+        False,
+        "Learn a linear map of the student's embedding to the teacher's width. The map is not "
+        "part of the student.",
+    )
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:

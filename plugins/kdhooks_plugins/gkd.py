@@ -8,13 +8,20 @@ takes a fixed one, or one for a batch; scores are scale · cos, with the margin 
 The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from kdhooks import ClassShard, ComparedClassifiers, KDHooksError, Wanted, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import (
+    ClassShard,
+    ComparedClassifiers,
+    Options,
+    Scheduled,
+    Varying,
+    Wanted,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks_plugins._margin import GONE, scores
 
 _BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
@@ -25,17 +32,18 @@ class GroupedScores(nn.Module):
 
     def __init__(
         self,
-        primary: float,
-        binary: float,
+        primary: Scheduled,
+        binary: Scheduled,
         tau: float,
         largest: int,
-        temperature: float,
+        temperature: Scheduled,
         scale: float,
-        margin: float,
+        margin: Scheduled,
     ) -> None:
         super().__init__()
-        self.primary, self.binary, self.tau, self.largest = primary, binary, tau, largest
-        self.temperature, self.scale, self.margin = temperature, scale, margin
+        self.primary, self.binary = Varying(primary), Varying(binary)
+        self.tau, self.largest, self.scale = tau, largest, scale
+        self.temperature, self.margin = Varying(temperature), Varying(margin)
 
     def forward(
         self,
@@ -46,16 +54,16 @@ class GroupedScores(nn.Module):
         head: ClassShard,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
-        teacher = teacher.detach()
+        teacher, temperature = teacher.detach(), self.temperature.now
         classifier = classifier.frozen().measured()
         head = head.measured()
         least, size = self.group(student, labels, head)
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
-            z_s = scores(student, labels, chunk, self.scale, self.margin)
-            z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin)
+            z_s = scores(student, labels, chunk, self.scale, self.margin.now)
+            z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin.now)
             rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
-            z_s, z_t = z_s / self.temperature, z_t / self.temperature
+            z_s, z_t = z_s / temperature, z_t / temperature
             in_s, in_t = z_s + GONE * rest, z_t + GONE * rest
             out_s, out_t = z_s + GONE * (1 - rest), z_t + GONE * (1 - rest)
             return Wanted(logs=[in_s, out_s, in_t, out_t], means=[(z_t - z_s, in_t)])
@@ -64,7 +72,8 @@ class GroupedScores(nn.Module):
         primary = gap - in_t + in_s
         log_s, log_t = _shares(in_s, out_s), _shares(in_t, out_t)
         binary = (log_t.exp() * (log_t - log_s)).sum(dim=0)
-        loss = self.temperature**2 * (self.primary * primary + self.binary * binary).mean()
+        both = self.primary.now * primary + self.binary.now * binary
+        loss = temperature**2 * both.mean()
         return loss, {
             "primary": primary.detach().mean(),
             "binary": binary.detach().mean(),
@@ -108,7 +117,7 @@ class GroupedScores(nn.Module):
         bins = student.new_zeros(2, len(student), _BINS + 2)  # the outer two: all below, all above
         peak = torch.full_like(low, -torch.inf)
         for chunk in head.chunks(student):
-            z = scores(student, labels, chunk, self.scale, self.margin)
+            z = scores(student, labels, chunk, self.scale, self.margin.now)
             before, peak = peak, torch.maximum(peak, z.amax(dim=1))
             place = (_own_first(z, labels, chunk) - low[:, None]) / width + 1
             index = place.nan_to_num().clamp(0, _BINS + 1).long()
@@ -131,46 +140,47 @@ def _shares(inside: Tensor, outside: Tensor) -> Tensor:
     return both - both.logsumexp(dim=0)
 
 
-class GKD:
+class GKD(Options):
     """L = T² · mean(primary · KL inside of the group + binary · KL of the group's shares)."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        primary: float = 8.0,
-        binary: float = 1.0,
-        tau: float = 0.93,
-        largest: int = 10_000,
-        temperature: float = 4.0,
-        scale: float = 64.0,
-        margin: float = 0.4,
-    ) -> None:
-        """
-        primary, binary: weights of the two parts; the paper's λ1 and λ2.
-        tau: the student's probability that a group reaches, at temperature 1; 1: a group is always
-            as large as it may be.
-        largest: a group's size at most.
-        temperature: T.
-        scale: σ of both sides, as a rule the trainer's.
-        margin: taken off the cosine of the own class on both sides (CosFace). With none a group is
-            soon the own class alone, and `primary` trains nothing.
-        """
-        for option, found in (("temperature", temperature), ("scale", scale)):
-            if not 0 < found < math.inf:
-                raise KDHooksError(f"gkd: {option} must be above 0 and finite; found {found}")
-        for option, found in (("primary", primary), ("binary", binary), ("margin", margin)):
-            if found < 0:
-                raise KDHooksError(f"gkd: {option} must be at least 0; found {found}")
-        if not 0 < tau <= 1:
-            raise KDHooksError(f"gkd: tau must lie above 0 and at most at 1; found {tau}")
-        if largest < 1:
-            raise KDHooksError(f"gkd: largest must be at least 1; found {largest}")
-        self.weight = weight
-        self.parts, self.group = (primary, binary), (tau, largest)
-        self.temperature, self.scale, self.margin = temperature, scale, margin
+    weight: Weight = option(
+        1.0, "The factor of the term. The paper warms it up over ten epochs.", least=0
+    )
+    primary: Scheduled = option(
+        8.0, "λ1, the factor of the KL divergence inside of the group.", least=0
+    )
+    binary: Scheduled = option(
+        1.0, "λ2, the factor of the KL divergence of the group's share of all classes.", least=0
+    )
+    tau: float = option(
+        0.93,
+        "The probability that a group's classes have together, for the student at temperature 1. "
+        "With 1 a group always has `largest` classes.",
+        above=0,
+        most=1,
+    )
+    largest: int = option(10_000, "The largest number of classes in a group.", least=1)
+    temperature: Scheduled = option(4.0, "T, which softens the scores of both sides.", above=0)
+    scale: float = option(
+        64.0, "σ, the factor of the cosines of both sides; usually the trainer's scale.", above=0
+    )
+    margin: Scheduled = option(
+        0.4,
+        "m, subtracted from the cosine of the sample's own class on both sides, as in CosFace. "
+        "Without it a group soon holds the own class alone, and `primary` trains nothing.",
+        least=0,
+        most=2,
+    )
 
     @hookimpl
     def classifier_share(self) -> ComparedClassifiers:
-        loss = GroupedScores(*self.parts, *self.group, self.temperature, self.scale, self.margin)
+        loss = GroupedScores(
+            self.primary,
+            self.binary,
+            self.tau,
+            self.largest,
+            self.temperature,
+            self.scale,
+            self.margin,
+        )
         return ComparedClassifiers("gkd", loss, self.weight)

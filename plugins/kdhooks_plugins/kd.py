@@ -8,17 +8,29 @@ an option, 0 by default.
 
 from torch import Tensor, nn
 
-from kdhooks import ClassShard, ComparedClassifiers, KDHooksError, Wanted, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import (
+    ClassShard,
+    ComparedClassifiers,
+    Options,
+    Scheduled,
+    Varying,
+    Wanted,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks_plugins._margin import scores
 
 
 class SoftenedScores(nn.Module):
     """T² · KL(teacher ‖ student) over all classes, the mean over the batch."""
 
-    def __init__(self, temperature: float = 4.0, scale: float = 64.0, margin: float = 0.0) -> None:
+    def __init__(
+        self, temperature: Scheduled = 4.0, scale: float = 64.0, margin: Scheduled = 0.0
+    ) -> None:
         super().__init__()
-        self.temperature, self.scale, self.margin = temperature, scale, margin
+        self.temperature, self.margin = Varying(temperature), Varying(margin)
+        self.scale = scale
 
     def forward(
         self,
@@ -29,43 +41,41 @@ class SoftenedScores(nn.Module):
         head: ClassShard,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
-        teacher, scale = teacher.detach(), self.scale / self.temperature
+        teacher, temperature, margin = teacher.detach(), self.temperature.now, self.margin.now
+        scale = self.scale / temperature
         classifier = classifier.frozen().measured()
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
-            z_s = scores(student, labels, chunk, scale, self.margin)
-            z_t = scores(teacher, labels, classifier.part(chunk), scale, self.margin)
+            z_s = scores(student, labels, chunk, scale, margin)
+            z_t = scores(teacher, labels, classifier.part(chunk), scale, margin)
             return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
 
         (log_s, log_t), (gap, mean) = head.over_classes(compare, student)
         divergence = (gap - log_t + log_s).mean()
         entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
-        return self.temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
+        return temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
 
-class KD:
+class KD(Options):
     """L = T² · mean KL(softmax(σ cos_t / T) ‖ softmax(σ cos_s / T))."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        temperature: float = 4.0,
-        scale: float = 64.0,
-        margin: float = 0.0,
-    ) -> None:
-        """
-        temperature: T; at scale 64 a teacher stays close to one-hot even at 4.
-        scale: σ of both sides, as a rule the trainer's.
-        margin: taken off the cosine of the own class on both sides (CosFace).
-        """
-        for option, found in (("temperature", temperature), ("scale", scale)):
-            if found <= 0:
-                raise KDHooksError(f"kd: {option} must be above 0; found {found}")
-        if margin < 0:
-            raise KDHooksError(f"kd: margin must be at least 0; found {margin}")
-        self.weight = weight
-        self.temperature, self.scale, self.margin = temperature, scale, margin
+    weight: Weight = option(1.0, "The factor of the term.", least=0)
+    temperature: Scheduled = option(
+        4.0,
+        "T, which softens the scores of both sides. At scale 64 a teacher is close to one-hot "
+        "even at 4.",
+        above=0,
+    )
+    scale: float = option(
+        64.0, "σ, the factor of the cosines of both sides; usually the trainer's scale.", above=0
+    )
+    margin: Scheduled = option(
+        0.0,
+        "m, subtracted from the cosine of the sample's own class on both sides, as in CosFace. "
+        "Published face recipes use 0.4 or none.",
+        least=0,
+        most=2,
+    )
 
     @hookimpl
     def classifier_share(self) -> ComparedClassifiers:

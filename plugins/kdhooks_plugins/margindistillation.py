@@ -6,11 +6,25 @@ Differs from the code: similarities below 0 count as 0, without which a batch of
 teacher does not know gives margins beyond all bounds; and the line past θ = π - m.
 """
 
+from collections.abc import Collection
+from math import pi
+
 import torch
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import (
+    ClassifierShare,
+    ClassShard,
+    KDHooksError,
+    Model,
+    Options,
+    Schedule,
+    Scheduled,
+    Varying,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 
@@ -18,9 +32,9 @@ from kdhooks_plugins._widths import need_teachers_width
 class TeacherMargins(nn.Module):
     """Cross-entropy of cos(θ + m_i), m_i = low + (high - low) · d_i / max d, d = cos(t, w_y)."""
 
-    def __init__(self, low: float = 0.2, high: float = 0.5, scale: float = 64.0) -> None:
+    def __init__(self, low: Scheduled = 0.2, high: Scheduled = 0.5, scale: float = 64.0) -> None:
         super().__init__()
-        self.low, self.high, self.scale = low, high, scale
+        self.low, self.high, self.scale = Varying(low), Varying(high), scale
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
@@ -34,28 +48,43 @@ class TeacherMargins(nn.Module):
     def margins(self, teacher: Tensor, labels: Tensor, classifier: ClassShard) -> Tensor:
         """(b e), (b), classifier -> (b), from low to high."""
         fit = classifier.own(teacher, labels).clamp(min=0)
-        return self.low + (self.high - self.low) * fit / fit.max().clamp(min=1e-6)
+        low, high = self.low.now, self.high.now
+        if low > high:  # of two schedules, or of a function
+            raise KDHooksError(
+                f"margindistillation: low must be at most `high`; found {low} and {high} in a step"
+            )
+        return low + (high - low) * fit / fit.max().clamp(min=1e-6)
 
 
-class MarginDistillation:
+def _reached(margin: Scheduled) -> Collection[float]:
+    """The numbers between which it lies; none of a function."""
+    if isinstance(margin, Schedule):
+        assert margin.initial is not None
+        return margin.value, margin.initial
+    return () if callable(margin) else (margin,)
+
+
+class MarginDistillation(Options):
     """L = cross-entropy of ArcFace on the teacher's rows, with a margin of each sample's own."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        low: float = 0.2,
-        high: float = 0.5,
-        scale: float = 64.0,
-    ) -> None:
-        """low, high: of the margins, in radians; the best sample of a batch has high. scale: σ."""
-        if not 0 <= low <= high:
-            raise KDHooksError(
-                f"margindistillation: low and high must rise from 0; found {low} and {high}"
-            )
-        if scale <= 0:
-            raise KDHooksError(f"margindistillation: scale must be above 0; found {scale}")
-        self.weight, self.low, self.high, self.scale = weight, low, high, scale
+    weight: Weight = option(1.0, "The factor of the term.", least=0)
+    low: Scheduled = option(
+        0.2, "The margin of a sample that the teacher does not know.", least=0, most=pi, unit="rad"
+    )
+    high: Scheduled = option(
+        0.5,
+        "The margin of the sample of a batch that the teacher fits best.",
+        least=0,
+        most=pi,
+        unit="rad",
+    )
+    scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
+
+    def check(self) -> None:
+        low, high = _reached(self.low), _reached(self.high)
+        one_is_constant = not (callable(self.low) and callable(self.high))
+        if one_is_constant and low and high and max(low) > min(high):
+            raise self.refused("low", f"must be at most `high`; found {max(low)} and {min(high)}")
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:

@@ -5,8 +5,8 @@ teacher's stage at several scales (HCL); a shallow stage of the teacher thus rea
 ones of the student. Blocks, initial weights and scales are those of the authors' code.
 Differs from it: stages alone, no pooled embedding behind them; a fused feature is resized to the
 teacher's size on its way out alone, and the review goes on at the student's size; stages are
-tapped as the host puts them out (the code takes the teacher's before their activation); the
-warm-up counts steps, not epochs.
+tapped as the host puts them out (the code takes the teacher's before their activation). The
+warm-up over epochs is `weight = { value = 1.0, warmup = 20, unit = "epoch" }`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import FeatureTap, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import FeatureTap, Model, Options, Weight, hookimpl, option
 from kdhooks_plugins._maps import Grid, paired_grids, pool
-from kdhooks_plugins._warmup import WarmUp
 
 LEVELS = (4, 2, 1)
 _WIDEST = 512
@@ -27,9 +25,7 @@ _WIDEST = 512
 class ReviewedFeatures(nn.Module):
     """HCL between the teacher's stages and the student's, each fused with all deeper ones."""
 
-    def __init__(
-        self, ours: Sequence[Grid], theirs: Sequence[Grid], mid: int, warmup_steps: int = 0
-    ) -> None:
+    def __init__(self, ours: Sequence[Grid], theirs: Sequence[Grid], mid: int) -> None:
         super().__init__()
         self.ours, self.theirs = tuple(ours), tuple(theirs)
         self.path = ReviewPath([grid.channels for grid in ours], mid)
@@ -37,7 +33,6 @@ class ReviewedFeatures(nn.Module):
             nn.Sequential(conv(mid, grid.channels, 3), nn.BatchNorm2d(grid.channels))
             for grid in theirs
         )
-        self.warmup = WarmUp(warmup_steps)
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
@@ -50,7 +45,7 @@ class ReviewedFeatures(nn.Module):
             for output, x, target in zip(self.outputs, fused, targets, strict=True)
         ]
         notes = {f"stage{k}": term.detach() for k, term in enumerate(terms, start=1)}
-        return self.warmup(torch.stack(terms).sum()), notes
+        return torch.stack(terms).sum(), notes
 
 
 class ReviewPath(nn.Module):
@@ -106,24 +101,22 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size)
 
 
-class ReviewKD:
+class ReviewKD(Options):
     """L = Σ_k HCL(ABF_k(F_k, …, F_n), F'_k)."""
 
-    def __init__(
-        self, *, weight: Weight = 1.0, mid: int | None = None, warmup_steps: int = 0
-    ) -> None:
-        """
-        weight: 0.6 to 8 in the authors' scripts, by pair of networks; 1 is that of ResNet-18.
-        mid: channels inside the review, by default those of the student's deepest stage, 512 at
-            most. Memory goes with it: a step keeps several (b mid h w) of the shallowest stage.
-        warmup_steps: let the loss grow from 0 over so many steps; in the paper's CIFAR-100
-            training 20 epochs of 240.
-        """
-        if mid is not None and mid < 1:
-            raise KDHooksError(f"reviewkd: mid must be at least 1; found {mid}")
-        if warmup_steps < 0:
-            raise KDHooksError(f"reviewkd: warmup_steps must be at least 0; found {warmup_steps}")
-        self.weight, self.mid, self.warmup_steps = weight, mid, warmup_steps
+    weight: Weight = option(
+        1.0,
+        "The factor of the term. The authors' scripts have 0.6 to 8, by the pair of networks, and "
+        "1 for ResNet-18. In the paper's CIFAR-100 training it grows over the first 20 of 240 "
+        "epochs.",
+        least=0,
+    )
+    mid: int | None = option(
+        None,
+        "The number of channels inside of the review. The default is that of the student's deepest "
+        "stage, but at most 512. A step keeps several tensors (b mid h w) of the shallowest stage.",
+        least=1,
+    )
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
@@ -131,7 +124,7 @@ class ReviewKD:
         mid = self.mid or min(_WIDEST, ours[-1].channels)
         return FeatureTap(
             "reviewkd",
-            ReviewedFeatures(ours, theirs, mid, self.warmup_steps),
+            ReviewedFeatures(ours, theirs, mid),
             self.weight,
             student=tuple(stage.path for stage in student.stages),
             teacher=tuple(stage.path for stage in teacher.stages),

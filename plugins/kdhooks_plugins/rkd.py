@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
 from kdhooks.classes.shards import gather, world
-from kdhooks.declarations import Weight
 
 _EPS = 1e-12  # below it, a batch is one point and has no scale
 
@@ -23,15 +22,15 @@ class DistancesAndAngles(nn.Module):
 
     def __init__(
         self,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+        distance_weight: Scheduled = 25.0,
+        angle_weight: Scheduled = 50.0,
         *,
         unit_length: bool = False,
         global_batch: bool = True,
         anchors: int = 32,
     ) -> None:
         super().__init__()
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.distance_weight, self.angle_weight = Varying(distance_weight), Varying(angle_weight)
         self.unit_length = unit_length
         self.global_batch = global_batch
         self.anchors = anchors
@@ -46,12 +45,12 @@ class DistancesAndAngles(nn.Module):
         if self.unit_length:
             student, teacher = F.normalize(student), F.normalize(teacher)
         loss, notes = student.new_zeros(()), {}
-        if self.distance_weight:
+        if self.distance_weight.value:
             distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
-            loss, notes["distance"] = loss + self.distance_weight * distance, distance.detach()
-        if self.angle_weight:
+            loss, notes["distance"] = loss + self.distance_weight.now * distance, distance.detach()
+        if self.angle_weight.value:
             angle = self._angles(student, teacher)
-            loss, notes["angle"] = loss + self.angle_weight * angle, angle.detach()
+            loss, notes["angle"] = loss + self.angle_weight.now * angle, angle.detach()
         return loss, notes
 
     def _angles(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -87,39 +86,34 @@ def _angles_at(x: Tensor, anchors: slice) -> Tensor:
     return directions @ directions.transpose(1, 2)
 
 
-class RKD:
+class RKD(Options):
     """L = distance_weight · mean l(ψ_D(s), ψ_D(t)) + angle_weight · mean l(ψ_A(s), ψ_A(t))."""
 
-    def __init__(
-        self,
-        *,
-        weight: Weight = 1.0,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
-        unit_length: bool = False,
-        global_batch: bool = True,
-        anchors: int = 32,
-    ) -> None:
-        """
-        weight: of the sum.
-        unit_length: relations of s = z/‖z‖ instead of the raw embeddings.
-        global_batch: relations over the batches of all ranks, else within each rank's own.
-        anchors: so many angles' anchors at a time; memory grows with anchors · b · (b + d).
-        """
-        for option, found in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
-            if found < 0:
-                raise KDHooksError(f"rkd: {option} must be at least 0; found {found}")
-        if not distance_weight and not angle_weight:
-            raise KDHooksError(
-                "rkd: distance_weight or angle_weight must be above 0; found 0 twice"
-            )
-        if anchors < 1:
-            raise KDHooksError(f"rkd: anchors must be at least 1; found {anchors}")
-        self.weight = weight
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
-        self.unit_length = unit_length
-        self.global_batch = global_batch
-        self.anchors = anchors
+    weight: Weight = option(1.0, "The factor of both terms together.", least=0)
+    distance_weight: Scheduled = option(
+        25.0, "The factor of the loss of distances; 0 leaves it out.", least=0
+    )
+    angle_weight: Scheduled = option(
+        50.0, "The factor of the loss of angles; 0 leaves it out.", least=0
+    )
+    unit_length: bool = option(
+        False,
+        "Compare embeddings at unit length instead of the raw ones, which the paper compares.",
+    )
+    global_batch: bool = option(
+        True,
+        "Compare samples across the batches of all ranks, and not within each rank's batch alone.",
+    )
+    anchors: int = option(
+        32,
+        "The number of samples whose angles are computed at the same time. Memory grows with "
+        "anchors · b · (b + d).",
+        least=1,
+    )
+
+    def check(self) -> None:
+        if self.distance_weight == self.angle_weight == 0:
+            raise self.refused("distance_weight", "or angle_weight must be above 0; found 0 twice")
 
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:

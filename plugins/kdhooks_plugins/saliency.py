@@ -30,12 +30,12 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
     return load_saliency(torch.stack(energies).sum(dim=0))
 
 
-def load_saliency(source: Tensor | str) -> Tensor:
+def load_saliency(source: Tensor | Path) -> Tensor:
     """A map (h w), or a file that torch.save wrote of one -> (h w), scaled from 0 to 1."""
     content: object = source
-    if isinstance(source, str):
+    if isinstance(source, Path):
         try:
-            content = torch.load(Path(source).expanduser(), map_location="cpu", weights_only=True)
+            content = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:
             raise KDHooksError(
                 f"cakd: saliency '{source}' can't be read as a tensor ({error}); save what "

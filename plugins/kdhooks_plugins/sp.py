@@ -8,20 +8,21 @@ orthogonal, so the weight of 3000 that is usual for the paper's form is the defa
 Relations run over the batches of all ranks, unless global_batch is False.
 """
 
+from typing import Literal, TypeAlias
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks import EmbeddingTap, Options, Weight, hookimpl, option
 from kdhooks.classes.shards import gather, world
-from kdhooks.declarations import Weight
 
-SIMILARITIES = ("cosine", "gram")
+Similarity: TypeAlias = Literal["cosine", "gram"]
 
 
 class PairSimilarities(nn.Module):
     """The mean square difference of both sides' similarity matrices."""
 
-    def __init__(self, similarity: str = "cosine", *, global_batch: bool = True) -> None:
+    def __init__(self, similarity: Similarity = "cosine", *, global_batch: bool = True) -> None:
         super().__init__()
         self.similarity = similarity
         self.global_batch = global_batch
@@ -41,24 +42,19 @@ class PairSimilarities(nn.Module):
         return x @ x.T
 
 
-class SP:
+class SP(Options):
     """L = mean (G_s - G_t)², G the cosines of each two samples of a batch."""
 
-    def __init__(
-        self, *, weight: Weight = 3000.0, similarity: str = "cosine", global_batch: bool = True
-    ) -> None:
-        """
-        similarity: "cosine" of the embeddings; "gram": their dot products, each row of the matrix
-            brought to unit length.
-        global_batch: pairs over the batches of all ranks, else within each rank's own.
-        """
-        if similarity not in SIMILARITIES:
-            raise KDHooksError(
-                f"sp: similarity must be one of {SIMILARITIES}; found '{similarity}'"
-            )
-        self.weight = weight
-        self.similarity = similarity
-        self.global_batch = global_batch
+    weight: Weight = option(3000.0, "The factor of the term.", least=0)
+    similarity: Similarity = option(
+        "cosine",
+        "cosine: cosines of the embeddings; gram, the paper's form: their dot products, with each "
+        "row of the matrix at unit length.",
+    )
+    global_batch: bool = option(
+        True,
+        "Compare pairs across the batches of all ranks, and not within each rank's batch alone.",
+    )
 
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:

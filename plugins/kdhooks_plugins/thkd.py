@@ -8,8 +8,16 @@ cosines. The paper's other half, a teacher trained on a student's head, needs no
 
 from torch import Tensor, nn
 
-from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
-from kdhooks.declarations import Weight
+from kdhooks import (
+    ClassifierShare,
+    ClassShard,
+    Model,
+    Options,
+    Scheduled,
+    Weight,
+    hookimpl,
+    option,
+)
 from kdhooks_plugins._widths import need_teachers_width
 from kdhooks_plugins.kd import SoftenedScores
 
@@ -17,7 +25,7 @@ from kdhooks_plugins.kd import SoftenedScores
 class SharedHead(nn.Module):
     """T² · KL(teacher ‖ student), both by the teacher's rows."""
 
-    def __init__(self, temperature: float = 4.0, scale: float = 64.0) -> None:
+    def __init__(self, temperature: Scheduled = 4.0, scale: float = 64.0) -> None:
         super().__init__()
         self.scores = SoftenedScores(temperature, scale)
 
@@ -30,17 +38,14 @@ class SharedHead(nn.Module):
         return found
 
 
-class THKD:
+class THKD(Options):
     """L = T² · mean KL(softmax(σ cos(t, w) / T) ‖ softmax(σ cos(s, w) / T)), w the teacher's."""
 
-    def __init__(
-        self, *, weight: Weight = 1.0, temperature: float = 4.0, scale: float = 64.0
-    ) -> None:
-        """temperature: T; scale: σ, as a rule the trainer's."""
-        for option, found in (("temperature", temperature), ("scale", scale)):
-            if found <= 0:
-                raise KDHooksError(f"thkd: {option} must be above 0; found {found}")
-        self.weight, self.temperature, self.scale = weight, temperature, scale
+    weight: Weight = option(1.0, "The factor of the term.", least=0)
+    temperature: Scheduled = option(4.0, "T, which softens the scores of both sides.", above=0)
+    scale: float = option(
+        64.0, "σ, the factor of all cosines; usually the trainer's scale.", above=0
+    )
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:

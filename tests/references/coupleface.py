@@ -35,16 +35,13 @@ class CoupleFace:
     alpha: float = 1.0
     q: float = 0.03
     two_sided: bool = False
-    warmup_steps: int = 0
     momentum: float | None = None  # None: static prototypes
     student_bank: dict[int, list[float]] = field(default_factory=dict)
     teacher_bank: dict[int, list[float]] = field(default_factory=dict)
-    steps: int = 0
 
     def loss(self, student: Matrix, teacher: Matrix, labels: Labels) -> float:
-        ramp = min(1.0, self.steps / self.warmup_steps) if self.warmup_steps else 1.0
         rad, _ = self.rad(student, teacher, labels)
-        return embedding_distance(student, teacher, "l2") + self.alpha * ramp * rad
+        return embedding_distance(student, teacher, "l2") + self.alpha * rad
 
     def rad(self, student: Matrix, teacher: Matrix, labels: Labels) -> tuple[float, float]:
         """Mean over all (i, m) that exist of max(R_s - R_t + q, 0), and the active share."""
@@ -69,7 +66,6 @@ class CoupleFace:
 
     def advance(self, student: Matrix, teacher: Matrix, labels: Labels) -> None:
         """After the loss: M[y] <- norm(μ·M[y] + (1 - μ)·s), s the direction of y's mean if many."""
-        self.steps += 1
         if self.momentum is None:
             return
         for bank, side in ((self.student_bank, student), (self.teacher_bank, teacher)):

@@ -31,6 +31,7 @@ _DEFAULTS = {
     "num_epoch": 1,
     "verbose": 2,
     "frequent": 2,
+    "num_image": 0,
     "seed": 2048,
     "compile": "",
     "compiled": "before DDP",

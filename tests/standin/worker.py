@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kdhooks import KDHooksError
 from kdhooks_integrations.arcface_torch.commands import run
 
 _SCRIPT = str(Path(__file__).with_name("train.py"))
@@ -30,7 +31,8 @@ def serve() -> None:
                 runpy.run_path(_SCRIPT, run_name="__main__")
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": type(error).__name__, "message": str(error)}
+            kind = KDHooksError if isinstance(error, KDHooksError) else type(error)
+            answer = {"error": kind.__name__, "message": str(error)}
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.compiler.reset()

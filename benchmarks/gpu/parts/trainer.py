@@ -37,7 +37,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "acsr": {},
     "adadistill": {},
     "at": {},
-    "cakd": {"prompts": 0},
+    "cakd": {"prompts": {"number": 0}},
     "coupleface": {"k": 10},
     "eckd": {},
     "fcd": {"weight": 8.0},

@@ -6,7 +6,7 @@ model = dict(
     teacher={{_base_.sface}},
     taps=dict(
         student=dict(stages=['backbone.stage4']), teacher=dict(stages=['conv_14_relu'])),
-    methods=[dict(name='cakd', width=128, heads=4, prompts=0)])
+    methods=[dict(name='cakd', urfm=dict(width=128, heads=4), prompts=dict(number=0))])
 optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={

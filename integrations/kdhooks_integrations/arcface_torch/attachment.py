@@ -38,6 +38,7 @@ class Attachment:
         recipe: Recipe,
         get_model: Callable[..., nn.Module] | None,
         accumulation: int | None,
+        steps_per_epoch: int | None,
     ) -> None:
         shards = [shard_of(head) for head in heads]
         self.distiller = build(
@@ -47,8 +48,9 @@ class Attachment:
             head=shards[0] if len(shards) == 1 else None,
             host_head="margin",
             plugins=[Backbones()],
+            steps_per_epoch=steps_per_epoch or _steps_per_epoch(),
         )
-        self.distiller.accumulation = accumulation or _gradient_acc()
+        self.distiller.accumulation = accumulation or _of_config("gradient_acc") or 1
         self.distiller.advise(
             "in arcface_torch, each batch must go through all attached heads in their order, by "
             "calls that run the hooks of the backbone and of the heads"
@@ -249,6 +251,7 @@ def attach(
     *,
     get_model: Callable[..., nn.Module] | None = None,
     accumulation: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Attachment:
     """Distil with these very objects: after the schedule is made, before anything is resumed.
 
@@ -256,13 +259,22 @@ def attach(
         it, and the labels of each count on from those of the heads before.
     get_model: the trainer's factory for the teacher's network, by default `backbones.get_model`.
     accumulation: batches an optimizer step, by default the config's gradient_acc.
+    steps_per_epoch: batches in an epoch, for schedules that count epochs; by default the config's
+        num_image, divided by the batch of all ranks.
     """
     heads = [head] if isinstance(head, nn.Module) else list(head)
     if any(isinstance(hook, _Terms) for one in heads for hook in one._forward_hooks.values()):
         raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
     _refuse_late(backbone, optimizer, schedule)
     return Attachment(
-        backbone, heads, optimizer, schedule, Recipe.read(recipe), get_model, accumulation
+        backbone,
+        heads,
+        optimizer,
+        schedule,
+        Recipe.read(recipe),
+        get_model,
+        accumulation,
+        steps_per_epoch,
     )
 
 
@@ -290,7 +302,15 @@ def _refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRSchedule
             )
 
 
-def _gradient_acc() -> int:
-    """What the trainer's config says, into whose base main() has merged the user's by now."""
+def _of_config(key: str) -> int | None:
+    """From the trainer's config, into whose base main() has merged the user's by now."""
     config = getattr(sys.modules.get("configs.base"), "config", None)
-    return int(getattr(config, "gradient_acc", 1))
+    found = getattr(config, key, None)
+    return None if found is None else int(found)
+
+
+def _steps_per_epoch() -> int | None:
+    """As the trainer computes it for the schedule of its learning rate."""
+    images, batch = _of_config("num_image"), _of_config("batch_size")
+    ranks = 1 if world() is None else dist.get_world_size()
+    return (images // (batch * ranks) or None) if images and batch else None

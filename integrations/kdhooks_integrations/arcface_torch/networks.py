@@ -36,7 +36,7 @@ def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) 
         factory = get_model or _trainers_get_model()
         # All of its backbones end in a BatchNorm1d of the embedding's width.
         widths = [len(tensor) for tensor in state.values() if tensor.ndim == 1]
-        dtype = recipe.teacher.get("dtype", "float32")
+        dtype = recipe.teacher.dtype
         if dtype == "bfloat16":
             raise KDHooksError(
                 "arcface_torch: teacher.dtype must be 'float16' or 'float32' for the trainer's own "

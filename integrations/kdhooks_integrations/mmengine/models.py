@@ -56,7 +56,7 @@ class Conventions:
 
 
 def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
-    if recipe.embedding("student"):
+    if recipe.taps.student.embedding is not None:
         return recipe
     children = dict(student.named_children())
     path = _embedding_of(student)
@@ -66,8 +66,8 @@ def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
             "from; name one as taps.student.embedding; its children are: "
             f"{listed(name for name in children if name != 'data_preprocessor')}"
         )
-    taps = {**recipe.taps, "student": {**recipe.taps.get("student", {}), "embedding": path}}
-    return replace(recipe, taps=taps)
+    student_taps = replace(recipe.taps.student, embedding=path)
+    return replace(recipe, taps=replace(recipe.taps, student=student_taps))
 
 
 def _embedding_of(model: nn.Module) -> str | None:
@@ -97,18 +97,18 @@ def with_teacher(recipe: Recipe) -> Recipe:
 
     Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
     """
-    spec = dict(recipe.teacher)
-    if "network" in spec:
-        path = spec.pop("checkpoint")
-        state = load_checkpoint(path)
-        spec["module"] = load_strictly(built(spec.pop("network"), "teacher.network"), state, path)
-    model = spec.get("module")
-    if not isinstance(model, BaseModel):
-        return replace(recipe, teacher=spec)
-    _check_images(model, spec.get("input", {}))
-    taps = dict(recipe.taps.get("teacher", {}))
-    taps.setdefault("embedding", _embedding_of(model) or "")
-    return replace(recipe, teacher=spec, taps={**recipe.taps, "teacher": taps})
+    teacher, taps = recipe.teacher, recipe.taps
+    if teacher.network is not None and teacher.checkpoint is not None:
+        state = load_checkpoint(teacher.checkpoint)
+        model = built(teacher.network, "teacher.network")
+        module = load_strictly(model, state, teacher.checkpoint)
+        teacher = replace(teacher, module=module, network=None, checkpoint=None)
+    if isinstance(teacher.module, BaseModel):
+        _check_images(teacher.module, teacher.input.given())
+        if taps.teacher.embedding is None:
+            embedding = _embedding_of(teacher.module) or ""
+            taps = replace(taps, teacher=replace(taps.teacher, embedding=embedding))
+    return replace(recipe, teacher=teacher, taps=taps)
 
 
 def initialised(config: Mapping[str, Any]) -> nn.Module:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def build(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    if "cache" not in recipe.teacher:
+    if recipe.teacher.cache is None:
         raise KDHooksError(
             f"cache build: the recipe must name a folder; '{options.recipe}' has no teacher.cache; "
             'add cache = "cache" below [teacher]'
@@ -105,9 +105,8 @@ def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
 def _compare(options: argparse.Namespace) -> None:
     """Raises where the teacher gives something else today."""
     recipe = _recipe(options)
-    recipe = replace(
-        recipe, teacher={**recipe.teacher, "cache": CacheOptions(Path(options.folder).expanduser())}
-    )
+    folder = CacheOptions(path=Path(options.folder))
+    recipe = replace(recipe, teacher=replace(recipe.teacher, cache=folder))
     teacher = build_teacher(recipe, teacher_factory(None, recipe))
     pictures = Pictures(options.data)
     count = len(pictures.names)

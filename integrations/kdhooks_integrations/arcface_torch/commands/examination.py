@@ -69,7 +69,7 @@ class Examination:
         self.student = networks.make(given.network, given.embedding_size, given.fp16)
         self.student.to(given.device)
         images = torch.zeros(2, *self.recipe.input_shape, device=given.device)
-        probed = probe_student(self.student, self.recipe.embedding("student"), (), images)
+        probed = probe_student(self.student, self.recipe.taps.student.embedding or "", (), images)
         self.width = probed.embedding_dim
         return f"{given.network}, {_millions(self.student)}, embedding {self.width}"
 

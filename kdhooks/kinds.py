@@ -1,0 +1,303 @@
+"""The types that an option may have: what each of them accepts, and how it is called in words."""
+
+import inspect
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError, near_miss
+
+T = TypeVar("T")
+
+
+class OptionError(KDHooksError):
+    """A refused option. The path grows on its way out of nested tables."""
+
+    def __init__(self, rule: str, *path: str | int, subject: str = "") -> None:
+        self.rule, self.path, self.subject = rule, path, subject
+        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+        super().__init__(f"{subject}: {where} {rule}" if where else f"{subject} {rule}")
+
+    def inside(self, name: str | int, subject: str = "") -> "OptionError":
+        """The same of a table that has this one under that name, unless it names its own."""
+        if self.subject:
+            return self
+        return OptionError(self.rule, name, *self.path, subject=subject)
+
+
+OptionError.__module__ = "kdhooks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The interval that a number must lie in."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def hold(self, number: float) -> bool:
+        return (
+            (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        """ "at least 0 and below 1"; "" if any number will do."""
+        named = (
+            ("at least", self.least), ("above", self.above),
+            ("at most", self.most), ("below", self.below),
+        )  # fmt: skip
+        return " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One declared option."""
+
+    kind: Any  # its type
+    default: Any
+    meaning: str = ""
+    bounds: Bounds = Bounds()
+    unit: str = ""
+
+
+class Table:
+    """The base of the types that stand for a table of options."""
+
+    bounded: ClassVar[tuple[str, ...]] = ()
+    """The numbers in here that the bounds of an option of this type apply to."""
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object]) -> Self:
+        raise NotImplementedError
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(inner for member in get_args(kind) for inner in alternatives(member))
+    return (kind,)
+
+
+class _Other(Exception):
+    """The value is of another type."""
+
+
+def checked(kind: Any, value: object, declared: Option) -> Any:
+    """The value as an option of this type keeps it: a list as a tuple, a path as a Path.
+
+    Raises:
+        OptionError: the value is of another type, or outside of the bounds.
+    """
+    kinds = alternatives(kind)
+    for one in kinds:
+        try:
+            return _CHECKS.get(get_origin(one) or one, _instance)(one, value, declared)
+        except _Other:
+            continue
+    words = [described(one) for one in kinds if one is not types.NoneType]
+    rule = f"must be {', '.join(words[:-1])}{' or ' if len(words) > 1 else ''}{words[-1]}"
+    raise OptionError(f"{rule}; found {shown(value)}{_way_out(kinds, value)}")
+
+
+def _boolean(kind: Any, value: object, declared: Option) -> object:
+    if not isinstance(value, bool):
+        raise _Other
+    return value
+
+
+def _whole(kind: Any, value: object, declared: Option) -> object:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _Other
+    return _within(int(value), declared)
+
+
+def _number(kind: Any, value: object, declared: Option) -> object:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _Other
+    return _within(value if isinstance(value, int) else float(value), declared)
+
+
+def _within(number: T, declared: Option) -> T:
+    """The number, if it is finite and inside of the bounds."""
+    found: Any = number
+    try:
+        finite = math.isfinite(found)
+    except OverflowError:  # a whole number that no float can hold
+        finite = False
+    if not finite:
+        raise OptionError(f"must be finite; found {reprlib.repr(found)}")
+    if not declared.bounds.hold(found):
+        unit = f" {declared.unit}" if declared.unit else ""
+        degrees = declared.unit == "rad" and found > math.pi
+        way_out = f"; {found:g} degrees are {math.radians(found):.4g} rad" if degrees else ""
+        raise OptionError(f"must be {declared.bounds}{unit}; found {found}{way_out}")
+    return number
+
+
+def _text(kind: Any, value: object, declared: Option) -> object:
+    if not isinstance(value, str):
+        raise _Other
+    return value
+
+
+def _path(kind: Any, value: object, declared: Option) -> object:
+    if not isinstance(value, str | Path):
+        raise _Other
+    if not str(value).strip() or "\0" in str(value):
+        raise OptionError(f"must be a path; found {value!r}")
+    return user_path(value)
+
+
+def user_path(path: str | Path) -> Path:
+    """The path, with ~ and ~user replaced."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise KDHooksError(f"'{path}' must be a path; found no home folder: {error}") from error
+
+
+def _choice(kind: Any, value: object, declared: Option) -> object:
+    for choice in get_args(kind):
+        if type(choice) is type(value) and choice == value:
+            return value
+    raise _Other
+
+
+def _list(kind: Any, value: object, declared: Option) -> object:
+    inner = get_args(kind)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise _Other
+    if get_origin(kind) is tuple and inner[-1] is not Ellipsis:
+        if len(value) != len(inner):
+            raise _Other
+    else:
+        inner = (inner[0],) * len(value)
+    items = []
+    for place, (one, item) in enumerate(zip(inner, value, strict=True)):
+        try:
+            items.append(checked(one, item, declared))
+        except OptionError as error:
+            raise error.inside(place) from None
+    return tuple(items)
+
+
+def _mapping(kind: Any, value: object, declared: Option) -> object:
+    if not isinstance(value, Mapping):
+        raise _Other
+    return value
+
+
+def _nothing(kind: Any, value: object, declared: Option) -> object:
+    if value is not None:
+        raise _Other
+    return value
+
+
+def _function(kind: Any, value: object, declared: Option) -> object:
+    if not callable(value) or inspect.isclass(value):
+        raise _Other
+    return value
+
+
+def _anything(kind: Any, value: object, declared: Option) -> object:
+    return value
+
+
+def _instance(kind: Any, value: object, declared: Option) -> object:
+    if issubclass(kind, Table):
+        if isinstance(value, Mapping):
+            value = kind.from_table(value)
+        if isinstance(value, kind):
+            for name in value.bounded:
+                try:
+                    _within(getattr(value, name), declared)
+                except OptionError as error:
+                    raise error.inside(name) from None
+    if not isinstance(value, kind):
+        raise _Other
+    return value
+
+
+_CHECKS: Mapping[Any, Callable[[Any, object, Option], object]] = {
+    bool: _boolean, int: _whole, float: _number, str: _text, Path: _path, Literal: _choice,
+    tuple: _list, list: _list, Sequence: _list, types.NoneType: _nothing, Callable: _function,
+    Mapping: _mapping, Any: _anything, object: _anything,
+}  # fmt: skip
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def described(kind: Any, *, plural: bool = False) -> str:
+    """ "a whole number", "'mse' or 'kl'", "a list of 3 numbers"."""
+    if get_origin(kind) is Literal:
+        return listed_choices(get_args(kind))
+    if get_origin(kind) in (tuple, list, Sequence):
+        inner = get_args(kind)
+        fixed = get_origin(kind) is tuple and inner[-1] is not Ellipsis
+        count = f"{len(inner)} " if fixed else ""
+        of = " or ".join(described(k, plural=True) for k in alternatives(inner[0]))
+        return f"{'lists' if plural else 'a list'} of {count}{of}"
+    one, many = _WORDS.get(get_origin(kind) or kind, ("", ""))
+    if not one and inspect.isclass(kind) and issubclass(kind, Table):
+        one, many = "a table", "tables"
+    if not one:
+        name = getattr(kind, "__name__", str(kind))
+        one, many = f"a {name}", f"{name}s"
+    return many if plural else one
+
+
+_WORDS: Mapping[Any, tuple[str, str]] = {
+    bool: ("true or false", "true or false"), int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"), str: ("a text", "texts"), Path: ("a path", "paths"),
+    Mapping: ("a table", "tables"), Callable: ("a function", "functions"),
+    Tensor: ("a tensor", "tensors"), Any: ("anything", "anything"),
+    object: ("anything", "anything"),
+}  # fmt: skip
+
+
+def listed_choices(choices: Iterable[object]) -> str:
+    words = [
+        f"{choice!r}" if isinstance(choice, str) else str(choice).lower() for choice in choices
+    ]
+    return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+
+
+def shown(value: object) -> str:
+    """For an error: the value itself if it is plain, else its type."""
+    simple = isinstance(value, str | int | float | bool | list | tuple | Mapping) or value is None
+    return reprlib.repr(value) if simple else type(value).__name__
+
+
+def _way_out(kinds: Sequence[Any], value: object) -> str:
+    """What to write instead, if the mistake is a usual one."""
+    if not isinstance(value, str):
+        return ""
+    bare = value.strip().lower()
+    if bool in kinds and bare in ("true", "false"):
+        return f"; write {bare}, without quotes"
+    if {int, float} & set(kinds):
+        try:
+            float(bare)
+        except ValueError:
+            pass
+        else:
+            return f"; write {bare}, without quotes"
+    if any(get_origin(kind) in (tuple, list, Sequence) for kind in kinds):
+        return f"; write [{value!r}]"
+    choices = [c for k in kinds if get_origin(k) is Literal for c in get_args(k)]
+    miss = near_miss(value, [c for c in choices if isinstance(c, str)])
+    return f"; {miss.strip()}" if miss else ""

@@ -1,0 +1,213 @@
+"""Options, each declared once: its type, default, bounds, unit and meaning.
+
+A class of options is a frozen dataclass with keyword arguments:
+
+    class KD(Options):
+        temperature: Scheduled = option(4.0, "Softens the scores of both sides.", above=0)
+
+From the declaration follow the refusal of wrong values, the tables in docs/methods, the output of
+`kdhooks methods NAME`, and the JSON Schema that `kdhooks schema` writes. A class that declares no
+options in this way is read from the signature of its constructor: names and types alone.
+"""
+
+import inspect
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin
+
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.kinds import Bounds, Option, OptionError, Table, alternatives, checked, shown
+
+T = TypeVar("T")
+REQUIRED: Any = inspect.Parameter.empty
+"""The default of an option that must be given."""
+
+
+def option(
+    default: T,
+    meaning: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    unit: str = "",
+) -> T:
+    """Declare an option. The bounds also hold for the items of a list, and for a schedule."""
+    bounds = Bounds(least=least, above=above, most=most, below=below)
+    declared = Option(None, default, meaning, bounds, unit)
+    made: T = field(default=default, metadata={"option": declared})
+    return made
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False)
+class Options(Table):
+    """The base of a class of options. Creating an object checks every value, then calls `check`.
+
+    A list becomes a tuple, and a table becomes the class of options that it stands for.
+    subject: the name that errors start with; by default the class's name in lower case.
+    """
+
+    subject: ClassVar[str]
+    rules: ClassVar[Mapping[str, Any]] = {}
+    """Keywords of JSON Schema for the rules that hold between the options."""
+
+    def __init_subclass__(cls, subject: str = "") -> None:
+        cls.subject = subject or cls.__name__.lower()
+        dataclass(frozen=True, kw_only=True, eq=False)(cls)
+
+    def __post_init__(self) -> None:
+        for name, declared in declared_options(type(self)).items():
+            subject = type(self).subject
+            value: Any = _checked_option(subject, name, declared, getattr(self, name))
+            function = callable(value) and not isinstance(value, Table | Bounded)
+            if function and float in alternatives(declared.kind):
+                value = Bounded(value, declared, f"{subject}: {name}")
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that do not go together, by raising `self.refused(…)`."""
+
+    def refused(self, name: str, rule: str) -> OptionError:
+        return OptionError(rule, name, subject=type(self).subject)
+
+    def has(self, name: str) -> bool:
+        """Whether the option differs from its default."""
+        value: object = getattr(self, name)
+        default = declared_options(type(self))[name].default
+        return value is not default and (isinstance(value, Tensor) or value != default)
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {
+            name: getattr(self, name) for name in declared_options(type(self)) if self.has(name)
+        }
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object]) -> Self:
+        return read(cls, table, "")
+
+    @classmethod
+    def read(cls, table: object, subject: str = "") -> Self:
+        return read(cls, table, subject or cls.subject)
+
+
+def read(made: type[T], table: object, subject: str) -> T:
+    """An object of the class `made`, from a table of its options.
+
+    Raises:
+        OptionError: an unknown or missing option, or one of a wrong type or value.
+    """
+    if not isinstance(table, Mapping):
+        raise OptionError(f"must be a table; found {shown(table)}", subject=subject)
+    known = declared_options(made)
+    for name in table:
+        if name not in known:
+            raise OptionError(
+                f"has no option '{name}'; {near_miss(str(name), known)}"
+                f"its options are: {listed(known)}",
+                subject=subject,
+            )
+    for name, declared in known.items():
+        if declared.default is REQUIRED and name not in table:
+            raise OptionError(f"needs its option '{name}'", subject=subject)
+    given = dict(table)
+    for name, value in table.items():
+        checked = _checked_option(subject, name, known[name], value)
+        if issubclass(made, Options) or isinstance(checked, Options):
+            given[name] = checked
+    try:
+        return made(**given)
+    except OptionError as error:
+        if not issubclass(made, Options) or error.subject != made.subject:
+            raise
+        raise OptionError(error.rule, *error.path, subject=subject) from error
+    except KDHooksError:
+        raise
+    except Exception as error:  # of a constructor that somebody else wrote
+        raise KDHooksError(
+            f"{subject} can't be created with {reprlib.repr(given)}; found "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def declared_options(made: type) -> Mapping[str, Option]:
+    """By name, in their order."""
+    if issubclass(made, Options):
+        hints = typing.get_type_hints(made)
+        declared = {f.name: f.metadata["option"] for f in fields(made)}  # type: ignore[arg-type]
+        return {
+            name: Option(hints[name], o.default, o.meaning, o.bounds, o.unit)
+            for name, o in declared.items()
+        }
+    try:
+        hints = typing.get_type_hints(made.__init__)
+    except Exception:  # an annotation of somebody else's that can't be resolved
+        hints = {}
+    return {
+        name: Option(
+            _of_signature(name, hints.get(name, Any), parameter.default), parameter.default
+        )
+        for name, parameter in inspect.signature(made).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+
+
+def opened(made: type) -> Mapping[str, Option]:
+    """The declared options with those of inner tables, as "urfm.centres"."""
+    found: dict[str, Option] = {}
+    for name, declared in declared_options(made).items():
+        if isinstance(declared.default, Options):
+            inner = opened(type(declared.default))
+            found |= {f"{name}.{key}": option for key, option in inner.items()}
+        else:
+            found[name] = declared
+    return found
+
+
+def _of_signature(name: str, hint: Any, default: object) -> Any:
+    """The hint, as far as one can rely on it."""
+    if name == "weight" and hint is float:  # a recipe may hold a schedule there
+        return Any
+    if default is None:  # `x: int = None` allows None
+        hint = hint | None if hint is not Any else hint
+    return hint if all(_understood(kind) for kind in alternatives(hint)) else Any
+
+
+def _understood(kind: Any) -> bool:
+    if get_origin(kind) in (tuple, list, Sequence):
+        return all(_understood(inner) for inner in get_args(kind) if inner is not Ellipsis)
+    is_options = inspect.isclass(kind) and issubclass(kind, Options)
+    known = (bool, int, float, str, Any, types.NoneType)
+    return kind in known or get_origin(kind) in (Literal, Callable) or is_options
+
+
+def _checked_option(subject: str, name: str, declared: Option, value: object) -> object:
+    if value is REQUIRED:
+        raise OptionError(f"needs its option '{name}'", subject=subject)
+    try:
+        return checked(declared.kind, value, declared)
+    except OptionError as error:
+        raise error.inside(name, subject) from None
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A function from the step to a number, each result of which is checked."""
+
+    function: Callable[[int], float]
+    declared: Option
+    subject: str
+
+    def __call__(self, step: int) -> float:
+        try:
+            number: Any = checked(float, self.function(step), self.declared)
+        except OptionError as error:
+            raise OptionError(error.rule, subject=f"{self.subject} in step {step}") from None
+        return float(number)

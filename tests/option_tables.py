@@ -1,0 +1,109 @@
+"""The tables of options in docs/methods and README.md, written from the declarations.
+
+`python -m tests.option_tables` rewrites them. In a new page, write `| option |` and `|---|` first.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+from torch import Tensor
+
+from kdhooks import Schedule, methods
+from kdhooks.discovery import load
+from kdhooks.kinds import Option, alternatives, described
+from kdhooks.options import REQUIRED, Options, declared_options
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
+MARK = "†"
+FOOTNOTE = (
+    f"{MARK} A number, or a [schedule](../../README.md#schedules) such as "
+    "`{ value = 1.0, warmup = 1000 }`.\n"
+)
+
+
+def table(made: type) -> str:
+    """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`."""
+    every = list(_flat(made))
+    rows = [
+        (
+            f"`{name}`{f' {MARK}' if Schedule in alternatives(option.kind) else ''}",
+            _default(option.default),
+            _range(option),
+            _meaning(option),
+        )
+        for name, option in every
+    ]
+    head = ("option", "default", "range", "meaning")
+    lines = [_row(head), "|---" * len(head) + "|", *(_row(row) for row in rows)]
+    marked = any(Schedule in alternatives(option.kind) for _, option in every)
+    return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE}" if marked else "")
+
+
+def _flat(made: type, prefix: str = "") -> Iterator[tuple[str, Option]]:
+    for name, option in declared_options(made).items():
+        if isinstance(option.kind, type) and issubclass(option.kind, Options):
+            yield from _flat(option.kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, option
+
+
+def _row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _default(value: object) -> str:
+    """As TOML writes it."""
+    if value is REQUIRED:
+        return "required"
+    if value is None or isinstance(value, Tensor):
+        return ""
+    written = json.dumps(value)
+    return f"`{written}`" if '"' in written else written
+
+
+def _meaning(option: Option) -> str:
+    """With the choices that it explains as code: "`mse`: …; `kl`: …"."""
+    text = option.meaning
+    for kind in alternatives(option.kind):
+        for choice in get_args(kind) if get_origin(kind) is Literal else ():
+            text = re.sub(rf"(?<![\w`]){choice}(?=[,:])", f"`{choice}`", text)
+    return text
+
+
+def _range(option: Option) -> str:
+    """ "a number, at least 0"."""
+    kinds = [kind for kind in alternatives(option.kind) if kind is not NoneType]
+    if Schedule in kinds:
+        kinds = [float]
+    words = [
+        ", ".join(f'`"{choice}"`' for choice in get_args(kind))
+        if get_origin(kind) is Literal
+        else described(kind)
+        for kind in kinds
+    ]
+    bounds = str(option.bounds)
+    unit = f" {option.unit}" if option.unit and bounds else ""
+    return " or ".join(words) + (f", {bounds}{unit}" if bounds else "")
+
+
+def pages() -> dict[Path, type]:
+    """The pages that hold a table, and the class whose options are in it."""
+    own = {info.name: load(info.name) for info in methods() if info.package.startswith("kdhooks ")}
+    by_page = {ROOT / "docs/methods" / f"{name}.md": made for name, made in own.items()}
+    return {ROOT / "README.md": Schedule, **by_page}
+
+
+def main() -> None:
+    for page, made in pages().items():
+        before, after = TABLE.split(page.read_text("utf-8"))[:: TABLE.groups + 1]
+        page.write_text(f"{before}{table(made)}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
