@@ -87,6 +87,14 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(nn.Identity() for _ in range(depth))
 
 
+def other_transformer() -> nn.Module:
+    """As torchvision's, of the same name and with other submodules."""
+    found = VisionTransformer(12)
+    found.encoder = found.blocks
+    del found.blocks
+    return found
+
+
 @pytest.mark.parametrize(
     ("model", "stages"),
     [
@@ -94,6 +102,8 @@ class VisionTransformer(nn.Module):
         (MobileFaceNet(), ["layers.1", "layers.3", "layers.5", "conv_sep"]),
         (VisionTransformer(12), ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]),
         (VisionTransformer(24), ["blocks.5", "blocks.11", "blocks.17", "blocks.23"]),
+        (VisionTransformer(3), None),
+        (other_transformer(), None),
         (nn.Identity(), None),
     ],
 )

@@ -1,5 +1,7 @@
 """Heads that are not arcface_torch's PartialFC, and schedules that are not torch's."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from kdhooks import KDHooksError
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
-from kdhooks_integrations.arcface_torch import attach
+from kdhooks_integrations.arcface_torch import attach, install
 
 RECIPE = {"teacher": tiny_teacher().module, "methods": ["fcd"], "input_shape": [3, 32, 32]}
 
@@ -82,6 +84,54 @@ def test_labels_of_a_batch_that_was_discarded_are_not_counted() -> None:
     assert torch.equal(heads[0](embedding[:6], labels[:6]), plain), "one head is not the batch"
     heads[1](embedding[6:], labels[6:])
     assert attachment.distiller.step == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"backbone": None}, "backbone must be the student, an nn.Module; found NoneType"),
+        ({"backbone": "r50"}, "backbone must be the student, an nn.Module; found 'r50'"),
+        ({"head": None}, "head must be the trainer's PartialFC.*found NoneType"),
+        ({"head": []}, "head must be the trainer's PartialFC.*found 0, not all different"),
+        ({"head": [Head(), "x"]}, "found str; give attach the module whose call returns the loss"),
+        ({"head": "twice"}, "found 2, not all different"),
+        (
+            {"optimizer": None},
+            r"must be a torch.optim.Optimizer; found NoneType; call attach\(back",
+        ),
+        ({"get_model": "r50"}, "get_model must be a function, or left out; found 'r50'"),
+        ({"accumulation": 0}, "accumulation must be a whole number, at least 1.*found 0"),
+        ({"accumulation": True}, "accumulation must be a whole number, at least 1.*found True"),
+        ({"accumulation": 2.0}, "accumulation must be a whole number, at least 1.*found 2.0"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(changed: dict[str, Any], said: str) -> None:
+    backbone, head = TinyFaceNet().train(), Head()
+    optimizer = SGD([{"params": m.parameters()} for m in (backbone, head)], lr=0.1)
+    given: dict[str, Any] = {
+        "backbone": backbone, "head": head, "optimizer": optimizer,
+        "schedule": ConstantLR(optimizer), "recipe": RECIPE, **changed,
+    }  # fmt: skip
+    if given["head"] == "twice":
+        given["head"] = [head, head]
+    with pytest.raises(KDHooksError, match=said):
+        attach(**given)
+    assert not backbone._forward_hooks
+
+
+@pytest.mark.parametrize("found", [0, "2", 1.5, True])
+def test_a_wrong_gradient_acc_of_the_config_is_refused(
+    found: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(config=SimpleNamespace(gradient_acc=found))
+    monkeypatch.setitem(sys.modules, "configs.base", config)
+    with pytest.raises(KDHooksError, match=r"config\.gradient_acc must be a whole number"):
+        made(Head())
+
+
+def test_install_takes_the_globals_of_the_script() -> None:
+    with pytest.raises(KDHooksError, match=r"must be the globals of train_v2.py.*found str; leave"):
+        install(RECIPE, "train_v2.py")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("schedule", [None, object()])

@@ -18,6 +18,11 @@ from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
 from kdhooks.taps import Removable
 from kdhooks.teacher_rows import Inherited
+from kdhooks_integrations.arcface_torch.arguments import (
+    check_kinds,
+    checked_heads,
+    refuse_late,
+)
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
 from kdhooks_integrations.arcface_torch.joining import Joined
@@ -50,7 +55,7 @@ class Attachment:
             plugins=[Backbones()],
             steps_per_epoch=steps_per_epoch or _steps_per_epoch(),
         )
-        self.distiller.accumulation = accumulation or _of_config("gradient_acc") or 1
+        self.distiller.accumulation = accumulation or _gradient_acc()
         self.distiller.advise(
             "in arcface_torch, each batch must go through all attached heads in their order, by "
             "calls that run the hooks of the backbone and of the heads"
@@ -262,10 +267,11 @@ def attach(
     steps_per_epoch: batches in an epoch, for schedules that count epochs; by default the config's
         num_image, divided by the batch of all ranks.
     """
-    heads = [head] if isinstance(head, nn.Module) else list(head)
+    heads = checked_heads(head)
+    check_kinds(backbone, optimizer, get_model, accumulation)
     if any(isinstance(hook, _Terms) for one in heads for hook in one._forward_hooks.values()):
         raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
-    _refuse_late(backbone, optimizer, schedule)
+    refuse_late(backbone, optimizer, schedule)
     return Attachment(
         backbone,
         heads,
@@ -278,39 +284,25 @@ def attach(
     )
 
 
-def _refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    if not isinstance(schedule, LRScheduler):
+def _of_config(key: str) -> object:
+    """The config's value, since main() has merged the user's config into its base by now."""
+    return getattr(getattr(sys.modules.get("configs.base"), "config", None), key, None)
+
+
+def _gradient_acc() -> int:
+    found = _of_config("gradient_acc")
+    if found is not None and not (type(found) is int and found >= 1):
         raise KDHooksError(
-            "arcface_torch: schedule must be a torch.optim.lr_scheduler of the optimizer, whose "
-            f"checkpoints then hold the methods' state; found {type(schedule).__name__}; with "
-            "another kind, or none, use kdhooks.Distiller in the loop (README, a loop of your own)"
+            f"arcface_torch: config.gradient_acc must be a whole number, at least 1; found "
+            f"{found!r}; correct it in the config, or give attach(…, accumulation=…)"
         )
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    faults = {
-        "the schedule is of another optimizer": schedule.optimizer is not optimizer,
-        "the optimizer does not train the backbone": not any(
-            id(p) in trained for p in backbone.parameters()
-        ),
-        "the optimizer has taken or resumed steps": bool(optimizer.state),
-        "the schedule has taken or resumed steps": schedule.last_epoch > 0,
-    }
-    for fault, found in faults.items():
-        if found:
-            raise KDHooksError(
-                f"arcface_torch: {fault}; attach right after the learning rate's schedule is made, "
-                "before anything is resumed"
-            )
-
-
-def _of_config(key: str) -> int | None:
-    """From the trainer's config, into whose base main() has merged the user's by now."""
-    config = getattr(sys.modules.get("configs.base"), "config", None)
-    found = getattr(config, key, None)
-    return None if found is None else int(found)
+    return found or 1
 
 
 def _steps_per_epoch() -> int | None:
     """As the trainer computes it for the schedule of its learning rate."""
     images, batch = _of_config("num_image"), _of_config("batch_size")
+    if not (isinstance(images, int) and isinstance(batch, int) and batch > 0):
+        return None
     ranks = 1 if world() is None else dist.get_world_size()
-    return (images // (batch * ranks) or None) if images and batch else None
+    return images // (batch * ranks) or None

@@ -124,6 +124,11 @@ def install(
     namespace: the script's globals, found by themselves where it runs as the main program.
     """
     checked = Recipe.read(recipe)
+    if namespace is not None and not isinstance(namespace, dict):
+        raise KDHooksError(
+            "arcface_torch: namespace must be the globals of train_v2.py, a dict; found "
+            f"{type(namespace).__name__}; leave it out, or give globals()"
+        )
     if namespace is None:
         namespace = vars(sys.modules["__main__"])
     earlier = getattr(namespace.get("get_model"), "__self__", None)
