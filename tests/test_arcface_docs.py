@@ -52,7 +52,7 @@ def test_a_command_is_understood(command: str, called: list[dict[str, Any]]) -> 
 def test_all_four_commands_are_shown() -> None:
     shown = {words.split("kdhooks ")[1].split()[0] for words in COMMANDS}
     assert shown == {"run", "doctor", "taps", "export"}
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 def test_the_script_gets_its_arguments() -> None:
@@ -62,10 +62,18 @@ def test_the_script_gets_its_arguments() -> None:
     assert own == ["configs/ms1mv3_r50"]
 
 
+def test_the_teacher_is_trained_without_a_recipe_where_the_recipe_looks_for_it() -> None:
+    words = shlex.split(BLOCKS["teacher"])
+    options, (config,) = run._options(words[words.index("run") + 1 :])
+    assert (options.recipe, options.compat) == (None, True)
+    assert f"work_dirs/{Path(config).name}/model.pt" in BLOCKS["recipe"]
+
+
 @pytest.mark.parametrize("block", ["recipe", "named-taps"])
 def test_a_recipe_is_read(block: str, tmp_path: Path) -> None:
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "model.pt").write_text("")
+    teacher = tmp_path / "work_dirs" / "ms1mv3_r100"
+    teacher.mkdir(parents=True)
+    (teacher / "model.pt").write_text("")
     (tmp_path / "kd.toml").write_text(BLOCKS[block])
     recipe = Recipe.read(tmp_path / "kd.toml")
     assert recipe.teacher.network == "r100"

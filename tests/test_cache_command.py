@@ -1,5 +1,6 @@
 """`kdhooks cache`: a cache filled ahead of a training is the one that the training finds."""
 
+import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -120,6 +121,21 @@ def test_info_says_what_is_there(capsys: Captured) -> None:
     assert [line.split()[0] for line in lines[3:]] == ["images", "weights", "input", "dtype"]
 
 
+@pytest.mark.parametrize(
+    "change", [{"dim": None}, {"dim": "16"}, {"dim": 0}, {"dim": 2.5}, {"weights": None}]
+)
+def test_a_header_that_lacks_something_is_refused(
+    change: dict[str, object], capsys: Captured
+) -> None:
+    cache(*BUILD, "folders")
+    header = json.loads(Path("cache", HEADER).read_text())
+    kept = {name: value for name, value in {**header, **change}.items() if value is not None}
+    Path("cache", HEADER).write_text(json.dumps(kept))
+    for command in ("info", "verify"):
+        cache(command, "cache", status=2)
+        assert "must name dim, a whole number, and images, weights" in capsys.readouterr().err
+
+
 def test_verify_counts_damaged_records(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     capsys.readouterr()
@@ -174,7 +190,10 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
         ((*BUILD, "kd.toml"), "--data must be a folder or a zip file; 'kd.toml' is neither"),
         ((*BUILD, "small"), "must have the size that the trainer gives the student, (112, 112)"),
         ((*BUILD, "empty"), "folder with train.rec and train.idx; found none in 'empty'"),
-        ((*BUILD[:3], "--batch-size", "0", "--data", "folders"), "must be at least 1; found 0"),
+        (
+            (*BUILD[:3], "--batch-size", "0", "--data", "folders"),
+            "--batch-size: must be a whole number, at least 1; found 0",
+        ),
         (("build", "--recipe", "bare.toml", "--data", "folders"), 'add cache = "cache" below'),
     ],
 )

@@ -160,9 +160,11 @@ def test_taps_of_a_network(trainer: Path) -> None:
 
 
 def test_doctor_finds_the_recipe_well(trainer: Path) -> None:
-    options = ["--network", "mbf", "--embedding-size", "64", "--data", "faces"]
+    write_config(trainer, "examined")
+    options = ["--config", "configs/examined", "--data", "faces"]
     done = kdhooks(trainer, "doctor", "--recipe", "kd.toml", *options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "from configs/examined: network mbf, embedding_size 64, num_classes 6" in done.stdout
     assert "at on layers.1, layers.3, layers.5, conv_sep <- layers.1" in done.stdout
 
 

@@ -202,6 +202,7 @@ HEAD = "from heads import PartialFC_V2\n"
         ("from n import get_model\nimport h as PartialFC_V3", "did you mean 'PartialFC_V3'?"),
         (HEAD + "if __name__ == '__main__':\n    get_model = 1", "found no get_model;"),
         ("print 1", "'old.py' is no Python of this version"),
+        ("x = '\0'", "'old.py' is no Python of this version"),
     ],
 )
 def test_a_script_that_does_not_fit(source: str, said: str) -> None:
@@ -241,10 +242,16 @@ def test_without_a_recipe_any_script_fits(
         (["train.py"], "run needs --recipe FILE; found none"),
         (["absent.py", "--recipe", "kd.toml"], "run: there is no script 'absent.py' in "),
         (["train.py", "--recipe", "absent.toml"], "recipe: there is no file 'absent.toml'"),
+        (["latin.py", "--compat"], "run: 'latin.py' can't be read as Python: "),
+        (["utf8.py", "--compat"], "run: 'utf8.py' can't be read as Python: "),
+        ([], "run: the following arguments are required: script"),
+        (["train.py", "--recipe"], "argument --recipe: expected one argument"),
     ],
 )
 def test_what_can_not_start(
     folder: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / "latin.py").write_bytes(b"# caf\xe9\n")
+    (folder / "utf8.py").write_bytes(b"\n\n\n" + b"x = 1\n" * 2000 + b"# caf\xe9\n")
     assert main(["run", *argv]) == 2
     assert said in capsys.readouterr().err

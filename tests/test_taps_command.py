@@ -70,16 +70,16 @@ class Odd(nn.Module):
 
 
 def test_what_is_different_in_training_is_said() -> None:
-    notes = {path: note for path, _, note in listing(Odd(), 2, (4,))}
+    notes = {point.path: point.described() for point in listing(Odd(), 2, (4,))}
     assert notes == {
         "first": "",
-        "twice": "runs 2 times, the last one counts",
+        "twice": "runs 2 times; name a call of it, as path@2",
         "inner.0": "no gradient: inside a checkpointed block, or frozen",
         "inner.1": "",
         "inner": "",
         "only": "does not run in training",
         "some": "(3,) in training",
-        "(output)": "embedding",
+        "": "embedding",
     }
 
 
@@ -93,6 +93,22 @@ def test_what_is_different_in_training_is_said() -> None:
         (["backbones:get_model"], "must be made without further arguments: get_model() missing"),
         (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so that --emb"),
         (["tiny", "--trainer", "absent"], "--trainer must be a folder; found 'absent'"),
+        (["tiny", "--input-shape", "3", "8", "8"], "must run on images of the shape (3, 8, 8)"),
+        (["tiny", "--input-shape", "1", "112", "112"], "--input-shape to that of the training"),
+        (["tiny", "--input-shape", "3", "0", "112"], "whole number, at least 1; found 0"),
+        (["tiny", "--depth", "0"], "--depth: must be a whole number, at least 1; found 0"),
+        (["tiny", "--embedding-size", "-4"], "--embedding-size: must be a whole number"),
+        (["tiny", "--embedding-size", "1e3"], "at least 1; found 1e3"),
+        (["tiny", "more"], "unrecognized arguments: more"),
+        ([], "the following arguments are required: NETWORK; 'kdhooks taps --help' lists"),
+        ([":f"], "network ':f' can't be imported: Empty module name"),
+        (["backbones:"], "network 'backbones:' can't be imported"),
+        (
+            ["backbones:CLASSES"],
+            "network 'backbones:CLASSES' can't be imported: 6 is not a callable",
+        ),
+        (["backbones:broken"], "network 'backbones:broken' can't be created: OSError: no disk"),
+        (["needs_timm"], "ModuleNotFoundError: No module named 'timm'; install the package timm"),
     ],
 )
 def test_what_can_not_be_made(argv: list[str], said: str, capsys: Captured) -> None:

@@ -1,9 +1,11 @@
-"""A folder with a package `backbones`, as the commands expect it, and a teacher."""
+"""A folder with a package `backbones` and configs, as the commands expect them, and a teacher."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import invalidate_caches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,11 @@ BACKBONES = """
 from torch import nn
 from tests.standin import backbones
 
+CLASSES = 6
+
 def get_model(name, dropout, fp16, num_features):
+    if name == "needs_timm":
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
     model = backbones.get_model(name, dropout, fp16, num_features)
     if name != "plain":
         model.conv1 = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)  # of images of 112
@@ -29,23 +35,56 @@ def blocks():
 
 def no_network():
     return 1
+
+def broken():
+    raise OSError("no disk")
+
+def own(num_features=16):
+    return get_model("tiny", 0.0, False, num_features)
 """
+GET_CONFIG = """
+from importlib import import_module
+
+def get_config(config_file):
+    assert config_file.startswith("configs/")
+    config = import_module("configs.base").config
+    config.update(import_module("configs." + config_file[8:].removesuffix(".py")).config)
+    return config
+"""
+BASE: dict[str, Any] = {
+    "margin_list": (1.0, 0.5, 0.0), "network": "tiny", "embedding_size": 512, "sample_rate": 1,
+    "interclass_filtering_threshold": 0, "fp16": False, "batch_size": 128, "optimizer": "sgd",
+    "lr": 0.1, "weight_decay": 5e-4, "gradient_acc": 1, "resume": False, "output": "base",
+}  # fmt: skip
 
 
 def write_trainer(folder: Path) -> Path:
     (folder / "backbones.py").write_text(BACKBONES)
+    (folder / "utils").mkdir()
+    (folder / "utils" / "utils_config.py").write_text(GET_CONFIG)
+    write_config(folder, "base", **BASE)
     return folder
+
+
+def write_config(folder: Path, name: str, below: str = "", **values: object) -> None:
+    """configs/NAME.py with these values, and lines below them."""
+    (folder / "configs").mkdir(exist_ok=True)
+    text = f"config = {values!r}\n{below}\n"
+    (folder / "configs" / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def imports_undone() -> Iterator[None]:
-    """The import path and `backbones` as they were."""
+    """The import path, and the trainer's modules, as they were."""
     path = list(sys.path)
     try:
         yield
     finally:
         sys.path[:] = path
-        sys.modules.pop("backbones", None)
+        invalidate_caches()  # of a file that a test writes within the second
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("backbones", "configs", "utils"):
+                del sys.modules[name]
 
 
 def faces() -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""The commands around arcface_torch: `kdhooks run`, `doctor`, `taps` and `export`."""
+"""The commands around arcface_torch: `kdhooks run`, `doctor`, `taps`, `cache` and `export`."""

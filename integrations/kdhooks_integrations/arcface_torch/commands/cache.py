@@ -1,4 +1,4 @@
-"""`kdhooks cache`: the teacher's embeddings, ahead of a training; what a cache holds; is it whole.
+"""`kdhooks cache` builds, describes or verifies a cache of the teacher's embeddings.
 
     kdhooks cache build --recipe kd.toml --data ms1m-retinaface-t1
     kdhooks cache info cache
@@ -6,10 +6,10 @@
     kdhooks cache verify cache --recipe kd.toml --data ms1m-retinaface-t1 --sample 1000
 
 build embeds each picture and its mirror image into the recipe's teacher.cache; started again, it
-goes on where it was stopped. A training fills the cache by itself; build only spares it the first
-epoch. verify compares each record with its checksum and, with a recipe and data, some records with
-what the teacher gives today. The exit status is 1 where the disk or the bound ends a build, or
-where a record is wrong.
+continues where it was stopped. A training fills the cache by itself, so that build only saves time
+in the first epoch. verify compares each record with its checksum and, with a recipe and data, some
+records with the teacher's present embeddings. The exit status is 1 if the disk or max_gb ended a
+build, or if a record is damaged, and 2 if the command itself is wrong.
 """
 
 import argparse
@@ -26,12 +26,23 @@ from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
-from kdhooks.teacher.fingerprints import check_same, read_header
+from kdhooks.teacher.fingerprints import HEADER, check_same, read_header
 from kdhooks.teacher.session import TeacherSession
-from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
-from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
+from kdhooks_integrations.arcface_torch.commands.networks import add_trainer, enter_trainer
+from kdhooks_integrations.arcface_torch.commands.parsing import (
+    add_device,
+    add_json,
+    make_parser,
+    path,
+    print_json,
+    whole,
+)
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
+
+_SAMPLE = 100  # pictures
+_IDENTITY = ("images", "weights", "input", "dtype")
+"""Names in the header that say which teacher filled the cache."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,24 +84,44 @@ def build(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     header, parts, keys = _opened(options.folder)
     distinct = len(np.unique(np.concatenate([np.empty(0, np.int64), *keys])))
-    print(f"views      {distinct}, in {len(keys)} files with {sum(map(len, keys))} records")
-    print(f"size       {parts.size() / 1e9:.3g} GB")
-    print(f"embedding  {header['dim']} numbers in float16")
-    for name in ("images", "weights", "input", "dtype"):
-        print(f"{name:9}  {header[name]}")
+    records, size = sum(map(len, keys)), parts.size()
+    identity = {name: header[name] for name in _IDENTITY}
+    if options.json:
+        print_json(
+            {
+                "folder": str(options.folder),
+                "views": distinct,
+                "records": records,
+                "files": len(keys),
+                "bytes": size,
+                "embedding_dim": parts.dim,
+                **identity,
+            }
+        )
+        return 0
+    print(f"views      {distinct}, in {len(keys)} files with {records} records")
+    print(f"size       {size / 1e9:.3g} GB")
+    print(f"embedding  {parts.dim} numbers in float16")
+    for name, value in identity.items():
+        print(f"{name:9}  {value}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
+    if bool(options.recipe) != bool(options.data):
+        raise KDHooksError("cache verify: --recipe and --data go together; found one of them")
+    if options.sample is not None and not options.recipe:
+        raise KDHooksError(
+            "cache verify: --sample counts pictures to compare with the teacher, and needs "
+            "--recipe and --data; found neither"
+        )
     _, parts, keys = _opened(options.folder)
     damaged = sum(_damaged(parts, number, len(part)) for number, part in enumerate(keys))
     print(f"{sum(map(len, keys))} records in {len(keys)} files, {damaged} damaged")
     if damaged:
-        print("a training embeds the views of damaged records anew, and keeps the new ones")
-    if options.recipe and options.data:
+        print("a training embeds the views of damaged records again, and keeps the new records")
+    if options.recipe:
         _compare(options)
-    elif options.recipe or options.data:
-        raise KDHooksError("cache verify: --recipe and --data go together; found one of them")
     return 1 if damaged else 0
 
 
@@ -103,14 +134,15 @@ def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    """Raises where the teacher gives something else today."""
+    """Raises if the teacher's present embeddings are others."""
     recipe = _recipe(options)
-    folder = CacheOptions(path=Path(options.folder))
+    folder = CacheOptions(path=options.folder)
     recipe = replace(recipe, teacher=replace(recipe.teacher, cache=folder))
     teacher = build_teacher(recipe, teacher_factory(None, recipe))
     pictures = Pictures(options.data)
     count = len(pictures.names)
-    names = [pictures.names[i * count // options.sample] for i in range(options.sample)]
+    sample = _SAMPLE if options.sample is None else options.sample
+    names = [pictures.names[i * count // sample] for i in range(sample)]
     batches = [
         images.to(options.device)
         for images in pictures.batches(
@@ -134,42 +166,71 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    for name in ("batch_size", "sample"):
-        if getattr(options, name, 1) < 1:
-            raise KDHooksError(
-                f"cache {options.command}: --{name.replace('_', '-')} must be at least 1; found "
-                f"{getattr(options, name)}"
-            )
     enter_trainer(options.trainer)
     return Recipe.read(options.recipe)
 
 
-def _opened(folder: str) -> tuple[dict[str, Any], Parts, list[Keys]]:
-    """The header, the parts, and the keys of each part."""
-    path = Path(folder).expanduser()
-    header = read_header(path)
-    parts = Parts(path, int(header["dim"]))
+def _opened(folder: Path) -> tuple[dict[str, Any], Parts, list[Keys]]:
+    """The header of a cache, its parts, and the keys of each part."""
+    header = read_header(folder)
+    missing = [name for name in ("dim", *_IDENTITY) if name not in header]
+    if missing or type(header["dim"]) is not int or header["dim"] < 1:
+        raise KDHooksError(
+            f"teacher cache: '{folder / HEADER}' must name dim, a whole number, and "
+            f"{', '.join(_IDENTITY)}; found {header}; remove the folder, or name another"
+        )
+    parts = Parts(folder, header["dim"])
     return header, parts, [keys for _, _, keys in parts.read_on()]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("cache", __doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="command")
-    filling = commands.add_parser("build", help="embed all pictures and their mirror images")
+    build_text = "embed all pictures and their mirror images into the recipe's cache"
+    filling = commands.add_parser("build", help=build_text, description=_sentence(build_text))
     _add_teacher(filling, required=True)
-    describing = commands.add_parser("info", help="how many views, how large, of which teacher")
-    describing.add_argument("folder")
-    checking = commands.add_parser("verify", help="compare records with checksums and the teacher")
-    checking.add_argument("folder")
+    info_text = "say how many views a cache holds, how large it is, and of which teacher"
+    describing = commands.add_parser("info", help=info_text, description=_sentence(info_text))
+    add_json(describing)
+    verify_text = "compare records with their checksums, and some with the teacher"
+    checking = commands.add_parser("verify", help=verify_text, description=_sentence(verify_text))
     _add_teacher(checking, required=False)
-    checking.add_argument("--sample", type=int, default=100, help="pictures to compare")
+    checking.add_argument(
+        "--sample",
+        type=whole(1),
+        metavar="N",
+        help=f"number of pictures to compare with the teacher (default: {_SAMPLE})",
+    )
+    for one in (describing, checking):
+        one.add_argument("folder", type=path, help="folder of the cache (required)")
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _add_teacher(parser: argparse.ArgumentParser, required: bool) -> None:
     add = parser.add_argument
-    add("--recipe", required=required, help="TOML file with teacher.cache")
-    add("--data", required=required, help="folder or zip of pictures, or folder with train.rec")
-    add("--trainer", default=".", help="folder of arcface_torch; by default here")
-    add("--batch-size", type=int, default=128)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    need = "required" if required else "default: none; only checksums are compared"
+    add(
+        "--recipe",
+        required=required,
+        metavar="FILE",
+        help=f"TOML file with the teacher and its cache ({need})",
+    )
+    add(
+        "--data",
+        required=required,
+        metavar="PATH",
+        help=f"folder or zip of pictures, or folder with train.rec ({need})",
+    )
+    add(
+        "--batch-size",
+        type=whole(1),
+        default=128,
+        metavar="N",
+        help="images that the teacher embeds at a time (default: 128)",
+    )
+    add_trainer(parser)
+    add_device(parser)

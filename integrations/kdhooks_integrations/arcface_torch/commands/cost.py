@@ -60,6 +60,6 @@ def kept_for_backward(step: Callable[[], object], weights: Iterable[Tensor]) -> 
 
 
 def held(modules: Iterable[nn.Module], copies: int) -> int:
-    """Bytes of weights; 3 copies with gradient and momentum."""
+    """Bytes of weights; 3 copies with gradient and momentum, 4 with the two moments of AdamW."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes * (copies if t.requires_grad else 1) for t in tensors.values())

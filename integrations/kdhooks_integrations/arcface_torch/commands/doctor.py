@@ -1,63 +1,167 @@
-"""`kdhooks doctor`: one step of a recipe on made-up faces, before the long training starts.
+"""`kdhooks doctor` tries one step of a recipe, before the long training starts.
 
-    kdhooks doctor --recipe kd.toml --network r50
-    kdhooks doctor --recipe kd.toml --network mbf --batch-size 128 --num-classes 93431 \\
+    kdhooks doctor --recipe kd.toml --config configs/ms1mv3_r50
+    kdhooks doctor --recipe kd.toml --config configs/ms1mv3_r50 --batch-size 16 \\
         --trainer insightface/recognition/arcface_torch --data ms1m-retinaface-t1
+    kdhooks doctor --recipe kd.toml --network mbf --num-classes 93431
 
-One line a check: ok, FAULT with the way out, or why it could not be made. The exit status is 0
-where no fault was found, 1 where one was, 2 where the command itself is wrong.
+It creates the student, the head and the step of the training that the config describes, and
+distils one batch. An option wins over the config; the report says where each value is from.
+
+Each check has one line: ok; WARN with a conclusion; FAULT with the way out; or -- with the reason
+why it could not be made. The exit status is 0 if there was no fault, 1 if there was one, and 2 if
+the command itself is wrong.
 """
 
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_torch.commands.examination import Examination, Unchecked
-from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer
-from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
+from kdhooks_integrations.arcface_torch.commands.configs import read_config
+from kdhooks_integrations.arcface_torch.commands.examination import (
+    Doubtful,
+    Examination,
+    Unchecked,
+)
+from kdhooks_integrations.arcface_torch.commands.networks import (
+    add_network,
+    add_trainer,
+    enter_trainer,
+)
+from kdhooks_integrations.arcface_torch.commands.parsing import (
+    add_device,
+    add_json,
+    make_parser,
+    path,
+    print_json,
+    quiet_stdout,
+    whole,
+)
+from kdhooks_integrations.arcface_torch.commands.settings import settle
+
+_MARKS = {"ok": "ok", "warning": "WARN", "fault": "FAULT", "unchecked": "--"}
+_OPTIONS = ("network", "embedding_size", "num_classes", "batch_size", "fp16")
+"""Values of a config that an option replaces."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    status: str  # a key of `_MARKS`
+    text: str
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    if not Path(options.recipe).expanduser().is_file():
+    if not options.recipe.is_file():
         raise KDHooksError(f"doctor: there is no recipe '{options.recipe}'")
-    if options.batch_size < 2:
-        raise KDHooksError(f"doctor: --batch-size must be at least 2; found {options.batch_size}")
     enter_trainer(options.trainer)
-    examination = Examination(options)
-    checks = examination.checks()
-    width = max(len(name) for name, _ in checks)
-    for index, (name, check) in enumerate(checks):
+    with quiet_stdout(options.json):
+        examination = _examination(options)
+        findings = []
+        width = max(len(name) for name, _ in examination.checks())
+        for finding in examine(examination):
+            findings.append(finding)
+            if not options.json:
+                print(
+                    f"{_MARKS[finding.status]:5}  {finding.name:{width}}  {finding.text}",
+                    flush=True,
+                )
+    statuses = [finding.status for finding in findings]
+    worst = next((status for status in ("fault", "warning") if status in statuses), "ok")
+    if options.json:
+        checks = [asdict(finding) for finding in findings]
+        print_json({"status": worst, **examination.facts, "checks": checks})
+    return 1 if worst == "fault" else 0
+
+
+def _examination(options: argparse.Namespace) -> Examination:
+    written: dict[str, Any] = {}
+    recipes: list[str] = []
+    if options.config is not None:
+        written, recipes = read_config(options.config, options.trainer)
+    given = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
+    settings = settle(written, options.config, given)
+    return Examination(settings, recipes, options.recipe, options.data, options.device)
+
+
+def examine(examination: Examination) -> Iterator[Finding]:
+    """One finding a check; after a fault, the other checks are not made."""
+    fault = False
+    for name, check in examination.checks():
+        if fault:
+            yield Finding(name, "unchecked", "not checked: the fault above comes first")
+            continue
         try:
             status, text = "ok", check()
         except Unchecked as reason:
-            status, text = "--", f"not checked: {reason}"
+            status, text = "unchecked", f"not checked: {reason}"
+        except Doubtful as reason:
+            status, text = "warning", str(reason)
         except KDHooksError as error:
-            status, text = "FAULT", str(error)
+            status, text = "fault", str(error)
         except Exception as error:  # of a network, a method or a package: a fault all the same
-            traceback.print_exc(file=sys.stderr)
-            status, text = "FAULT", f"{type(error).__name__}: {error}; see the traceback above"
-        print(f"{status:5}  {name:{width}}  {' '.join(text.split())}", flush=True)
-        if status == "FAULT":
-            for later, _ in checks[index + 1 :]:
-                print(f"--     {later:{width}}  not checked: the fault above comes first")
-            return 1
-    return 0
+            status, text = "fault", _described(error)
+        fault = status == "fault"
+        yield Finding(name, status, " ".join(text.split()))
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"a batch must fit into memory; found {error}; lower --batch-size or --num-classes"
+    traceback.print_exc(file=sys.stderr)
+    return f"{type(error).__name__}: {error}; see the traceback above"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("doctor", __doc__)
     add = parser.add_argument
-    add("--recipe", required=True, help="TOML file: the teacher and the methods")
-    add_options(parser, "--network")
-    add("--batch-size", type=int, default=8, help="of one device; the training's own for its cost")
-    add("--num-classes", type=int, help="of the training; by default the teacher's classifier's")
-    add("--data", help="folder that the trainer trains on (config.rec); checks the class order")
-    add("--fp16", action="store_true", help="as config.fp16 = True")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--recipe",
+        required=True,
+        type=path,
+        metavar="FILE",
+        help="TOML file with the teacher and the methods (required)",
+    )
+    add(
+        "--config",
+        metavar="FILE",
+        help="config that train_v2.py is started with, like configs/ms1mv3_r50 (default: none; the "
+        "values of the trainer's configs/base.py are then assumed)",
+    )
+    add_network(parser, "--network", ("default: the config's", "the config's, else 512"))
+    add(
+        "--batch-size",
+        type=whole(2),
+        metavar="N",
+        help="images in a batch of one device (default: the config's, else 8)",
+    )
+    add(
+        "--num-classes",
+        type=whole(1),
+        metavar="N",
+        help="number of classes of the training (default: the config's, else that of the teacher's "
+        "classifier)",
+    )
+    add(
+        "--fp16",
+        action=argparse.BooleanOptionalAction,
+        help="whether the student runs in float16, as with config.fp16 (default: the config's, "
+        "else not)",
+    )
+    add(
+        "--data",
+        metavar="FOLDER",
+        help="folder that the trainer trains on, config.rec, which the order of the classes is "
+        "checked with (default: made-up faces)",
+    )
+    add_trainer(parser)
+    add_device(parser)
+    add_json(parser)
     return parser

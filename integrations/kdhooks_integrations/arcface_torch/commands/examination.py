@@ -1,7 +1,8 @@
 """The checks of `kdhooks doctor`, in the order in which one needs the other."""
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from kdhooks_integrations.arcface_torch import attach
 from kdhooks_integrations.arcface_torch.commands import networks
 from kdhooks_integrations.arcface_torch.commands.cost import held, measure
 from kdhooks_integrations.arcface_torch.commands.faces import made_up, read_batch
+from kdhooks_integrations.arcface_torch.commands.settings import Settings
 from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
@@ -28,8 +30,12 @@ class Unchecked(Exception):
     """Why a check could not be made."""
 
 
+class Doubtful(Exception):
+    """What a check found to be possible, and most likely not wanted."""
+
+
 class Examination:
-    """What one check finds, the next one takes."""
+    """The checks of one recipe; each of them uses the results of those before it."""
 
     recipe: Recipe
     student: nn.Module
@@ -41,11 +47,30 @@ class Examination:
     classes: int
     trial: Trial
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(
+        self,
+        settings: Settings,
+        installs: Sequence[str],
+        recipe: Path,
+        data: str | None,
+        device: torch.device,
+    ) -> None:
+        """installs: recipes that the config itself names."""
+        self.settings, self.installs = settings, installs
+        self.path, self.data, self.device = recipe, data, device
+        sources = settings.sources
+        self.facts: dict[str, Any] = {  # for a report in JSON
+            "settings": {
+                name: {"value": value, "source": sources[name]}
+                for name, value in settings.values().items()
+            },
+            "gradients": None,
+            "cost": None,
+        }
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
         return [
+            ("settings", self.describe_settings),
             ("recipe", self.read_recipe),
             ("student", self.make_student),
             ("images", self.take_images),
@@ -54,38 +79,55 @@ class Examination:
             ("class order", self.compare_order),
             ("taps", self.attach),
             ("step", self.take_step),
-            ("gradients", self.trace_gradients),
+            ("gradients", self.compare_gradients),
             ("cost", self.weigh),
         ]
 
+    def describe_settings(self) -> str:
+        text = self.settings.described()
+        others = [name for name in self.installs if Path(name).resolve() != self.path.resolve()]
+        if others:
+            raise Doubtful(
+                f"{text}; the config itself installs the recipe '{others[-1]}', and this report is "
+                f"about '{self.path}'"
+            )
+        return text
+
     def read_recipe(self) -> str:
-        self.recipe = Recipe.read(self.options.recipe)
+        self.recipe = Recipe.read(self.path)
         names = [type(method).__name__ for method in self.recipe.methods]
         return f"{', '.join(names)}; images of {self.recipe.input_shape}"
 
     def make_student(self) -> str:
-        given = self.options
+        given = self.settings
         torch.manual_seed(0)
-        self.student = networks.make(given.network, given.embedding_size, given.fp16)
-        self.student.to(given.device)
-        images = torch.zeros(2, *self.recipe.input_shape, device=given.device)
+        self.student = networks.make(
+            given.network, given.asked("embedding_size"), given.asked("fp16")
+        )
+        self.student.to(self.device)
+        images = torch.zeros(2, *self.recipe.input_shape, device=self.device)
         probed = probe_student(self.student, self.recipe.taps.student.embedding or "", (), images)
         self.width = probed.embedding_dim
-        return f"{given.network}, {_millions(self.student)}, embedding {self.width}"
+        if given.embedding_size not in (None, self.width):
+            raise KDHooksError(
+                f"{given.network} must embed in as many numbers as the head has, embedding_size "
+                f"{given.embedding_size} ({given.sources['embedding_size']}); found {self.width}; "
+                "set embedding_size to it, or name another network"
+            )
+        half = ", in float16 on a GPU alone" if given.fp16 and self.device.type == "cpu" else ""
+        return f"{given.network}, {_millions(self.student)}, embedding {self.width}{half}"
 
     def take_images(self) -> str:
-        given = self.options
-        self.labels, self.classes = None, given.num_classes or 0
-        if given.data is None:
-            images = made_up(given.batch_size, self.recipe.input_shape)
-            text = f"{given.batch_size} made up; --data FOLDER takes those of the training"
+        count, classes = self.settings.batch_size, self.settings.num_classes
+        self.labels, self.classes = None, classes or 0
+        if self.data is None:
+            images = made_up(count, self.recipe.input_shape)
+            text = f"{count} made up; --data FOLDER takes those of the training"
         else:
-            images, labels, self.classes = read_batch(
-                given.data, given.batch_size, given.num_classes
-            )
-            self.labels = labels.to(given.device)
-            text = f"{given.batch_size} of {given.data}, of {len(set(labels.tolist()))} people"
-        self.images = images.to(given.device)
+            images, labels, self.classes = read_batch(self.data, count, classes)
+            self.labels = labels.to(self.device)
+            text = f"{count} of {self.data}, of {len(set(labels.tolist()))} people"
+        self.images = images.to(self.device)
         return text
 
     def load_teacher(self) -> str:
@@ -111,7 +153,9 @@ class Examination:
         checked = f"{rows.total} of the teacher, of width {rows.dim}"
         if not self.classes:
             self.classes = rows.total
-            raise Unchecked(f"{checked}; give --num-classes of the training to compare them")
+            raise Unchecked(
+                f"{checked}; give --config or --num-classes of the training to compare them"
+            )
         return f"{checked}, as many as in the training"
 
     def compare_order(self) -> str:
@@ -130,11 +174,23 @@ class Examination:
     def attach(self) -> str:
         if self.labels is None:
             self.labels = torch.arange(len(self.images), device=self.images.device) % self.classes
-        head = Head(self.classes, self.width).to(self.images.device).train()
+        given = self.settings
+        head = Head(self.classes, self.width, given).to(self.device).train()
         models = [{"params": model.parameters()} for model in (self.student.train(), head)]
-        optimizer = torch.optim.SGD(models, lr=0.1)
-        attachment = attach(self.student, head, optimizer, ConstantLR(optimizer), self.recipe)
-        self.trial = Trial(self.student, head, attachment, self.images, self.labels)
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(models, given.lr, momentum=0.9, weight_decay=given.weight_decay)
+            if given.optimizer == "sgd"
+            else torch.optim.AdamW(models, given.lr, weight_decay=given.weight_decay)
+        )
+        attachment = attach(
+            self.student,
+            head,
+            optimizer,
+            ConstantLR(optimizer),
+            self.recipe,
+            accumulation=given.gradient_acc,
+        )
+        self.trial = Trial(self.student, head, attachment, self.images, self.labels, given.fp16)
         taps = [tap.described() for tap in attachment.distiller.taps]
         if not head.weight.requires_grad:
             taps.append("the head holds the teacher's rows, frozen")
@@ -145,28 +201,40 @@ class Examination:
         metrics = self.trial.attachment.distiller.metrics
         taps = self.trial.attachment.distiller.taps
         values = "".join(f", {tap.name} {float(metrics[tap.name]):.4g}" for tap in taps)
-        return f"loss {float(loss):.4g} in all; before its weight{values or ' nothing else'}"
+        return f"loss {float(loss):.4g} in all; terms before their weights{values or ': none'}"
 
-    def trace_gradients(self) -> str:
-        found = self.trial.gradients()
-        return ", ".join(f"{name} {length:.3g}" for name, (_, length) in found.items())
+    def compare_gradients(self) -> str:
+        balance = self.trial.balance()
+        self.facts["gradients"] = balance.as_json()
+        if conclusions := balance.conclusions():
+            raise Doubtful("; ".join([balance.described(), *conclusions]))
+        return balance.described()
 
     def weigh(self) -> str:
         trial, batch = self.trial, len(self.images)
         whole = measure(trial)
         distiller = trial.attachment.distiller
         modules = [trial.backbone, trial.head]
-        fixed = held([*modules, distiller], 3) + held(
+        copies = 3 if self.settings.optimizer == "sgd" else 4
+        fixed = held([*modules, distiller], copies) + held(
             [self.teacher.module] if self.teacher.module else [], 1
         )
-        plain_fixed = held(modules, 3)
+        plain_fixed = held(modules, copies)
         trial.attachment.remove()
         plain = measure(trial)
+        memory, plain_memory = whole.bytes + fixed, plain.bytes + plain_fixed
+        self.facts["cost"] = {
+            "seconds": whole.seconds,
+            "undistilled_seconds": plain.seconds,
+            "bytes": memory,
+            "undistilled_bytes": plain_memory,
+            "device": str(self.device),
+        }
         hours = whole.seconds / batch * 1e6 / 3600
         return (
             f"a batch of {batch} takes {whole.seconds:.3g} s, {plain.seconds:.3g} s undistilled; a "
-            f"million images {hours:.2g} hours; memory about {(whole.bytes + fixed) / _GIB:.2g} "
-            f"GiB, {(plain.bytes + plain_fixed) / _GIB:.2g} GiB undistilled; on {self._device()}"
+            f"million images {hours:.2g} hours; memory about {memory / _GIB:.2g} "
+            f"GiB, {plain_memory / _GIB:.2g} GiB undistilled; on {self._device()}"
         )
 
     def _device(self) -> str:

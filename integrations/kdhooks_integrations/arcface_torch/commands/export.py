@@ -1,4 +1,4 @@
-"""`kdhooks export`: the trained student alone, as the trainer's model.pt and as ONNX.
+"""`kdhooks export` writes the trained student alone, as the trainer's model.pt and as ONNX.
 
     kdhooks export work_dirs/x/model.pt --network r50 --out student
     kdhooks export work_dirs/x/checkpoint_gpu_0.pt --network mbf --embedding-size 256 --out student
@@ -8,6 +8,7 @@ the distillation is left. The ONNX file must give the embeddings that torch give
 insightface takes for a recognition model; it can lie in a pack of insightface's.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,18 +19,21 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.files import dims, image_inputs, read_graph
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly, sha256
-from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
-from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
+from kdhooks_integrations.arcface_torch.commands.networks import (
+    add_network,
+    add_trainer,
+    enter_trainer,
+    make,
+)
+from kdhooks_integrations.arcface_torch.commands.parsing import make_parser, path
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = make_parser("export", __doc__)
-    parser.add_argument("checkpoint", help="model.pt or checkpoint_gpu_0.pt of the trainer")
-    add_options(parser, "--network")
-    parser.add_argument("--out", default="export", help="folder for model.pt and model.onnx")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     enter_trainer(options.trainer)
-    out = Path(options.out).expanduser()
+    out: Path = options.out
+    if out.exists() and not out.is_dir():
+        raise KDHooksError(f"export: --out must be a folder; '{out}' is a file")
     student = load_student(options.checkpoint, options.network, options.embedding_size)
     weights, graph = out / "model.pt", out / "model.onnx"
     if weights.exists() and weights.samefile(options.checkpoint):
@@ -44,6 +48,25 @@ def main(argv: Sequence[str]) -> int:
     print(f"{graph}  sha256 {sha256(graph)}")
     print(f"  differs from torch by {difference:.1e} at most; insightface's for recognition")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("export", __doc__)
+    parser.add_argument(
+        "checkpoint", help="model.pt or checkpoint_gpu_0.pt of the trainer (required)"
+    )
+    add_network(
+        parser, "--network", ("required", "the checkpoint's; a factory's own"), required=True
+    )
+    parser.add_argument(
+        "--out",
+        type=path,
+        default=Path("export"),
+        metavar="FOLDER",
+        help="folder for model.pt and model.onnx (default: export)",
+    )
+    add_trainer(parser)
+    return parser
 
 
 def load_student(checkpoint: str, network: str, width: int | None = None) -> nn.Module:

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,68 +11,100 @@ from typing import Any
 from torch import nn
 
 from kdhooks.errors import KDHooksError
+from kdhooks_integrations.arcface_torch.commands.parsing import path, whole
+
+WIDTH = 512
+"""Of the embedding, if nothing else is said."""
 
 _NAMES = "r18, r34, r50, r100, r200, mbf, mbf_large, vit_t_dp005_mask0, vit_b"
+_OPTIONS = {"num_features": "--embedding-size", "fp16": "--fp16"}
 
 
-def add_options(parser: argparse.ArgumentParser, network: str) -> None:
-    """--trainer, --embedding-size, and the network itself under the name given."""
-    needed: dict[str, Any] = {"required": True} if network.startswith("-") else {}
+def add_trainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        network, help="name that get_model takes, like r50, or package.module:factory", **needed
+        "--trainer",
+        type=path,
+        default=Path(),
+        metavar="FOLDER",
+        help="folder of arcface_torch, with its backbones and configs (default: this folder)",
     )
-    parser.add_argument("--trainer", default=".", help="folder of arcface_torch; by default here")
-    parser.add_argument("--embedding-size", type=int, help="width; by default the network's own")
 
 
-def enter_trainer(folder: str) -> None:
+def add_network(
+    parser: argparse.ArgumentParser, network: str, defaults: tuple[str, str], **more: Any
+) -> None:
+    """The network under this name, and --embedding-size; defaults: of both, for --help."""
+    parser.add_argument(
+        network,
+        metavar="NETWORK",
+        help="network: a name that the trainer's get_model takes, like r50, or "
+        f"package.module:factory ({defaults[0]})",
+        **more,
+    )
+    parser.add_argument(
+        "--embedding-size",
+        type=whole(1),
+        metavar="N",
+        help=f"width of the network's embedding, in numbers (default: {defaults[1]})",
+    )
+
+
+def enter_trainer(folder: str | Path) -> None:
     """Its modules can be imported from now on, as a script in it imports them."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise KDHooksError(f"--trainer must be a folder; found '{folder}'")
-    sys.path.insert(0, str(path.resolve()))
+    sys.path.insert(0, str(folder.resolve()))
 
 
 def get_model() -> Callable[..., nn.Module]:
     """The trainer's own."""
     try:
-        module = import_module("backbones")
+        factory: Callable[..., nn.Module] = import_module("backbones").get_model
     except ModuleNotFoundError as error:
         raise KDHooksError(
             f"arcface_torch's package 'backbones' can't be imported ({error}); run in the "
             "trainer's folder, or give --trainer FOLDER"
         ) from error
-    factory: Callable[..., nn.Module] = module.get_model
+    except Exception as error:  # of the code in it
+        raise KDHooksError(
+            "arcface_torch's package 'backbones' must define get_model; found "
+            f"{type(error).__name__}: {error}; look at that file, or give another --trainer"
+        ) from error
     return factory
 
 
-def make(network: str, width: int | None = None, fp16: bool = False) -> nn.Module:
-    """A network with random weights; width is that of its embedding."""
+def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn.Module:
+    """A network with random weights; width is that of its embedding. None: the network's own."""
     if ":" in network:
-        return _by_path(network, width)
+        return _by_path(network, {"num_features": width, "fp16": fp16})
+    factory = get_model()
     try:
-        return get_model()(network, dropout=0.0, fp16=fp16, num_features=width or 512)
+        model = factory(network, dropout=0.0, fp16=bool(fp16), num_features=width or WIDTH)
     except ValueError as error:
         raise KDHooksError(
             f"network '{network}' is unknown to the trainer's get_model, which takes names like "
             f"{_NAMES}; a network of your own is package.module:factory"
         ) from error
+    except Exception as error:
+        raise _not_created(network, error) from error
+    return _checked(network, model)
 
 
-def _by_path(network: str, width: int | None) -> nn.Module:
+def _by_path(network: str, given: Mapping[str, object]) -> nn.Module:
     module_name, _, name = network.partition(":")
     try:
         factory = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+        known = inspect.signature(factory).parameters
+    except Exception as error:  # of the import, or of the code in the module
         raise KDHooksError(f"network '{network}' can't be imported: {error}") from error
-    options: dict[str, int] = {}
-    if width is not None:
-        if "num_features" not in inspect.signature(factory).parameters:
+    options = {key: value for key, value in given.items() if value is not None}
+    for key in options:
+        if key not in known:
             raise KDHooksError(
-                f"network '{network}' takes no num_features, so that --embedding-size can't be "
-                "set; leave it out"
+                f"network '{network}' takes no {key}, so that {_OPTIONS[key]} can't be set; "
+                "leave it out"
             )
-        options["num_features"] = width
     try:
         model = factory(**options)
     except TypeError as error:
@@ -80,6 +112,21 @@ def _by_path(network: str, width: int | None) -> nn.Module:
             f"network '{network}' must be made without further arguments: {error}; name a "
             "function that takes none"
         ) from error
+    except Exception as error:
+        raise _not_created(network, error) from error
+    return _checked(network, model)
+
+
+def _not_created(network: str, error: Exception) -> KDHooksError:
+    way_out = "name another network"
+    if isinstance(error, ModuleNotFoundError):
+        way_out = f"install the package {error.name}"
+    return KDHooksError(
+        f"network '{network}' can't be created: {type(error).__name__}: {error}; {way_out}"
+    )
+
+
+def _checked(network: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise KDHooksError(
             f"network '{network}' must make an nn.Module; found {type(model).__name__}"

@@ -1,16 +1,120 @@
-"""The one way in which these commands make a parser of their options."""
+"""How these commands read their options, and how they print JSON."""
 
 import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from kdhooks.errors import KDHooksError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option in the same way as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("kdhooks ")
+        raise KDHooksError(f"{command}: {message}; '{self.prog} --help' lists all options")
 
 
 def make_parser(
     command: str, about: str | None, usage: str | None = None
 ) -> argparse.ArgumentParser:
     """about: the docstring of the command's module, shown by --help as it is written."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"kdhooks {command}",
         usage=usage,
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+# --- types of options ----------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number of at least this size."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, at least {least}; found {text}"
+            )
+        return number
+
+    return read
+
+
+def device(text: str) -> torch.device:
+    """A device of torch's on which tensors can be created and read here."""
+    try:
+        found = torch.device(text)
+        torch.zeros(1, device=found).tolist()
+    except Exception as error:  # torch raises four kinds of them
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise argparse.ArgumentTypeError(
+            f"must be a device that torch can use here, such as cpu or cuda; found '{text}': "
+            f"{reason}"
+        ) from error
+    return found
+
+
+def path(text: str) -> Path:
+    """A path whose ~ is expanded."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a path; found '{text}', whose home directory is unknown"
+        ) from error
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to run on, such as cpu or cuda:1 (default: cuda if there is one, else cpu)",
+    )
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead of lines; its keys are in docs/arcface_torch.md "
+        "(default: off)",
+    )
+
+
+@contextmanager
+def quiet_stdout(wanted: bool) -> Iterator[None]:
+    """If wanted, prints of networks, config files and packages go to stderr meanwhile."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
+
+
+def print_json(content: object) -> None:
+    """Numbers that are not finite become null, since JSON has none of them."""
+    print(json.dumps(_finite(content), allow_nan=False))
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,4 +1,4 @@
-"""`kdhooks run`: a training script distils, without an edit to it or to its configuration.
+"""`kdhooks run` runs a training script distilled, without an edit to it or to its config.
 
     kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
     torchrun --nproc_per_node=8 -m kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
@@ -37,8 +37,11 @@ def main(argv: Sequence[str]) -> int:
         raise KDHooksError("run needs --recipe FILE; found none (--compat alone runs undistilled)")
     if not script.is_file():
         raise KDHooksError(f"run: there is no script '{script}' in {Path.cwd()}")
-    with tokenize.open(script) as file:  # in the encoding that it declares
-        source = file.read()
+    try:
+        with tokenize.open(script) as file:  # in the encoding that it declares
+            source = file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise KDHooksError(f"run: '{script}' can't be read as Python: {error}") from error
     install: Install | None = None
     if options.recipe is not None:
         install = partial(arcface_torch.install, Recipe.read(options.recipe))
@@ -55,15 +58,23 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Ours, wherever they stand before a `--`, and the script's own, untouched."""
     usage = "kdhooks run SCRIPT [ARGUMENTS …] --recipe FILE [--compat] [-- ARGUMENTS …]"
     first = make_parser("run", __doc__, usage)
-    ours = argparse.ArgumentParser(prog="kdhooks run", add_help=False, allow_abbrev=False)
+    ours = type(first)(prog="kdhooks run", add_help=False, allow_abbrev=False)
     for parser in (first, ours):
-        parser.add_argument("--recipe", help="TOML file: the teacher and the methods")
+        parser.add_argument(
+            "--recipe",
+            metavar="FILE",
+            help="TOML file with the teacher and the methods (default: none; with "
+            "--compat the script then trains undistilled)",
+        )
         parser.add_argument(
             "--compat",
             action="store_true",
-            help="repair what keeps the trainer from running on current packages; says what",
+            help="repair, and name, whatever keeps the trainer from running on current packages "
+            "(default: off)",
         )
-    first.add_argument("script", help="train_v2.py, or a fork of it; its arguments follow")
+    first.add_argument(
+        "script", help="train_v2.py, or a fork of it; its arguments follow (required)"
+    )
     first.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
@@ -76,7 +87,7 @@ def prepared(source: str, name: str, hooked: bool) -> ast.Module:
     """The script, with a call of the hook below the last statement that binds one of our names."""
     try:
         tree = ast.parse(source, name)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
         raise KDHooksError(f"run: '{name}' is no Python of this version: {error}") from error
     if not hooked:
         return tree

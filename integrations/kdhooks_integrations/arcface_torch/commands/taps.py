@@ -1,44 +1,84 @@
-"""`kdhooks taps`: the submodules of a network that a recipe can tap, and what they put out.
+"""`kdhooks taps` lists the submodules of a network that a recipe can tap, with their shapes.
 
     kdhooks taps r50 --trainer insightface/recognition/arcface_torch
     kdhooks taps vit_b --depth 3
-    kdhooks taps my_package.networks:small
+    kdhooks taps my_package.networks:small --json
 
-The network is made with random weights and runs once in evaluation and once in training. Shapes are
-without the batch. What can't be tapped in training says why.
+It creates the network with random weights and runs it once in evaluation and once in training.
+Shapes are without the batch. If a submodule can't be tapped in training, a note says why.
 """
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdhooks.errors import KDHooksError
 from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch import Backbones
-from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
-from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
+from kdhooks_integrations.arcface_torch.commands.networks import (
+    add_network,
+    add_trainer,
+    enter_trainer,
+    make,
+)
+from kdhooks_integrations.arcface_torch.commands.parsing import (
+    add_json,
+    make_parser,
+    print_json,
+    quiet_stdout,
+    whole,
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = make_parser("taps", __doc__)
-    add_options(parser, "network")
-    parser.add_argument("--depth", type=int, default=1, help="of submodules; stages show anyhow")
-    parser.add_argument("--input-shape", type=int, nargs=3, default=[3, 112, 112])
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     enter_trainer(options.trainer)
-    network = make(options.network, options.embedding_size)
-    rows = [("path", "shape", ""), *listing(network, options.depth, tuple(options.input_shape))]
+    with quiet_stdout(options.json):
+        network = make(options.network, options.embedding_size)
+        points = listing(network, options.depth, tuple(options.input_shape))
+    if options.json:
+        found = [{**asdict(point), "shape": list(point.shape)} for point in points]
+        shape = list(options.input_shape)
+        print_json({"network": options.network, "input_shape": shape, "points": found})
+        return 0
+    rows = [("path", "shape", "")]
+    rows += [(p.path or "(output)", str(p.shape), p.described()) for p in points]
     width, shapes = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for path, shape, note in rows:
-        print(f"{path:{width}}  {shape:{shapes}}  {note}".rstrip())
+    for path, where, note in rows:
+        print(f"{path:{width}}  {where:{shapes}}  {note}".rstrip())
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("taps", __doc__)
+    add_network(parser, "network", ("required", "512; a factory's own"))
+    parser.add_argument(
+        "--depth",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="levels of submodules to list; stages are listed at any depth (default: 1)",
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=whole(1),
+        nargs=3,
+        default=[3, 112, 112],
+        metavar=("C", "H", "W"),
+        help="channels, height and width of an image, the last two in pixels (default: 3 112 112)",
+    )
+    add_trainer(parser)
+    add_json(parser)
+    return parser
 
 
 @dataclass
 class Seen:
-    """What a module put out in one forward of the network: the first time, where it runs twice."""
+    """The output of a module in one forward of the network: the first one, if it runs twice."""
 
     output: Tensor
     version: int
@@ -49,48 +89,68 @@ class Seen:
         return tuple(self.output.shape[1:])
 
 
-def listing(
-    network: nn.Module, depth: int, input_shape: tuple[int, ...]
-) -> list[tuple[str, str, str]]:
-    """Path, shape and note of each point, in the order in which they run."""
+@dataclass(frozen=True)
+class Point:
+    """A submodule that a recipe can name."""
+
+    path: str  # "" is the network's output
+    shape: tuple[int, ...]  # without the batch
+    stage: int | None  # counted from 1
+    notes: list[str]  # what is different in training
+
+    def described(self) -> str:
+        marks = ["embedding"] if self.path == "" else []
+        marks += [f"stage {self.stage}"] if self.stage else []
+        return "; ".join([*marks, *self.notes])
+
+
+def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> list[Point]:
+    """Each point, in the order in which they run."""
     stages = Backbones().model_stages(network) or []
     paths = [
         name
         for name, _ in network.named_modules()
         if name in stages or name.count(".") < depth  # "" is the embedding
     ]
-    images = torch.rand(2, *input_shape) * 2 - 1
-    with evaluating(network), torch.no_grad():
-        evaluated = observe(network, paths, images)
-    network.train()
-    trained = observe(network, paths, images)
+    try:
+        images = torch.rand(2, *input_shape) * 2 - 1
+        with evaluating(network), torch.no_grad():
+            evaluated = observe(network, paths, images)
+        network.train()
+        trained = observe(network, paths, images)
+    except Exception as error:  # of the network's code, mostly about shapes
+        raise KDHooksError(
+            f"taps: the network must run on images of the shape {input_shape}; found "
+            f"{type(error).__name__}: {error}; set --input-shape to that of the training images"
+        ) from error
     return [
-        (path or "(output)", str(seen.shape), _note(path, seen, trained.get(path), stages))
+        Point(
+            path,
+            seen.shape,
+            stages.index(path) + 1 if path in stages else None,
+            _notes(seen, trained.get(path)),
+        )
         for path, seen in evaluated.items()
     ]
 
 
-def _note(path: str, seen: Seen, trained: Seen | None, stages: Sequence[str]) -> str:
-    notes = []
-    if path == "":
-        notes.append("embedding")
-    if path in stages:
-        notes.append(f"stage {stages.index(path) + 1}")
+def _notes(seen: Seen, trained: Seen | None) -> list[str]:
     if trained is None:
-        return "; ".join([*notes, "does not run in training"])
+        return ["does not run in training"]
+    notes = []
     if trained.shape != seen.shape:
         notes.append(f"{trained.shape} in training")
     if trained.runs > 1:
-        notes.append(f"runs {trained.runs} times, the last one counts")
+        notes.append(f"runs {trained.runs} times; name a call of it, as path@{trained.runs}")
     if not trained.output.requires_grad:
         notes.append("no gradient: inside a checkpointed block, or frozen")
     if trained.output._version != trained.version:
         notes.append("overwritten in place by what follows")
-    return "; ".join(notes)
+    return notes
 
 
 def observe(network: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, Seen]:
-    """The tensors that the modules at these paths put out, in their order."""
+    """The outputs of the modules at these paths that are tensors, in their order."""
     found: dict[str, Seen] = {}
 
     def watch(path: str) -> Any:
