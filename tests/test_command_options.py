@@ -117,7 +117,7 @@ def test_the_first_line_of_help_is_a_sentence_about_the_command(
         (("cache", "info"), "the following arguments are required: folder"),
         (("cache", "info", "absent", "--json"), "'absent' holds no teacher.json"),
         (("cache", "info", "~nosuchuser"), "whose home directory is unknown"),
-        ((*BUILD, "--recipe", "absent.toml"), "there is no file 'absent.toml'"),
+        ((*BUILD, "--recipe", "absent.toml"), "'absent.toml' does not exist"),
         ((*BUILD, "--batch-size", "-1"), "--batch-size: must be a whole number, at least 1"),
         (("cache", "verify", "c", "--recipe", "kd.toml"), "go together; found one of them"),
         (("cache", "verify", "c", "--sample", "5"), "--sample counts pictures to compare with the"),

@@ -241,7 +241,7 @@ def test_without_a_recipe_any_script_fits(
     [
         (["train.py"], "run needs --recipe FILE; found none"),
         (["absent.py", "--recipe", "kd.toml"], "run: there is no script 'absent.py' in "),
-        (["train.py", "--recipe", "absent.toml"], "recipe: there is no file 'absent.toml'"),
+        (["train.py", "--recipe", "absent.toml"], "'absent.toml' does not exist"),
         (["latin.py", "--compat"], "run: 'latin.py' can't be read as Python: "),
         (["utf8.py", "--compat"], "run: 'utf8.py' can't be read as Python: "),
         ([], "run: the following arguments are required: script"),
