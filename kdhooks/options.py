@@ -16,7 +16,17 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeGuard,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 from torch import Tensor
 
@@ -64,9 +74,8 @@ class Options(Table):
     def __post_init__(self) -> None:
         for name, declared in declared_options(type(self)).items():
             subject = type(self).subject
-            value: Any = _checked_option(subject, name, declared, getattr(self, name))
-            function = callable(value) and not isinstance(value, Table | Bounded)
-            if function and float in alternatives(declared.kind):
+            value = _checked_option(subject, name, declared, getattr(self, name))
+            if float in alternatives(declared.kind) and _is_function(value):
                 value = Bounded(value, declared, f"{subject}: {name}")
             object.__setattr__(self, name, value)
         self.check()
@@ -195,6 +204,11 @@ def _checked_option(subject: str, name: str, declared: Option, value: object) ->
         return checked(declared.kind, value, declared)
     except OptionError as error:
         raise error.inside(name, subject) from None
+
+
+def _is_function(value: object) -> TypeGuard[Callable[[int], float]]:
+    """Whether its results are still to be checked; a schedule's are inside of its bounds."""
+    return callable(value) and not isinstance(value, Table | Bounded)
 
 
 @dataclass(frozen=True)
