@@ -15,7 +15,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import (
     Any,
     ClassVar,
@@ -128,9 +128,9 @@ def read(made: type[T], table: object, subject: str) -> T:
             raise OptionError(f"needs its option '{name}'", subject=subject)
     given = dict(table)
     for name, value in table.items():
-        checked = _checked_option(subject, name, known[name], value)
-        if issubclass(made, Options) or isinstance(checked, Options):
-            given[name] = checked
+        kept = _checked_option(subject, name, known[name], value)
+        if issubclass(made, Options) or isinstance(kept, Options):
+            given[name] = kept
     try:
         return made(**given)
     except OptionError as error:
@@ -150,10 +150,9 @@ def declared_options(made: type) -> Mapping[str, Option]:
     """By name, in their order."""
     if issubclass(made, Options):
         hints = typing.get_type_hints(made)
-        declared = {f.name: f.metadata["option"] for f in fields(made)}  # type: ignore[arg-type]
         return {
-            name: Option(hints[name], o.default, o.meaning, o.bounds, o.unit)
-            for name, o in declared.items()
+            f.name: replace(f.metadata.get("option") or _plain(f), kind=hints[f.name])
+            for f in fields(made)  # type: ignore[arg-type]
         }
     try:
         hints = typing.get_type_hints(made.__init__)
@@ -166,6 +165,11 @@ def declared_options(made: type) -> Mapping[str, Option]:
         for name, parameter in inspect.signature(made).parameters.items()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
+
+
+def _plain(declared: Field[Any]) -> Option:
+    """A field of a dataclass that was declared without `option`."""
+    return Option(Any, REQUIRED if declared.default is MISSING else declared.default)
 
 
 def opened(made: type) -> Mapping[str, Option]:

@@ -172,6 +172,25 @@ def test_a_home_that_nobody_has_is_refused() -> None:
         user_path("~nosuchuser/x")
 
 
+class Bare(Options):
+    """Without `option`: types and defaults alone."""
+
+    size: int
+    name: str = "x"
+
+
+def test_a_field_without_a_declaration_is_checked_by_its_type() -> None:
+    assert Bare(size=3).name == "x"
+    for table, words in [
+        ({}, "bare needs its option 'size'"),
+        ({"size": "3"}, "bare: size must be a whole number; found '3'"),
+        ({"size": 3, "name": 4}, "bare: name must be a text; found 4"),
+    ]:
+        with pytest.raises(KDHooksError) as error:
+            Bare.read(table)
+        assert words in str(error.value)
+
+
 # --- every installed method ----------------------------------------------------------------------
 
 
