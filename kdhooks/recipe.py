@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import check_weight
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.factories import factory_named, is_factory_name, made_by
 from kdhooks.finite import check_nonfinite
 from kdhooks.generators import undisturbed_generators
 from kdhooks.onnx.session import OnnxModel, insightface_model
@@ -22,6 +24,7 @@ from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import InputTransform, channels
 from kdhooks.teacher.teacher import Teacher, check_compile
+from kdhooks.tensor_files import first_bytes, user_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,8 +37,8 @@ NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
-    *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "side_stream", "micro_batch", "convert", "cache",
+    *_SOURCES, "checkpoint", "weights", "root", "classifier", "input", "dtype", "channels_last",
+    "compile", "side_stream", "micro_batch", "convert", "cache",
 )  # fmt: skip
 _FLAGS = ("channels_last", "side_stream", "convert")
 _INPUT_KEYS = ("size", "order", "mean", "std")
@@ -128,13 +131,11 @@ def build(
 
 def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teacher:
     """The teacher alone, as `kdhooks.class_means` takes it."""
-    spec = recipe.teacher
+    spec = with_module(recipe.teacher, network)
     transform = InputTransform()
     model: nn.Module | Callable[[Tensor], Tensor]
     if "module" in spec:
         model = spec["module"]
-    elif "network" in spec:
-        model = _from_checkpoint(spec, network)
     else:
         path = spec.get("onnx") or insightface_model(
             spec["insightface"], spec.get("root", "~/.insightface")
@@ -159,14 +160,36 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     )
 
 
-def _from_checkpoint(spec: Mapping[str, Any], network: NetworkFactory | None) -> nn.Module:
-    if network is None:
+def with_module(
+    spec: Mapping[str, Any], network: NetworkFactory | None = None, preferred: str = ""
+) -> Mapping[str, Any]:
+    """A teacher's table with its network made and loaded; class rows may be in the same file.
+
+    preferred: the host's place of the weights in a checkpoint that has several sets of them.
+    """
+    if "network" not in spec:
+        return spec
+    spec = dict(spec)
+    name = spec.pop("network")
+    # A misspelt factory is found before the file is read.
+    factory = factory_named(name, "teacher.network") if is_factory_name(name) else None
+    if factory is None and network is None:
         raise KDHooksError(
-            f"teacher network {spec['network']!r} is built by a host's own factory, and there is "
-            "none here; give the module itself as teacher, or kdhooks.build(…, network=factory)"
+            f"teacher network {name!r} is built by a host's own factory, and there is none here; "
+            "name a function of your own as package.module:factory, give the module itself as "
+            "teacher, or kdhooks.build(…, network=factory)"
         )
-    state = load_checkpoint(spec["checkpoint"])
-    return load_strictly(network(spec["network"], state), state, spec["checkpoint"])
+    checkpoint = load_checkpoint(spec.pop("checkpoint"))
+    if factory is not None:
+        module = made_by(factory, name, "teacher.network")
+    else:
+        assert network is not None
+        module = network(name, checkpoint.largest())
+    spec["module"] = load_strictly(module, checkpoint, spec.pop("weights", ""), preferred)
+    if isinstance(spec.get("classifier"), str | Path):
+        inside = {**checkpoint.tensors, **dict(module.named_parameters())}
+        spec["classifier"] = Rows.open(spec["classifier"], inside)
+    return spec
 
 
 def _average(value: object) -> float:
@@ -201,6 +224,11 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
             "recipe: teacher.network and teacher.checkpoint go together, for a network without a "
             f"checkpoint knows nothing; found {listed(map(str, teacher))}"
         )
+    if "weights" in teacher and not ("network" in teacher and isinstance(teacher["weights"], str)):
+        raise KDHooksError(
+            "recipe: teacher.weights names a place in teacher.checkpoint, like 'ema'; found "
+            f"{teacher['weights']!r} with {listed(map(str, teacher))}"
+        )
     if "module" in teacher and not callable(teacher["module"]):
         raise KDHooksError(
             "recipe: teacher must be a table, a module or a function; found "
@@ -226,9 +254,9 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
     for key in ("checkpoint", "onnx", "classifier"):
         value = teacher.get(key)
         if isinstance(value, str | Path):
-            path = folder / Path(value).expanduser()
-            if key != "classifier" and not path.is_file():
-                raise KDHooksError(f"recipe: teacher.{key}: there is no file '{path}'")
+            path = folder / user_path(value, f"recipe: teacher.{key}")
+            if key != "classifier":
+                first_bytes(path, f"recipe: teacher.{key}")
             checked[key] = path
     if "cache" in teacher:
         checked["cache"] = _checked_cache(teacher["cache"], folder)

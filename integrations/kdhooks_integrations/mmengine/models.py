@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
-from kdhooks.recipe import Recipe
+from kdhooks.recipe import Recipe, with_module
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import channels
 from kdhooks_integrations.arcface_torch import Backbones
@@ -97,11 +97,12 @@ def with_teacher(recipe: Recipe) -> Recipe:
 
     Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
     """
-    spec = dict(recipe.teacher)
-    if "network" in spec:
-        path = spec.pop("checkpoint")
-        state = load_checkpoint(path)
-        spec["module"] = load_strictly(built(spec.pop("network"), "teacher.network"), state, path)
+    # Beside state_dict, EMAHook keeps those weights that are not the ones to be used.
+    spec = with_module(
+        recipe.teacher,
+        lambda config, _: built(config, "teacher.network"),
+        preferred="state_dict",
+    )
     model = spec.get("module")
     if not isinstance(model, BaseModel):
         return replace(recipe, teacher=spec)
@@ -123,9 +124,10 @@ def initialised(config: Mapping[str, Any]) -> nn.Module:
         return model
     prefix = f"{init.get('prefix', '')}.".lstrip(".")
     with readable():
-        state = load_checkpoint(file)
+        checkpoint = load_checkpoint(file)
+    state = checkpoint.largest()
     of_it = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    return load_strictly(model, of_it, file)
+    return load_strictly(model, replace(checkpoint, content=of_it))
 
 
 def _check_images(model: nn.Module, said: Mapping[str, Any]) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
+from kdhooks.factories import factory_named, is_factory_name, made_by
 
 _NAMES = "r18, r34, r50, r100, r200, mbf, mbf_large, vit_t_dp005_mask0, vit_b"
 
@@ -22,7 +24,9 @@ def add_options(parser: argparse.ArgumentParser, network: str) -> None:
         network, help="name that get_model takes, like r50, or package.module:factory", **needed
     )
     parser.add_argument("--trainer", default=".", help="folder of arcface_torch; by default here")
-    parser.add_argument("--embedding-size", type=int, help="width; by default the network's own")
+    parser.add_argument(
+        "--embedding-size", type=at_least(1), help="width; by default the network's own"
+    )
 
 
 def enter_trainer(folder: str) -> None:
@@ -48,7 +52,7 @@ def get_model() -> Callable[..., nn.Module]:
 
 def make(network: str, width: int | None = None, fp16: bool = False) -> nn.Module:
     """A network with random weights; width is that of its embedding."""
-    if ":" in network:
+    if is_factory_name(network):
         return _by_path(network, width)
     try:
         return get_model()(network, dropout=0.0, fp16=fp16, num_features=width or 512)
@@ -60,11 +64,7 @@ def make(network: str, width: int | None = None, fp16: bool = False) -> nn.Modul
 
 
 def _by_path(network: str, width: int | None) -> nn.Module:
-    module_name, _, name = network.partition(":")
-    try:
-        factory = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise KDHooksError(f"network '{network}' can't be imported: {error}") from error
+    factory = factory_named(network, "network")
     options: dict[str, int] = {}
     if width is not None:
         if "num_features" not in inspect.signature(factory).parameters:
@@ -73,15 +73,4 @@ def _by_path(network: str, width: int | None) -> nn.Module:
                 "set; leave it out"
             )
         options["num_features"] = width
-    try:
-        model = factory(**options)
-    except TypeError as error:
-        raise KDHooksError(
-            f"network '{network}' must be made without further arguments: {error}; name a "
-            "function that takes none"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise KDHooksError(
-            f"network '{network}' must make an nn.Module; found {type(model).__name__}"
-        )
-    return model
+    return made_by(factory, network, "network", **options)
