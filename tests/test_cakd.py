@@ -281,7 +281,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
             {"distance": "saliency", "saliency": torch.tensor([[0.0, torch.nan]])},
             "cakd: saliency must be finite",
         ),
-        ({"distance": "saliency", "saliency": "/nowhere.pt"}, "'/nowhere.pt' can't be read"),
+        ({"distance": "saliency", "saliency": "/nowhere.pt"}, "there is no file '/nowhere.pt'"),
         ({"pieces": (0.0, 1.0, 2.0)}, r"cakd: pieces are alpha, beta .*; found \(0.0, 1.0, 2.0\)"),
         ({"pieces": (4.0, 3.0, 24.0)}, "0 < alpha <= beta"),
         ({"pieces": (4.0, 12.0, 4.0)}, "alpha < reach"),
