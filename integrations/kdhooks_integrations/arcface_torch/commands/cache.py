@@ -9,7 +9,7 @@ build embeds each picture and its mirror image into the recipe's teacher.cache; 
 goes on where it was stopped. A training fills the cache by itself; build only spares it the first
 epoch. verify compares each record with its checksum and, with a recipe and data, some records with
 what the teacher gives today. The exit status is 1 where the disk or the bound ends a build, or
-where a record is wrong.
+where a record is wrong or was lost.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdhooks.arguments import usable_device
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
 from kdhooks.teacher.fingerprints import check_same, read_header
 from kdhooks.teacher.session import TeacherSession
+from kdhooks.tensor_files import user_path
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
@@ -85,13 +87,17 @@ def verify(options: argparse.Namespace) -> int:
     _, parts, keys = _opened(options.folder)
     damaged = sum(_damaged(parts, number, len(part)) for number, part in enumerate(keys))
     print(f"{sum(map(len, keys))} records in {len(keys)} files, {damaged} damaged")
-    if damaged:
-        print("a training embeds the views of damaged records anew, and keeps the new ones")
+    incomplete = list(parts.incomplete())
+    for text, _ in incomplete:
+        print(text)
+    lost = any(is_lost for _, is_lost in incomplete)
+    if damaged or lost:
+        print("a training embeds the views of damaged and lost records again, and keeps them")
     if options.recipe and options.data:
         _compare(options)
     elif options.recipe or options.data:
         raise KDHooksError("cache verify: --recipe and --data go together; found one of them")
-    return 1 if damaged else 0
+    return 1 if damaged or lost else 0
 
 
 def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
@@ -147,7 +153,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _opened(folder: str) -> tuple[dict[str, Any], Parts, list[Keys]]:
     """The header, the parts, and the keys of each part."""
-    path = Path(folder).expanduser()
+    path = user_path(folder, "teacher cache")
     header = read_header(path)
     parts = Parts(path, int(header["dim"]))
     return header, parts, [keys for _, _, keys in parts.read_on()]
@@ -173,4 +179,5 @@ def _add_teacher(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--data", required=required, help="folder or zip of pictures, or folder with train.rec")
     add("--trainer", default=".", help="folder of arcface_torch; by default here")
     add("--batch-size", type=int, default=128)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=device)
