@@ -152,7 +152,10 @@ def test_a_loss_that_trains_nothing_is_a_fault(
             'methods = ["fcd"]\n' + TEACHER,
             (*STUDENT, "--data", "folders", "--num-classes", "9"), "images", "has 6 classes, --num",
         ),
-        ('methods = ["fcd"]\n' + TEACHER, (*STUDENT, "--device", "tpu"), "student", "RuntimeError"),
+        (
+            'methods = ["fcd"]\n' + TEACHER,
+            ("--network", "backbones:broken"), "student", "it raises ValueError: no such width",
+        ),
     ],
 )  # fmt: skip
 def test_a_fault_is_found_where_it_is(

@@ -29,6 +29,12 @@ def blocks():
 
 def no_network():
     return 1
+
+def broken():
+    raise ValueError("no such width")
+
+def teacher():
+    return get_model("tiny", 0.0, False, 16)
 """
 
 

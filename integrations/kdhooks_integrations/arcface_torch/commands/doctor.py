@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from kdhooks.arguments import at_least, usable_device
 from kdhooks.errors import KDHooksError
 from kdhooks_integrations.arcface_torch.commands.examination import Examination, Unchecked
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer
@@ -56,8 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipe", required=True, help="TOML file: the teacher and the methods")
     add_options(parser, "--network")
     add("--batch-size", type=int, default=8, help="of one device; the training's own for its cost")
-    add("--num-classes", type=int, help="of the training; by default the teacher's classifier's")
+    add(
+        "--num-classes",
+        type=at_least(1),
+        help="of the training; by default the teacher's classifier's",
+    )
     add("--data", help="folder that the trainer trains on (config.rec); checks the class order")
     add("--fp16", action="store_true", help="as config.fp16 = True")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=device)
     return parser

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdhooks.arguments import at_least
+from kdhooks.errors import KDHooksError
 from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
@@ -24,8 +26,10 @@ from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
 def main(argv: Sequence[str]) -> int:
     parser = make_parser("taps", __doc__)
     add_options(parser, "network")
-    parser.add_argument("--depth", type=int, default=1, help="of submodules; stages show anyhow")
-    parser.add_argument("--input-shape", type=int, nargs=3, default=[3, 112, 112])
+    parser.add_argument(
+        "--depth", type=at_least(0), default=1, help="of submodules; stages show anyhow"
+    )
+    parser.add_argument("--input-shape", type=at_least(1), nargs=3, default=[3, 112, 112])
     options = parser.parse_args(argv)
     enter_trainer(options.trainer)
     network = make(options.network, options.embedding_size)
@@ -105,6 +109,11 @@ def observe(network: nn.Module, paths: Sequence[str], images: Tensor) -> dict[st
     handles = [network.get_submodule(p).register_forward_hook(watch(p)) for p in paths]
     try:
         network(images)
+    except Exception as error:
+        raise KDHooksError(
+            f"taps: the network must run on images of the shape {tuple(images.shape[1:])}; it "
+            f"raises {type(error).__name__}: {error}; set --input-shape to that of its images"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
