@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def class_means(
     save: a file for the sums so far, written every 100 batches and at the end. A later call with
     the same teacher and the same batches, in the same order, goes on from it.
     """
-    if type(classes) is not int or classes < 1:
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise KDHooksError(
             f"{_SUBJECT}: classes must be a whole number, at least 1; found {classes!r}"
         )
