@@ -90,6 +90,15 @@ def test_a_copy_beside_the_shards_is_none_of_them(name: str, tmp_path: Path) -> 
         Rows.open(tmp_path / "*checkpoint_gpu_*.pt")
 
 
+def test_a_later_shard_alone_is_not_all_of_them(tmp_path: Path) -> None:
+    pattern = shards(tmp_path, 2)
+    (tmp_path / "checkpoint_gpu_0.pt").unlink()
+    with pytest.raises(KDHooksError, match="numbered 0 to 0 without a gap; found checkpoint_gpu_1"):
+        Rows.open(pattern)
+    torch.save(normal(1, 3, 12), tmp_path / "rows_512.pt")  # the number is none of a rank
+    assert Rows.open(tmp_path / "rows_*.pt").total == 3
+
+
 def test_one_shard_of_several_is_read_with_a_warning(tmp_path: Path, caplog: Log) -> None:
     shards(tmp_path)
     assert Rows.open(tmp_path / "checkpoint_gpu_0.pt").total == 2
@@ -287,7 +296,9 @@ def test_a_name_that_is_nowhere_shows_both_possibilities(tmp_path: Path) -> None
 def test_a_name_that_several_weights_have_is_refused(tmp_path: Path) -> None:
     heads = {"a": {"head.weight": tiny_rows()}, "b": {"head.weight": tiny_rows() + 1}}
     torch.save({"model": network().state_dict(), **heads}, tmp_path / "model.pt")
-    with pytest.raises(KDHooksError, match=r"named 'head\.weight': a\.head\.weight, b\.head\.wei"):
+    with pytest.raises(
+        KDHooksError, match=r"named 'head\.weight', like a\.head\.weight, b\.head\.wei"
+    ):
         build_teacher(Recipe.read(recipe(tmp_path, "head.weight")))
     found = build_teacher(Recipe.read(recipe(tmp_path, "b.head.weight"))).classifier
     assert found is not None

@@ -17,6 +17,7 @@ from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 log = logging.getLogger("kdhooks")
 
 _SUBJECT = "teacher classifier"
+_LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 
 class Rows:
@@ -119,7 +120,7 @@ def _in_rank_order(pattern: str) -> list[Path]:
         _warn_of_others(literal)
         return [literal]
     paths = [Path(p) for p in glob.glob(str(literal))]
-    if len(paths) <= 1:
+    if len(paths) <= 1 and not any(_LATER_SHARD.fullmatch(path.name) for path in paths):
         return paths
     ranks = {_rank(path): path for path in paths}
     forms = {re.sub(r"\d+(?=\D*$)", "0", path.name) for path in paths}
@@ -157,8 +158,8 @@ def _inside(source: str, tensors: Mapping[str, Tensor]) -> tuple[str, Tensor]:
         return found[0], tensors[found[0]]
     if found:
         raise KDHooksError(
-            f"{_SUBJECT}: the teacher holds several tensors named '{key}': {listed(found)}; write "
-            "out the name of the one that is meant"
+            f"{_SUBJECT}: the teacher holds several tensors named '{key}', like "
+            f"{listed(found[:4])}; write out the name of the one that is meant"
         )
     matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
     folder = user_path(source, _SUBJECT).parent
