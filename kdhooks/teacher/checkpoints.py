@@ -47,7 +47,7 @@ class Weights:
 
     def is_at(self, place: str) -> bool:
         """Whether this is the place given, or one inside of it."""
-        return f"{self.place}.".startswith(f"{place}.")
+        return f"{self.place}.".startswith(f"{place.rstrip('.')}.")
 
 
 @dataclass(frozen=True)
