@@ -151,6 +151,12 @@ def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Mo
     shapes = tuple(Stage(path, tuple(output.features[path].shape[1:])) for path in stages)
     dim = output.embedding.shape[1]
     rows = teacher.classifier
+    if rows is not None and rows.dim != dim == rows.total:
+        raise KDHooksError(
+            f"teacher classifier must have the shape (c e), one row a class; found {rows.total} "
+            f"rows of width {rows.dim}, and the embedding is {dim} wide: it is transposed; save "
+            "its transpose, weight.T"
+        )
     if rows is not None and rows.dim != dim:
         raise KDHooksError(
             f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "

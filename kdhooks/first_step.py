@@ -1,5 +1,6 @@
 """Checks of the first step alone, because each of them waits for the device."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +12,11 @@ from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
 from kdhooks.teacher.session import TeacherOutput
 
+log = logging.getLogger("kdhooks")
+
 _SAME = 0.9999  # mean cosine above which embeddings of different faces say nothing
 _TOP1 = 0.5  # a right class order gives about 0.95 and more, a wrong one about 1/classes
+_USUAL = 0.9  # below it, the rows may be of another epoch or another run of the same data
 
 
 def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int, ...]]) -> None:
@@ -53,15 +57,18 @@ def _mean_cosine(embedding: Tensor) -> float:
     return float((unit.sum(dim=0).square().sum() - b) / (b * (b - 1)))
 
 
-def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> None:
-    """The teacher's embeddings must find their own rows, else the classes are ordered otherwise."""
+def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> str:
+    """The teacher's embeddings must find their own rows, else the classes are ordered otherwise.
+
+    A warning is logged, and returned, if they find too few of them for a classifier of their own.
+    """
     known = labels >= 0
     if not known.any():
-        return
+        return ""
     if int(labels.max()) >= rows.total:
         raise KDHooksError(out_of_range(labels, rows.total))
     hits = rows.nearest(embedding.detach().float()[known]) == labels[known]
-    top1 = float(hits.float().mean())
+    top1 = int(hits.sum()) / len(hits)
     if top1 < _TOP1:
         raise KDHooksError(
             "teacher classifier: its classes must be in the order of the training labels; the "
@@ -69,6 +76,15 @@ def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> None:
             f"{len(hits)} samples (at least {_TOP1:.0%} wanted); use the classifier of this very "
             "teacher and data set, or class means made with kdhooks.class_means"
         )
+    if top1 >= _USUAL:
+        return ""
+    warning = (
+        f"the teacher's embeddings of the first batch find their own row in {top1:.0%} of "
+        f"{len(hits)} samples only (about 95% and more are usual); its classifier may be of "
+        "another run or epoch, or teacher.input wrong"
+    )
+    log.warning("teacher classifier: %s", warning)
+    return warning
 
 
 def check_terms(values: dict[str, Tensor]) -> None:

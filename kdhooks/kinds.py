@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.tensor_files import user_path
 
 T = TypeVar("T")
 
@@ -158,15 +159,10 @@ def _path(kind: Any, value: object, declared: Option) -> object:
         raise _Other
     if not str(value).strip() or "\0" in str(value):
         raise OptionError(f"must be a path; found {value!r}")
-    return user_path(value)
-
-
-def user_path(path: str | Path) -> Path:
-    """The path, with ~ and ~user replaced."""
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise KDHooksError(f"'{path}' must be a path; found no home folder: {error}") from error
+        return user_path(value, "the path")
+    except KDHooksError as error:
+        raise OptionError(f"must be a path on this machine; {error}") from None
 
 
 def _choice(kind: Any, value: object, declared: Option) -> object:

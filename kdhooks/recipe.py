@@ -14,8 +14,8 @@ from kdhooks.classes.shards import ClassShard
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.factories import factory_named, is_factory_name, made_by
 from kdhooks.generators import undisturbed_generators
-from kdhooks.kinds import user_path
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, option, read
@@ -23,6 +23,7 @@ from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.tensor_files import first_bytes, user_path
 
 NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 """A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
@@ -33,6 +34,7 @@ _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16
 _FILES = ("checkpoint", "onnx")
 _BELONGS = {  # an option of the teacher's -> the sources that it belongs to
     "checkpoint": ("network",),
+    "weights": ("network",),
     "convert": ("onnx", "insightface"),
     "root": ("insightface",),
 }
@@ -60,11 +62,16 @@ class TeacherTable(Options, subject="recipe: teacher"):
         None, "The module itself, or a function (b 3 h w) -> (b e); in Python only."
     )
     network: str | Mapping[str, Any] | None = option(
-        None, "The name of a network that the host can build; for MMEngine a config."
+        None,
+        "The name of a network that the host can build, or package.module:factory; for MMEngine a "
+        "config.",
     )
     onnx: Path | None = option(None, "An ONNX file.")
     insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
     checkpoint: Path | None = option(None, "The file of the network's weights.")
+    weights: str = option(
+        "", "The place of the weights in the checkpoint, if several sets fit, such as ema."
+    )
     root: Path | None = option(
         None, "The folder of insightface's packs; by default ~/.insightface."
     )
@@ -72,7 +79,9 @@ class TeacherTable(Options, subject="recipe: teacher"):
         False, "Turn the ONNX file into a torch module, whose features can be tapped."
     )
     classifier: Tensor | Rows | Path | None = option(
-        None, "The class rows (c e): a file, or a pattern of checkpoint_gpu_*.pt shards."
+        None,
+        "The class rows (c e): a file, a pattern of checkpoint_gpu_*.pt shards, or the name of a "
+        "weight of the teacher.",
     )
     input: InputTable = option(InputTable(), "The images that the teacher expects.")
     dtype: Literal["float32", "float16", "bfloat16"] = option(
@@ -114,9 +123,8 @@ class TeacherTable(Options, subject="recipe: teacher"):
                 )
         for key in _FILES:
             path = getattr(self, key)
-            if path is not None and not path.is_file():
-                found = "it is a folder" if path.is_dir() else f"there is no file '{path}'"
-                raise self.refused(key, f"must be a file; {found}")
+            if path is not None:
+                first_bytes(path, f"recipe: teacher.{key}")
         if isinstance(self.cache, Path):
             object.__setattr__(
                 self, "cache", CacheOptions.read({"path": self.cache}, "recipe: teacher.cache")
@@ -171,7 +179,7 @@ class Recipe(Options):
         if isinstance(source, Recipe):
             return source
         if isinstance(source, str | Path):
-            source = _in_folder(_read_toml(Path(source)), Path(source).expanduser().parent)
+            source = _in_folder(_read_toml(Path(source)), user_path(source, "recipe").parent)
         if isinstance(source, Mapping) and not isinstance(source.get("teacher", {}), Mapping):
             source = {**source, "teacher": {"module": source["teacher"]}}
         return read(cls, source, subject)
@@ -215,13 +223,11 @@ def build(
 
 def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teacher:
     """The teacher alone, as `kdhooks.class_means` takes it."""
-    spec = recipe.teacher
+    spec = with_module(recipe.teacher, network)
     transform = InputTransform()
     model: Any
     if spec.module is not None:
         model = spec.module
-    elif spec.network is not None:
-        model = _from_checkpoint(spec, network)
     else:
         path = spec.onnx or insightface_model(str(spec.insightface), spec.root or "~/.insightface")
         mean, std = spec.input.mean, spec.input.std
@@ -245,15 +251,39 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     )
 
 
-def _from_checkpoint(spec: TeacherTable, network: NetworkFactory | None) -> nn.Module:
+def with_module(
+    spec: TeacherTable, network: NetworkFactory | None = None, preferred: str = ""
+) -> TeacherTable:
+    """A teacher's table with its network made and loaded; class rows may be in the same file.
+
+    preferred: the host's place of the weights in a checkpoint that has several sets of them.
+    """
+    name = spec.network
+    if name is None:
+        return spec
     assert spec.checkpoint is not None
-    if network is None:
+    # A misspelt factory is found before the file is read.
+    factory = factory_named(str(name), "teacher.network") if is_factory_name(name) else None
+    if factory is None and network is None:
         raise KDHooksError(
-            f"teacher network {spec.network!r} is built by a host's own factory, and there is "
-            "none here; give the module itself as teacher, or kdhooks.build(…, network=factory)"
+            f"teacher network {name!r} is built by a host's own factory, and there is none here; "
+            "name a function of your own as package.module:factory, give the module itself as "
+            "teacher, or kdhooks.build(…, network=factory)"
         )
-    state = load_checkpoint(spec.checkpoint)
-    return load_strictly(network(spec.network, state), state, spec.checkpoint)
+    checkpoint = load_checkpoint(spec.checkpoint)
+    if factory is not None:
+        module = made_by(factory, str(name), "teacher.network")
+    else:
+        assert network is not None
+        module = network(name, checkpoint.largest())
+    module = load_strictly(module, checkpoint, spec.weights, preferred)
+    classifier = spec.classifier
+    if isinstance(classifier, Path):
+        inside = {**checkpoint.tensors, **dict(module.named_parameters())}
+        classifier = Rows.open(classifier, inside)
+    return replace(
+        spec, module=module, classifier=classifier, network=None, checkpoint=None, weights=""
+    )
 
 
 def _average(numbers: Channels) -> float:
@@ -268,7 +298,11 @@ def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
     def inside(found: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
         paths = {key: value for key in keys if isinstance(value := found.get(key), str) and value}
-        return {**found, **{key: str(folder / user_path(path)) for key, path in paths.items()}}
+        whole = {
+            key: str(folder / user_path(path, f"recipe: teacher.{key}"))
+            for key, path in paths.items()
+        }
+        return {**found, **whole}
 
     teacher = inside(teacher, *_FILES, "root", "classifier", "cache")
     if isinstance(teacher.get("cache"), Mapping):
@@ -277,7 +311,7 @@ def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
-    path = user_path(path)
+    path = user_path(path, "recipe")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise KDHooksError(f"recipe must be a TOML file; '{path}' {what}")

@@ -5,13 +5,16 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png, write_records
+from kdhooks import KDHooksError
 from kdhooks.cli import main
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache_files import Parts
@@ -133,7 +136,7 @@ def test_a_header_that_lacks_something_is_refused(
     Path("cache", HEADER).write_text(json.dumps(kept))
     for command in ("info", "verify"):
         cache(command, "cache", status=2)
-        assert "must name dim, a whole number, and images, weights" in capsys.readouterr().err
+        assert "must hold dim, and probe with two embeddings" in capsys.readouterr().err
 
 
 def test_verify_counts_damaged_records(capsys: Captured) -> None:
@@ -149,6 +152,67 @@ def test_verify_counts_damaged_records(capsys: Captured) -> None:
     cache("verify", "cache", status=1)
     printed = capsys.readouterr().out
     assert printed.startswith(f"{VIEWS} records in 1 files, 2 damaged\na training embeds the views")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "cut", "status", "said"),
+    [
+        ("rows", 24 * 2 * WIDTH, 1, "records in 1 files, 0 damaged\n{}.rows is cut short: 24 rows"),
+        ("rows", 5, 1, "{}.rows is cut short: 47.84375 rows for 48 keys"),
+        ("keys", 12, 0, "{}.keys has 47 keys for 48 rows: the last write was stopped"),
+        ("keys", 3, 0, "{}.keys has 47.75 keys for 48 rows: the last write was stopped"),
+        ("keys", None, 0, "{}.rows has no {}.keys"),
+        ("rows", None, 1, "{}.rows is cut short: 0 rows for 48 keys"),
+    ],
+)
+def test_verify_tells_half_a_file_from_a_whole_one(
+    suffix: str, cut: int | None, status: int, said: str, capsys: Captured
+) -> None:
+    cache(*BUILD, "folders")
+    (path,) = Path("cache").glob(f"*.{suffix}")
+    if cut is None:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - cut)
+    capsys.readouterr()
+    cache("verify", "cache", status=status)
+    printed = capsys.readouterr().out
+    assert said.format(path.stem, path.stem) in printed
+    assert ("damaged and lost records again" in printed) == bool(status)
+
+
+def test_a_part_that_can_not_be_read_is_named(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(*BUILD, "folders")
+    (path,) = Path("cache").glob("*.rows")
+
+    def refuse(name: Path, *arguments: object, **options: object) -> object:
+        if name.suffix == ".rows":
+            raise PermissionError(13, "Permission denied", str(name))
+        return real(name, *arguments, **options)
+
+    real: Any = np.memmap
+    monkeypatch.setattr(np, "memmap", refuse)
+    for argv in (("verify", "cache"), ("info", "cache"), (*BUILD, "folders")):
+        cache(*argv, status=2)
+        said = capsys.readouterr().err
+        assert f"{path}' can't be read (Permission denied); look at its permissions" in said
+        assert "kdhooks cache verify cache checks all files" in said
+
+
+def test_a_part_that_vanishes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache(*BUILD, "folders")
+    (path,) = Path("cache").glob("*.keys")
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [path, path.with_name("gone.keys")])
+    with pytest.raises(KDHooksError, match=r"gone\.keys' can't be read \(No such file.*verify cac"):
+        teacher()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(device: str, capsys: Captured) -> None:
+    cache(*BUILD, "folders", "--device", device, status=2)
+    assert "--device must " in capsys.readouterr().err
 
 
 def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
@@ -177,7 +241,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
     (rows,) = Path("cache").glob("*.rows")
     os.truncate(rows, 10 * 2 * WIDTH)
     before = sorted((path.name, path.stat().st_size) for path in Path("cache").iterdir())
-    cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders")
+    cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders", status=1)
     assert sorted((p.name, p.stat().st_size) for p in Path("cache").iterdir()) == before
 
 

@@ -1,7 +1,8 @@
 """Class means stand in for a classifier."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,125 @@ def test_every_class_needs_an_image_and_every_label_a_class() -> None:
         class_means(teacher, [(images, labels)], 7)
     with pytest.raises(KDHooksError, match="labels run from 0 to 4; found 5"):
         class_means(teacher, [(images, labels)], 5)
-    with pytest.raises(KDHooksError, match="6 of 6 have none"):
+    with pytest.raises(KDHooksError, match="at least one batch of images; found none"):
         class_means(teacher, [], 6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (lambda x, y: x, "batch 1 must be a pair of tensors, .*; found Tensor; wrap the loader"),
+        (lambda x, y: (x, y, y), "found tuple of Tensor, Tensor, Tensor; wrap"),
+        (lambda x, y: {"x": x, "y": y}, "found dict; wrap"),
+        (lambda x, y: (x, y.tolist()), "found tuple of Tensor, list; wrap"),
+        (lambda x, y: (x, y.float()), r"labels must be whole numbers.*found torch\.float32"),
+        (lambda x, y: (x, y > 2), r"labels must be whole numbers.*found torch\.bool"),
+        (lambda x, y: (x, F.one_hot(y, 6)), r"labels \(b\); found \(12, 3, 32, 32\) and \(12, 6\)"),
+        (lambda x, y: (x, y[:-1]), r"labels \(b\); found \(12, 3, 32, 32\) and \(11,\)"),
+        (lambda x, y: (x[0], y), r"found \(3, 32, 32\) and \(12,\)"),
+        (lambda x, y: ((x * 127 + 127).byte(), y), r"floating point.*found torch\.uint8"),
+        (lambda x, y: (x, y + 1), "labels run from 0 to 5; found 6 in batch 1"),
+    ],
+)
+def test_batches_of_other_kinds_are_refused(
+    batch: Callable[[Tensor, Tensor], Any], said: str
+) -> None:
+    images, labels = tiny_batch()
+    with pytest.raises(KDHooksError, match=said):
+        class_means(tiny_teacher(), [(images, labels), batch(images, labels)], 6)
+
+
+def test_labels_of_a_column_and_empty_batches_are_taken() -> None:
+    images, labels = tiny_batch()
+    straight = class_means(tiny_teacher(), [(images, labels)], 6)
+    batches: Any = [[images[:0], labels[:0]], [images, labels[:, None].int()]]  # as loaders do
+    found = class_means(tiny_teacher(), batches, 6)
+    assert torch.equal(found, straight)
+
+
+def test_images_must_have_one_shape_that_the_teacher_takes() -> None:
+    images, labels = tiny_batch()
+    with pytest.raises(
+        KDHooksError, match=r"one shape; found \(3, 32, 32\) and, in batch 1, \(3, 3"
+    ):
+        class_means(tiny_teacher(), [(images, labels), (images[..., :16], labels)], 6)
+    with pytest.raises(
+        KDHooksError, match=r"must run on images of the shape \(1, 32, 32\); it rais"
+    ):
+        class_means(tiny_teacher(), [(images[:, :1], labels)], 6)
+    with pytest.raises(KDHooksError, match=r"batches must be pairs of .*; found int"):
+        class_means(tiny_teacher(), 3, 6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.0, True, "6"])
+def test_the_number_of_classes_must_be_one(classes: Any) -> None:
+    with pytest.raises(KDHooksError, match="classes must be a whole number, at least 1; found"):
+        class_means(tiny_teacher(), [tiny_batch()], classes)
+
+
+def test_an_image_that_is_not_finite_is_named() -> None:
+    images, labels = tiny_batch()
+    broken = images.clone()
+    broken[4, 1, 2, 3] = torch.nan
+    said = rf"image 16, of class {int(labels[4])}, is not, since the image is not finite; leave it"
+    with pytest.raises(KDHooksError, match=said):
+        class_means(tiny_teacher(), [(images, labels), (broken, labels)], 6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_an_embedding_without_a_direction_is_named(value: float) -> None:
+    images, labels = tiny_batch()
+
+    def embed(images: Tensor) -> Tensor:
+        found = images.mean(dim=(2, 3))
+        found[3:4] = value
+        return found
+
+    with pytest.raises(KDHooksError, match=rf"image 3, of class {int(labels[3])}, is not; leave"):
+        class_means(Teacher(embed), [(images, labels)], 6)
+
+
+def test_an_embedding_for_each_image_is_wanted() -> None:
+    teacher = Teacher(lambda images: images.mean(dim=(2, 3))[:1])
+    with pytest.raises(KDHooksError, match="an embedding an image; found 1 for 12"):
+        class_means(teacher, [tiny_batch()], 6)
+
+
+# --- the file of sums ------------------------------------------------------------------------
+
+
+def never() -> Iterator[tuple[Tensor, Tensor]]:
+    raise AssertionError("the pass has started")
+    yield tiny_batch()
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_the_pass(tmp_path: Path) -> None:
+    for path, said in (
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "no" / "sums.pt", r"there is no folder '.*no' to write 'sums\.pt' in"),
+        (tmp_path / "sums.npy", "its name says another format"),
+    ):
+        with pytest.raises(KDHooksError, match=f"class means: .*{said}"):
+            class_means(tiny_teacher(), never(), 6, save=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (torch.ones(6, 12), "holds no sums of an earlier pass; name another file"),
+        ({"sums": 3}, "holds no sums of an earlier pass"),
+        (None, r"sums\.pt' is a text file"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(content: object, said: str, tmp_path: Path) -> None:
+    if content is None:
+        (tmp_path / "sums.pt").write_text("sums")
+    else:
+        torch.save(content, tmp_path / "sums.pt")
+    before = (tmp_path / "sums.pt").read_bytes()
+    with pytest.raises(KDHooksError, match=said):
+        class_means(tiny_teacher(), [tiny_batch()], 6, save=tmp_path / "sums.pt")
+    assert (tmp_path / "sums.pt").read_bytes() == before
 
 
 # --- stopped and gone on with ----------------------------------------------------------------
@@ -106,6 +224,8 @@ def test_sums_of_another_pass_are_refused(partial: Path) -> None:
             class_means(Teacher(teacher), batches_until(), 6, save=partial, **options)
     with pytest.raises(KDHooksError, match="started with another teacher, number of classes"):
         class_means(Teacher(Counted()), batches_until(), 7, save=partial)
+    with pytest.raises(KDHooksError, match="summed over 4 batches; found 3; give all of them"):
+        class_means(Teacher(Counted()), list(batches_until())[:3], 6, save=partial)
     swapped = [(images, labels.flip(0)) for images, labels in batches_until()]
     with pytest.raises(KDHooksError, match="summed over 4 batches with other labels"):
         class_means(Teacher(Counted()), swapped, 6, save=partial)

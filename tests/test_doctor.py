@@ -189,6 +189,10 @@ def test_a_batch_that_is_too_large_is_a_fault_without_a_traceback(
             'methods = ["fcd"]\n' + TEACHER,
             ("--network", "plain", "--embedding-size", "16"), "student", "found RuntimeError: mat1",
         ),
+        (
+            'methods = ["fcd"]\n' + TEACHER,
+            ("--network", "backbones:broken"), "student", "it raises ValueError: no such width",
+        ),
     ],
 )  # fmt: skip
 def test_a_fault_is_found_where_it_is(

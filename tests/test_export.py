@@ -62,7 +62,7 @@ def test_what_is_left_of_the_distillation_is_refused(folder: Path, capsys: Captu
     torch.save({**settled().state_dict(), "projector.weight": torch.ones(2)}, "left.pt")
     assert main(["export", "left.pt", "--network", "tiny"]) == 2
     said = capsys.readouterr().err
-    assert "found besides 1 keys like projector.weight; name the network" in said
+    assert "1 are not the network's (projector.weight); name the network" in said
     assert not Path("export").exists()
 
 
@@ -73,15 +73,72 @@ def test_what_is_left_of_the_distillation_is_refused(folder: Path, capsys: Captu
         (["model.pt", "--network", "wide"], "student checkpoint: 'model.pt' does not fit the netw"),
         (["model.pt", "--network", "tiny", "--embedding-size", "8"], "does not fit the network"),
         (["model.pt", "--network", "tiny", "--out", "."], "is the file to be read; name another"),
+        (
+            ["model.pt", "--network", "tiny", "--out", "model.pt"],
+            "--out must be a folder, in which",
+        ),
+        (["model.pt", "--network", "tiny", "--out", "x.onnx"], "--out must be a folder, in which"),
+        (["model.pt", "--network", "tiny", "--out", "taken"], "model.onnx' is a folder; remove it"),
+        (["model.pt", "--network", "tiny", "--out", "model.pt/x"], "can't be written (Not a dir"),
+        (["fresh.pt", "--network", "tiny"], "student was never trained: the running statistics"),
+        (["nan.pt", "--network", "tiny"], "'nan.pt' holds weights that are not finite, in 'fc.wei"),
+        (["zero.pt", "--network", "tiny"], "must give different images different embeddings"),
+        (["huge.pt", "--network", "tiny"], "embeddings must be finite; found nan or inf"),
+        ([".", "--network", "tiny"], "'.' is a folder; name the file in it; it holds: backbones"),
     ],
 )
 def test_what_can_not_be_exported(
     argv: list[str], said: str, folder: Path, capsys: Captured
 ) -> None:
+    Path("taken/model.onnx").mkdir(parents=True)
+    for name, number in (("nan", torch.nan), ("zero", 0.0), ("huge", 3e38)):
+        state = settled().state_dict()
+        state["fc.weight"].fill_(number)
+        torch.save(state, f"{name}.pt")
+    torch.save(fresh().state_dict(), "fresh.pt")
     before = Path("model.pt").read_bytes()
     assert main(["export", *argv]) == 2
     assert said in capsys.readouterr().err
     assert Path("model.pt").read_bytes() == before
+    assert not Path("export").exists()
+    assert [path.name for path in Path("taken").iterdir()] == ["model.onnx"]
+
+
+def fresh() -> nn.Module:
+    """As it was made."""
+    model = settled()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_running_stats()
+    return model
+
+
+def test_an_error_of_the_exporter_leaves_what_was_there(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(network: nn.Module, images: Any, path: str, **options: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise torch.onnx.errors.UnsupportedOperatorError("aten::x", 17, None)
+
+    Path("out").mkdir()
+    Path("out/model.onnx").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    for out in ("out", "new"):
+        assert main(["export", "model.pt", "--network", "tiny", "--out", out]) == 2
+        assert "torch can't export the network to ONNX; UnsupportedOp" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["model.onnx"]
+    assert Path("out/model.onnx").read_bytes() == b"of an earlier run"
+    assert not Path("new").exists()
+
+
+def test_one_of_several_sets_of_weights_can_be_named(folder: Path, capsys: Captured) -> None:
+    state = settled().state_dict()
+    torch.save({"model": state, "ema": {k: v + 1 for k, v in state.items()}}, "both.pt")
+    assert main(["export", "both.pt", "--network", "tiny"]) == 2
+    assert "differ, at 'model', 'ema'; say which one is meant" in capsys.readouterr().err
+    assert main(["export", "both.pt", "--network", "tiny", "--weights", "model"]) == 0
+    written = torch.load("export/model.pt", weights_only=True)
+    assert all(torch.equal(written[key], state[key]) for key in state)
 
 
 class Unstable(nn.Module):

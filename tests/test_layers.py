@@ -30,12 +30,15 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
 }
 CLASSES = ("chunked_sums", "cosines", "rows", "shards")
+FILES = ("arguments", "tensor_files")
 FOR_PLUGINS = {
     "declarations",
     "hookspecs",
     "errors",
+    "kinds",
     "options",
     "schedules",
+    *FILES,
     *(f"classes.{name}" for name in CLASSES),
 }
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules

@@ -1,13 +1,18 @@
 """Mining each class's nearest others: right, in chunks, resumed, and for the right rows alone."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks import KDHooksError
@@ -19,6 +24,10 @@ from tests.references import coupleface as reference
 def normal(seed: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+ROWS = Rows.open(normal(0, 6, 4))
+Disk = namedtuple("Disk", "free")
 
 
 @pytest.mark.parametrize("chunk", [(1, 1), (3, 2), (2, 5), (4096, 4096)])
@@ -124,6 +133,130 @@ def test_a_folder_serves_no_other_rows_and_no_other_bound(tmp_path: Path) -> Non
 def test_an_empty_folder_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"holds no mining\.json; make it with python -m"):
         mined(tmp_path, Rows.open(normal(0, 6, 4)), 3, None)
+
+
+@pytest.fixture
+def mining(tmp_path: Path) -> Path:
+    nearest_classes(ROWS, 3, folder=tmp_path)
+    return tmp_path
+
+
+def changed(folder: Path, edit: Callable[[NDArray[np.int32]], Any]) -> None:
+    index = np.load(folder / "index.npy")
+    edited = edit(index)
+    np.save(folder / "index.npy", index if edited is None else edited)
+
+
+def put(row: int, place: int, value: int) -> Callable[[NDArray[np.int32]], Any]:
+    return lambda index: index.__setitem__((row, place), value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (put(2, 1, 6), r"0 to 5, and -1 behind them; class 2 has 6 at place 1; remove the folder"),
+        (put(2, 0, -2), "class 2 has -2 at place 0"),
+        (put(4, 2, 4), "class 4 has 4 at place 2"),
+        (put(1, 1, -1), "class 1 has .* at place 2"),
+        (lambda index: index[:5], r"must hold \(6, 3\) of int32; found \(5, 3\) of int32"),
+        (lambda index: index[:, :2], r"must hold \(6, 3\) of int32; found \(6, 2\) of int32"),
+        (lambda index: index.astype(np.int64), r"found \(6, 3\) of int64"),
+        (lambda index: index.astype(np.float32), r"found \(6, 3\) of float32"),
+        (lambda index: np.asfortranarray(index), r"must hold \(6, 3\) of int32"),
+        (lambda index: index.ravel(), r"found \(18,\) of int32"),
+        (lambda index: np.array([None]), "can't be read .*damaged, or cut short"),
+    ],
+)
+def test_an_index_that_is_not_whole_is_refused(
+    edit: Callable[[NDArray[np.int32]], Any], said: str, mining: Path
+) -> None:
+    mined(mining, ROWS, 3, None)  # the twin
+    changed(mining, edit)
+    before = (mining / "index.npy").read_bytes()
+    with pytest.raises(KDHooksError, match=said):
+        mined(mining, ROWS, 3, None)
+    with pytest.raises(KDHooksError, match=said):
+        nearest_classes(ROWS, 3, folder=mining)
+    assert (mining / "index.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [-1, -70, -200, 1, 12, None])
+def test_an_index_of_another_length_is_refused_and_never_extended(
+    length: int | None, mining: Path
+) -> None:
+    path = mining / "index.npy"
+    content = path.read_bytes()
+    path.write_bytes(
+        b"" if length is None else content[:length] if length < 0 else content + bytes(length)
+    )
+    before = path.read_bytes()
+    with pytest.raises(
+        KDHooksError, match=r"index\.npy' (can't be read|must have \d+ bytes; found)"
+    ):
+        mined(mining, ROWS, 3, None)
+    with pytest.raises(
+        KDHooksError, match=r"index\.npy' (can't be read|must have \d+ bytes; found)"
+    ):
+        nearest_classes(ROWS, 3, folder=mining)
+    assert path.read_bytes() == before
+
+
+def test_an_index_is_only_read_where_nothing_is_to_be_written(mining: Path) -> None:
+    for path in mining.iterdir():
+        os.utime(path, (1, 1))
+    mined(mining, ROWS, 2, None)
+    assert {path.stat().st_mtime for path in mining.iterdir()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("{", "can't be read"),
+        ("[]", "must say classes, k, done, passed_over"),
+        ('{"classes": 6, "k": 3, "done": -1, "passed_over": 0}', "must say classes, k, done"),
+        ('{"classes": 6, "k": 3, "done": "6", "passed_over": 0}', "must say classes, k, done"),
+        ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "was mined with rows None, not"),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused(state: str, said: str, mining: Path) -> None:
+    (mining / "mining.json").write_text(state)
+    with pytest.raises(KDHooksError, match=said):
+        mined(mining, ROWS, 3, None)
+
+
+def test_a_folder_that_can_not_hold_an_index_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KDHooksError, match="file' must be a folder that can be written; found 'Fi"):
+        nearest_classes(ROWS, 3, folder=tmp_path / "file")
+    (tmp_path / "index.npy").write_bytes(b"of something else")
+    with pytest.raises(KDHooksError, match=r"index\.npy' is there without mining\.json; remove it"):
+        nearest_classes(ROWS, 3, folder=tmp_path)
+    assert (tmp_path / "index.npy").read_bytes() == b"of something else"
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Disk(free=71))
+    with pytest.raises(KDHooksError, match=r"no room for .*index\.npy', \(6, 3\) of int32"):
+        nearest_classes(ROWS, 3, folder=tmp_path / "full")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Disk(free=72))
+    nearest_classes(ROWS, 3, folder=tmp_path / "full")
+
+
+@pytest.mark.parametrize("max_sim", [float("nan"), 70.0, -1.1])
+def test_a_bound_that_is_no_cosine_is_refused(max_sim: float) -> None:
+    with pytest.raises(KDHooksError, match=r"max_sim is a cosine, from -1 to 1.*; found"):
+        nearest_classes(ROWS, 3, max_sim)
+
+
+def test_a_device_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(normal(0, 6, 4).float(), tmp_path / "rows.pt")
+    for device in ("gpu", "cuda:99", "meta"):
+        argv = [str(tmp_path / "rows.pt"), "--k", "2", "--out", str(tmp_path), "--device", device]
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert "--device must " in said
+        assert device in said
 
 
 def test_the_command_mines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

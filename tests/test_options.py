@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdhooks import EmbeddingTap, KDHooksError, Options, Scheduled, hookimpl, methods, option
 from kdhooks.discovery import create, load
-from kdhooks.kinds import Bounds, Option, OptionError, alternatives, user_path
+from kdhooks.kinds import Bounds, Option, OptionError, alternatives
 from kdhooks.options import declared_options, opened, read
 from kdhooks.schedules import Schedule
 from kdhooks.testing import TinyFaceNet
@@ -107,6 +107,12 @@ BAD: list[tuple[str, object, str]] = [
     ("file", "", "sample: file must be a path; found ''"),
     ("file", "a\0b", "sample: file must be a path; found 'a"),
     ("file", 3, "sample: file must be a path; found 3"),
+    (
+        "file",
+        "~nosuchuser/x",
+        "sample: file must be a path on this machine; the path: '~nosuchuser",
+    ),
+    ("file", "https://a.b/c.pt", "is an address; download the file, and name that"),
     ("rows", 3, "sample: rows must be a tensor or a path; found 3"),
     ("inner", 3, "sample: inner must be a table; found 3"),
     ("inner", {"share": 2}, "sample: inner.share must be at least 0 and at most 1; found 2"),
@@ -165,11 +171,6 @@ def test_bounds(bounds: Bounds, words: str, inside: list[float], outside: list[f
     assert str(bounds) == words
     assert all(map(bounds.hold, inside))
     assert not any(map(bounds.hold, outside))
-
-
-def test_a_home_that_nobody_has_is_refused() -> None:
-    with pytest.raises(KDHooksError, match="'~nosuchuser/x' must be a path; found no home folder"):
-        user_path("~nosuchuser/x")
 
 
 class Bare(Options):

@@ -1,9 +1,7 @@
 """The teacher is the one meant, frozen, out of everyone's reach, and given what it expects."""
 
 import copy
-import logging
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import InputTransform, KDHooksError, Teacher
-from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
@@ -221,35 +218,3 @@ def test_an_input_transform_is_written_the_same_however_it_was_given() -> None:
     given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3])]
     assert len({repr(InputTransform(mean=mean)) for mean in given}) == 1
     assert repr(InputTransform(mean=0)).endswith("order='rgb', mean=0, std=127.5)")
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict_backbone": s, "epoch": 1}])
-def test_reads_model_pt_and_rank_checkpoints(
-    wrap: object, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert callable(wrap)
-    module = trained()
-    state = {f"{prefix}{key}": value for key, value in module.state_dict().items()}
-    state["kdhooks.distiller.losses.fcd.projector.weight"] = torch.ones(1)  # of a student once
-    torch.save(wrap(state), tmp_path / "model.pt")
-    with caplog.at_level(logging.INFO, "kdhooks"):
-        loaded = load_checkpoint(tmp_path / "model.pt")
-    assert "sha256" in caplog.text
-    fresh = load_strictly(TinyFaceNet(width=6), loaded, "model.pt").eval()
-    assert_close(fresh(tiny_batch()[0]), module(tiny_batch()[0]))
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        KDHooksError, match=r"'m\.pt' does not fit the network[^;]*; Error.*\s+Missing key"
-    ):
-        load_strictly(TinyFaceNet(), {}, "m.pt")
-    with pytest.raises(KDHooksError, match="there is no file"):
-        load_checkpoint(tmp_path / "absent.pt")
-    (tmp_path / "text.pt").write_text("no tensors")
-    with pytest.raises(KDHooksError, match="can't be read as tensors alone"):
-        load_checkpoint(tmp_path / "text.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(KDHooksError, match="holds no state dict"):
-        load_checkpoint(tmp_path / "list.pt")

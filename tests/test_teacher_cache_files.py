@@ -141,6 +141,22 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
     assert_close(started(tmp_path)(views(0, 8)).embedding, expected, rtol=0, atol=0)
 
 
+def test_a_folder_that_is_only_read_may_be_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
+) -> None:
+    expected = filled(tmp_path)
+
+    def refuse(*arguments: object, **options: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with started(tmp_path) as teacher:
+        for _ in range(2):
+            assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 def test_a_write_that_takes_several_goes_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The cache of one teacher, and of one size of images, is refused to all others."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,36 @@ def test_a_header_that_can_not_be_read_is_refused(content: str, tmp_path: Path) 
 def test_a_header_of_another_format_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / HEADER).write_text(content)
     with pytest.raises(KDHooksError, match=r"must be of format 1, which .*; remove the folder"):
+        started(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": None},
+        {"dim": "12"},
+        {"dim": 11},
+        {"probe": None},
+        {"probe": 3},
+        {"probe": [[1.0], [1.0, 2.0]]},
+        {"probe": [["x"] * 12] * 2},
+        {"probe": [[1.0] * 12]},
+    ],
+)
+def test_a_damaged_header_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    filled(tmp_path)
+    header = json.loads((tmp_path / HEADER).read_text())
+    (tmp_path / HEADER).write_text(json.dumps(header | changes))
+    with pytest.raises(KDHooksError, match=r"must hold dim, and probe with two.*remove the folder"):
+        started(tmp_path)
+
+
+def test_a_header_without_a_name_is_of_another_teacher(tmp_path: Path) -> None:
+    filled(tmp_path)
+    header = json.loads((tmp_path / HEADER).read_text())
+    del header["input"]
+    (tmp_path / HEADER).write_text(json.dumps(header))
+    with pytest.raises(KDHooksError, match="was filled with input None, the teacher at hand has"):
         started(tmp_path)
 
 

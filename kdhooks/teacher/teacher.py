@@ -1,5 +1,6 @@
 """What the teacher is, and how it is run; the same for every run that shares it."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,8 @@ from kdhooks.taps import unwrap
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import refuse_untrained
 from kdhooks.teacher.input_transform import InputTransform
+
+log = logging.getLogger("kdhooks")
 
 _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
 
@@ -46,7 +49,8 @@ class Teacher:
         run: called as run(model, images), for a model that takes more than images; by default
             model(images).
         transform: from the trainer's images to the model's input; see `InputTransform`.
-        classifier: the class rows (c e) of the teacher, or a file of them.
+        classifier: the class rows (c e) of the teacher, a file of them, or the name of the module's
+            parameter that holds them.
         embedding: path of the submodule that returns the embedding; "" is the model's output.
         dtype: of an autocast around the model; by default there is none.
         compile: whether to use torch.compile, or its mode: "reduce-overhead" or "max-autotune".
@@ -93,7 +97,23 @@ class Teacher:
         self.micro_batch = micro_batch
         self.cache = cache
         self.embedding = embedding
-        self.classifier = None if classifier is None else Rows.open(classifier)
+        inside = dict(self.module.named_parameters()) if self.module is not None else {}
+        self.classifier = None if classifier is None else Rows.open(classifier, inside)
+        self._compare_backbones()
+
+    def _compare_backbones(self) -> None:
+        """A warning only, since an averaged or refined backbone still fits the rows of its run.
+
+        Whether it does, the first step finds out: each image is looked up among the rows.
+        """
+        if self.module is None or self.classifier is None:
+            return
+        if self.classifier.trained_with(self.module.state_dict()) is False:
+            log.warning(
+                "teacher classifier: the backbone in its file has other weights than the teacher; "
+                "if they are not of one run, take the classifier of this very teacher, or class "
+                "means made with kdhooks.class_means"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self

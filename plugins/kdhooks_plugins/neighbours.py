@@ -8,7 +8,6 @@ a run that was stopped goes on from there; and a digest of the rows, so that it 
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks import KDHooksError
+from kdhooks.arguments import usable_device
 from kdhooks.classes.rows import Rows
+from kdhooks.tensor_files import user_path
+from kdhooks_plugins._neighbour_files import STATE, keep, made, opened, read_state
 
 ROWS = 1024  # classes at a time
 COLUMNS = 65536  # against so many others
-
-INDEX, STATE = "index.npy", "mining.json"
 
 Progress: TypeAlias = Callable[[Sequence[int]], Iterable[int]]
 """What to wrap around the chunks: tqdm, for one."""
@@ -53,16 +53,22 @@ def nearest_classes(
     Classes closer than max_sim count as the same person under two labels: they are passed over.
     folder: keep the index there, and go on with what it holds already.
     """
-    if not 1 <= k < rows.total:
+    if type(k) is not int or not 1 <= k < rows.total:
         raise KDHooksError(
             f"neighbours: k must lie between 1 and {rows.total - 1}, the other classes; found {k}"
+        )
+    if max_sim is not None and not -1 <= max_sim <= 1:
+        raise KDHooksError(
+            f"neighbours: max_sim is a cosine, from -1 to 1, about 0.7; found {max_sim}"
         )
     key = {"rows": digest(rows), "classes": rows.total, "k": k, "max_sim": max_sim}
     state: dict[str, Any] = {**key, "done": 0, "passed_over": 0}
     index: NDArray[np.int32] = np.full((rows.total, k), -1, dtype=np.int32)
     if folder is not None:
-        folder = Path(folder).expanduser()
-        index, state = _opened(folder, state)
+        folder = user_path(folder, "neighbours")
+        known = read_state(folder, state)
+        index = opened(folder, known, "r+") if known else made(folder, state)
+        state = known or state
     left = range(state["done"], rows.total, chunk[0])
     unit = torch.empty(rows.total if left else 0, rows.dim, device=device)
     if left:
@@ -74,24 +80,25 @@ def nearest_classes(
         index[start:stop] = found.to("cpu", torch.int32).numpy()
         state.update(done=stop, passed_over=state["passed_over"] + close)
         if folder is not None:
-            _keep(folder, index, state)
+            keep(folder, index, state)
     return Mined(torch.from_numpy(np.array(index)), state["passed_over"])
 
 
 def mined(folder: str | Path, rows: Rows, k: int, max_sim: float | None) -> Mined:
     """What a folder holds, if it is complete and of these rows; its own k may be larger."""
-    folder = Path(folder).expanduser()
-    if not (folder / STATE).is_file():
+    folder = user_path(folder, "neighbours")
+    state = read_state(folder, {"rows": digest(rows), "classes": rows.total, "max_sim": max_sim})
+    if state is None:
         raise KDHooksError(
             f"neighbours: '{folder}' holds no {STATE}; make it with "
             "python -m kdhooks_plugins.neighbours"
         )
-    index, state = _opened(folder, {"rows": digest(rows), "max_sim": max_sim})
     if state["done"] < state["classes"] or state["k"] < k:
         raise KDHooksError(
             f"neighbours: '{folder}' must hold {k} of each class; it holds {state['k']} of "
             f"{state['done']} among {state['classes']} classes; run the mining to its end"
         )
+    index = opened(folder, state, "r")
     return Mined(torch.from_numpy(np.array(index[:, :k])), state["passed_over"])
 
 
@@ -124,32 +131,6 @@ def nearest_of(
     return index.masked_fill_(best == -torch.inf, -1), int(close.sum())
 
 
-def _opened(folder: Path, state: dict[str, Any]) -> tuple[NDArray[np.int32], dict[str, Any]]:
-    """The index in a folder and how far it goes; where there is none, an empty one is made."""
-    if not (folder / STATE).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = (state["classes"], state["k"])
-        index = np.lib.format.open_memmap(folder / INDEX, mode="w+", dtype=np.int32, shape=shape)
-        return index, state
-    known: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    for name in state.keys() - {"done", "passed_over"}:
-        if known[name] != state[name]:
-            raise KDHooksError(
-                f"neighbours: '{folder}' was mined with {name} {known[name]}, not {state[name]}; "
-                "name another folder, or mine again"
-            )
-    return np.load(folder / INDEX, mmap_mode="r+"), known
-
-
-def _keep(folder: Path, index: NDArray[np.int32], state: dict[str, Any]) -> None:
-    """First the index, then, at one stroke, the word that it is there."""
-    assert isinstance(index, np.memmap)
-    index.flush()
-    draft = folder / f"{STATE}.part"
-    draft.write_text(json.dumps(state), encoding="utf-8")
-    draft.replace(folder / STATE)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit status is 2 where the caller can fix what went wrong."""
     parser = argparse.ArgumentParser(
@@ -159,9 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=100, help="neighbours of each class")
     parser.add_argument("--max-sim", type=float, help="pass over classes closer than this")
     parser.add_argument("--out", required=True, help="folder for the index")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=default)
     try:
+        options = parser.parse_args(argv)
         rows = Rows.open(options.rows)
         found = nearest_classes(
             rows,

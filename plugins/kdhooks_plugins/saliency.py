@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError, Stage
+from kdhooks.tensor_files import read_tensors, user_path
 from kdhooks_plugins._maps import Grid
+
+_SUBJECT = "cakd: saliency"
 
 
 @torch.no_grad()
@@ -22,31 +25,50 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
         grid = Grid.of(Stage(stage, tuple(output.shape[1:])), "saliency_map")
         energies.append(grid(output).float().square().sum(dim=(0, 1)).cpu())
 
-    with teacher.eval().get_submodule(stage).register_forward_hook(note):
-        for images in batches:
+    try:
+        tapped = teacher.eval().get_submodule(stage)
+    except AttributeError as error:
+        raise KDHooksError(
+            f"saliency_map: the network has no submodule '{stage}' ({error}); kdhooks taps lists "
+            "those of a network"
+        ) from error
+    with tapped.register_forward_hook(note):
+        for number, images in enumerate(batches):
+            if not isinstance(images, Tensor):
+                raise KDHooksError(
+                    "saliency_map: batches must be tensors of images (b 3 h w), without labels; "
+                    f"found {type(images).__name__}"
+                )
             teacher(images)
+            if not torch.isfinite(energies[-1]).all():
+                raise KDHooksError(
+                    f"saliency_map: the output of '{stage}' is not finite in batch {number}; look "
+                    "at its images and at the network's weights"
+                )
     if not energies:
         raise KDHooksError("saliency_map needs at least one batch of images; found none")
+    shapes = {tuple(energy.shape) for energy in energies}
+    if len(shapes) > 1:
+        raise KDHooksError(f"saliency_map: images must be of one size; found maps of {shapes}")
     return load_saliency(torch.stack(energies).sum(dim=0))
 
 
-def load_saliency(source: Tensor | Path) -> Tensor:
+def load_saliency(source: Tensor | str | Path) -> Tensor:
     """A map (h w), or a file that torch.save wrote of one -> (h w), scaled from 0 to 1."""
     content: object = source
-    if isinstance(source, Path):
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise KDHooksError(
-                f"cakd: saliency '{source}' can't be read as a tensor ({error}); save what "
-                "kdhooks_plugins.saliency.saliency_map gives with torch.save"
-            ) from error
-    if not isinstance(content, Tensor) or content.ndim != 2:
+    if isinstance(source, str | Path):
+        content = read_tensors(user_path(source, _SUBJECT), _SUBJECT)
+    if not isinstance(content, Tensor) or content.ndim != 2 or not content.numel():
         found = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
-        raise KDHooksError(f"cakd: saliency must be a map (h w); found {found}")
+        raise KDHooksError(
+            f"{_SUBJECT} must be a map (h w); found {found}; save what "
+            "kdhooks_plugins.saliency.saliency_map gives with torch.save"
+        )
+    if content.is_complex() or content.dtype == torch.bool:
+        raise KDHooksError(f"{_SUBJECT} must be of real numbers; found {content.dtype}")
     low, high = content.min(), content.max()
     if not torch.isfinite(high - low) or high == low:
         raise KDHooksError(
-            f"cakd: saliency must be finite and differ between pixels; found {low} to {high}"
+            f"{_SUBJECT} must be finite and differ between pixels; found {low} to {high}"
         )
     return (content.detach().cpu().double() - low.item()) / (high - low).item()

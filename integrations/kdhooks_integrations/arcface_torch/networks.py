@@ -36,8 +36,7 @@ def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) 
 
     def make(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
         factory = get_model or _trainers_get_model()
-        # All of its backbones end in a BatchNorm1d of the embedding's width.
-        widths = [len(tensor) for tensor in state.values() if tensor.ndim == 1]
+        width = embedding_width(state)
         dtype = recipe.teacher.dtype
         if dtype == "bfloat16":
             raise KDHooksError(
@@ -47,9 +46,7 @@ def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) 
             )
         half = dtype == "float16"
         try:
-            return factory(
-                network, dropout=0.0, fp16=half, num_features=widths[-1] if widths else 512
-            )
+            return factory(network, dropout=0.0, fp16=half, num_features=width or 512)
         except ValueError as error:
             raise KDHooksError(
                 f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
@@ -57,6 +54,17 @@ def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) 
             ) from error
 
     return make
+
+
+def embedding_width(state: Mapping[str, Tensor]) -> int | None:
+    """Of the trainer's backbones, each of which ends in a BatchNorm1d of that width.
+
+    Its name has "feature" in it, by which it is told from a head that the file holds besides.
+    """
+    vectors = {key: len(tensor) for key, tensor in state.items() if tensor.ndim == 1}
+    features = [length for key, length in vectors.items() if "feature" in key]
+    lengths = features or list(vectors.values())
+    return lengths[-1] if lengths else None
 
 
 def _trainers_get_model() -> Callable[..., nn.Module]:

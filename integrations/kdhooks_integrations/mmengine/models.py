@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
-from kdhooks.recipe import Recipe
+from kdhooks.recipe import Recipe, with_module
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import channels
 from kdhooks_integrations.arcface_torch import Backbones
@@ -97,12 +97,13 @@ def with_teacher(recipe: Recipe) -> Recipe:
 
     Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
     """
-    teacher, taps = recipe.teacher, recipe.taps
-    if teacher.network is not None and teacher.checkpoint is not None:
-        state = load_checkpoint(teacher.checkpoint)
-        model = built(teacher.network, "teacher.network")
-        module = load_strictly(model, state, teacher.checkpoint)
-        teacher = replace(teacher, module=module, network=None, checkpoint=None)
+    # Beside state_dict, EMAHook keeps those weights that are not the ones to be used.
+    teacher = with_module(
+        recipe.teacher,
+        lambda config, _: built(config, "teacher.network"),
+        preferred="state_dict",
+    )
+    taps = recipe.taps
     if isinstance(teacher.module, BaseModel):
         _check_images(teacher.module, teacher.input.given())
         if taps.teacher.embedding is None:
@@ -123,9 +124,10 @@ def initialised(config: Mapping[str, Any]) -> nn.Module:
         return model
     prefix = f"{init.get('prefix', '')}.".lstrip(".")
     with readable():
-        state = load_checkpoint(file)
+        checkpoint = load_checkpoint(file)
+    state = checkpoint.largest()
     of_it = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    return load_strictly(model, of_it, file)
+    return load_strictly(model, replace(checkpoint, content=of_it))
 
 
 def _check_images(model: nn.Module, said: Mapping[str, Any]) -> None:

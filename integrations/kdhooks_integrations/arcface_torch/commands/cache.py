@@ -9,7 +9,7 @@ build embeds each picture and its mirror image into the recipe's teacher.cache; 
 continues where it was stopped. A training fills the cache by itself, so that build only saves time
 in the first epoch. verify compares each record with its checksum and, with a recipe and data, some
 records with the teacher's present embeddings. The exit status is 1 if the disk or max_gb ended a
-build, or if a record is damaged, and 2 if the command itself is wrong.
+build, or if a record is damaged or was lost, and 2 if the command itself is wrong.
 """
 
 import argparse
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
-from kdhooks.teacher.fingerprints import HEADER, check_same, read_header
+from kdhooks.teacher.fingerprints import check_same, read_header
 from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import add_trainer, enter_trainer
 from kdhooks_integrations.arcface_torch.commands.parsing import (
@@ -35,7 +36,6 @@ from kdhooks_integrations.arcface_torch.commands.parsing import (
     make_parser,
     path,
     print_json,
-    whole,
 )
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
@@ -118,11 +118,15 @@ def verify(options: argparse.Namespace) -> int:
     _, parts, keys = _opened(options.folder)
     damaged = sum(_damaged(parts, number, len(part)) for number, part in enumerate(keys))
     print(f"{sum(map(len, keys))} records in {len(keys)} files, {damaged} damaged")
-    if damaged:
-        print("a training embeds the views of damaged records again, and keeps the new records")
+    incomplete = list(parts.incomplete())
+    for text, _ in incomplete:
+        print(text)
+    lost = any(is_lost for _, is_lost in incomplete)
+    if damaged or lost:
+        print("a training embeds the views of damaged and lost records again, and keeps them")
     if options.recipe:
         _compare(options)
-    return 1 if damaged else 0
+    return 1 if damaged or lost else 0
 
 
 def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
@@ -173,12 +177,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _opened(folder: Path) -> tuple[dict[str, Any], Parts, list[Keys]]:
     """The header of a cache, its parts, and the keys of each part."""
     header = read_header(folder)
-    missing = [name for name in ("dim", *_IDENTITY) if name not in header]
-    if missing or type(header["dim"]) is not int or header["dim"] < 1:
-        raise KDHooksError(
-            f"teacher cache: '{folder / HEADER}' must name dim, a whole number, and "
-            f"{', '.join(_IDENTITY)}; found {header}; remove the folder, or name another"
-        )
     parts = Parts(folder, header["dim"])
     return header, parts, [keys for _, _, keys in parts.read_on()]
 
@@ -197,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_teacher(checking, required=False)
     checking.add_argument(
         "--sample",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help=f"number of pictures to compare with the teacher (default: {_SAMPLE})",
     )
@@ -227,7 +225,7 @@ def _add_teacher(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     add(
         "--batch-size",
-        type=whole(1),
+        type=at_least(1),
         default=128,
         metavar="N",
         help="images that the teacher embeds at a time (default: 128)",

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
 from kdhooks_integrations.arcface_torch.commands.configs import read_config
 from kdhooks_integrations.arcface_torch.commands.examination import (
@@ -41,7 +42,6 @@ from kdhooks_integrations.arcface_torch.commands.parsing import (
     path,
     print_json,
     quiet_stdout,
-    whole,
 )
 from kdhooks_integrations.arcface_torch.commands.settings import settle
 
@@ -138,13 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     add_network(parser, "--network", ("default: the config's", "the config's, else 512"))
     add(
         "--batch-size",
-        type=whole(2),
+        type=at_least(2),
         metavar="N",
         help="images in a batch of one device (default: the config's, else 8)",
     )
     add(
         "--num-classes",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help="number of classes of the training (default: the config's, else that of the teacher's "
         "classifier)",

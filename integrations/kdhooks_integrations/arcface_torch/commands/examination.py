@@ -167,9 +167,10 @@ class Examination:
             # The first step compares as well: made-up faces are of whom the teacher takes them for.
             self.labels = rows.nearest(embedding)
             raise Unchecked("made-up faces are nobody's; give --data FOLDER of the training")
-        check_class_order(rows, embedding, self.labels)
+        warning = check_class_order(rows, embedding, self.labels)
         hits = int((rows.nearest(embedding) == self.labels).sum())
-        return f"{hits} of {len(self.labels)} images are nearest to their own class"
+        text = f"{hits} of {len(self.labels)} images are nearest to their own class"
+        return f"{text}; {warning}" if warning else text
 
     def attach(self) -> str:
         if self.labels is None:

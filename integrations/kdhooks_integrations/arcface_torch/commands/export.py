@@ -9,16 +9,24 @@ insightface takes for a recognition model; it can lie in a pack of insightface's
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.factories import is_factory_name
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.files import dims, image_inputs, read_graph
-from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly, sha256
+from kdhooks.teacher.checkpoints import (
+    load_checkpoint,
+    load_strictly,
+    refuse_untrained,
+    sha256,
+)
+from kdhooks.tensor_files import user_path, write_tensors
 from kdhooks_integrations.arcface_torch.commands.networks import (
     add_network,
     add_trainer,
@@ -26,25 +34,26 @@ from kdhooks_integrations.arcface_torch.commands.networks import (
     make,
 )
 from kdhooks_integrations.arcface_torch.commands.parsing import make_parser, path
+from kdhooks_integrations.arcface_torch.networks import embedding_width
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     enter_trainer(options.trainer)
     out: Path = options.out
-    if out.exists() and not out.is_dir():
-        raise KDHooksError(f"export: --out must be a folder; '{out}' is a file")
-    student = load_student(options.checkpoint, options.network, options.embedding_size)
     weights, graph = out / "model.pt", out / "model.onnx"
-    if weights.exists() and weights.samefile(options.checkpoint):
-        raise KDHooksError(f"export: '{weights}' is the file to be read; name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    state = student.state_dict()
-    torch.save(state, weights)
+    check_out(out, user_path(options.checkpoint, "export"))
+    network, width = options.network, options.embedding_size
+    student = load_student(options.checkpoint, network, width, options.weights)
+    with made_folder(out), TemporaryDirectory(prefix=".export-", dir=out) as draft:
+        state = student.state_dict()
+        write_tensors(state, Path(draft, "model.pt"), "export")
+        difference = export_onnx(student, Path(draft, "model.onnx"))
+        check_for_insightface(Path(draft, "model.onnx"))
+        for file in (weights, graph):
+            Path(draft, file.name).replace(file)
     print(f"{weights}  sha256 {sha256(weights)}")
-    print(f"  {len(state)} keys, each of them {options.network}'s: nothing of the distillation")
-    difference = export_onnx(student, graph)
-    check_for_insightface(graph)
+    print(f"  {len(state)} keys, each of them {network}'s: nothing of the distillation")
     print(f"{graph}  sha256 {sha256(graph)}")
     print(f"  differs from torch by {difference:.1e} at most; insightface's for recognition")
     return 0
@@ -59,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         parser, "--network", ("required", "the checkpoint's; a factory's own"), required=True
     )
     parser.add_argument(
+        "--weights",
+        default="",
+        metavar="PLACE",
+        help="place of the weights in the checkpoint, if several sets fit (default: the one)",
+    )
+    parser.add_argument(
         "--out",
         type=path,
         default=Path("export"),
@@ -69,26 +84,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_student(checkpoint: str, network: str, width: int | None = None) -> nn.Module:
-    """The network with the weights of the file, all of them, on the CPU."""
-    state = load_checkpoint(checkpoint, "student")
-    if width is None and ":" not in network:
-        width = _width(state)
-    student = make(network, width)
-    foreign = sorted(state.keys() - student.state_dict().keys())
-    if foreign:
+def check_out(out: Path, checkpoint: Path) -> None:
+    """Refuse a folder that can't be one, before the network is loaded."""
+    if out.suffix in (".pt", ".pth", ".onnx") or out.is_file():
         raise KDHooksError(
-            f"student checkpoint: '{checkpoint}' must hold the weights of {network} and nothing "
-            f"else; found besides {len(foreign)} keys like {listed(foreign[:4])}; name the network "
-            "that was trained"
+            f"export: --out must be a folder, in which model.pt and model.onnx are written; found "
+            f"'{out}'; name its folder"
         )
-    return load_strictly(student, state, checkpoint, "student").eval()
+    for file in (out / "model.pt", out / "model.onnx"):
+        if file.is_dir():
+            raise KDHooksError(f"export: '{file}' is a folder; remove it, or name another --out")
+        if file.exists() and checkpoint.exists() and file.samefile(checkpoint):
+            raise KDHooksError(f"export: '{file}' is the file to be read; name another --out")
 
 
-def _width(state: Mapping[str, Tensor]) -> int | None:
-    """Of the embedding: all of the trainer's networks end in a BatchNorm1d of it."""
-    widths = [len(tensor) for tensor in state.values() if tensor.ndim == 1]
-    return widths[-1] if widths else None
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """A folder, which is removed again if an error leaves it empty."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()
+            raise
+    except OSError as error:
+        raise KDHooksError(
+            f"export: --out '{path}' can't be written ({error.strerror}); name another folder"
+        ) from error
+
+
+def load_student(
+    checkpoint: str, network: str, width: int | None = None, weights: str = ""
+) -> nn.Module:
+    """The network with the weights of the file, all of them, on the CPU."""
+    content = load_checkpoint(checkpoint, "student")
+    if width is None and not is_factory_name(network):
+        width = embedding_width(content.largest())
+    student = load_strictly(make(network, width), content, weights).eval()
+    refuse_untrained(student, "student")
+    return student
 
 
 def check_for_insightface(path: Path) -> None:

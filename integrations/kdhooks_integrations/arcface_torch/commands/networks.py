@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_torch.commands.parsing import path, whole
+from kdhooks.factories import factory_named, is_factory_name, made_by
+from kdhooks_integrations.arcface_torch.commands.parsing import path
 
 WIDTH = 512
 """Of the embedding, if nothing else is said."""
@@ -43,7 +45,7 @@ def add_network(
     )
     parser.add_argument(
         "--embedding-size",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help=f"width of the network's embedding, in numbers (default: {defaults[1]})",
     )
@@ -76,7 +78,7 @@ def get_model() -> Callable[..., nn.Module]:
 
 def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn.Module:
     """A network with random weights; width is that of its embedding. None: the network's own."""
-    if ":" in network:
+    if is_factory_name(network):
         return _by_path(network, {"num_features": width, "fp16": fp16})
     factory = get_model()
     try:
@@ -92,12 +94,8 @@ def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn
 
 
 def _by_path(network: str, given: Mapping[str, object]) -> nn.Module:
-    module_name, _, name = network.partition(":")
-    try:
-        factory = getattr(import_module(module_name), name)
-        known = inspect.signature(factory).parameters
-    except Exception as error:  # of the import, or of the code in the module
-        raise KDHooksError(f"network '{network}' can't be imported: {error}") from error
+    factory = factory_named(network, "network")
+    known = inspect.signature(factory).parameters
     options = {key: value for key, value in given.items() if value is not None}
     for key in options:
         if key not in known:
@@ -105,16 +103,7 @@ def _by_path(network: str, given: Mapping[str, object]) -> nn.Module:
                 f"network '{network}' takes no {key}, so that {_OPTIONS[key]} can't be set; "
                 "leave it out"
             )
-    try:
-        model = factory(**options)
-    except TypeError as error:
-        raise KDHooksError(
-            f"network '{network}' must be made without further arguments: {error}; name a "
-            "function that takes none"
-        ) from error
-    except Exception as error:
-        raise _not_created(network, error) from error
-    return _checked(network, model)
+    return made_by(factory, network, "network", **options)
 
 
 def _not_created(network: str, error: Exception) -> KDHooksError:

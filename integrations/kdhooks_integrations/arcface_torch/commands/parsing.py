@@ -4,13 +4,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
+from kdhooks.arguments import usable_device
 from kdhooks.errors import KDHooksError
 
 
@@ -38,37 +39,6 @@ def make_parser(
 # --- types of options ----------------------------------------------------------------------------
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A whole number of at least this size."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number, at least {least}; found {text}"
-            )
-        return number
-
-    return read
-
-
-def device(text: str) -> torch.device:
-    """A device of torch's on which tensors can be created and read here."""
-    try:
-        found = torch.device(text)
-        torch.zeros(1, device=found).tolist()
-    except Exception as error:  # torch raises four kinds of them
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise argparse.ArgumentTypeError(
-            f"must be a device that torch can use here, such as cpu or cuda; found '{text}': "
-            f"{reason}"
-        ) from error
-    return found
-
-
 def path(text: str) -> Path:
     """A path whose ~ is expanded."""
     try:
@@ -82,7 +52,7 @@ def path(text: str) -> Path:
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
-        type=device,
+        type=usable_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="device to run on, such as cpu or cuda:1 (default: cuda if there is one, else cpu)",
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
 from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch import Backbones
@@ -30,7 +31,6 @@ from kdhooks_integrations.arcface_torch.commands.parsing import (
     make_parser,
     print_json,
     quiet_stdout,
-    whole,
 )
 
 
@@ -58,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     add_network(parser, "network", ("required", "512; a factory's own"))
     parser.add_argument(
         "--depth",
-        type=whole(1),
+        type=at_least(1),
         default=1,
         metavar="N",
         help="levels of submodules to list; stages are listed at any depth (default: 1)",
     )
     parser.add_argument(
         "--input-shape",
-        type=whole(1),
+        type=at_least(1),
         nargs=3,
         default=[3, 112, 112],
         metavar=("C", "H", "W"),
@@ -165,6 +165,11 @@ def observe(network: nn.Module, paths: Sequence[str], images: Tensor) -> dict[st
     handles = [network.get_submodule(p).register_forward_hook(watch(p)) for p in paths]
     try:
         network(images)
+    except Exception as error:
+        raise KDHooksError(
+            f"taps: the network must run on images of the shape {tuple(images.shape[1:])}; it "
+            f"raises {type(error).__name__}: {error}; set --input-shape to that of its images"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

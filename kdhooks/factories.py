@@ -1,0 +1,73 @@
+"""Networks by the name of a function that makes one: `package.module:factory`."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from kdhooks.errors import KDHooksError, near_miss
+
+
+def factory_named(name: str, subject: str) -> Callable[..., object]:
+    """The function at `package.module:factory`; a class is one too."""
+    module_name, _, path = name.partition(":")
+    where = f"{subject} '{name}'"
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise KDHooksError(f"{where} must be written as package.module:factory")
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise KDHooksError(
+            f"{where} can't be imported: {error}; start in the folder that holds it, or put that "
+            "folder into PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise KDHooksError(
+            f"{where} can't be imported: '{module_name}' raises {type(error).__name__}: {error}"
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            known = [key for key in vars(found) if not key.startswith("_")]
+            file = getattr(sys.modules[module_name], "__file__", None)
+            raise KDHooksError(
+                f"{where} can't be imported: there is no '{part}' in {file or module_name}; "
+                f"{near_miss(part, known)}name a function or a class in it"
+            )
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        raise KDHooksError(
+            f"{where} must be a function or a class that makes the network; found an object of "
+            f"class {type(found).__name__}"
+        )
+    factory: Callable[..., object] = found
+    return factory
+
+
+def made_by(
+    factory: Callable[..., object], name: str, subject: str, **options: object
+) -> nn.Module:
+    """Its network, with random weights."""
+    try:
+        network = factory(**options)
+    except KDHooksError:
+        raise
+    except TypeError as error:
+        raise KDHooksError(
+            f"{subject} '{name}' must be made without further arguments: {error}; name a function "
+            "that takes none"
+        ) from error
+    except Exception as error:
+        raise KDHooksError(
+            f"{subject} '{name}' must make a network; it raises {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise KDHooksError(
+            f"{subject} '{name}' must make an nn.Module; found {type(network).__name__}"
+        )
+    return network
+
+
+def is_factory_name(network: object) -> bool:
+    return isinstance(network, str) and ":" in network

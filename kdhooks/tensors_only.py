@@ -1,0 +1,82 @@
+"""Writes the tensors of a checkpoint that holds other objects too to a file of tensors alone.
+
+    python -m kdhooks.tensors_only OLD.pt NEW.pt
+
+Reading the old file can run any code that it carries, so use this for files of people you trust.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.tensor_files import check_target, first_bytes, named_tensors, write_tensors
+
+_SUBJECT = "tensors_only"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit status is 2 if the caller can fix what went wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdhooks.tensors_only",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("old", type=Path, help="checkpoint that you trust")
+    parser.add_argument("new", type=Path, help="file to write")
+    options = parser.parse_args(argv)
+    try:
+        convert(options.old, options.new)
+    except KDHooksError as error:
+        print(f"kdhooks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(old: Path, new: Path) -> None:
+    """Dicts and lists stay as they are; modules become state dicts; all else is left out."""
+    first_bytes(old, _SUBJECT)
+    check_target(new, _SUBJECT)
+    if new.exists() and new.samefile(old):
+        raise KDHooksError(
+            f"{_SUBJECT}: '{new}' is the file to be read, whose other objects would be lost; name "
+            "another"
+        )
+    try:
+        content = torch.load(old, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise KDHooksError(
+            f"{_SUBJECT}: '{old}' can't be read ({type(error).__name__}: {error}); run this in the "
+            "folder in which its own code can be imported"
+        ) from error
+    kept = _plain(content)
+    count = sum(1 for _ in named_tensors(kept))
+    if not count:
+        raise KDHooksError(f"{_SUBJECT}: '{old}' holds no tensors; name a checkpoint")
+    write_tensors(kept, new, _SUBJECT)
+    print(f"{new}: {count} tensors")
+
+
+def _plain(value: object) -> object:
+    """Tensors, arrays, numbers and text, in plain dicts and lists; None for everything else."""
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if isinstance(value, Mapping):
+        kept = {key: _plain(inner) for key, inner in value.items() if type(key) in (str, int)}
+        return {key: inner for key, inner in kept.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.tensor(value)
+    if isinstance(value, Tensor):
+        return value.detach()
+    return value if type(value) in (bool, int, float, str) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""MMEngine's teachers: one of several sets of weights, class rows inside, networks by name."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("mmengine.runner")
+
+from kdhooks import KDHooksError
+from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher.teacher import Teacher
+from kdhooks.testing import TinyFaceNet, tiny_teacher
+from kdhooks_integrations.mmengine.models import with_teacher
+from tests.mmengine_runs import QUIET, Recogniser
+
+pytestmark = QUIET
+NETWORK = {"type": "Recogniser", "width": 6}
+
+
+def state(plus: float = 0.0) -> dict[str, Tensor]:
+    module = tiny_teacher().module
+    assert module is not None
+    model = Recogniser(width=6, seed=2)
+    model.backbone.load_state_dict(module.state_dict())
+    return {key: value + plus for key, value in model.state_dict().items()}
+
+
+def built(folder: Path, content: Any, **teacher: Any) -> Teacher:
+    torch.save(content, folder / "teacher.pth")
+    spec = {"network": NETWORK, "checkpoint": folder / "teacher.pth", **teacher}
+    return build_teacher(with_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]})))
+
+
+def averaged() -> dict[str, Any]:
+    """As EMAHook leaves it: the weights to be used are those of state_dict."""
+    ema = {f"module.{key}": value for key, value in state(1).items()}
+    return {"state_dict": state(), "ema_state_dict": {"steps": torch.tensor(3), **ema}, "meta": {}}
+
+
+def test_of_two_sets_of_weights_those_of_state_dict_are_taken(tmp_path: Path) -> None:
+    for weights, plus in (({}, 0), ({"weights": "ema_state_dict"}, 1)):
+        module = built(tmp_path, averaged(), **weights).module
+        assert module is not None
+        found = module.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in state(plus).items())
+
+
+def test_a_bare_state_dict_is_taken(tmp_path: Path) -> None:
+    module = built(tmp_path, state()).module
+    assert module is not None
+    assert torch.equal(module.state_dict()["head.weight"], state()["head.weight"])
+
+
+def test_rows_are_a_weight_of_the_model(tmp_path: Path) -> None:
+    teacher = built(tmp_path, averaged(), classifier="head.weight")
+    assert teacher.classifier is not None
+    assert torch.equal(teacher.classifier.slice(0, 6), teacher.module.state_dict()["head.weight"])  # type: ignore[union-attr]
+    with pytest.raises(
+        KDHooksError, match=r"no weight 'head\.wieght'; did you mean 'head\.weight'"
+    ):
+        built(tmp_path, averaged(), classifier="head.wieght")
+
+
+def made() -> nn.Module:
+    return TinyFaceNet(width=6)
+
+
+def test_a_network_by_name_takes_its_part_of_the_checkpoint(tmp_path: Path) -> None:
+    options = {"network": f"{__name__}:made", "classifier": "state_dict.head.weight"}
+    teacher = built(tmp_path, averaged(), **options)
+    assert isinstance(teacher.module, TinyFaceNet)
+    assert torch.equal(teacher.module.fc.weight, state()["backbone.fc.weight"])
+    assert teacher.classifier is not None
+    assert torch.equal(teacher.classifier.slice(0, 6), state()["head.weight"])
