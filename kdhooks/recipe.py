@@ -16,6 +16,7 @@ from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.finite import check_nonfinite
 from kdhooks.generators import undisturbed_generators
+from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.cache import CacheOptions
@@ -35,7 +36,7 @@ _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
 _SOURCES = ("module", "network", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
-    "side_stream", "micro_batch", "convert", "cache",
+    "side_stream", "micro_batch", "convert", "cache", "output",
 )  # fmt: skip
 _FLAGS = ("channels_last", "side_stream", "convert")
 _INPUT_KEYS = ("size", "order", "mean", "std")
@@ -136,13 +137,19 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     elif "network" in spec:
         model = _from_checkpoint(spec, network)
     else:
+        output, given = spec.get("output"), spec.get("input", {})
         path = spec.get("onnx") or insightface_model(
-            spec["insightface"], spec.get("root", "~/.insightface")
+            spec["insightface"], spec.get("root", "~/.insightface"), output
         )
-        given = spec.get("input", {})
         said = {"mean", "std"} <= set(given)  # three of each are for the transform below
-        scale = (_average(given["mean"]), _average(given["std"])) if said else None
-        opened = (to_torch if spec.get("convert") else OnnxModel)(path, scale)
+        file = read_recognition_file(
+            path,
+            (_average(given["mean"]), _average(given["std"])) if said else None,
+            order=given.get("order"),
+            size=given.get("size"),
+            output=output,
+        )
+        opened = (to_torch if spec.get("convert") else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
     return Teacher(
@@ -218,6 +225,15 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
     for key in ("checkpoint", "onnx", "insightface"):
         if not isinstance(teacher.get(key, ""), str | Path):
             raise KDHooksError(f"recipe: teacher.{key} must be a path; found {teacher[key]!r}")
+    if "output" in teacher and not {"onnx", "insightface"} & set(teacher):
+        raise KDHooksError(
+            "recipe: teacher.output names an output of an ONNX file, so that it goes with "
+            f"teacher.onnx or teacher.insightface; found {listed(map(str, teacher))}"
+        )
+    if not isinstance(teacher.get("output", ""), str):
+        raise KDHooksError(
+            f"recipe: teacher.output must be the name of an output; found {teacher['output']!r}"
+        )
     if teacher.get("dtype", "float32") not in _DTYPES:
         raise KDHooksError(
             f"recipe: teacher.dtype must be one of {listed(_DTYPES)}; found '{teacher['dtype']}'"

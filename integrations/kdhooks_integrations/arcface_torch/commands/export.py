@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.onnx.export import export_onnx
-from kdhooks.onnx.files import dims, image_inputs, read_graph
+from kdhooks.onnx.graphs import dims, image_inputs, read_graph
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly, sha256
 from kdhooks_integrations.arcface_torch.commands.networks import add_options, enter_trainer, make
 from kdhooks_integrations.arcface_torch.commands.parsing import make_parser
