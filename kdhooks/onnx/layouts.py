@@ -107,9 +107,7 @@ def slices(node: Node) -> nn.Module:
     steps = node.setting("steps", 4) or [1] * len(starts)
     picks = []
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        length = node.tensors[0].shape[axis]
-        before_first = step < 0 and end < -length  # counted from the end, but not within
-        kept = np.arange(length)[slice(start, None if before_first else end, step)]
+        kept = np.arange(node.tensors[0].shape[axis])[start:end:step]
         picks.append(Pick(_axis(node, axis), kept))
     return picks[0] if len(picks) == 1 else nn.Sequential(*picks)
 
