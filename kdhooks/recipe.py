@@ -16,6 +16,7 @@ from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.factories import factory_named, is_factory_name, made_by
 from kdhooks.generators import undisturbed_generators
+from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, option, read
@@ -36,6 +37,7 @@ _BELONGS = {  # an option of the teacher's -> the sources that it belongs to
     "checkpoint": ("network",),
     "weights": ("network",),
     "convert": ("onnx", "insightface"),
+    "output": ("onnx", "insightface"),
     "root": ("insightface",),
 }
 
@@ -71,6 +73,9 @@ class TeacherTable(Options, subject="recipe: teacher"):
     checkpoint: Path | None = option(None, "The file of the network's weights.")
     weights: str = option(
         "", "The place of the weights in the checkpoint, if several sets fit, such as ema."
+    )
+    output: str | None = option(
+        None, "The output of the ONNX file that is the embedding, if it has several."
     )
     root: Path | None = option(
         None, "The folder of insightface's packs; by default ~/.insightface."
@@ -229,11 +234,20 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     if spec.module is not None:
         model = spec.module
     else:
-        path = spec.onnx or insightface_model(str(spec.insightface), spec.root or "~/.insightface")
-        mean, std = spec.input.mean, spec.input.std
+        path = spec.onnx or insightface_model(
+            str(spec.insightface), spec.root or "~/.insightface", spec.output
+        )
+        given = spec.input
         # Three of each are for the transform below.
-        scale = None if mean is None or std is None else (_average(mean), _average(std))
-        opened = (to_torch if spec.convert else OnnxModel)(path, scale)
+        said = given.mean is not None and given.std is not None
+        file = read_recognition_file(
+            path,
+            (_average(given.mean), _average(given.std)) if said else None,
+            order=given.order,
+            size=given.size,
+            output=spec.output,
+        )
+        opened = (to_torch if spec.convert else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
     assert not isinstance(spec.cache, Path)
@@ -286,7 +300,8 @@ def with_module(
     )
 
 
-def _average(numbers: Channels) -> float:
+def _average(numbers: Channels | None) -> float:
+    assert numbers is not None
     return sum(numbers) / len(numbers) if isinstance(numbers, tuple) else numbers
 
 

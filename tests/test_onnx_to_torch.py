@@ -99,7 +99,7 @@ def test_namesakes_and_names_of_module_attributes_are_told_apart(tmp_path: Path)
     steps = zip(values, values[1:], names, strict=False)
     nodes = [Node("Relu", [x], [y], name=name) for x, y, name in steps]
     path = write_graph(tmp_path / "m.onnx", [*nodes, *pooled("e")], {}, gives=[("b", 3)])
-    children = [name for name, _ in to_torch(path).named_children()]
+    children = [name for name, _ in to_torch(path, (127.5, 127.5)).named_children()]
     assert children == ["twin_x", "twin_x_", "forward_", "0_1", "e", "pooled", "fc1"]
 
 
@@ -116,7 +116,8 @@ def test_settings_that_matter_in_training_are_kept(tmp_path: Path) -> None:
         *pooled("y"),
     ]
     constants = {"k3": uniform(3), "ratio": np.array(0.25, np.float32)}
-    network = to_torch(write_graph(tmp_path / "m.onnx", nodes, constants, gives=[("b", 3)]))
+    path = write_graph(tmp_path / "m.onnx", nodes, constants, gives=[("b", 3)])
+    network = to_torch(path, (127.5, 127.5))
     norm, drop = network.get_submodule("norm"), network.get_submodule("drop")
     assert isinstance(norm, nn.BatchNorm2d)
     assert isinstance(drop, nn.Dropout)
@@ -248,11 +249,11 @@ def test_heads_agree(tmp_path: Path, head: str, flatten: str) -> None:
     path = write_graph(
         tmp_path / "m.onnx", nodes, constants, takes=("b", 3, 8, 8), gives=[("b", 5)]
     )
-    assert_agrees(to_torch(path), path)
+    assert_agrees(to_torch(path, mean_std=(127.5, 127.5)), path)
 
 
 REFUSED: list[tuple[onnx.NodeProto, str]] = [
-    (Node("Softmax", ["data"], ["y"]), "known are Add, BatchNormalization, Clip, "),
+    (Node("Softmax", ["data"], ["y"]), "known are Add, BatchNormalization, Cast, "),
     (
         Node("FusedConv", ["data", "kernel"], ["y"], domain="com.microsoft", activation="Relu"),
         "known are Add, ",
@@ -266,6 +267,10 @@ REFUSED: list[tuple[onnx.NodeProto, str]] = [
     (Node("PRelu", ["data", "wide"], ["y"]), "its slope (112,) is not one number or one per"),
     (Node("MatMul", ["data", "stack"], ["y"]), "its right side (3, 112, 112) is not a matrix"),
     (Node("MatMul", ["data", "data"], ["y"]), "its input 1 depends on the image"),
+    (Node("Cast", ["data"], ["y"], to=onnx.TensorProto.INT32), "it rounds to whole numbers"),
+    (Node("Gather", ["data", "first"], ["y"], axis=0), "it is along the images of the batch"),
+    (Node("Gather", ["data", "pair"], ["y"], axis=1), "its indices (2, 2) are not a row"),
+    (Node("GatherND", ["data", "triple"], ["y"]), "its indices (1, 3) are not a column"),
     (Node("Flatten", ["data"], ["y"], axis=2), "its axis is 2, not 1"),
     (Node("Reshape", ["data", "rows"], ["y"]), "its shape [-1, 3, 12544] does not flatten each"),
     (Node("Concat", ["data", "data"], ["y"], axis=0), "it joins images of the batch, or constants"),
@@ -283,6 +288,9 @@ def test_what_cannot_be_converted_is_refused(
         "row": uniform(1, 5),
         "wide": uniform(112),
         "stack": uniform(3, 112, 112),
+        "first": np.array([0]),
+        "pair": np.array([[0, 1], [1, 2]]),
+        "triple": np.array([[0, 0, 0]]),
         "rows": np.array([-1, 3, 12544]),
         "image": uniform(1, 3, 112, 112),
     }
@@ -292,6 +300,18 @@ def test_what_cannot_be_converted_is_refused(
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     start = f"ONNX operator {operator} (node 'y') cannot become a torch module: {reason}"
     with pytest.raises(KDHooksError, match=re.escape(start) + ".*; use OnnxModel, which runs any"):
+        to_torch(path)
+
+
+def test_what_torch_refuses_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        Node("Gather", ["data", "red"], ["rows"], axis=1),
+        Node("Conv", ["rows", "along"], ["y"], name="rows"),
+        *pooled("y"),
+    ]
+    constants = {"red": np.array(0), "along": uniform(4, 112, 3)}
+    path = write_graph(tmp_path / "m.onnx", nodes, constants)
+    with pytest.raises(KDHooksError, match=r"Conv \(node 'rows'\) cannot become .*: torch says: "):
         to_torch(path)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx.files import require
+from kdhooks.onnx.graphs import require
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.taps import evaluating
 

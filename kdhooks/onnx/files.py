@@ -1,199 +1,205 @@
-"""What an ONNX face-recognition file says about itself, read without running it."""
+"""What an ONNX face-recognition file says about itself, read without running it.
+
+Its images are (b 3 h w) or (b h w 3), its embeddings (b e) or (b e 1 1). A batch may be open, in
+any way of writing that down, or 1. One of several outputs must be chosen by name.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.onnx.graphs import (
+    described,
+    dims,
+    image_inputs,
+    load_graph,
+    naming,
+    needed_nodes,
+    require,
+)
+from kdhooks.onnx.pixels import check_order, mean_std
+from kdhooks.onnx.probes import first_arrivals
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, ValueInfoProto
-
-Array: TypeAlias = NDArray[Any]
-Dims: TypeAlias = tuple[int | None, ...]
-
-_ARITHMETIC: dict[str, Callable[..., Array]] = {
-    "Add": np.add,
-    "Sub": np.subtract,
-    "Mul": np.multiply,
-    "Div": np.divide,
-}
+    from onnx import ModelProto, ValueInfoProto
 
 
 @dataclass(frozen=True)
 class RecognitionFile:
-    """One image tensor in, one embedding out; the model wants (pixels - mean) / std, RGB."""
+    """One image tensor in, one embedding out; the model wants (pixels - mean) / std."""
 
     path: Path
-    model: ModelProto
+    model: ModelProto  # with its weights, nothing but images to feed, and this output alone
     input: str
     output: str
     batch: int | None  # None: any
     size: tuple[int, int]  # height, width
     mean: float
     std: float
+    channels_last: bool  # images are (b h w 3)
+    whole_pixels: bool  # images are uint8
     sha256: str  # of the file, and of the external weight files it names, if any
 
 
 def read_recognition_file(
-    path: str | Path, mean_std: tuple[float, float] | None = None
+    path: str | Path,
+    mean_std: tuple[float, float] | None = None,
+    *,
+    order: str | None = None,
+    size: Sequence[int] | None = None,
+    output: str | None = None,
 ) -> RecognitionFile:
-    """`mean_std` overrules what the graph says about the scale of its images."""
+    """
+    mean_std: overrules what the graph says about the scale of its images.
+    order: of the channels that the graph takes, "rgb" or "bgr", if it puts them in another one.
+    size: height and width, if the file leaves them open.
+    output: name of the embedding, if the file has several outputs.
+    """
     path = Path(path).expanduser()
-    model, parts = _load(path)
-    inputs = image_inputs(model.graph)
-    shapes = [dims(value) for value in inputs]
-    if len(inputs) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
-        raise KDHooksError(
-            f"a recognition model takes one image tensor (b 3 h w), but {path.name} takes "
-            f"{_listing(inputs)}; choose another file, or export it in NCHW order"
-        )
-    outputs = list(model.graph.output)
-    if len(outputs) != 1 or len(dims(outputs[0])) not in (0, 2):  # 0: shape not written down
-        raise KDHooksError(
-            f"a recognition model gives one embedding (b e), but {path.name} gives "
-            f"{_listing(outputs)}; choose another file: this may be a detector"
-        )
-    batch, _, height, width = shapes[0]
-    if batch not in (None, 1):
-        raise KDHooksError(
-            f"the batch of {path.name} must be open or 1, got {batch}; "
-            f"export it with dynamic_axes for axis 0"
-        )
-    if height is None or width is None:
-        raise KDHooksError(
-            f"{path.name} must say how large its images are, got {_listing(inputs)}; "
-            f"export it with a fixed height and width"
-        )
-    mean, std = mean_std or _mean_std(model.graph, inputs[0].name, path.name)
+    with naming(path):
+        model, sha256 = load_graph(path)
+        image = _image(model, path.name)
+        batch, *axes = dims(image)
+        channels_last = axes[0] != 3
+        chosen = _embedding(model, output, path.name)
+        if output is not None:  # the rest of the graph may hold what no torch module can be
+            nodes = needed_nodes(model.graph, output)
+            del model.graph.node[:]
+            model.graph.node.extend(nodes)
+        height, width = _size(image, axes[:2] if channels_last else axes[1:], size, path.name)
+        shape = (1, height, width, 3) if channels_last else (1, 3, height, width)
+        whole = image.type.tensor_type.elem_type == require("onnx").TensorProto.UINT8
+        mean, std = _scale(model, image.name, shape, chosen.name, mean_std, order, whole, path.name)
+        _leave_open(model, image, chosen, (batch, *shape[1:]))
     return RecognitionFile(
         path=path,
         model=model,
-        input=inputs[0].name,
-        output=outputs[0].name,
+        input=image.name,
+        output=chosen.name,
         batch=batch,
         size=(height, width),
         mean=mean,
         std=std,
-        sha256=hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest(),
+        channels_last=channels_last,
+        whole_pixels=whole,
+        sha256=sha256,
     )
 
 
-def read_graph(path: Path) -> ModelProto:
-    """The graph alone: weights kept in files of their own stay there."""
-    onnx = require("onnx")
-    if not path.is_file():
+def _image(model: ModelProto, name: str) -> ValueInfoProto:
+    inputs = image_inputs(model.graph)
+    shapes = [dims(value) for value in inputs]
+    if len(inputs) != 1 or len(shapes[0]) != 4 or 3 not in (shapes[0][1], shapes[0][3]):
         raise KDHooksError(
-            f"an ONNX file must exist, but {path} does not; check the path, or let "
-            f"kdhooks.onnx.session.insightface_model find it"
+            f"a recognition model takes one image tensor (b 3 h w) or (b h w 3), but {name} takes "
+            f"{described(inputs)}; choose another file, or export it for such images alone"
         )
-    decode_error: type[Exception] = require("google.protobuf.message").DecodeError
-    try:
-        model: ModelProto = onnx.load(path, load_external_data=False)
-    except decode_error as error:
-        raise _not_onnx(path) from error
-    if not model.graph.node:  # a few other formats parse, as a model of nothing
-        raise _not_onnx(path)
-    return model
-
-
-def require(module: str) -> ModuleType:
-    """Import a package of the extra `onnx` only when it is used."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    if shapes[0][0] not in (None, 1):
         raise KDHooksError(
-            f"ONNX files need the package {module.split('.')[0]}, which is not installed; "
-            f"pip install kdhooks[onnx]"
-        ) from error
+            f"the batch of {name} must be open or 1, got {shapes[0][0]}; "
+            f"export it with dynamic_axes for axis 0"
+        )
+    return inputs[0]
 
 
-def image_inputs(graph: GraphProto) -> list[ValueInfoProto]:
-    """What a caller must feed; some exporters list weights as inputs, even ones no node reads."""
-    weights = {tensor.name for tensor in graph.initializer}
-    read = {name for node in graph.node for name in node.input}
-    return [value for value in graph.input if value.name in read - weights]
-
-
-def dims(value: ValueInfoProto) -> Dims:
-    """A shape, None for an open axis; the empty tuple also when the file gives no shape."""
-    return tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)
-
-
-def _load(path: Path) -> tuple[ModelProto, list[Path]]:
-    """The model with its weights and nothing but images to feed, and all files it came from."""
-    model = read_graph(path)
-    named = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    weights = [path.parent / name for name in sorted(named)]
-    for part in weights:
-        if not part.is_file():
+def _size(
+    image: ValueInfoProto, found: Sequence[int | None], given: Sequence[int] | None, name: str
+) -> tuple[int, int]:
+    height, width = found
+    if given is not None:
+        if height not in (None, given[0]) or width not in (None, given[1]):
             raise KDHooksError(
-                f"{path.name} keeps weights in {part.name}, which must lie beside it, but "
-                f"{part} does not exist; copy it there"
+                f"teacher.input.size must be what {name} takes, {described([image])}; found "
+                f"{list(given)}; leave it out, or take the size of the file"
             )
-    require("onnx.external_data_helper").load_external_data_for_model(model, str(path.parent))
-    fed = image_inputs(model.graph)
-    del model.graph.input[:]
-    model.graph.input.extend(fed)
-    return model, [path, *weights]
-
-
-def _mean_std(graph: GraphProto, image: str, name: str) -> tuple[float, float]:
-    """What to do to pixels before the graph: insightface's rule, checked on the numbers."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    to_array: Callable[..., Array] = require("onnx.numpy_helper").to_array
-
-    value, black, white = image, np.zeros(1), np.full(1, 255.0)
-    while True:
-        users = [node for node in graph.node if value in node.input]
-        if len(users) != 1 or users[0].op_type not in _ARITHMETIC:
-            break
-        node = users[0]
-        if any(operand != value and operand not in constants for operand in node.input):
-            break
-        black, white = (
-            _ARITHMETIC[node.op_type](
-                *(x if operand == value else to_array(constants[operand]) for operand in node.input)
-            )
-            for x in (black, white)
+        height, width = given
+    if height is None or width is None:
+        raise KDHooksError(
+            f"{name} must say how large its images are, got {described([image])}; "
+            f"export it with a fixed height and width, or set teacher.input.size"
         )
-        value = node.output[0]
-    if users and users[0].name == "bn_data":  # MXNet networks that normalise by statistics
-        return 0.0, 1.0
-    if value == image:
-        return 127.5, 127.5
-    if np.allclose(black, -1, atol=0.02) and np.allclose(white, 1, atol=0.02):
-        return 0.0, 1.0
-    raise KDHooksError(
-        f"a graph that scales its images is expected to bring 0..255 to -1..1, but {name} brings "
-        f"it to {black.min():.4g}..{white.max():.4g}; say what it expects: mean_std=(mean, std)"
-    )
+    return height, width
 
 
-def _listing(values: list[ValueInfoProto]) -> str:
-    shown = [f"{value.name} {dims(value)}".replace("None", "?") for value in values]
-    return ", ".join(shown) or "nothing"
+def _embedding(model: ModelProto, wanted: str | None, name: str) -> ValueInfoProto:
+    outputs = {value.name: value for value in model.graph.output}
+    listing = described(outputs.values())
+    if wanted is not None and wanted not in outputs:
+        raise KDHooksError(
+            f"teacher.output must be an output of {name}; found {wanted!r}; "
+            f"{near_miss(wanted, outputs)}its outputs are: {listing}"
+        )
+    if wanted is None and len(outputs) > 1:
+        raise KDHooksError(
+            f"a recognition model gives one embedding (b e), but {name} gives {listing}; choose "
+            f"one of them by its name, as teacher.output; with many of them it may be a detector"
+        )
+    chosen: list[ValueInfoProto] = [outputs[wanted]] if wanted else list(outputs.values())
+    if not chosen or not _may_embed(chosen[0]):
+        raise KDHooksError(
+            f"a recognition model gives one embedding (b e), but {name} gives "
+            f"{described(chosen)}; choose another file: this may be a detector"
+        )
+    return chosen[0]
 
 
-def _not_onnx(path: Path) -> KDHooksError:
-    return KDHooksError(
-        f"{path} must be an ONNX model, but its {path.stat().st_size} bytes are not; "
-        f"fetch it again: it may be a web page or a Git LFS pointer"
-    )
+def _may_embed(value: ValueInfoProto) -> bool:
+    """Whether the shape is (b e) or (b e 1 1), or not written down."""
+    shape = dims(value)
+    if not value.type.HasField("tensor_type"):
+        return False
+    return len(shape) in (0, 2) or (len(shape) == 4 and {*shape[2:]} <= {None, 1})
+
+
+def _scale(
+    model: ModelProto,
+    image: str,
+    shape: tuple[int, int, int, int],
+    output: str,
+    said: tuple[float, float] | None,
+    order: str | None,
+    whole: bool,
+    name: str,
+) -> tuple[float, float]:
+    arrivals, unknown = first_arrivals(model, image, shape, output)
+    if order is None:
+        check_order(arrivals, name)
+    if whole and said not in (None, (0, 1)):
+        raise KDHooksError(
+            f"the images of {name} are uint8, that is pixels 0..255; found mean and std {said}; "
+            "leave both out"
+        )
+    if said is not None:
+        return said
+    return (0.0, 1.0) if whole and not unknown else mean_std(arrivals, unknown, name)
+
+
+def _leave_open(
+    model: ModelProto,
+    image: ValueInfoProto,
+    output: ValueInfoProto,
+    shape: tuple[int | None, ...],
+) -> None:
+    """Write down the shape of the images, and no other that onnxruntime might hold us to.
+
+    Files have open axes as -1 and 0, which it takes literally, and insightface's packs declare an
+    output of batch 1, which a buffer of a larger one contradicts.
+    """
+    graph = model.graph
+    for axis, length in zip(image.type.tensor_type.shape.dim, shape, strict=True):
+        if length is None:
+            axis.dim_param = "kdhooks_batch"
+        else:
+            axis.dim_value = length
+    output.type.tensor_type.ClearField("shape")
+    kept_input, kept_output = type(image)(), type(output)()
+    kept_input.CopyFrom(image)
+    kept_output.CopyFrom(output)
+    for values in (graph.input, graph.output):
+        del values[:]
+    graph.input.append(kept_input)
+    graph.output.append(kept_output)

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdhooks.errors import KDHooksError
-from kdhooks.onnx.files import Array, require
-
-if TYPE_CHECKING:
-    from onnx import NodeProto
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node with its inputs evaluated on one image: an Array is constant, a Tensor is not."""
-
-    operator: str
-    name: str
-    inputs: Sequence[Array | Tensor | None]  # None: left out
-    attributes: dict[str, Any]  # as onnx reads them
-
-    @classmethod
-    def of(cls, proto: NodeProto, inputs: Sequence[Array | Tensor | None]) -> Node:
-        value_of: Callable[..., Any] = require("onnx.helper").get_attribute_value
-        return cls(
-            operator=f"{proto.domain}.{proto.op_type}".removeprefix("ai.onnx").lstrip("."),
-            name=proto.name or proto.output[0],
-            inputs=inputs,
-            attributes={attribute.name: value_of(attribute) for attribute in proto.attribute},
-        )
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [value for value in self.inputs if isinstance(value, Tensor)]
-
-    def constant(self, index: int) -> Array:
-        value = self.inputs[index]
-        if not isinstance(value, np.ndarray):
-            raise self.refusal(f"its input {index} depends on the image")
-        return value
-
-    def optional(self, index: int) -> Array | None:
-        """A constant input that may be left out."""
-        given = index < len(self.inputs) and self.inputs[index] is not None
-        return self.constant(index) if given else None
-
-    def to_module(self) -> nn.Module:
-        if self.operator not in _MODULES:
-            raise self.refusal(f"known are {', '.join(sorted(_MODULES))}")
-        return _MODULES[self.operator](self)
-
-    def refusal(self, reason: str) -> KDHooksError:
-        return KDHooksError(
-            f"ONNX operator {self.operator} (node {self.name!r}) cannot become a torch module: "
-            f"{reason}; use OnnxModel, which runs any graph but has no taps"
-        )
+from kdhooks.onnx.graphs import Array
+from kdhooks.onnx.layouts import (
+    cast,
+    concat,
+    flatten,
+    gather,
+    gather_nd,
+    reshape,
+    slices,
+    split,
+    squeeze,
+    transpose,
+)
+from kdhooks.onnx.nodes import Node
 
 
 class Elementwise(nn.Module):
@@ -90,14 +51,13 @@ class Elementwise(nn.Module):
         return self.function(first, second)
 
 
-class Concat(nn.Module):
-    def __init__(self, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-
-    def forward(self, *branches: Tensor) -> Tensor:
-        """[(b ...)] -> (b ...)."""
-        return torch.cat(branches, self.axis)
+def to_module(node: Node, index: int, count: int) -> nn.Module:
+    """The module of output `index` of `count`; operators other than Split have one of use."""
+    if node.operator == "Split":
+        return split(node, index, count)
+    if node.operator not in _MODULES:
+        raise node.refusal(f"known are {', '.join(sorted([*_MODULES, 'Split']))}")
+    return _MODULES[node.operator](node)
 
 
 def _elementwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Node], nn.Module]:
@@ -188,27 +148,6 @@ def _dropout(node: Node) -> nn.Module:
     return nn.Dropout(node.attributes.get("ratio", 0.5) if ratio is None else float(ratio))
 
 
-def _flatten(node: Node) -> nn.Module:
-    if node.attributes.get("axis", 1) != 1:
-        raise node.refusal(f"its axis is {node.attributes['axis']}, not 1")
-    return nn.Flatten()
-
-
-def _reshape(node: Node) -> nn.Module:
-    image = node.tensors[0]
-    target = [image.shape[i] if n == 0 else n for i, n in enumerate(node.constant(1).tolist())]
-    if image.reshape(target).shape != image.flatten(1).shape:
-        raise node.refusal(f"its shape {target} does not flatten each image")
-    return nn.Flatten()
-
-
-def _concat(node: Node) -> nn.Module:
-    axis = node.attributes["axis"]
-    if axis % node.tensors[0].dim() == 0 or len(node.tensors) < len(node.inputs):
-        raise node.refusal("it joins images of the batch, or constants")
-    return Concat(axis)
-
-
 def _fill(module: nn.Module, **values: Array | None) -> nn.Module:
     state = {name: _float(value) for name, value in values.items() if value is not None}
     module.load_state_dict(state, strict=False, assign=True)
@@ -223,12 +162,15 @@ def _float(value: Array) -> Tensor:
 _MODULES: dict[str, Callable[[Node], nn.Module]] = {
     "Add": _elementwise(torch.add),
     "BatchNormalization": _batch_norm,
+    "Cast": cast,
     "Clip": _clip,
-    "Concat": _concat,
+    "Concat": concat,
     "Conv": _conv,
     "Div": _elementwise(torch.div),
     "Dropout": _dropout,
-    "Flatten": _flatten,
+    "Flatten": flatten,
+    "Gather": gather,
+    "GatherND": gather_nd,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda node: nn.AdaptiveAvgPool2d(1),
     "Identity": lambda node: nn.Identity(),
@@ -236,7 +178,10 @@ _MODULES: dict[str, Callable[[Node], nn.Module]] = {
     "Mul": _elementwise(torch.mul),
     "PRelu": _prelu,
     "Relu": lambda node: nn.ReLU(),
-    "Reshape": _reshape,
+    "Reshape": reshape,
     "Sigmoid": lambda node: nn.Sigmoid(),
+    "Slice": slices,
+    "Squeeze": squeeze,
     "Sub": _elementwise(torch.sub),
+    "Transpose": transpose,
 }

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.onnx.files import (
-    RecognitionFile,
-    dims,
-    image_inputs,
-    read_graph,
-    read_recognition_file,
-    require,
-)
+from kdhooks.onnx.files import RecognitionFile, read_recognition_file
+from kdhooks.onnx.graphs import dims, image_inputs, naming, read_graph, require
 
-_TORCH = {
+_GIVES = {
     "tensor(double)": torch.float64,
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
 }
+_TAKES = {**_GIVES, "tensor(uint8)": torch.uint8}
 _CUDA = "CUDAExecutionProvider"
-_NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}
+_NUMPY = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.uint8: np.uint8,
+}
 
 
 class OnnxModel:
@@ -31,41 +31,47 @@ class OnnxModel:
 
     def __init__(
         self,
-        path: str | Path,
+        source: str | Path | RecognitionFile,
         mean_std: tuple[float, float] | None = None,
         device_id: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """`mean_std` overrules the file. `device_id`: CUDA device, by default the current one of
-        torch. `threads`: of one run on the CPU, by default as many as torch uses.
         """
-        file = read_recognition_file(path, mean_std)
+        source: a path, or a file that `read_recognition_file` has read.
+        mean_std: overrules what a file at a path says about its images.
+        device_id: CUDA device, by default the current one of torch.
+        threads: of one run on the CPU, by default as many as torch uses.
+        """
+        if not isinstance(source, RecognitionFile):
+            source = read_recognition_file(source, mean_std)
+        file = source
         self.path = file.path
         self.size = file.size  # height, width
         self.mean = file.mean
         self.std = file.std
         self.sha256 = file.sha256
-        self._input, self._output = file.input, file.output
+        self._file = file
         if device_id is None:
             device_id = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        self._session = _open_session(file, device_id, threads or torch.get_num_threads())
-        self.provider: str = self._session.get_providers()[0]
-        on_cuda = self.provider == _CUDA and torch.cuda.is_available()
-        self._device = torch.device("cuda", device_id) if on_cuda else torch.device("cpu")
-        takes, gives = self._session.get_inputs()[0].type, self._session.get_outputs()[0].type
-        if takes not in _TORCH or gives not in _TORCH:
-            raise KDHooksError(
-                f"{self.path.name} must take float images and give float embeddings, got {takes} "
-                f"and {gives}; export it without quantised input and output"
-            )
-        self._takes, self._gives = _TORCH[takes], _TORCH[gives]
-        self.embedding_dim = self._tried()
+        with naming(file.path):
+            self._session = _open_session(file, device_id, threads or torch.get_num_threads())
+            self.provider: str = self._session.get_providers()[0]
+            on_cuda = self.provider == _CUDA and torch.cuda.is_available()
+            self._device = torch.device("cuda", device_id) if on_cuda else torch.device("cpu")
+            takes, gives = self._session.get_inputs()[0].type, self._session.get_outputs()[0].type
+            if takes not in _TAKES or gives not in _GIVES:
+                raise KDHooksError(
+                    f"{self.path.name} must take float or uint8 images and give float embeddings, "
+                    f"got {takes} and {gives}; export it without quantised input and output"
+                )
+            self._takes, self._gives = _TAKES[takes], _GIVES[gives]
+            self.embedding_dim, self._trailing = self._tried()
         self.one_by_one = file.batch == 1 or not self._takes_batches()
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e), float32, on the device of the images.
 
-        Images are RGB and scaled as the file wants them: (pixels - mean) / std.
+        Images are as the file wants them: (pixels - mean) / std, in its order of channels.
         """
         if images.dim() != 4 or images.shape[1:] != (3, *self.size):
             raise KDHooksError(
@@ -79,29 +85,37 @@ class OnnxModel:
 
     def _embed(self, images: Tensor, at_once: int) -> Tensor:
         """(b 3 h w) -> (b e), where onnxruntime computes."""
+        images = arranged(images, self._file.channels_last, self._file.whole_pixels)
         images = images.to(self._device, self._takes).contiguous()
         embedding = images.new_empty(len(images), self.embedding_dim, dtype=self._gives)
         for some, into in zip(images.split(at_once), embedding.split(at_once), strict=True):
-            self._run(some, into)
+            self._run(some, into.view(*into.shape, *self._trailing))
         return embedding
 
-    def _tried(self) -> int:
-        """The width of the embedding of one image."""
-        feed = np.zeros((1, 3, *self.size), _NUMPY[self._takes])
-        embedding = np.asarray(self._session.run(None, {self._input: feed})[0])
-        if embedding.ndim != 2:
+    def _tried(self) -> tuple[int, list[int]]:
+        """The width of the embedding of one image, and the axes of length 1 that follow it."""
+        image = arranged(torch.zeros(1, 3, *self.size), self._file.channels_last)
+        feed = image.numpy().astype(_NUMPY[self._takes])
+        try:
+            embedding = np.asarray(self._session.run(None, {self._file.input: feed})[0])
+        except Exception as error:  # the errors of onnxruntime have no class in common
+            raise KDHooksError(
+                f"onnxruntime must run {self.path.name} on an image {feed.shape}, but says: "
+                f"{error}; choose another file, or export it again"
+            ) from error
+        count, *axes = embedding.shape or (0,)
+        if count != 1 or not axes or axes[1:] not in ([], [1, 1]):
             raise KDHooksError(
                 f"a recognition model gives one embedding (b e), but {self.path.name} makes "
                 f"{embedding.shape} of {feed.shape}; choose another file"
             )
-        dim: int = embedding.shape[1]
-        return dim
+        return axes[0], axes[1:]
 
     def _run(self, images: Tensor, into: Tensor) -> None:
         """(b 3 h w), (b e): read and written where they are."""
         binding = self._session.io_binding()
-        binding.bind_input(self._input, *_buffer(images))
-        binding.bind_output(self._output, *_buffer(into))
+        binding.bind_input(self._file.input, *_buffer(images))
+        binding.bind_output(self._file.output, *_buffer(into))
         if images.is_cuda:  # onnxruntime has a stream of its own, done when it returns
             torch.cuda.current_stream(images.device).synchronize()
         self._session.run_with_iobinding(binding)
@@ -115,6 +129,13 @@ class OnnxModel:
         except Exception:  # the errors of onnxruntime have no class in common
             return False
         return torch.allclose(both.float(), single.float(), rtol=1e-2, atol=1e-4)
+
+
+def arranged(images: Tensor, channels_last: bool, whole_pixels: bool = False) -> Tensor:
+    """(b 3 h w) -> (b 3 h w) or (b h w 3), rounded to 0..255 if pixels are whole."""
+    if whole_pixels:
+        images = images.round().clamp(0, 255)
+    return images.permute(0, 2, 3, 1) if channels_last else images
 
 
 def _buffer(x: Tensor) -> tuple[str, int, type, list[int], int]:
@@ -133,8 +154,6 @@ def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
         # Only weights are quantised, if anything: make them float once, not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 4  # errors are raised anyway
-    # insightface packs declare an output of batch 1, which a buffer of a larger one contradicts.
-    file.model.graph.output[0].type.tensor_type.ClearField("shape")
     providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
     if _CUDA in ort.get_available_providers():
         providers.insert(0, (_CUDA, {"device_id": device_id}))
@@ -143,15 +162,18 @@ def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
     except Exception as error:  # the errors of onnxruntime have no class in common
         raise KDHooksError(
             f"onnxruntime {ort.__version__} must load {file.path.name}, but says: {error}; "
-            f"a newer onnxruntime may know its operators"
+            f"a newer onnxruntime may know its operators, and if the file leaves its size open, it "
+            f"may need another teacher.input.size than {list(file.size)}"
         ) from error
 
 
-def insightface_model(name: str, root: str | Path = "~/.insightface") -> Path:
+def insightface_model(
+    name: str, root: str | Path = "~/.insightface", output: str | None = None
+) -> Path:
     """The recognition model of an installed insightface pack, told by its graph.
 
     It takes images of 112x112 and gives one embedding of at least 128 numbers, which no detector,
-    landmark or age model of the packs does.
+    landmark or age model of the packs does. `output` names the embedding of one with more outputs.
     """
     models = Path(root).expanduser() / "models"
     pack = models / name
@@ -163,7 +185,7 @@ def insightface_model(name: str, root: str | Path = "~/.insightface") -> Path:
             f"insightface.app.FaceAnalysis(name={name!r}) downloads it on first use"
         )
     files = sorted(pack.rglob("*.onnx"))  # some archives unpack to a folder within the folder
-    found = [file for file in files if _is_recognition(file)]
+    found = [file for file in files if _is_recognition(file, output)]
     if len(found) != 1:
         names = [str(file.relative_to(pack)) for file in found or files] or ["no ONNX file"]
         raise KDHooksError(
@@ -173,10 +195,10 @@ def insightface_model(name: str, root: str | Path = "~/.insightface") -> Path:
     return found[0]
 
 
-def _is_recognition(path: Path) -> bool:
+def _is_recognition(path: Path, output: str | None) -> bool:
     graph = read_graph(path).graph
     takes = [dims(value) for value in image_inputs(graph)]
-    gives = [dims(value) for value in graph.output]
+    gives = [dims(value) for value in graph.output if output in (None, value.name)]
     return (
         len(takes) == 1
         and takes[0][1:] == (3, 112, 112)

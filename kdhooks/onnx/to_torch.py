@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,29 +13,53 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx.files import Array, RecognitionFile, read_recognition_file, require
-from kdhooks.onnx.operators import Node
-from kdhooks.onnx.session import OnnxModel
+from kdhooks.onnx.files import RecognitionFile, read_recognition_file
+from kdhooks.onnx.graphs import Array, evaluate, naming, require
+from kdhooks.onnx.nodes import Node
+from kdhooks.onnx.operators import to_module
+from kdhooks.onnx.session import OnnxModel, arranged
 
 if TYPE_CHECKING:
-    from onnx import NodeProto
+    from onnx import ModelProto, NodeProto
+
+_ALIKE, _ALIKE_HALF = 1e-3, 3e-2  # of the embedding's length
 
 
-def to_torch(path: str | Path, mean_std: tuple[float, float] | None = None) -> OnnxNetwork:
-    """A float network in eval mode, found to agree with onnxruntime before it is returned."""
-    reference = OnnxModel(path, mean_std)
-    network = OnnxNetwork(read_recognition_file(path, mean_std)).eval()
+def to_torch(
+    source: str | Path | RecognitionFile, mean_std: tuple[float, float] | None = None
+) -> OnnxNetwork:
+    """A float network in eval mode, found to agree with onnxruntime before it is returned.
+
+    source: a path, or a file that `read_recognition_file` has read; `mean_std` is for a path.
+    """
+    file = (
+        source if isinstance(source, RecognitionFile) else read_recognition_file(source, mean_std)
+    )
+    with naming(file.path):
+        return _checked(file)
+
+
+def _checked(file: RecognitionFile) -> OnnxNetwork:
+    reference = OnnxModel(file)
+    network = OnnxNetwork(file).eval()
     pixels = torch.rand(2, 3, *network.size, generator=torch.Generator().manual_seed(0)) * 255
     images = (pixels - network.mean) / network.std
     with torch.no_grad():
         ours, theirs = network(images), reference(images)
     error = ((ours - theirs).norm() / theirs.norm()).item()
-    if not error < 1e-3:
+    if not error < (_ALIKE_HALF if _is_half(file.model) else _ALIKE):
         raise KDHooksError(
-            f"the torch network of {reference.path.name} must agree with onnxruntime, but differs "
+            f"the torch network of {file.path.name} must agree with onnxruntime, but differs "
             f"by {error:.1e} of the embedding's length; use OnnxModel, and report this file"
         )
     return network
+
+
+def _is_half(model: ModelProto) -> bool:
+    """Whether weights are float16, so that onnxruntime rounds where torch does not."""
+    half = require("onnx").TensorProto.FLOAT16
+    constants = [attribute.t for node in model.graph.node for attribute in node.attribute]
+    return any(tensor.data_type == half for tensor in [*model.graph.initializer, *constants])
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,8 @@ class OnnxNetwork(nn.Module):
         self.size = file.size  # height, width
         self.mean = file.mean
         self.std = file.std
+        self._channels_last = file.channels_last
+        self._whole_pixels = file.whole_pixels
         self._input = file.input
         self._output = file.output
         self._steps = self._build(file)
@@ -68,13 +94,13 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e)."""
-        values = {self._input: images}
+        values = {self._input: arranged(images, self._channels_last, self._whole_pixels)}
         for step in self._steps:
             child = self.get_submodule(step.child)
             values[step.output] = child(*[values[name] for name in step.inputs])
             for name in self._finished[step.output]:
                 values.pop(name, None)
-        return values[self._output]
+        return values[self._output].flatten(1)
 
     @torch.no_grad()
     def _build(self, file: RecognitionFile) -> list[_Step]:
@@ -82,21 +108,25 @@ class OnnxNetwork(nn.Module):
         to_array: Callable[..., Array] = require("onnx.numpy_helper").to_array
         values: dict[str, Array | Tensor | None] = {"": None}  # "": an input left out
         values |= {tensor.name: to_array(tensor) for tensor in file.model.graph.initializer}
-        values[file.input] = torch.zeros(1, 3, *file.size)
+        values[file.input] = arranged(torch.zeros(1, 3, *file.size), file.channels_last)
         steps = []
         for proto in file.model.graph.node:
-            node = Node.of(proto, [values[name] for name in proto.input])
-            output = proto.output[0]
+            node = Node.of(proto, [_found(values, name, proto) for name in proto.input])
             if not node.tensors:
-                values[output] = _fold(proto, node, file)
+                values |= zip(filter(None, proto.output), _fold(proto, node, file), strict=True)
             elif node.operator == "Shape":
                 ends = slice(node.attributes.get("start"), node.attributes.get("end"))
-                values[output] = np.array(node.tensors[0].shape[ends], dtype=np.int64)
+                values[proto.output[0]] = np.array(node.tensors[0].shape[ends], dtype=np.int64)
             else:
-                child = node.to_module().eval()
-                values[output] = child(*node.tensors)
+                count = len(proto.output) if node.operator == "Split" else 1
                 inputs = tuple(n for n in proto.input if isinstance(values[n], Tensor))
-                steps.append(_Step(self._adopt(node.name, child), inputs, output))
+                for index, output in enumerate(proto.output[:count]):
+                    try:
+                        child = to_module(node, index, count).eval()
+                        values[output] = child(*node.tensors)
+                    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                        raise node.refusal(f"torch says: {error}") from error
+                    steps.append(_Step(self._adopt(node.name, child), inputs, output))
         return steps
 
     def _adopt(self, node_name: str, child: nn.Module) -> str:
@@ -107,15 +137,23 @@ class OnnxNetwork(nn.Module):
         return name
 
 
-def _fold(proto: NodeProto, node: Node, file: RecognitionFile) -> Array:
-    """The value of a node that does not depend on the image: say, int8 weights made float."""
+def _found(
+    values: Mapping[str, Array | Tensor | None], name: str, proto: NodeProto
+) -> Array | Tensor | None:
+    if name not in values:
+        raise KDHooksError(
+            f"ONNX node {proto.name or proto.output[0]!r} must read what an earlier node computes; "
+            f"found {name!r}, which none of those that became modules does; use OnnxModel"
+        )
+    return values[name]
+
+
+def _fold(proto: NodeProto, node: Node, file: RecognitionFile) -> list[Array]:
+    """The values of a node that does not depend on the image: say, int8 weights made float."""
     if "." in node.operator:
         raise node.refusal("it is not an operator of the ONNX standard")
-    names = [name for name in proto.input if name]
-    function = require("onnx.helper").make_function(
-        "kdhooks", "fold", names, list(proto.output), [proto], file.model.opset_import
-    )
-    evaluator = require("onnx.reference").ReferenceEvaluator(function)
-    feed = dict(zip(names, (value for value in node.inputs if value is not None), strict=True))
-    value: Array = evaluator.run(None, feed, attributes={})[0]
-    return value
+    constants = [value if isinstance(value, np.ndarray) else None for value in node.inputs]
+    try:
+        return evaluate(proto, constants, file.model)
+    except Exception as error:  # onnx's evaluator has no class of errors
+        raise node.refusal(f"evaluating it says: {error}") from error

@@ -19,7 +19,7 @@ from torch import nn
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.factories import is_factory_name
 from kdhooks.onnx.export import export_onnx
-from kdhooks.onnx.files import dims, image_inputs, read_graph
+from kdhooks.onnx.graphs import dims, image_inputs, read_graph
 from kdhooks.teacher.checkpoints import (
     load_checkpoint,
     load_strictly,
