@@ -10,7 +10,6 @@ from kdhooks.declarations import (
     InheritedClassifier,
     Model,
     ParameterTap,
-    Stage,
     Weight,
 )
 from kdhooks.discovery import methods
@@ -18,6 +17,7 @@ from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import build
+from kdhooks.stages import Stage
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher

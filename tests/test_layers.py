@@ -31,7 +31,13 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
 }
 CLASSES = ("chunked_sums", "cosines", "rows", "shards")
-FOR_PLUGINS = {"declarations", "hookspecs", "errors", *(f"classes.{name}" for name in CLASSES)}
+FOR_PLUGINS = {
+    "declarations",
+    "stages",
+    "hookspecs",
+    "errors",
+    *(f"classes.{name}" for name in CLASSES),
+}
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
     "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks_plugins",
     "kdhooks_integrations",

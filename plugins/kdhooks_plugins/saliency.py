@@ -19,10 +19,11 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
     energies: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        grid = Grid.of(Stage(stage, tuple(output.shape[1:])), "saliency_map")
+        grid = Grid.of(Stage.of(teacher, stage, output), "saliency_map")
         energies.append(grid(output).float().square().sum(dim=(0, 1)).cpu())
 
-    with teacher.eval().get_submodule(stage).register_forward_hook(note):
+    teacher.eval()  # which returns nothing in mmpretrain
+    with teacher.get_submodule(stage).register_forward_hook(note):
         for images in batches:
             teacher(images)
     if not energies:
