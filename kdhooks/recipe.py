@@ -32,7 +32,7 @@ NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 """A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
 
 _KEYS = ("teacher", "methods", "taps", "input_shape", "seed", "nonfinite")
-_SOURCES = ("module", "network", "onnx", "insightface")
+_SOURCES = ("module", "network", "config", "onnx", "insightface")
 _TEACHER_KEYS = (
     *_SOURCES, "checkpoint", "root", "classifier", "input", "dtype", "channels_last", "compile",
     "side_stream", "micro_batch", "convert", "cache",
@@ -133,6 +133,11 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     model: nn.Module | Callable[[Tensor], Tensor]
     if "module" in spec:
         model = spec["module"]
+    elif "config" in spec:
+        raise KDHooksError(
+            f"recipe: teacher.config is a config file of MMEngine's, which '{spec['config']}' is "
+            "not read as here; give the module itself as teacher"
+        )
     elif "network" in spec:
         model = _from_checkpoint(spec, network)
     else:
@@ -196,9 +201,10 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
         raise KDHooksError(
             f"recipe: teacher needs exactly one of {', '.join(_SOURCES)}; found {listed(sources)}"
         )
-    if ("checkpoint" in teacher) != ("network" in teacher):
+    made = "config" if "config" in teacher else "network"
+    if ("checkpoint" in teacher) != (made in teacher):
         raise KDHooksError(
-            "recipe: teacher.network and teacher.checkpoint go together, for a network without a "
+            f"recipe: teacher.{made} and teacher.checkpoint go together, for a network without a "
             f"checkpoint knows nothing; found {listed(map(str, teacher))}"
         )
     if "module" in teacher and not callable(teacher["module"]):
@@ -215,15 +221,20 @@ def _checked_teacher(teacher: object, folder: Path) -> Mapping[str, Any]:
                 f"recipe: teacher.{key} must be true or false; found {teacher[key]!r}"
             )
     check_compile(teacher.get("compile", False), "recipe: ")
-    for key in ("checkpoint", "onnx", "insightface"):
+    for key in ("checkpoint", "config", "onnx", "insightface"):
         if not isinstance(teacher.get(key, ""), str | Path):
             raise KDHooksError(f"recipe: teacher.{key} must be a path; found {teacher[key]!r}")
+        if "://" in str(teacher.get(key, "")):
+            raise KDHooksError(
+                f"recipe: teacher.{key} must be a file of this machine; found the address "
+                f"'{teacher[key]}'; fetch it before, so that what is trained with stays the same"
+            )
     if teacher.get("dtype", "float32") not in _DTYPES:
         raise KDHooksError(
             f"recipe: teacher.dtype must be one of {listed(_DTYPES)}; found '{teacher['dtype']}'"
         )
     checked = dict(teacher)
-    for key in ("checkpoint", "onnx", "classifier"):
+    for key in ("checkpoint", "config", "onnx", "classifier"):
         value = teacher.get(key)
         if isinstance(value, str | Path):
             path = folder / Path(value).expanduser()

@@ -23,8 +23,9 @@ class Backbones:
             return ["layer1", "layer2", "layer3", "layer4"]
         if kind == "MobileFaceNet":
             return ["layers.1", "layers.3", "layers.5", "conv_sep"]
-        if kind == "VisionTransformer":
-            depth = len(model.blocks)  # type: ignore[arg-type]  # a ModuleList
+        blocks = getattr(model, "blocks", None)
+        if kind == "VisionTransformer" and isinstance(blocks, nn.ModuleList):
+            depth = len(blocks)
             return [f"blocks.{depth * quarter // 4 - 1}" for quarter in (1, 2, 3, 4)]
         return None
 
