@@ -10,7 +10,6 @@ from kdhooks.declarations import (
     InheritedClassifier,
     Model,
     ParameterTap,
-    Stage,
     Weight,
 )
 from kdhooks.discovery import methods
@@ -20,6 +19,7 @@ from kdhooks.hookspecs import hookimpl
 from kdhooks.options import Options, option
 from kdhooks.recipe import build
 from kdhooks.schedules import Schedule, Scheduled, Varying
+from kdhooks.stages import Stage
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher

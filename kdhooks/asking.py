@@ -1,6 +1,6 @@
 """Asks the methods, once, what they declare; and probes the models, so that they can answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pluggy
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.declarations import Model, Stage, Tap
+from kdhooks.declarations import Model, Tap
 from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
-from kdhooks.taps import Taps, evaluating
+from kdhooks.stages import Stage
+from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 
@@ -126,30 +127,37 @@ def probe_student(
     images: Tensor,
     run: Callable[[Tensor], object] | None = None,
 ) -> Model:
-    """One forward in eval mode without grad, which leaves no trace in the module."""
-    taps = Taps(module, [embedding, *stages], "student")
-    try:
-        with evaluating(module), torch.no_grad(), taps, _runs("student", images):
-            (run or module)(images)
-        outputs = taps.take()
-    finally:
-        taps.remove()
+    """Forwards in eval mode without grad, which leave no trace in the module."""
+
+    def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
+        taps = Taps(module, [embedding, *paths], "student")
+        try:
+            with evaluating(module), torch.no_grad(), taps, _runs("student", images):
+                (run or module)(images)
+            return taps.take()
+        finally:
+            taps.remove()
+
+    outputs, probed = _probed(module, stages, "student", observe)
     found = outputs[embedding]
     if found.ndim != 2:
         raise KDHooksError(
             f"student embedding '{embedding or 'output'}' must be (b d); found shape "
             f"{tuple(found.shape)}; name the submodule that puts it out as taps.student.embedding"
         )
-    shapes = tuple(Stage(path, tuple(outputs[path].shape[1:])) for path in stages)
-    return Model(module, found.shape[1], shapes)
+    return Model(module, found.shape[1], probed)
 
 
 def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
-    """One forward in a session of its own."""
-    with TeacherSession(teacher, stages) as session, _runs("teacher", images):
-        output = session(images)
-    shapes = tuple(Stage(path, tuple(output.features[path].shape[1:])) for path in stages)
-    dim = output.embedding.shape[1]
+    """In a session of its own."""
+
+    def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
+        with TeacherSession(teacher, paths) as session, _runs("teacher", images):
+            output = session(images)
+        return {**output.features, teacher.embedding: output.embedding}
+
+    outputs, probed = _probed(teacher.module, stages, "teacher", observe)
+    dim = outputs[teacher.embedding].shape[1]
     rows = teacher.classifier
     if rows is not None and rows.dim != dim == rows.total:
         raise KDHooksError(
@@ -162,4 +170,37 @@ def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Mo
             f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "
             "they are of different networks"
         )
-    return Model(teacher.module, dim, shapes, rows)
+    return Model(teacher.module, dim, probed, rows)
+
+
+def _probed(
+    module: nn.Module | None,
+    paths: Sequence[str],
+    side: str,
+    observe: Callable[[Sequence[str]], Mapping[str, Tensor]],
+) -> tuple[Mapping[str, Tensor], tuple[Stage, ...]]:
+    """What a forward puts out, and the stages; one that can't be tapped concerns who taps it.
+
+    observe: a forward; the outputs at the paths, and the embedding.
+    """
+    if module is None:
+        return observe(paths), ()
+    for path in paths:
+        find(module, path, side)
+    faults: dict[str, KDHooksError] = {}
+    try:
+        outputs = observe(paths)
+    except KDHooksError:
+        outputs = observe([])  # the embedding is everybody's concern
+        for path in paths:
+            try:
+                outputs = {**observe([path]), **outputs}
+            except KDHooksError as error:
+                faults[path] = KDHooksError(
+                    f"{error}; stages are named, shallow to deep, as taps.{side}.stages in the "
+                    f"recipe, or {side}_stages="
+                )
+    return outputs, tuple(
+        Stage(path, faults[path]) if path in faults else Stage.of(module, path, outputs[path])
+        for path in paths
+    )

@@ -18,23 +18,11 @@ from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, gather
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.schedules import Scheduled
+from kdhooks.stages import Stage
 from kdhooks.taps import find
 
 Weight: TypeAlias = Scheduled
 """A loss's factor, at least 0: a number, a schedule, or a function from the step to a number."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The end of one stage of a backbone: its path, and its output's shape without the batch."""
-
-    path: str
-    shape: tuple[int, ...]
-
-    @property
-    def channels(self) -> int:
-        """k of a map (k h w) or of tokens (n k)."""
-        return self.shape[0] if len(self.shape) == 3 else self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -249,8 +237,8 @@ class ComparedClassifiers(ClassifierShare):
         if head is None:
             raise KDHooksError(
                 f"{self.name} compares class scores, and the student's own classifier is not "
-                "known; give Distiller(…, head=ClassShard(weight, 0, classes)), or use fcd, which "
-                "needs none"
+                "known; give Distiller(…, head=ClassShard(weight, 0, classes)), in MMEngine name "
+                "it as classifier = 'head.fc.weight', or use fcd, which needs none"
             )
         if head.weight.shape[1] != student.embedding_dim:
             raise KDHooksError(

@@ -116,7 +116,8 @@ class Distiller(nn.Module):
             theirs = probe_teacher(teacher, asked.stages(teacher.module, teacher_stages), images)
             self.taps = asked.taps(ours, theirs, head)
             self.adapter = asked.teacher_adapter(theirs)
-        self._stages = {stage.path: stage.shape for stage in ours.stages}
+        tapped = {path for tap in self.taps for path in tap.student_paths}
+        self._stages = {stage.path: stage.shape for stage in ours.stages if stage.path in tapped}
         self.teacher_rows: TeacherRows | None = None  # if a term needs them
         classes = number_of_classes(theirs.classifier, head)
         if host_head is not None:
@@ -311,6 +312,11 @@ class Distiller(nn.Module):
     def pending(self) -> Tensor | None:
         """The images of the student's last forward in training, until kd takes its outputs."""
         return self._student.images
+
+    @property
+    def labelled(self) -> Sequence[str]:
+        """The terms that need labels."""
+        return self._needs_labels
 
     @property
     def fired(self) -> bool:

@@ -4,136 +4,26 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
 from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
-from kdhooks.errors import KDHooksError, listed
-from kdhooks.factories import factory_named, is_factory_name, made_by
+from kdhooks.errors import KDHooksError
 from kdhooks.generators import undisturbed_generators
 from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, option, read
-from kdhooks.teacher.cache import CacheOptions
-from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.table import FILES, Channels, NetworkFactory, TeacherTable, with_module
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.tensor_files import first_bytes, user_path
-
-NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
-"""A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
-
-Channels: TypeAlias = float | tuple[float] | tuple[float, float, float]
+from kdhooks.tensor_files import user_path
 
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FILES = ("checkpoint", "onnx")
-_BELONGS = {  # an option of the teacher's -> the sources that it belongs to
-    "checkpoint": ("network",),
-    "weights": ("network",),
-    "convert": ("onnx", "insightface"),
-    "output": ("onnx", "insightface"),
-    "root": ("insightface",),
-}
-
-
-class InputTable(Options, subject="recipe: teacher.input"):
-    """The images that the teacher expects, if they differ from the trainer's."""
-
-    size: tuple[int, int] | None = option(
-        None, "Height and width; by default those of the training images.", least=1, unit="pixels"
-    )
-    order: Literal["rgb", "bgr"] | None = option(None, "The order of the channels; by default rgb.")
-    mean: Channels | None = option(
-        None, "Subtracted from pixels in 0..255, in the order of the channels; by default 127.5."
-    )
-    std: Channels | None = option(
-        None, "The pixels are divided by it after that; by default 127.5.", above=0
-    )
-
-
-class TeacherTable(Options, subject="recipe: teacher"):
-    """Where the teacher comes from, and how it runs."""
-
-    module: nn.Module | Callable[..., object] | None = option(
-        None, "The module itself, or a function (b 3 h w) -> (b e); in Python only."
-    )
-    network: str | Mapping[str, Any] | None = option(
-        None,
-        "The name of a network that the host can build, or package.module:factory; for MMEngine a "
-        "config.",
-    )
-    onnx: Path | None = option(None, "An ONNX file.")
-    insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
-    checkpoint: Path | None = option(None, "The file of the network's weights.")
-    weights: str = option(
-        "", "The place of the weights in the checkpoint, if several sets fit, such as ema."
-    )
-    output: str | None = option(
-        None, "The output of the ONNX file that is the embedding, if it has several."
-    )
-    root: Path | None = option(
-        None, "The folder of insightface's packs; by default ~/.insightface."
-    )
-    convert: bool = option(
-        False, "Turn the ONNX file into a torch module, whose features can be tapped."
-    )
-    classifier: Tensor | Rows | Path | None = option(
-        None,
-        "The class rows (c e): a file, a pattern of checkpoint_gpu_*.pt shards, or the name of a "
-        "weight of the teacher.",
-    )
-    input: InputTable = option(InputTable(), "The images that the teacher expects.")
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "The precision of an autocast around the teacher."
-    )
-    channels_last: bool = option(False, "Keep the weights in channels_last memory order.")
-    compile: bool | Literal["reduce-overhead", "max-autotune"] = option(
-        False, "Whether to use torch.compile, or its mode."
-    )
-    side_stream: bool = option(False, "Run beside the student on CUDA, which takes more memory.")
-    micro_batch: int | None = option(
-        None, "The most images in one call of the teacher; by default the batch.", least=1
-    )
-    cache: CacheOptions | Path | None = option(
-        None, "A folder that keeps the embeddings, so that a view is embedded once."
-    )
-
-    rules: ClassVar[Mapping[str, Any]] = {
-        "oneOf": [{"required": [source]} for source in ("network", "onnx", "insightface")],
-        "dependentRequired": {"network": ["checkpoint"], "checkpoint": ["network"]},
-    }
-
-    def check(self) -> None:
-        sources = [key for key in ("module", "network", "onnx", "insightface") if self.has(key)]
-        if len(sources) != 1:
-            raise KDHooksError(
-                "recipe: teacher needs exactly one of module, network, onnx, insightface; found "
-                f"{listed(sources)}"
-            )
-        if self.has("network") and not self.has("checkpoint"):
-            raise KDHooksError(
-                "recipe: teacher.network needs teacher.checkpoint, since a network without weights "
-                f"knows nothing; found {listed(self.given())}"
-            )
-        for key, owners in _BELONGS.items():
-            if self.has(key) and sources[0] not in owners:
-                raise self.refused(
-                    key, f"belongs to teacher.{' and '.join(owners)}; found {sources[0]}"
-                )
-        for key in _FILES:
-            path = getattr(self, key)
-            if path is not None:
-                first_bytes(path, f"recipe: teacher.{key}")
-        if isinstance(self.cache, Path):
-            object.__setattr__(
-                self, "cache", CacheOptions.read({"path": self.cache}, "recipe: teacher.cache")
-            )
 
 
 class SideTaps(Options, subject="recipe: taps"):
@@ -233,6 +123,11 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     model: Any
     if spec.module is not None:
         model = spec.module
+    elif spec.config is not None:
+        raise KDHooksError(
+            f"recipe: teacher.config is a config file of MMEngine, and '{spec.config}' is not read "
+            "in this trainer; give the module itself as teacher"
+        )
     else:
         path = spec.onnx or insightface_model(
             str(spec.insightface), spec.root or "~/.insightface", spec.output
@@ -265,41 +160,6 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
     )
 
 
-def with_module(
-    spec: TeacherTable, network: NetworkFactory | None = None, preferred: str = ""
-) -> TeacherTable:
-    """A teacher's table with its network made and loaded; class rows may be in the same file.
-
-    preferred: the host's place of the weights in a checkpoint that has several sets of them.
-    """
-    name = spec.network
-    if name is None:
-        return spec
-    assert spec.checkpoint is not None
-    # A misspelt factory is found before the file is read.
-    factory = factory_named(str(name), "teacher.network") if is_factory_name(name) else None
-    if factory is None and network is None:
-        raise KDHooksError(
-            f"teacher network {name!r} is built by a host's own factory, and there is none here; "
-            "name a function of your own as package.module:factory, give the module itself as "
-            "teacher, or kdhooks.build(…, network=factory)"
-        )
-    checkpoint = load_checkpoint(spec.checkpoint)
-    if factory is not None:
-        module = made_by(factory, str(name), "teacher.network")
-    else:
-        assert network is not None
-        module = network(name, checkpoint.largest())
-    module = load_strictly(module, checkpoint, spec.weights, preferred)
-    classifier = spec.classifier
-    if isinstance(classifier, Path):
-        inside = {**checkpoint.tensors, **dict(module.named_parameters())}
-        classifier = Rows.open(classifier, inside)
-    return replace(
-        spec, module=module, classifier=classifier, network=None, checkpoint=None, weights=""
-    )
-
-
 def _average(numbers: Channels | None) -> float:
     assert numbers is not None
     return sum(numbers) / len(numbers) if isinstance(numbers, tuple) else numbers
@@ -319,7 +179,7 @@ def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         }
         return {**found, **whole}
 
-    teacher = inside(teacher, *_FILES, "root", "classifier", "cache")
+    teacher = inside(teacher, *FILES, "root", "classifier", "cache")
     if isinstance(teacher.get("cache"), Mapping):
         teacher = {**teacher, "cache": inside(teacher["cache"], "path")}
     return {**table, "teacher": teacher}

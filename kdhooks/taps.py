@@ -1,5 +1,6 @@
 """Records the outputs of named modules, and refuses those that would train the wrong thing."""
 
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,9 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
     """The submodule at a path, whatever wrappers stand in front of it or in between.
 
-    `path@2` names the same submodule as `path`.
+    `path@2` and `path[-1]` name the same submodule as `path`.
     """
-    path, _ = split_call(path, side)
+    path, *_ = split_path(path, side)
     if path == "":
         return model
     known: dict[str, nn.Module] = {
@@ -58,14 +59,20 @@ def find(model: nn.Module, path: str, side: str) -> nn.Module:
     return module
 
 
-def split_call(path: str, side: str) -> tuple[str, int]:
-    """`path@2` -> ("path", 2), the submodule's second call in a forward; without @, call 0."""
+def split_path(path: str, side: str) -> tuple[str, int | None, int]:
+    """`path[-1]@2` -> ("path", -1, 2): the last of the outputs of the submodule's second call.
+
+    Without [], all that it puts out; without @, call 0.
+    """
     path, at, call = path.partition("@")
     if at and not (call.isdecimal() and int(call) > 0):
         raise KDHooksError(
             f"{side} tap '{path}@{call}' must name a call by its number, as in '{path}@2'"
         )
-    return path, int(call or 0)
+    numbered = re.fullmatch(r"(.*)\[(-?\d+)\]", path)
+    if numbered is None:
+        return path, None, int(call or 0)
+    return numbered[1], int(numbered[2]), int(call or 0)
 
 
 def _without_wrappers(path: str) -> str:
@@ -76,7 +83,10 @@ class Taps:
     """Keeps the outputs of named modules between `open` and `close`, until they are taken."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
-        """paths: a module that runs several times in one forward needs the call: `path@2`."""
+        """
+        paths: `path@2` names a call of a module that runs several times in one forward, and
+            `path[-1]` one of several tensors that it puts out.
+        """
         self._side = side
         self.recording = False
         self._records: dict[str, tuple[Tensor, int]] = {}  # with the version that each had
@@ -86,7 +96,7 @@ class Taps:
         self._none_called = dict.fromkeys(self._paths, 0)
         self._calls = dict(self._none_called)  # of each path, in this forward
         self._handles: list[Removable] = [
-            module.register_forward_hook(partial(self._record, path, split_call(path, side)[1]))
+            module.register_forward_hook(partial(self._record, path, *split_path(path, side)[1:]))
             for path, module in found
         ]
 
@@ -107,7 +117,13 @@ class Taps:
         self.close(kind is None)
 
     def _record(
-        self, path: str, wanted: int, module: nn.Module, args: tuple[Any, ...], output: object
+        self,
+        path: str,
+        place: int | None,
+        wanted: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: object,
     ) -> None:
         if not self.recording:
             return
@@ -119,17 +135,35 @@ class Taps:
                 f"{self._side} tap '{path or 'output'}' ran twice in one forward; name the call "
                 f"whose output is meant: '{path}@1' or '{path}@2'"
             )
-        if isinstance(output, tuple | list) and len(output) == 1:
-            output = output[0]  # mmpretrain's backbones and necks
-        if not isinstance(output, Tensor):
-            raise KDHooksError(
-                f"{self._side} tap '{path or 'output'}' must put out a tensor; "
-                f"found {type(output).__name__}; name a submodule that returns one tensor"
-            )
+        output = self._chosen(output, path, place)
         self.fired = True
         # An inference tensor has no version; nothing can be written into it outside of its mode.
         version = -1 if output.is_inference() else output._version
         self._records[path] = output, version
+
+    def _chosen(self, output: object, path: str, place: int | None) -> Tensor:
+        """The tensor that a module put out, or the one of them that is meant."""
+        several = list(output) if isinstance(output, tuple | list) else None
+        kind = type(output).__name__ + ("" if several is None else f" of {len(several)}")
+        if several is None and place is not None:
+            raise KDHooksError(
+                f"{self._side} tap '{path}' must name one of several outputs; found {kind}; leave "
+                f"'[{place}]' away"
+            )
+        if several is not None and (place is not None or len(several) == 1):
+            place = place or 0  # one alone, as of mmpretrain's backbones and necks
+            if not -len(several) <= place < len(several):
+                raise KDHooksError(
+                    f"{self._side} tap '{path}' must name one of several outputs; found {kind}"
+                )
+            output = several[place]
+        if not isinstance(output, Tensor):
+            raise KDHooksError(
+                f"{self._side} tap '{path or 'output'}' must put out a tensor; "
+                f"found {kind}; name a submodule that returns one tensor"
+                f"{f', or one of these: {path}[-1] is the last' if several else ''}"
+            )
+        return output
 
     def take(self) -> dict[str, Tensor]:
         """Each path's output of the last forward, in float32 at least. The records end here."""

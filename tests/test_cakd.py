@@ -256,7 +256,10 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
         input_shape=(3, 32, 32),
     )
     assert distiller.adapter is None
-    assert "cakd: the teacher has no transformer blocks, so it gets no prompts" in caplog.messages
+    assert (
+        "cakd: the teacher has no transformer blocks of a kind that prompts can join, so it gets "
+        "none"
+    ) in caplog.messages
     caplog.clear()
     assert CAKD(prompts=PromptTokens(number=0)).adapt_teacher(Model(teacher.module, 12)) is None
     assert not caplog.messages

@@ -33,6 +33,7 @@ CLASSES = ("chunked_sums", "cosines", "rows", "shards")
 FILES = ("arguments", "tensor_files")
 FOR_PLUGINS = {
     "declarations",
+    "stages",
     "hookspecs",
     "errors",
     "kinds",

@@ -112,6 +112,17 @@ def test_block_distill(folder: None) -> None:
     assert terms(runner) == ["fcd", "rkd"]
 
 
+def test_block_config(folder: None) -> None:
+    config = Config.fromfile("your_config.py")
+    config.model, config.data_preprocessor = config.teacher, config.teacher.data_preprocessor
+    config.model.pop("data_preprocessor")
+    config.dump("teacher_config.py")
+    runner = ran("config")
+    assert terms(runner) == ["fcd"]
+    teacher = runner.model.kdhooks.distiller._session.teacher.module
+    assert type(teacher.data_preprocessor).__name__ == "ImgDataPreprocessor"
+
+
 def test_block_recipe(folder: None) -> None:
     lines = ["methods = ['fcd']", "[teacher]", "checkpoint = 'teacher.pth'", "[teacher.network]"]
     model = Config.fromfile("your_config.py").model

@@ -175,6 +175,43 @@ def test_a_module_that_puts_out_no_tensor_is_refused() -> None:
         net(images())
 
 
+class Three(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, x + 1, x + 2
+
+
+def test_one_of_several_outputs_is_named_by_its_place() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Three())
+    taps = StudentTaps(net, ["0", "1[0]", "1[-1]", "1[1]@1"])
+    net(images())
+    taken = taps.take()
+    assert taken["1[0]"] is taken["0"]
+    assert torch.equal(taken["1[-1]"], taken["0"] + 2)
+    assert torch.equal(taken["1[1]@1"], taken["0"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        ("1[3]", r"'1\[3\]' must name one of several outputs; found tuple of 3"),
+        ("1[-4]", r"'1\[-4\]' must name one of several outputs; found tuple of 3"),
+        ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave '\[0\]' away"),
+        ("1", r"must put out a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
+    ],
+)
+def test_a_place_that_is_not_there_is_refused(path: str, match: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Three())
+    StudentTaps(net, [path])
+    with pytest.raises(KDHooksError, match=match):
+        net(images())
+
+
+@pytest.mark.parametrize("path", ["1[a]", "1[]", "1[0", "9[0]"])
+def test_a_wrong_place_names_no_submodule(path: str) -> None:
+    with pytest.raises(KDHooksError, match="student has no submodule"):
+        StudentTaps(nn.Sequential(nn.Identity(), Three()), [path])
+
+
 def test_a_tuple_of_one_tensor_is_that_tensor() -> None:
     class Single(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor]:

@@ -13,19 +13,20 @@ from kdhooks_plugins._windows import check_windows, is_windowed, window_attentio
 Forward: TypeAlias = Callable[..., Tensor]
 
 SUPPORTED = (
-    "blocks with norm1, attn, norm2 and mlp, whose attn has qkv: a ViT's, on tokens (b n k), or a "
-    "Swin's, whose attn takes windows ((b w) n k) and a mask (as in arcface_torch, FaceX-Zoo, timm)"
+    "blocks with norm1 or ln1, attn, norm2 or ln2, and mlp or ffn, whose attn has qkv: a ViT's, on "
+    "tokens (b n k), or a Swin's, whose attn takes windows ((b w) n k) and a mask (as in "
+    "arcface_torch, FaceX-Zoo, timm, mmpretrain)"
 )
-_PARTS = ("norm1", "attn", "norm2", "mlp")
+_PARTS = (
+    ("norm1", "attn", "norm2", "mlp"),
+    ("norm1", "attn", "norm2", "ffn"),  # mmpretrain's Swin
+    ("ln1", "attn", "ln2", "ffn"),  # its ViT
+)
 
 
 def transformer_blocks(teacher: nn.Module) -> dict[str, nn.Module]:
     """What has the parts of a block, by path; each one tried out."""
-    blocks = {
-        path: module
-        for path, module in teacher.named_modules()
-        if {name for name, _ in module.named_children()}.issuperset(_PARTS)
-    }
+    blocks = {path: module for path, module in teacher.named_modules() if _parts(module)}
     for path, block in blocks.items():
         try:
             _try(block)
@@ -37,18 +38,31 @@ def transformer_blocks(teacher: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
+def _parts(module: nn.Module) -> tuple[str, ...]:
+    """The names of a block's parts; none if it is no block."""
+    names = {name for name, _ in module.named_children()}
+    return next((parts for parts in _PARTS if names.issuperset(parts)), ())
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    """What has qkv; mmpretrain's Swin has it inside of what shifts the windows."""
+    attn = block.get_submodule("attn")
+    return dict(attn.named_children()).get("w_msa", attn)
+
+
 @torch.no_grad()
 def _try(block: nn.Module) -> None:
-    weight = block.get_parameter("attn.qkv.weight")
-    if is_windowed(block.get_submodule("attn")):
-        check_windows(block.get_submodule("attn"), weight)
+    attn = _attention(block)
+    weight = attn.get_parameter("qkv.weight")
+    if is_windowed(attn):
+        check_windows(attn, weight)
     else:
         block(weight.new_zeros(1, 3, width(block)))  # it must take any number of tokens
 
 
 def width(block: nn.Module) -> int:
     """k of the block's tokens."""
-    return block.get_parameter("attn.qkv.weight").shape[1]
+    return _attention(block).get_parameter("qkv.weight").shape[1]
 
 
 def last_block(blocks: Mapping[str, nn.Module], stage: Stage) -> str:
@@ -76,7 +90,7 @@ def run_prompted(
         return forward(x, *args, **kwargs)
 
     copies = prompts.expand(len(x), -1, -1)
-    if is_windowed(block.get_submodule("attn")):
+    if is_windowed(_attention(block)):
         return _run_windows(block, run, copies, x)
     return _run_tokens(run, copies, x)
 
@@ -92,7 +106,8 @@ def _run_windows(
     block: nn.Module, forward: Forward, prompts: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(b t k), (b … k) -> (b … k), (b t k)."""
-    norm1, attn, norm2, mlp = (block.get_submodule(part) for part in _PARTS)
+    norm1, _, norm2, mlp = (block.get_submodule(part) for part in _parts(block))
+    attn = _attention(block)
     mixed: list[Tensor] = []
 
     def attend(windows: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -103,6 +118,8 @@ def _run_windows(
     with replaced_forward(attn, attend):
         x = forward(x)
     prompts = prompts + mixed.pop()
+    if getattr(mlp, "add_identity", False):  # mmcv's FFN
+        return x, mlp(norm2(prompts), identity=prompts)
     return x, prompts + mlp(norm2(prompts))
 
 

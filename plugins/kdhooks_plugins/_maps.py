@@ -27,6 +27,7 @@ class Grid:
     channels: int
     size: tuple[int, int]  # (h w) as probed
     layout: Literal["k h w", "h w k", "n k"] = "k h w"
+    prefix: int = 0  # tokens in front of those of the pixels
 
     @staticmethod
     def of(stage: Stage, owner: str) -> "Grid":
@@ -42,12 +43,15 @@ class Grid:
                 "end of a stage, in front of pooling and flattening"
             )
         n, k = stage.shape
-        if math.isqrt(n) ** 2 != n:
+        side = math.isqrt(n - stage.prefix)
+        if side**2 != n - stage.prefix:
             raise KDHooksError(
-                f"{name}: tokens must fill a square grid; found {n} of them; name a submodule "
-                "that puts out the patches alone, all of them and no class token"
+                f"{name}: tokens must fill a square grid; found {n} of them"
+                f"{f', {stage.prefix} of which are no patches' if stage.prefix else ''}; name a "
+                "submodule that puts out the patches alone, all of them and no class token, or let "
+                "the network say how many tokens precede them, as num_prefix_tokens"
             )
-        return Grid(name, k, (math.isqrt(n), math.isqrt(n)), "n k")
+        return Grid(name, k, (side, side), "n k", stage.prefix)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(b k h w), (b h w k), or tokens (b n k) -> (b k h w)."""
@@ -56,6 +60,7 @@ class Grid:
         if self.layout == "h w k":
             return rearrange(x, "b h w k -> b k h w")
         h, w = self.size
+        x = x[:, self.prefix :]
         if x.shape[1] != h * w:
             raise KDHooksError(
                 f"{self.name} puts out {x.shape[1]} tokens in training and {h * w} when probed: "

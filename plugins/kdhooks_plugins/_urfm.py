@@ -39,6 +39,7 @@ class PixelFeatures(nn.Module):
         """prompts: how many tokens precede the pixels; they have positions of their own."""
         super().__init__()
         self.grid = grid
+        self.prompts = prompts
         self.project = nn.Linear(grid.channels, width)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("buckets", buckets, persistent=False)
@@ -55,6 +56,9 @@ class PixelFeatures(nn.Module):
         if self.prompt_positions is None:
             x = pixels(x, self.grid)
         else:
+            # What the network itself puts before its patches is between these and those.
+            own = self.prompts + self.grid.prefix
+            x = torch.cat([x[:, : self.prompts], x[:, own:]], dim=1)
             positions = torch.cat([self.prompt_positions, positions])
         return self.norm(self.project(x)), positions
 

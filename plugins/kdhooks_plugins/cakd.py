@@ -231,7 +231,10 @@ class CAKD(Options):
         t = self._prompts_a_block(teacher)
         if not t:
             if self._number is None:
-                log.warning("cakd: the teacher has no transformer blocks, so it gets no prompts")
+                log.warning(
+                    "cakd: the teacher has no transformer blocks of a kind that prompts can join, "
+                    "so it gets none"
+                )
             return None
         assert teacher.module is not None
         blocks = transformer_blocks(teacher.module)
@@ -253,8 +256,9 @@ class CAKD(Options):
         elif number:
             raise KDHooksError(
                 f"cakd: prompts join transformer blocks, and the teacher "
-                f"{type(teacher.module).__name__} has none; supported are {SUPPORTED}; set "
-                "prompts = { number = 0 }, or leave it out, to let the teacher run as it is"
+                f"{type(teacher.module).__name__} has none of a kind that they can join; supported "
+                f"are {SUPPORTED}; set prompts = {{ number = 0 }}, or leave it out, to let the "
+                "teacher run as it is"
             )
         else:
             t = 0

@@ -22,11 +22,12 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
     energies: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        grid = Grid.of(Stage(stage, tuple(output.shape[1:])), "saliency_map")
+        grid = Grid.of(Stage.of(teacher, stage, output), "saliency_map")
         energies.append(grid(output).float().square().sum(dim=(0, 1)).cpu())
 
+    teacher.eval()  # which returns nothing in mmpretrain
     try:
-        tapped = teacher.eval().get_submodule(stage)
+        tapped = teacher.get_submodule(stage)
     except AttributeError as error:
         raise KDHooksError(
             f"saliency_map: the network has no submodule '{stage}' ({error}); kdhooks taps lists "

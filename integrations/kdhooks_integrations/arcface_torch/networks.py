@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
-from kdhooks.recipe import NetworkFactory, Recipe
+from kdhooks.recipe import Recipe
+from kdhooks.teacher.table import NetworkFactory
 
 
 class Backbones:

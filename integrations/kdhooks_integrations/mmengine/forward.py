@@ -69,11 +69,14 @@ class Forward:
             f"{_described(arguments)}; name their place as images = 'argument.field'"
         )
 
-    def labels(self, arguments: Arguments, count: int) -> Tensor:
-        """(b): the class of each image."""
+    def labels(self, arguments: Arguments, count: int, first: bool = True) -> Tensor:
+        """(b): the class of each image; first: whether this batch may wait for the device."""
         for path in [self._labels] if self._labels else LABELS:
             found = _classes(_at(arguments, path), count)
             if found is not None:
+                if ".gt_label" in path:
+                    beside = f"{path.partition('.gt_label')[0]}.gt_score"
+                    _check_unmixed(_at(arguments, beside), found, first)
                 return found
         raise KDHooksError(
             f"mmengine: labels must be one class number for each of {count} images, at "
@@ -108,6 +111,31 @@ def _classes(value: Any, count: int) -> Tensor | None:
     if not isinstance(value, Tensor) or value.is_floating_point() or value.numel() != count:
         return None
     return value.reshape(-1).long()
+
+
+def _check_unmixed(scores: Any, labels: Tensor, first: bool) -> None:
+    """mmpretrain keeps the shares of the classes beside the class, as gt_score (c)."""
+    if not isinstance(scores, list) or not all(isinstance(one, Tensor) for one in scores):
+        return
+    if len({one.shape for one in scores}) > 1 or scores[0].ndim != 1:
+        return
+    if scores[0].is_cuda and not first:
+        return
+    most, classes = torch.stack(scores).max(dim=1)
+    mixed = (most < 0.999) | (classes.to(labels.device) != labels).to(most.device)
+    if mixed.any():
+        raise KDHooksError(
+            "mmengine: labels must be one class number for each image, and "
+            f"{int(mixed.sum())} of {len(labels)} are mixed of several classes by their gt_score; "
+            "leave what mixes them away (Mixup, CutMix, label smoothing), or take methods without "
+            "labels, such as fcd"
+        )
+
+
+def mixing_augments(model: nn.Module) -> list[str]:
+    """The batch_augments of its data_preprocessor that mix images of two classes."""
+    augments: Any = getattr(getattr(model, "data_preprocessor", None), "batch_augments", None)
+    return [type(one).__name__ for one in getattr(augments, "augments", ()) if hasattr(one, "mix")]
 
 
 def _described(arguments: Arguments) -> str:

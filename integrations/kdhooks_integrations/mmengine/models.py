@@ -1,28 +1,32 @@
 """MMEngine's models: how they are built, and where they keep embedding, stages and classifier."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.model import BaseModel
+from mmengine.config import Config
+from mmengine.model import BaseModel, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.hookspecs import hookimpl
-from kdhooks.recipe import Recipe, with_module
+from kdhooks.recipe import Recipe
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
-from kdhooks.teacher.input_transform import channels
+from kdhooks.teacher.table import InputTable, with_module
 from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.mmengine.checkpoints import readable
+from kdhooks_integrations.mmengine.images import Seen, check_order, teachers_input
+from kdhooks_integrations.mmengine.stages import stages_of
 
 _BACKBONES = ("backbone", "img_backbone")
 _EMBEDDING = ("neck", *_BACKBONES)  # the first of these puts it out
-_CLASSIFIER = ("head.weight", "head.fc.weight")
-_STAGES = ("layer{}", "stage{}")
+_CLASSIFIER = (
+    "head.weight", "head.fc.weight", "head.norm_product.weight", "head.layers.head.weight",
+)  # fmt: skip
 
 
 def built(config: object, what: str) -> Any:
@@ -32,8 +36,38 @@ def built(config: object, what: str) -> Any:
         )
     try:
         return MODELS.build(config)
+    except KDHooksError:
+        raise
     except KeyError as error:
         raise KDHooksError(f"mmengine: {what}: {error.args[0]}") from error
+    except Exception as error:
+        raise KDHooksError(
+            f"mmengine: {what} can't be built from its config; {type(error).__name__}: {error}"
+        ) from error
+
+
+def network_of(path: Path) -> dict[str, Any]:
+    """The model's config in a config file, with what it needs of the rest of the file."""
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:
+        raise KDHooksError(
+            f"mmengine: teacher.config: '{path}' can't be read as a config; "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    model = deepcopy(config.get("model"))
+    outer = config.get("data_preprocessor")
+    if isinstance(model, dict) and "student" in model:  # of kdhooks.Distill
+        outer = model.get("data_preprocessor", outer)
+        model = model.get("student")
+    if not isinstance(model, dict):
+        raise KDHooksError(
+            f"mmengine: teacher.config: '{path}' must have a model, dict(type=…); found {model!r}"
+        )
+    for key, value in (("data_preprocessor", outer), ("_scope_", config.get("default_scope"))):
+        if value is not None:
+            model.setdefault(key, value)  # as MMEngine's Runner does
+    return model
 
 
 class Conventions:
@@ -44,15 +78,10 @@ class Conventions:
         children = dict(model.named_children())
         name = next((name for name in _BACKBONES if name in children), "")
         backbone = children.get(name, model)
-        stages = Backbones().model_stages(backbone)
-        inside = dict(backbone.named_children())
-        for pattern in _STAGES:
-            numbered = [pattern.format(number) for number in (1, 2, 3, 4)]
-            if stages is None and all(stage in inside for stage in numbered):
-                stages = numbered
-        if stages is None and isinstance(inside.get("stages"), nn.ModuleList | nn.Sequential):
-            stages = [f"stages.{number}" for number, _ in inside["stages"].named_children()]
-        return None if stages is None else [f"{name}.{stage}".lstrip(".") for stage in stages]
+        known = Backbones().model_stages(backbone)
+        if known is None or not set(known) <= {path for path, _ in backbone.named_modules()}:
+            known = stages_of(backbone)
+        return None if known is None else [f"{name}.{stage}".lstrip(".") for stage in known]
 
 
 def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
@@ -75,111 +104,131 @@ def _embedding_of(model: nn.Module) -> str | None:
     return next((name for name in _EMBEDDING if name in children), None)
 
 
-def own_classifier(student: nn.Module, path: str) -> ClassShard | None:
+def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, str]:
+    """The student's rows (c d), and what to say of them to a method that compares logits."""
     known = dict(student.named_parameters())
     if path and path not in known:
         raise KDHooksError(
             f"mmengine: classifier = '{path}': the student has no such parameter; "
             f"{near_miss(path, known)}it has {len(known)}"
         )
-    rows = next((known[name] for name in ([path] if path else _CLASSIFIER) if name in known), None)
-    if rows is None or (rows.ndim != 2 and not path):
-        return None
-    if rows.ndim != 2:
-        raise KDHooksError(
-            f"mmengine: classifier = '{path}' must be rows (c d); found shape {tuple(rows.shape)}"
+    name = path or next((name for name in _CLASSIFIER if name in known), "")
+    if not name:
+        return None, ""
+    rows, owner = known[name], student.get_submodule(name.rpartition(".")[0])
+    if path:
+        _check_rows(path, rows, owner, f"classifier = '{path}'")
+    elif rows.ndim != 2 or getattr(owner, "k", 1) != 1:
+        return None, ""
+    doubt = ""
+    if not path and isinstance(getattr(owner, "bias", None), Tensor):
+        doubt = (
+            f"compares cosines to the rows '{name}', and the student's head adds a bias to these, "
+            "so that its own logits are not what is compared; take a head without a bias, or say "
+            f"classifier = '{name}' to compare the cosines all the same"
         )
-    return ClassShard(rows, 0, len(rows))
+    return ClassShard(rows, 0, len(rows)), doubt
 
 
-def with_teacher(recipe: Recipe) -> Recipe:
-    """A teacher of MMEngine's kind: built, found to be given what it expects, its embedding named.
+def _check_rows(path: str, rows: Tensor, owner: nn.Module, what: str) -> None:
+    if rows.ndim != 2:
+        raise KDHooksError(f"mmengine: {what} must be rows (c d); found shape {tuple(rows.shape)}")
+    if getattr(owner, "k", 1) != 1:  # mmpretrain's NormProduct
+        raise KDHooksError(
+            f"mmengine: {what} must have a row for each class; found {owner.k} sub-centres for "
+            "each; take a head with num_subcenters = 1, or a method that needs no rows"
+        )
+
+
+def with_teacher(recipe: Recipe, student: Seen) -> Recipe:
+    """A teacher of MMEngine's kind: built, given what it expects, its embedding named.
 
     Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
     """
+    teacher, taps, named = recipe.teacher, recipe.taps, recipe.teacher.classifier
+    if teacher.config is not None:
+        teacher = replace(teacher, config=None, network=network_of(teacher.config))
     # Beside state_dict, EMAHook keeps those weights that are not the ones to be used.
-    teacher = with_module(
-        recipe.teacher,
-        lambda config, _: built(config, "teacher.network"),
-        preferred="state_dict",
-    )
-    taps = recipe.taps
-    if isinstance(teacher.module, BaseModel):
-        _check_images(teacher.module, teacher.input.given())
-        if taps.teacher.embedding is None:
-            embedding = _embedding_of(teacher.module) or ""
-            taps = replace(taps, teacher=replace(taps.teacher, embedding=embedding))
+    teacher = with_module(teacher, _network, preferred="state_dict")
+    model = teacher.module
+    check_order(student, model, teacher.input.given())
+    if not isinstance(model, nn.Module):
+        return replace(recipe, teacher=teacher)
+    seen = teachers_input(student, model, teacher.input.given())
+    teacher = replace(teacher, input=InputTable.read(seen))
+    if isinstance(named, Path) and (rows := _rows_of(model, named)) is not None:
+        teacher = replace(teacher, classifier=rows)
+    if isinstance(model, BaseModel) and taps.teacher.embedding is None:
+        embedding = _embedding_of(model) or ""
+        taps = replace(taps, teacher=replace(taps.teacher, embedding=embedding))
     return replace(recipe, teacher=teacher, taps=taps)
 
 
+def _network(config: object, _: object) -> nn.Module:
+    network = built(config, "teacher.network")
+    if not isinstance(network, nn.Module):
+        raise KDHooksError(
+            "mmengine: teacher.network must be the config of a module; it builds a "
+            f"{type(network).__name__}"
+        )
+    return network
+
+
+def _rows_of(teacher: nn.Module, given: Path) -> Tensor | None:
+    """The parameter that teacher.classifier names; None if it names a file."""
+    if given.is_file():
+        return None
+    known = dict(teacher.named_parameters())
+    name = given.name
+    if name in known:
+        owner = teacher.get_submodule(name.rpartition(".")[0])
+        _check_rows(name, known[name], owner, f"teacher.classifier = '{name}'")
+        return known[name].detach()
+    if hint := near_miss(name, known):
+        raise KDHooksError(
+            f"mmengine: teacher.classifier = '{name}' is neither a file nor a parameter of the "
+            f"teacher; {hint}it has {len(known)}"
+        )
+    return None
+
+
 def initialised(config: Mapping[str, Any]) -> nn.Module:
-    """A teacher that its own init_cfg gives its weights: all of them, where it names a file."""
+    """A teacher whose init_cfg, and those of its parts, give it its weights.
+
+    Where one names a file, that holds all weights of the part.
+    """
     model: nn.Module = built(config, "teacher.module")
-    init = getattr(model, "init_cfg", None)
-    if not init:
-        return model
-    file = init.get("checkpoint", "") if isinstance(init, dict) else ""
-    if not Path(file).is_file():
-        model.init_weights()  # type: ignore[operator]  # of mmengine's BaseModule
-        return model
-    prefix = f"{init.get('prefix', '')}.".lstrip(".")
+    if not isinstance(model, nn.Module):
+        return model  # a function
+    found = {name: getattr(part, "init_cfg", None) for name, part in model.named_modules()}
+    files = {
+        name: init
+        for name, init in found.items()
+        if isinstance(init, dict) and init.get("type") in ("Pretrained", PretrainedInit)
+    }
+    for name, init in files.items():
+        _load(model.get_submodule(name), init, f"{name}.init_cfg".lstrip("."))
+    if not files and found[""]:
+        try:
+            model.init_weights()  # type: ignore[operator]  # of mmengine's BaseModule
+        except Exception as error:
+            raise KDHooksError(
+                f"mmengine: teacher.module can't be initialised by its init_cfg; "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return model
+
+
+def _load(part: nn.Module, init: Mapping[str, Any], key: str) -> None:
+    file = init.get("checkpoint")
+    if not isinstance(file, str | Path) or not Path(file).expanduser().is_file():
+        raise KDHooksError(
+            f"mmengine: teacher.module: {key} must name a file of this machine as its checkpoint; "
+            f"found {file!r}; fetch it before, where it is an address"
+        )
+    prefix = f"{init.get('prefix') or ''}.".lstrip(".")
     with readable():
         checkpoint = load_checkpoint(file)
     state = checkpoint.largest()
-    of_it = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    return load_strictly(model, replace(checkpoint, content=of_it))
-
-
-def _check_images(model: nn.Module, said: Mapping[str, Any]) -> None:
-    """What the teacher's own data_preprocessor would do is said in teacher.input."""
-    mean, std = _normalisation(model)
-    usual = (mean == 127.5).all() and (std == 127.5).all()
-    if not usual and not {"mean", "std"} <= set(said):
-        raise KDHooksError(
-            "mmengine: the teacher's data_preprocessor normalises with mean "
-            f"{mean.flatten().tolist()} and std {std.flatten().tolist()}; say the same as "
-            "teacher.input = dict(mean=…, std=…)"
-        )
-    _check_order(model, said, "teacher", "teacher.input")
-
-
-def _check_order(model: nn.Module, said: Mapping[str, Any], whose: str, key: str) -> None:
-    preprocessor: Any = getattr(model, "data_preprocessor", None)
-    if getattr(preprocessor, "_channel_conversion", False) and "order" not in said:
-        raise KDHooksError(
-            f"mmengine: the {whose}'s data_preprocessor turns the channels round; say how they "
-            f"come out: {key} = dict(order='rgb') after bgr_to_rgb, 'bgr' after rgb_to_bgr"
-        )
-
-
-def _normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """mean and std (3 1 1) of a model's data_preprocessor, the recipe's own where it has none."""
-    preprocessor: Any = getattr(model, "data_preprocessor", None)
-    if getattr(preprocessor, "_enable_normalize", False):
-        return preprocessor.mean, preprocessor.std
-    usual = torch.full((3, 1, 1), 127.5)
-    return usual, usual
-
-
-def to_recipes_images(
-    student: nn.Module, given: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None, bool]:
-    """scale, shift (3 1 1) and whether to flip: from the student's images to the recipe's."""
-    mean, std = (
-        torch.tensor(channels(given[key], f"mmengine: input.{key}"), dtype=torch.float32).reshape(
-            -1, 1, 1
-        )
-        if key in given
-        else own
-        for key, own in zip(("mean", "std"), _normalisation(student), strict=True)
-    )
-    if not (std > 0).all():
-        raise KDHooksError(f"mmengine: input.std must be positive; found {given['std']!r}")
-    _check_order(student, given, "student", "input")
-    order = given.get("order", "rgb")
-    if order not in ("rgb", "bgr"):
-        raise KDHooksError(f"mmengine: input.order must be 'rgb' or 'bgr'; found '{order}'")
-    bgr = order == "bgr"
-    if (mean == 127.5).all() and (std == 127.5).all():
-        return None, None, bgr
-    return std / 127.5, (mean - 127.5) / 127.5, bgr
+    of_it = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    load_strictly(part, replace(checkpoint, content=of_it))

@@ -24,14 +24,19 @@ from kdhooks_integrations.mmengine.student import Distillation, attach
 def Distill(
     student: Mapping[str, Any] | nn.Module | None = None,
     recipe: str | Path | None = None,
+    data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
     **table: Any,
 ) -> nn.Module:
     """The student itself, built by its config, with the losses of the methods among its own.
 
     recipe: a TOML file; or its keys are given here: teacher, methods, taps, input_shape, seed.
+    data_preprocessor: the student's, if its config has none; MMEngine's runners put that of the
+        config's top level here. A student that is built already has its own.
     The other keys are those of `Options`.
     """
     options = Options.read(recipe, table)
+    if isinstance(student, dict) and data_preprocessor is not None:
+        student = {"data_preprocessor": data_preprocessor, **student}
     model = student if isinstance(student, nn.Module) else built(student, "student")
     attach(model, options)
     return model

@@ -14,11 +14,11 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
 from kdhooks_integrations.mmengine.checkpoints import readable
-from kdhooks_integrations.mmengine.forward import Arguments, Forward
+from kdhooks_integrations.mmengine.forward import Arguments, Forward, mixing_augments
+from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import (
     Conventions,
     own_classifier,
-    to_recipes_images,
     with_embedding,
     with_teacher,
 )
@@ -42,27 +42,48 @@ class Distillation(nn.Module):
         self.forward_of = Forward(student, options.images, options.labels)
         recipe = with_embedding(options.recipe, student)
         device = next(student.parameters()).device
+        seen = Seen.of(student).but(options.input)
+        head, doubt = own_classifier(student, options.classifier)
         with readable():  # a teacher's checkpoint
             with undisturbed_generators(recipe.seed, device):
-                recipe = with_teacher(recipe)
+                recipe = with_teacher(recipe, seen)
             self.distiller = build(
                 recipe,
                 student,
-                head=own_classifier(student, options.classifier),
+                head=head,
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
             )
+        try:
+            self._check_labels(student, doubt)
+        except BaseException:
+            self.distiller.remove()
+            raise
         self.distiller.advise(
             "in MMEngine, train_step must call the model itself, in training mode and with "
             "mode='loss', and parse_losses must train the sum of all keys with 'loss' in their "
             "names, as BaseModel's do"
         )
-        scale, shift, self.bgr = to_recipes_images(student, options.input)
+        scale, shift, self.bgr = seen.to_recipes()
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
         self.ran = False  # whether this process has distilled a step
         self._others = ""  # what a checkpoint's methods were, where not these
+
+    def _check_labels(self, student: nn.Module, doubt: str) -> None:
+        """That there will be class numbers, and scores, of the kind that methods need."""
+        for tap in self.distiller.taps:
+            if tap.needs_head and doubt:
+                raise KDHooksError(f"mmengine: {tap.name} {doubt}")
+        mixing = mixing_augments(student)
+        if self.distiller.labelled and mixing:
+            raise KDHooksError(
+                f"mmengine: {listed(self.distiller.labelled)} need one class number an image, and "
+                f"the student's batch_augments ({listed(mixing)}) mix images of two classes; "
+                "leave these away (train_cfg.augments in mmpretrain), or take methods without "
+                "labels, such as fcd"
+            )
 
     def trained(self) -> list[nn.Parameter]:
         """What is optimised besides the student."""
@@ -82,7 +103,10 @@ class Distillation(nn.Module):
         if not self.ran:
             self._set_first_step()
         images = self.forward_of.images(arguments)
-        labels = self.forward_of.labels(arguments, len(images)).to(images.device)
+        labels = None
+        if self.distiller.labelled:
+            labels = self.forward_of.labels(arguments, len(images), first=not self.ran)
+            labels = labels.to(images.device)
         seen_by_teacher = self._as_recipe_says(images)
         terms = self.distiller(images, labels, teacher_images=seen_by_teacher)
         self.ran = True
