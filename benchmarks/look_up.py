@@ -22,6 +22,7 @@ from benchmarks.command import command, start, write
 from benchmarks.measuring import in_turns, summaries, timed, told
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.cache_files import Keys, Parts
+from kdhooks_demo.options import whole
 
 AT_ONCE = 1 << 16  # records to write
 CPU = torch.device("cpu")
@@ -80,9 +81,9 @@ def picture(measured: Sequence[Mapping[str, Any]]) -> Figure:
 def main() -> None:
     parser = command("look_up", __doc__, turns=200)
     add = parser.add_argument
-    add("--views", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
-    add("--dim", type=int, default=512)
-    add("--batch-size", type=int, default=128)
+    add("--views", type=whole(1), nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    add("--dim", type=whole(1), default=512)
+    add("--batch-size", type=whole(1), default=128)
     options = start(parser)
     measured = []
     for views in options.views:

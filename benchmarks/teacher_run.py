@@ -35,6 +35,7 @@ from benchmarks.measuring import (
 from benchmarks.networks import network, settle
 from kdhooks import Distiller, Teacher
 from kdhooks.teacher.session import TeacherSession
+from kdhooks_demo.options import whole
 
 STAND_IN = "stand-in"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -224,7 +225,7 @@ def main() -> None:
     add("--student", default="mbf", help="a backbone of the checkout")
     add("--teacher", nargs="+", default=["r50"], help="likewise; each in turn")
     add("--runs", nargs="+", choices=list(RUNS))
-    add("--batch-size", type=int, nargs="+", default=[16], help="each in turn")
+    add("--batch-size", type=whole(1), nargs="+", default=[16], help="each in turn")
     options = start(parser)
     if options.arcface_torch:
         sys.path.insert(0, options.arcface_torch)

