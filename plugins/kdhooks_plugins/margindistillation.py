@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard, KDHooksError, Model, hookimpl
+from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Weight
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
@@ -32,9 +33,10 @@ class TeacherMargins(nn.Module):
 
     @torch.no_grad()
     def margins(self, teacher: Tensor, labels: Tensor, classifier: ClassShard) -> Tensor:
-        """(b e), (b), classifier -> (b), from low to high."""
+        """(b e), (b), classifier -> (b), from low to high, which the best of all ranks has."""
         fit = classifier.own(teacher, labels).clamp(min=0)
-        return self.low + (self.high - self.low) * fit / fit.max().clamp(min=1e-6)
+        all_ranks = fit if classifier.group else gather(fit, world())
+        return self.low + (self.high - self.low) * fit / all_ranks.max().clamp(min=1e-6)
 
 
 class MarginDistillation:
