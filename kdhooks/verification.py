@@ -209,7 +209,8 @@ def _numbers(name: str, values: ArrayLike) -> Floats:
 
 
 def _check_far(far: float) -> None:
-    if isinstance(far, str | bool) or not np.isscalar(far) or not 0 < far <= 1:
+    number = isinstance(far, int | float | np.floating) and not isinstance(far, bool)
+    if not number or not 0 < far <= 1:
         raise KDHooksError(f"far must lie in (0, 1], got {far}; one in a thousand is 1e-3")
 
 

@@ -40,19 +40,14 @@ def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor
     In the embedding's own precision, whatever autocast is on. Differentiable once: a gradient of
     this gradient would be wrong.
     """
+    if not torch.is_grad_enabled():
+        embedding, rows = embedding.detach(), rows.detach()
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OverRows.apply
     if torch.compiler.is_compiling():
         # Each chunk would be compiled anew, up to the limit of recompilations, and a compiled
         # measure may refuse the several gradients that are taken of it.
-        return torch.compiler.disable(_summed)(measure, embedding, rows)
-    return _summed(measure, embedding, rows)
-
-
-def _summed(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not torch.is_grad_enabled():
-        embedding, rows = embedding.detach(), rows.detach()
-    found: tuple[Tensor, Tensor, Tensor]
-    found = _OverRows.apply(measure, embedding, rows)  # type: ignore[no-untyped-call]  # torch's
-    return found
+        apply = torch.compiler.disable(apply)
+    return apply(measure, embedding, rows)
 
 
 def chunk_size(embedding: Tensor, trained: bool) -> int:
