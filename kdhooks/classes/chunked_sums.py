@@ -46,7 +46,7 @@ def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor
     if torch.compiler.is_compiling():
         # Each chunk would be compiled anew, up to the limit of recompilations, and a compiled
         # measure may refuse the several gradients that are taken of it.
-        apply = torch.compiler.disable(apply)
+        apply = torch.compiler.disable(apply)  # pyright: ignore[reportAssignmentType]  # a function
     return apply(measure, embedding, rows)
 
 
