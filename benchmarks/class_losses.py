@@ -20,6 +20,7 @@ from benchmarks.command import command, start, write
 from benchmarks.measuring import in_turns, judged_by, peak_bytes, summaries
 from benchmarks.plain_losses import GROUP, Loss, plain_of
 from kdhooks import ClassShard, Model
+from kdhooks.arguments import at_least
 from kdhooks_plugins.adadistill import AdaDistill
 from kdhooks_plugins.gkd import GKD
 from kdhooks_plugins.kd import KD
@@ -136,10 +137,10 @@ def main() -> None:
     parser = command("class_losses", __doc__, turns=7)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    add("--classes", type=int, nargs="+", default=[20_000, 50_000, 100_000, 200_000])
+    add("--classes", type=at_least(1), nargs="+", default=[20_000, 50_000, 100_000, 200_000])
     add("--forms", nargs="+", default=list(STYLES), choices=list(STYLES))
-    add("--batch-size", type=int, default=128)
-    add("--dim", type=int, default=512)
+    add("--batch-size", type=at_least(1), default=128)
+    add("--dim", type=at_least(1), default=512)
     options = start(parser)
     kind = judged_by(options.device)
     measured: dict[str, Any] = {}

@@ -14,16 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import Spread
+from kdhooks.arguments import at_least, make_folder, usable_device
+from kdhooks.errors import KDHooksError
 
 
 def command(name: str, about: str | None, turns: int) -> argparse.ArgumentParser:
     """With the options of all benchmarks."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--turns", type=int, default=turns)
-    add("--device", type=torch.device, default=device)
-    add("--threads", type=int, default=torch.get_num_threads())
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--turns", type=at_least(1), default=turns)
+    add("--device", type=usable_device, default=default)
+    add("--threads", type=at_least(1), default=torch.get_num_threads())
     add("--out", type=Path, default=Path("bench-out"), help="folder for the results")
     return parser
 
@@ -32,7 +34,10 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options of the command line, obeyed as far as they are those of all benchmarks."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(options.out)
+    except KDHooksError as error:
+        parser.error(str(error))
     return options
 
 

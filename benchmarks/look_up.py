@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import command, start, write
 from benchmarks.measuring import in_turns, summaries, timed, told
+from kdhooks.arguments import at_least
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.cache_files import Keys, Parts
 
@@ -82,9 +83,9 @@ def picture(measured: Sequence[Mapping[str, Any]]) -> Figure:
 def main() -> None:
     parser = command("look_up", __doc__, turns=200)
     add = parser.add_argument
-    add("--views", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
-    add("--dim", type=int, default=512)
-    add("--batch-size", type=int, default=128)
+    add("--views", type=at_least(1), nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    add("--dim", type=at_least(1), default=512)
+    add("--batch-size", type=at_least(1), default=128)
     options = start(parser)
     measured = []
     for views in options.views:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.command import command, start, write
 from benchmarks.measuring import Work, in_turns, judged_by, peak_bytes, summaries, told
+from kdhooks.arguments import at_least
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins.neighbours import COLUMNS, ROWS, nearest_of
 
@@ -65,9 +66,9 @@ def picture(measured: Sequence[dict[str, Any]], kind: str) -> Figure:
 def main() -> None:
     parser = command("mining", __doc__, turns=7)
     add = parser.add_argument
-    add("--classes", type=int, nargs="+", default=[20_000, 100_000, 500_000])
-    add("--dim", type=int, default=512)
-    add("--k", type=int, default=100)
+    add("--classes", type=at_least(1), nargs="+", default=[20_000, 100_000, 500_000])
+    add("--dim", type=at_least(1), default=512)
+    add("--k", type=at_least(1), default=100)
     options = start(parser)
     kind = judged_by(options.device)
     measured = []

@@ -25,6 +25,7 @@ from benchmarks.measuring import Spread, in_turns, judged_by, summaries, told
 from benchmarks.networks import DIM, network, settle
 from benchmarks.profiling import STEPS, Spans, Trace, fastest_step, parts_of, traced
 from kdhooks import Distiller, Teacher
+from kdhooks.arguments import at_least
 from kdhooks.later import Sent
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.fingerprints import ViewKeys
@@ -171,10 +172,15 @@ def picture(
 def main() -> None:
     parser = command("teacher_cache", __doc__, turns=24)
     add = parser.add_argument
-    add("--student", type=int, default=48, help="width of its first stage")
-    add("--teacher", type=int, default=96, help="width of its first stage, which has a block more")
-    add("--batch-size", type=int, default=16)
-    add("--batches", type=int, default=4, help="different ones")
+    add("--student", type=at_least(1), default=48, help="width of its first stage")
+    add(
+        "--teacher",
+        type=at_least(1),
+        default=96,
+        help="width of its first stage, which has a block more",
+    )
+    add("--batch-size", type=at_least(1), default=16)
+    add("--batches", type=at_least(1), default=4, help="different ones")
     add("--profile", action="store_true", help="also where the time of a cached step goes")
     options = start(parser)
     kind = judged_by(options.device)

@@ -34,6 +34,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.networks import network, settle
 from kdhooks import Distiller, Teacher
+from kdhooks.arguments import at_least
 from kdhooks.teacher.session import TeacherSession
 
 STAND_IN = "stand-in"
@@ -224,7 +225,7 @@ def main() -> None:
     add("--student", default="mbf", help="a backbone of the checkout")
     add("--teacher", nargs="+", default=["r50"], help="likewise; each in turn")
     add("--runs", nargs="+", choices=list(RUNS))
-    add("--batch-size", type=int, nargs="+", default=[16], help="each in turn")
+    add("--batch-size", type=at_least(1), nargs="+", default=[16], help="each in turn")
     options = start(parser)
     if options.arcface_torch:
         sys.path.insert(0, options.arcface_torch)

@@ -1,39 +1,84 @@
 """Values of the commands' options, checked while the command line is read."""
 
-from argparse import ArgumentTypeError
+import argparse
+import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from kdhooks.errors import KDHooksError
+from kdhooks.tensor_files import user_path
 
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name, refused at once if torch can't put a tensor on it."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise KDHooksError(
-            f"--device must be one that this machine has, like cpu, cuda or cuda:0; found '{name}' "
-            f"({reason}); take --device cpu"
-        ) from error
-    if device.type == "meta":
-        raise KDHooksError("--device must hold numbers; found 'meta'; take --device cpu")
-    return device
+_DIGITS = 9
 
 
 def at_least(least: int) -> Callable[[str], int]:
     """The type of an option that is a whole number of at least that."""
 
     def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise ArgumentTypeError(f"must be a whole number, at least {least}; found {text}")
-        return value
+        if not (text.isascii() and text.isdecimal()) or int(text[:_DIGITS]) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, at least {least}; found {text}"
+            )
+        if len(text) > _DIGITS:
+            raise argparse.ArgumentTypeError(f"must have {_DIGITS} digits at most; found {text}")
+        return int(text)
 
     return number
+
+
+def share(text: str) -> float:
+    """The type of an option that lies between 0 and 1."""
+    found = _number(text)
+    if not 0 < found < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1; found '{text}'")
+    return found
+
+
+def factor(text: str) -> float:
+    """The type of an option that multiplies a weight."""
+    found = _number(text)
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0; found '{text}'")
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def usable_device(text: str) -> torch.device:
+    """The type of an option that names a device on which torch can put a tensor here."""
+    number = re.fullmatch(r"cuda:(\d+)", text)
+    if number and int(number[1]) >= torch.cuda.device_count():  # torch takes 900 for another one
+        raise argparse.ArgumentTypeError(
+            f"must be one that this machine has; found '{text}', and "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # torch raises four kinds of them
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise argparse.ArgumentTypeError(
+            "must be one that this machine has, like cpu, cuda or cuda:0; found "
+            f"'{text}' ({reason})"
+        ) from error
+    return device
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder for the results of a command, with those around it."""
+    folder = user_path(path, "--out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KDHooksError(
+            f"--out must be a folder that can be written; '{path}' can't be made ({error.strerror})"
+        ) from error
+    return folder

@@ -7,7 +7,7 @@ t thresholds, k folds.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +46,11 @@ def verify(
     fars: Iterable[float] = (1e-2, 1e-3),
 ) -> Verification:
     """(p), (p) -> every measure of this module at once; `folds` as in `fold_accuracies`."""
+    if not isinstance(fars, Iterable) or isinstance(fars, str):
+        raise KDHooksError(f"fars must be several numbers, got {fars!r}; write ({fars!r},)")
+    fars = tuple(fars)
+    for far in fars:
+        _check_far(far)
     accuracies = fold_accuracies(scores, same, folds)
     return Verification(
         accuracy=float(accuracies.mean()),
@@ -85,7 +90,9 @@ def best_threshold(scores: ArrayLike, same: ArrayLike) -> float:
     """
     thresholds, accepted_same, accepted_different = _accepted(*_checked_pairs(scores, same))
     best = int(np.argmax(accepted_same - accepted_different))
-    return float(np.append(thresholds, -np.inf)[best : best + 2].mean())
+    above, below = np.append(thresholds, -np.inf)[best : best + 2]
+    halfway = above / 2 + below / 2
+    return float(halfway if halfway > below else above)  # no number may lie between them
 
 
 def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> float:
@@ -100,10 +107,9 @@ def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> float:
     nan when `far` is below one over the number of different-person pairs: one accepted pair is
     then too many and none says nothing about so small a rate.
     """
-    if not 0 < far <= 1:
-        raise KDHooksError(f"far must lie in (0, 1], got {far}; one in a thousand is 1e-3")
+    _check_far(far)
     values, flags = _checked_pairs(scores, same)
-    if far * (~flags).sum() < 1:
+    if far < 1 / np.sum(~flags):  # rates are divided in the same way, and 49 · (1 / 49) is below 1
         return float("nan")
     curve = roc(values, flags)
     return float(curve.tar[curve.far <= far].max())
@@ -121,7 +127,7 @@ def roc(scores: ArrayLike, same: ArrayLike) -> ROC:
 
 def unit(embeddings: ArrayLike) -> Floats:
     """(n d) -> (n d), rows of length one."""
-    rows = np.asarray(embeddings, dtype=np.float64)
+    rows = _numbers("embeddings", embeddings)
     if rows.ndim != 2:
         raise KDHooksError(f"embeddings must be (n d), got {rows.shape}; stack one row per image")
     lengths: Floats = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -136,13 +142,13 @@ def unit(embeddings: ArrayLike) -> Floats:
 
 def flip_summed(embeddings: ArrayLike, flipped: ArrayLike) -> Floats:
     """(n d), (n d) -> (n d), the sum over an image and its mirror image, then unit length."""
-    straight, mirrored = np.asarray(embeddings), np.asarray(flipped)
+    straight, mirrored = _numbers("embeddings", embeddings), _numbers("flipped", flipped)
     if straight.shape != mirrored.shape:
         raise KDHooksError(
             f"flipped must have the shape of embeddings, {straight.shape}, got {mirrored.shape}; "
             f"embed the same images twice"
         )
-    return unit(straight.astype(np.float64) + mirrored)
+    return unit(straight + mirrored)
 
 
 def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None = None) -> Floats:
@@ -158,7 +164,7 @@ def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None
             f"other must have the shape of embeddings, {first.shape}, got {second.shape}; "
             f"models are comparable only on the same images and in one embedding space"
         )
-    rows = np.asarray(pairs)
+    rows = _array("pairs", pairs)
     if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iu":
         raise KDHooksError(
             f"pairs must be integers (p 2), got {rows.dtype} {rows.shape}; name two rows per pair"
@@ -184,8 +190,32 @@ def _accepted(values: Floats, same: Flags) -> tuple[Floats, Counts, Counts]:
     )
 
 
+def _array(name: str, values: object) -> NDArray[Any]:
+    """As numpy has it; a tensor that numpy can't share, and rows of several lengths, get words."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise KDHooksError(
+            f"{name} must be an array, but numpy can't make one ({error}); give rows of one "
+            "length, or tensor.detach().float().cpu().numpy()"
+        ) from error
+
+
+def _numbers(name: str, values: ArrayLike) -> Floats:
+    found = _array(name, values)
+    if found.dtype.kind not in "iuf":
+        raise KDHooksError(f"{name} must be real numbers, got {found.dtype}; convert them first")
+    return found.astype(np.float64)
+
+
+def _check_far(far: float) -> None:
+    number = isinstance(far, int | float | np.floating) and not isinstance(far, bool)
+    if not number or not 0 < far <= 1:
+        raise KDHooksError(f"far must lie in (0, 1], got {far}; one in a thousand is 1e-3")
+
+
 def _checked_pairs(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Flags]:
-    values, flags = np.asarray(scores, dtype=np.float64), np.asarray(same)
+    values, flags = _numbers("scores", scores), _array("same", same)
     if values.ndim != 1 or flags.shape != values.shape:
         raise KDHooksError(
             f"scores and same must both be (p), got {values.shape} and {flags.shape}; "
@@ -208,7 +238,7 @@ def _checked_pairs(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Flags]:
 
 def _fold_ids(folds: int | ArrayLike, pairs: int) -> Counts:
     """A count or ids (p) -> (p)."""
-    given = np.asarray(folds)
+    given = _array("folds", folds)
     if given.dtype.kind not in "iu":
         raise KDHooksError(f"folds must be integers, got {given.dtype}; number the folds")
     if given.ndim == 0:

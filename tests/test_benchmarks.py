@@ -145,16 +145,22 @@ def test_an_incomplete_last_line_is_dropped(
         ("--rows labels nosuch", "--rows: there is no row 'labels'; did you mean 'labels alone'?"),
         ("--rows nosuch", "the rows are labels alone, fcd, proxylesskd"),
         ("--sweep --rows proxylesskd", "there is no row 'proxylesskd'"),
-        ("--processes 0", "--processes: must be a whole number of at least 1; found '0'"),
-        ("--processes -1", "--processes: must be a whole number of at least 1; found '-1'"),
+        ("--processes 0", "--processes: must be a whole number, at least 1; found 0"),
+        ("--processes -1", "--processes: must be a whole number, at least 1; found -1"),
         ("--images-seen 0", "--images-seen: must be"),
         ("--batch 0", "--batch: must be"),
         ("--seeds 0", "--seeds: must be"),
         ("--threads 0", "--threads: must be"),
         ("--images-seen 20", "--images-seen must be at least --batch; found 20 and 30"),
-        ("--device foo", "--device: must be cpu, cuda or cuda:N; found 'foo'"),
-        ("--device meta", "--device: must be cpu, cuda or cuda:N; found 'meta'"),
-        ("--device cuda:99", "--device: torch finds"),
+        (
+            "--device foo",
+            "--device: must be one that this machine has",
+        ),
+        (
+            "--device meta",
+            "--device: must be one that this machine has",
+        ),
+        ("--device cuda:99", "--device: must be one that"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(

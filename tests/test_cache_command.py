@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("PIL")
 
+from PIL import Image
+
 from benchmarks.recordio_files import people, png, write_records
 from kdhooks import KDHooksError
 from kdhooks.cli import main
@@ -21,6 +23,7 @@ from kdhooks.teacher.cache_files import Parts
 from kdhooks.teacher.fingerprints import HEADER
 from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
+from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer
 
@@ -250,9 +253,12 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
     [
         (("info", "absent"), f"'absent' holds no {HEADER}; name the folder of a cache"),
         (("verify", "."), f"'.' holds no {HEADER}"),
-        ((*BUILD, "absent"), "--data must be a folder or a zip file; 'absent' is neither"),
-        ((*BUILD, "kd.toml"), "--data must be a folder or a zip file; 'kd.toml' is neither"),
-        ((*BUILD, "small"), "must have the size that the trainer gives the student, (112, 112)"),
+        (
+            (*BUILD, "absent"),
+            "must be a folder or a zip file with pictures; 'absent' does not",
+        ),
+        ((*BUILD, "kd.toml"), "'kd.toml' can't be read as a zip file"),
+        ((*BUILD, "small"), "'a.png' is 112x50 (width x height), where 112x112 is needed"),
         ((*BUILD, "empty"), "folder with train.rec and train.idx; found none in 'empty'"),
         (
             (*BUILD[:3], "--batch-size", "0", "--data", "folders"),
@@ -270,6 +276,28 @@ def test_a_wrong_command_says_the_way_out(
     Path("bare.toml").write_text(RECIPE.replace('cache = "cache"\n', ""))
     cache(*argv, status=2)
     assert said in capsys.readouterr().err
+
+
+def test_build_embeds_the_rest_before_it_names_unreadable_pictures(capsys: Captured) -> None:
+    """Headers that are no picture's are found before; what is cut short, in the pass."""
+    cut = [Path("folders", name) for name in ("person0/000.png", "person1/001.png")]
+    for path in cut:
+        Image.open(path).save(path, "JPEG")
+        path.write_bytes(path.read_bytes()[:-300])
+    cache(*BUILD, "folders", status=2)
+    said = capsys.readouterr().err
+    assert "found 2 faults among 24 pictures of 'folders': 'person0/000.png' can't be dec" in said
+    write_pictures(Path())
+    cache(*BUILD, "folders")
+    assert capsys.readouterr().out.endswith("of which 44 were there\n")
+    Path("folders/person0/000.png").write_bytes(b"")
+    cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders", status=2)
+    assert "found 1 faults among 24 pictures" in capsys.readouterr().err
+
+
+def test_pictures_of_another_number_of_channels_are_refused() -> None:
+    with pytest.raises(KDHooksError, match=r"pictures have 3 channels; input_shape .* says 1"):
+        next(Pictures("folders").batches(["person0/000.png"], 1, (1, 112, 112)))
 
 
 def test_recipe_and_data_go_together(capsys: Captured) -> None:

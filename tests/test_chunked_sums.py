@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,7 +61,13 @@ def loss_of(name: str) -> nn.Module:
 
 
 def forward(
-    name: str, seed: int, b: int, c: int, rows_at_a_time: int, dtype: torch.dtype = torch.float64
+    name: str,
+    seed: int,
+    b: int,
+    c: int,
+    rows_at_a_time: int,
+    dtype: torch.dtype = torch.float64,
+    wrapped: Callable[[nn.Module], Any] = lambda loss: loss,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and what it trains."""
     NUMBERS["cpu"] = rows_at_a_time * max(b, WIDTH)
@@ -71,7 +78,7 @@ def forward(
     if name in COMPARE:
         rows.append(ClassShard(head, 0, c))
     teacher = normal(seed + 3, b, WIDTH).to(dtype)
-    value: Tensor = loss_of(name).to(dtype)(student, teacher, labels, *rows)[0]
+    value: Tensor = wrapped(loss_of(name).to(dtype))(student, teacher, labels, *rows)[0]
     return value, [student, head][: len(rows)]
 
 
@@ -302,6 +309,50 @@ def test_a_mean_without_any_log_is_that_of_all_chunks(trained: bool) -> None:
             torch.autograd.grad(y.sum(), inputs, retain_graph=True) for y in (mean, whole)
         )
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("gone", [(0, 1), (0, 1, 2, 3), (2, 3), (4, 5), (6,), (1, 2, 3, 4, 5, 6)])
+def test_a_chunk_may_be_left_out_whole(gone: tuple[int, ...], trained: bool) -> None:
+    """Of two classes at a time, by a score of -inf; the softmax of such a chunk is not defined."""
+    x, rows = normal(1, 3, 4).requires_grad_(), normal(2, 7, 4).requires_grad_(trained)
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[1, list(gone)] = True
+
+    def of(x: Tensor, chunk: ClassShard) -> Wanted:
+        v = x @ chunk.weight.T
+        part = mask[:, chunk.offset : chunk.offset + len(chunk.weight)]
+        z = v.masked_fill(part, -torch.inf)
+        return Wanted(logs=[z, 2 * v], means=[(v, z.detach())])
+
+    NUMBERS["cpu"] = 2 * 4
+    (logs, means) = ClassShard(rows, 0, 7).over_classes(of, x)
+    whole = of(x, ClassShard(rows, 0, 7))
+    expected = [z.logsumexp(dim=1) for z in whole.logs]
+    expected += [(v * z.softmax(dim=1)).sum(dim=1) for v, z in whole.means]
+    inputs = [x, rows][: 1 + trained]
+    for found, wanted in zip([*logs, *means], expected, strict=True):
+        assert_close(found, wanted)
+        ours, theirs = (
+            torch.autograd.grad(y.sum(), inputs, retain_graph=True) for y in (found, wanted)
+        )
+        assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
+@pytest.mark.parametrize("name", ["kd", "thkd"])
+def test_chunks_are_not_compiled_each(name: str) -> None:
+    """A compiled loss has as many graphs for ten chunks as for one, and is the same loss."""
+    graphs: dict[int, int] = {}
+    for size in (20, 2):
+        counted = CompileCounterWithBackend("aot_eager")
+        torch.compiler.reset()
+        value, _ = forward(name, 1, 3, 20, size, wrapped=partial(torch.compile, backend=counted))
+        value.backward()
+        graphs[size] = counted.frame_count
+        assert_close(value, forward(name, 1, 3, 20, size)[0])
+    torch.compiler.reset()
+    assert graphs[2] == graphs[20] > 0
 
 
 class _Norms(TorchDispatchMode):

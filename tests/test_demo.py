@@ -1,6 +1,5 @@
 """The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
 
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -21,18 +20,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("onnxruntime")
 
-from PIL import Image
-
-from kdhooks import KDHooksError
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.verification import Floats
 from kdhooks_demo import training
 from kdhooks_demo.align import TEMPLATE, align, similarity
-from kdhooks_demo.faces import Faces, read_faces, read_orl
+from kdhooks_demo.faces import read_orl
 from kdhooks_demo.main import main
 from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.packages import sface_file
-from kdhooks_demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
+from kdhooks_demo.pairs import make_pairs
 from kdhooks_demo.training import (
     ArcFaceHead,
     Lesson,
@@ -44,71 +40,12 @@ from kdhooks_demo.training import (
     embed,
     train,
 )
+from tests.demo_faces import made_faces, written
 from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
 from tests.test_recipe import export
 
 FAR = pytest.param(NAME, marks=python_devices)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
-
-
-def made_faces(people: int = 6, images: int = 4) -> Faces:
-    """Each person a pattern of colours, each image a little different."""
-    generator = np.random.default_rng(0)
-    patterns = generator.integers(40, 215, (people, 3, 7, 7))
-    pixels, names = [], []
-    for person in range(people):
-        for image in range(images):
-            noisy = patterns[person] + generator.integers(-20, 20, (3, 7, 7))
-            pixels.append(np.kron(noisy, np.ones((1, 16, 16))))
-            names.append(f"p{person}/p{person}_{image + 1:04d}")
-    return Faces(torch.from_numpy(np.stack(pixels)).to(torch.uint8), tuple(names))
-
-
-def written(faces: Faces, folder: Path) -> Path:
-    for image, name in zip(faces.images, faces.names, strict=True):
-        path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return folder
-
-
-# --- reading ---------------------------------------------------------------------------------
-
-
-def test_folder_and_zip_read_alike(tmp_path: Path) -> None:
-    faces = made_faces()
-    folder = written(faces, tmp_path / "faces")
-    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
-        for path in sorted(folder.rglob("*.png")):
-            archive.write(path, f"top/{path.relative_to(folder)}")
-        archive.writestr("top/readme.txt", "no face")
-    for source in (folder, tmp_path / "faces.zip"):
-        found = read_faces(source)
-        assert found.names == faces.names
-        assert torch.equal(found.images, faces.images)
-    assert found.labels.tolist() == [person for person in range(6) for _ in range(4)]
-
-
-def test_grey_images_become_rgb(tmp_path: Path) -> None:
-    for person in "ab":
-        (tmp_path / person).mkdir()
-        Image.new("L", (112, 112), 77).save(tmp_path / person / "1.png")
-    assert (read_faces(tmp_path).images == 77).all()
-
-
-def test_unreadable_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(KDHooksError, match="neither a folder nor a zip"):
-        read_faces(tmp_path / "absent")
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (112, 112)).save(tmp_path / "a" / "1.png")
-    with pytest.raises(KDHooksError, match="of two people at least; found 1 images"):
-        read_faces(tmp_path)
-    Image.new("RGB", (100, 90)).save(tmp_path / "a" / "2.png")
-    with pytest.raises(KDHooksError, match=r"112x112; '.*2\.png' is 100x90"):
-        read_faces(tmp_path)
-    (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(KDHooksError, match=r"2\.png' can't be read as an image"):
-        read_faces(tmp_path)
 
 
 # --- alignment -------------------------------------------------------------------------------
@@ -130,71 +67,6 @@ def test_similarity_is_the_one_that_was_applied() -> None:
     found = np.asarray(similarity(TEMPLATE, target))
     moved = TEMPLATE @ found[:, :2].T + found[:, 2]
     np.testing.assert_allclose(moved, target)
-
-
-# --- who trains, who is tested ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_nobody_tested_is_trained_on(seed: int) -> None:
-    faces = made_faces(people=8)
-    split = split_by_people(faces, 0.25, seed)
-    assert not set(split.train.people) & set(split.test.people)
-    assert len(set(split.test.people)) == 2
-    again = split_by_people(faces, 0.25, seed)
-    assert again.pairs.names == split.pairs.names
-
-
-def test_pairs_are_balanced_and_true() -> None:
-    faces = made_faces()
-    pairs = make_pairs(faces, 0)
-    assert pairs.same.sum() == (~pairs.same).sum() == 36
-    for (one, other), same in zip(pairs.names, pairs.same, strict=True):
-        assert one != other
-        assert (one.split("/")[0] == other.split("/")[0]) == same
-    assert len(set(map(frozenset, pairs.names))) == len(pairs.names)
-
-
-def test_lfw_pairs_are_read_from_the_last_fifth_of_the_folds(tmp_path: Path) -> None:
-    lines = ["10 1"]
-    for fold in range(10):
-        lines += [f"p{fold % 6} 1 2", f"p{fold % 6} 1 p{(fold + 1) % 6} 3"]
-    (tmp_path / "pairs.txt").write_text("\n".join(lines))
-    pairs = read_pairs(tmp_path / "pairs.txt")
-    assert pairs.names[0] == ("p2/p2_0001", "p2/p2_0002")
-    assert pairs.names[1] == ("p2/p2_0001", "p3/p3_0003")
-    assert pairs.same.tolist() == [True, False, True, False]
-    split = split_by_pairs(made_faces(), pairs)
-    assert set(split.train.people) == {"p0", "p1", "p5"}
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("ten", "must begin with the number of folds"),
-        ("10 1\np1 1 2", "it says 10 folds of 2 x 1; found 1 pairs"),
-        ("2 1\np1 1 2\np1 1 p2 2\np1 1 2\np1 one 2", 'must be "person 1 4" or "person 1 other 2"'),
-    ],
-)
-def test_pairs_files_that_say_something_else_are_refused(
-    text: str, match: str, tmp_path: Path
-) -> None:
-    (tmp_path / "pairs.txt").write_text(text)
-    with pytest.raises(KDHooksError, match=match):
-        read_pairs(tmp_path / "pairs.txt")
-
-
-def test_pairs_of_unknown_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "pairs.txt").write_text("2 1\np0 1 2\np0 1 p1 2\nzoe 1 2\np1 1 p2 2")
-    with pytest.raises(KDHooksError, match=r"2 of 8 are not, the first is 'zoe/zoe_0001'"):
-        split_by_pairs(made_faces(), read_pairs(tmp_path / "pairs.txt"))
-    with pytest.raises(KDHooksError, match="there is no file"):
-        read_pairs(tmp_path / "absent.txt")
-
-
-def test_too_few_people_are_refused() -> None:
-    with pytest.raises(KDHooksError, match="found 2 people, 2 of them with two images"):
-        split_by_people(made_faces(people=2), 0.5, 0)
 
 
 # --- material --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`kdhooks doctor`: a good recipe passes, and each fault is found where it is, with its way out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png, write_records
-from kdhooks import EmbeddingTap, hookimpl
+from kdhooks import EmbeddingTap, KDHooksError, hookimpl
 from kdhooks.cli import main
 from kdhooks_integrations.arcface_torch.commands.cost import held, kept_for_backward
 from kdhooks_integrations.arcface_torch.commands.faces import read_batch
@@ -25,6 +25,7 @@ CHECKS = (
 )  # fmt: skip
 TEACHER = '[teacher]\nnetwork = "tiny"\ncheckpoint = "model.pt"\n'
 ROWS = 'classifier = "rows.pt"\n'
+SHAPE = (3, 112, 112)
 STUDENT = ("--network", "wide", "--embedding-size", "16")
 
 
@@ -179,7 +180,7 @@ def test_a_batch_that_is_too_large_is_a_fault_without_a_traceback(
         ),
         (
             'methods = ["fcd"]\n' + TEACHER,
-            (*STUDENT, "--data", "absent"), "images", "found neither in 'absent'",
+            (*STUDENT, "--data", "absent"), "images", "'absent' does not exist",
         ),
         (
             'methods = ["fcd"]\n' + TEACHER,
@@ -225,11 +226,59 @@ def test_a_wrong_command_is_no_fault_of_the_recipe(
 def test_images_are_the_trainers(folder: Path) -> None:
     """Of both kinds of folder: the same pictures, labels and range."""
     pictures = people(CLASSES, 4)
-    images, labels, classes = read_batch("records", 24, None)
+    images, labels, classes = read_batch("records", 24, None, SHAPE)
     pixels = torch.stack([torch.from_numpy(picture) for picture, _ in pictures])
     torch.testing.assert_close((images + 1) * 127.5, pixels.permute(0, 3, 1, 2).float())
     assert (labels.tolist(), classes) == ([who for _, who in pictures], CLASSES)
-    assert read_batch("folders", 6, None)[1].tolist() == list(range(CLASSES))
+    assert read_batch("folders", 6, None, SHAPE)[1].tolist() == list(range(CLASSES))
+
+
+def write_people(folder: Path) -> Path:
+    for name in ("a/1.png", "b/deep/2.png", "c/.hidden", "top.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(people(1, 1)[0][0]))
+    return folder
+
+
+def test_labels_count_folders_as_the_trainer_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_people(tmp_path)
+    with pytest.raises(KDHooksError, match="has no pictures; found none in 'c', 1 of 3"):
+        read_batch(str(data), 2, None, SHAPE)
+    (data / "c/3.png").write_bytes(png(people(1, 1)[0][0]))
+    assert read_batch(str(data), 3, None, SHAPE)[1].tolist() == [0, 1, 2]
+    assert "several times" not in caplog.text
+    assert read_batch(str(data), 6, None, SHAPE)[1].tolist() == [0, 0, 1, 1, 2, 2]
+    assert "has 3 pictures for a batch of 6; it holds some of them several times" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (
+            lambda data: (data / "a/1.png").write_bytes(b"text"),
+            "'a/1.png' can't be read as",
+        ),
+        (
+            lambda data: (data / "a/1.png").write_bytes(png(people(1, 1)[0][0][:9])),
+            "is 112x9",
+        ),
+        (lambda data: (data / "train.idx").write_text("0\t0\n"), "found train.idx alone in"),
+    ],
+)
+def test_wrong_data_is_named(break_it: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    data = write_people(tmp_path)
+    (data / "c/3.png").write_bytes(png(people(1, 1)[0][0]))
+    break_it(data)
+    with pytest.raises(KDHooksError, match=re.escape(said)):
+        read_batch(str(data), 3, None, SHAPE)
+
+
+def test_a_folder_without_people_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "top.png").write_bytes(png(people(1, 1)[0][0]))
+    with pytest.raises(KDHooksError, match="or one folder a person; found neither in"):
+        read_batch(str(tmp_path), 2, None, SHAPE)
 
 
 # --- what it costs -------------------------------------------------------------------------------

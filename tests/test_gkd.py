@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from kdhooks import KDHooksError
 from kdhooks.classes.chunked_sums import NUMBERS
 from kdhooks.testing import check_method
+from kdhooks_plugins import gkd
 from kdhooks_plugins._margin import scores
 from kdhooks_plugins.gkd import GKD, GroupedScores
 from kdhooks_plugins.kd import KD
@@ -97,6 +98,42 @@ def test_groups_of_many_classes_are_those_of_sorted_scores(
     assert (taken != expected).sum(dim=1).max() <= alike
     assert_close(size, taken.sum(dim=1).to(dtype))
     assert size[0] > 10
+
+
+@pytest.mark.parametrize(
+    "edge", [31.69374656677246, -6.703126430511475, 23.812931060791016, -25.3797550201416]
+)
+def test_a_score_that_rounding_moves_into_a_bin_is_not_lost(
+    edge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 these lie just below the edge of the bin that their place is rounded into: the
+    first two if the bins have no slack at all, the others if they have it at their end alone.
+    """
+    z = torch.tensor([[edge + 3, edge, edge - 3]])
+    monkeypatch.setattr(gkd, "scores", lambda *given: z)
+    least, size = made(tau=1, largest=2, margin=0).group(
+        torch.zeros(1, 2), torch.tensor([-1]), whole(torch.zeros(3, 2))
+    )
+    assert edge - 3 < least <= edge
+    assert size == 2
+
+
+@pytest.mark.parametrize("own", [0, 4])
+def test_equal_scores_join_a_group_together(own: int) -> None:
+    """Whichever of them came first would depend on how classes lie in the ranks' memory."""
+    rows = torch.tensor([[1.0, 0], [0.8, 0.6], [0.8, -0.6], [0.8, 0.6], [-1, 0]]).double()
+    student = torch.tensor([[1.0, 0]]).double()
+    loss = made(tau=1, largest=2, margin=0)
+    assert loss.group(student, torch.tensor([own]), whole(rows))[1] == (4 if own == 0 else 2)
+
+
+def test_the_own_class_comes_first_however_unlikely_it_is() -> None:
+    """It counts with its own probability, and the likeliest others follow until tau."""
+    rows = torch.tensor([[1.0, 0], [0.9, 0.19**0.5], [-1, 0]]).double()
+    student = torch.tensor([[1.0, 0]]).double()
+    loss = made(tau=0.5, largest=2, margin=0, scale=4)
+    sizes = [loss.group(student, torch.tensor([y]), whole(rows))[1].item() for y in (0, 2, -1)]
+    assert sizes == [1, 2, 1]
 
 
 def test_a_group_of_all_classes_is_logit_distillation() -> None:

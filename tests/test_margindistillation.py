@@ -1,17 +1,21 @@
 """MarginDistillation: margins and loss against their equations."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
+from kdhooks.declarations import Step
 from kdhooks.testing import check_method
 from kdhooks_plugins.margindistillation import MarginDistillation, TeacherMargins
 from tests import golden
+from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import margindistillation as reference
 from tests.references.differences import central_differences
 
@@ -63,6 +67,51 @@ def test_agrees_with_the_equation(
     assert student.grad is not None
     found = central_differences(by_loop, at)
     assert_close(student.grad.numpy(), found, rtol=1e-5, atol=1e-7)
+
+
+# --- two ranks against one process -----------------------------------------------------------
+
+
+def _scenarios() -> dict[str, Results]:
+    """With the rows whole on every rank, and split; the teacher is surest on the second rank."""
+    return {"whole": _scenario(split=False), "split": _scenario(split=True)}
+
+
+def _scenario(split: bool) -> Results:
+    tap = MarginDistillation(scale=8.0).classifier_share(Model(None, 6), Model(None, 6))
+    b, (rank, size), rows = 8, here(), normal(1, 9, 6)
+    labels, sure = torch.arange(b), torch.linspace(0.1, 1, b)[:, None]
+    teacher = rows[:b] * sure + normal(2, b, 6)
+    head = nn.Linear(6, 6).double()
+    with torch.no_grad():
+        head.weight.copy_(normal(3, 6, 6))
+        head.bias.zero_()
+    shard = whole(rows)
+    if split and size > 1:
+        shard = ClassShard(rows.split((5, 4))[rank], 5 * rank, 9, group())
+    step = Step(
+        student=head(mine(normal(4, b, 6))),
+        student_features={},
+        teacher=mine(teacher),
+        teacher_features={},
+        labels=mine(labels),
+        parameters={},
+        classifier=shard,
+        head=None,
+    )
+    loss, notes = tap.loss(*tap.arguments(step))
+    loss.backward()
+    means = torch.stack([loss.detach(), notes["margin"]])
+    if size > 1:
+        dist.all_reduce(means)
+    return {"means": means / size, "gradients": mean_gradients(head)}
+
+
+def test_two_ranks_have_the_margins_of_one_process(tmp_path: Path) -> None:
+    alone = _scenarios()
+    for found in on_two_ranks(_scenarios, tmp_path):
+        for name, expected in alone.items():
+            assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_conforms_with_options() -> None:

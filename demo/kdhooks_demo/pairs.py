@@ -1,5 +1,6 @@
 """Who trains, who is tested, and on which pairs: nobody tested is ever trained on."""
 
+import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -58,6 +59,10 @@ def split_by_pairs(faces: Faces, pairs: Pairs) -> Split:
 
 def split_by_people(faces: Faces, share: float, seed: int) -> Split:
     """Hold out a share of the people who have two images or more, drawn by the seed."""
+    if not 0 < share < 1:
+        raise KDHooksError(
+            f"faces: the share of people to test on must lie between 0 and 1; found {share}"
+        )
     people, images = np.unique(faces.people, return_counts=True)
     able = people[images > 1]
     held = np.random.default_rng(seed).permutation(able)[: max(2, round(share * len(able)))]
@@ -72,12 +77,16 @@ def split_by_people(faces: Faces, share: float, seed: int) -> Split:
 
 
 def make_pairs(faces: Faces, seed: int) -> Pairs:
-    """All pairs of one person, at most MOST of them, and as many pairs of two people."""
+    """All pairs of one person, at most MOST of them, and as many pairs of two people.
+
+    Where fewer pairs of two people are drawn, there are fewer of one person too.
+    """
     generator = np.random.default_rng(seed)
     groups = [np.flatnonzero(faces.people == person) for person in np.unique(faces.people)]
     same = np.array([pair for rows in groups for pair in combinations(rows, 2)])
     same = generator.permutation(same)[:MOST]
     different = _different(faces, len(same), generator)
+    same = same[: len(different)]
     rows = np.concatenate([same, different])
     order = generator.permutation(len(rows))
     return Pairs(
@@ -102,11 +111,9 @@ def read_pairs(path: str | Path, fifth: int = 5) -> Pairs:
     The first line says how many folds, and how many pairs of a kind in each: "10 300". Then a
     line is "person 1 4", two images of one person, or "person 1 other 2".
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise KDHooksError(f"pairs: there is no file '{path}'")
-    header, *lines = (line.split() for line in path.read_text().splitlines() if line.strip())
-    if not (len(header) == 2 and all(word.isdecimal() for word in header)):
+    path = Path(os.path.expanduser(path))
+    (_, header), *lines = _words(path)
+    if not (len(header) == 2 and all(map(_is_number, header))):
         raise KDHooksError(
             f"pairs: '{path}' must begin with the number of folds and of pairs of a kind in each, "
             f'as "10 300"; found "{" ".join(header)}"'
@@ -118,29 +125,66 @@ def read_pairs(path: str | Path, fifth: int = 5) -> Pairs:
             f"says; it says {folds} folds of 2 x {of_a_kind}; found {len(lines)} pairs"
         )
     size = 2 * of_a_kind
+    pairs = [_pair(line, number, path) for number, line in lines]
+    kinds = np.array([len(line) == 3 for _, line in lines])
+    for fold, same in enumerate(kinds.reshape(folds, size).sum(axis=1), 1):
+        if same != of_a_kind:
+            raise KDHooksError(
+                f"pairs: each fold of '{path}' must hold as many pairs of one person as of two, "
+                f"{of_a_kind}; found {same} of one person among the {size} of fold {fold}"
+            )
     share = size * max(2, folds // 5)
     end = len(lines) - (5 - fifth) * share
     if end < share:
         raise KDHooksError(
             f"pairs: '{path}' has no fifth number {fifth} of two folds; found {folds} folds"
         )
-    tested = lines[end - share : end]
+    tested = slice(end - share, end)
     return Pairs(
-        names=tuple(_names(line, path) for line in tested),
-        same=np.array([len(line) == 3 for line in tested]),
-        folds=np.arange(len(tested)) // size,
+        names=tuple(pairs[tested]),
+        same=kinds[tested],
+        folds=np.arange(share, dtype=np.int64) // size,
     )
 
 
-def _names(line: list[str], path: Path) -> tuple[str, str]:
+def _words(path: Path) -> list[tuple[int, list[str]]]:
+    """The words of each line that has any, with the line's number."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise KDHooksError(f"pairs: there is no file '{path}'") from None
+    except OSError as error:
+        raise KDHooksError(
+            f"pairs: '{path}' can't be read ({error.strerror}); name a text file such as pairs.txt"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise KDHooksError(
+            f"pairs: '{path}' must be text in UTF-8; found {error}; save it in UTF-8"
+        ) from error
+    lines = [(number, line.split()) for number, line in enumerate(text.split("\n"), 1)]
+    if not any(words for _, words in lines):
+        raise KDHooksError(f"pairs: '{path}' is empty; name a file such as LFW's pairs.txt")
+    return [(number, words) for number, words in lines if words]
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) < 10
+
+
+def _pair(line: list[str], number: int, path: Path) -> tuple[str, str]:
     match line:
-        case [person, first, second] if first.isdecimal() and second.isdecimal():
-            other = person
-        case [person, first, other, second] if first.isdecimal() and second.isdecimal():
-            pass
+        case [person, first, second] if _is_number(first) and _is_number(second):
+            other, fault = person, int(first) == int(second)
+        case [person, first, other, second] if _is_number(first) and _is_number(second):
+            fault = person == other
         case _:
             raise KDHooksError(
                 f'pairs: a line of \'{path}\' must be "person 1 4" or "person 1 other 2"; '
-                f'found "{" ".join(line)}"'
+                f'found "{" ".join(line)}" in line {number}'
             )
+    if fault:
+        raise KDHooksError(
+            f"pairs: a line of '{path}' with three words must name two images of a person, and one "
+            f'with four two people; found "{" ".join(line)}" in line {number}'
+        )
     return f"{person}/{person}_{int(first):04d}", f"{other}/{other}_{int(second):04d}"

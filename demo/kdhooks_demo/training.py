@@ -204,7 +204,11 @@ def train(
         groups, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+        optimizer,
+        settings.lr,
+        total_steps=settings.steps,
+        pct_start=0.1 if settings.steps != 10 else 0.2,  # it divides by pct_start · steps - 1
+        cycle_momentum=False,
     )
     losses: list[Tensor] = []  # they stay on the device, which is not waited for in each step
     cosines: list[Tensor] = []

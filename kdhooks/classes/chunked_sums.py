@@ -21,10 +21,10 @@ NUMBERS = {"cpu": 1 << 20, "cuda": 3 << 25, "cuda, trained": 1 << 26}
 
 
 class Wanted(NamedTuple):
-    """What to know of all classes, by the scores (b k) of some; -1e30 leaves a class out."""
+    """What to know of all classes, by the scores (b k) of some; -1e30 or -inf leaves one out."""
 
     logs: Sequence[Tensor]  # z: log Σ_c exp(z_c)
-    means: Sequence[tuple[Tensor, Tensor]] = ()  # v and a constant z: Σ_c softmax(z)_c · v_c
+    means: Sequence[tuple[Tensor, Tensor]] = ()  # finite v and a constant z: Σ softmax(z) · v
 
 
 Measure: TypeAlias = Callable[[Tensor, Tensor, int], Wanted]
@@ -42,9 +42,12 @@ def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor
     """
     if not torch.is_grad_enabled():
         embedding, rows = embedding.detach(), rows.detach()
-    found: tuple[Tensor, Tensor, Tensor]
-    found = _OverRows.apply(measure, embedding, rows)  # type: ignore[no-untyped-call]  # torch's
-    return found
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OverRows.apply
+    if torch.compiler.is_compiling():
+        # Each chunk would be compiled anew, up to the limit of recompilations, and a compiled
+        # measure may refuse the several gradients that are taken of it.
+        apply = torch.compiler.disable(apply)  # pyright: ignore[reportAssignmentType]  # a function
+    return apply(measure, embedding, rows)
 
 
 def chunk_size(embedding: Tensor, trained: bool) -> int:
@@ -90,6 +93,7 @@ class _OverRows(torch.autograd.Function):
                     logs, total, values, slopes = len(wanted.logs), under, means, steps
                     continue
                 share = torch.sigmoid(under - total)  # of this chunk, among all so far
+                share = torch.where(under == -torch.inf, 0, share)  # even if all are -inf so far
                 total = torch.logaddexp(total, under)
                 values = values.lerp(means, share[logs:])
                 for index, slope in steps.items():
@@ -175,12 +179,14 @@ def _pairs(wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(b k) -> (b k), (b): softmax(z) and log Σ exp(z).
+    """(b k) -> (b k), (b): softmax(z) and log Σ exp(z); 0 and -inf if z is -inf in all of a chunk.
 
     Not by torch.logsumexp, whose exp takes a processor ten times as long where it underflows.
     """
-    p = z.softmax(dim=1)
-    return p, z.amax(dim=1) - p.amax(dim=1).log()
+    p, peak = z.softmax(dim=1), z.amax(dim=1)
+    gone = peak == -torch.inf
+    log = torch.where(gone, peak, peak - p.amax(dim=1).log())
+    return p.masked_fill_(gone[:, None], 0), log
 
 
 def _slopes(numbers: Sequence[_Number], x: Tensor) -> dict[int, Tensor]:

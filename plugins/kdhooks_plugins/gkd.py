@@ -84,8 +84,9 @@ class GroupedScores(nn.Module):
     def group(self, student: Tensor, labels: Tensor, head: ClassShard) -> tuple[Tensor, Tensor]:
         """(b d), (b), head -> (b), (b): the least score that a sample's group takes, and its size.
 
-        The own class is always in it; the likeliest others follow until their probabilities reach
-        tau, or the group is full. Of all bins of the range of scores one holds the least, and of
+        The own class is always in it, and comes first; the likeliest others follow until they all
+        reach tau together, or the group is full. Equal scores join it together, so that their ties
+        may exceed its largest size. Of all bins of the range of scores one holds the least, and of
         all bins of that one again, until they are as narrow as rounding.
         """
         low, width = student.new_full((len(student),), -1.1 * self.scale), 2.2 * self.scale

@@ -25,6 +25,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks.classes.shards import gather, world
 from kdhooks_plugins._margin import margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 
@@ -46,14 +47,15 @@ class TeacherMargins(nn.Module):
 
     @torch.no_grad()
     def margins(self, teacher: Tensor, labels: Tensor, classifier: ClassShard) -> Tensor:
-        """(b e), (b), classifier -> (b), from low to high."""
+        """(b e), (b), classifier -> (b), from low to high, which the best of all ranks has."""
         fit = classifier.own(teacher, labels).clamp(min=0)
         low, high = self.low.now, self.high.now
         if low > high:  # of two schedules, or of a function
             raise KDHooksError(
                 f"margindistillation: low must be at most `high`; found {low} and {high} in a step"
             )
-        return low + (high - low) * fit / fit.max().clamp(min=1e-6)
+        all_ranks = fit if classifier.group else gather(fit, world())
+        return low + (high - low) * fit / all_ranks.max().clamp(min=1e-6)
 
 
 def _reached(margin: Scheduled) -> Collection[float]:

@@ -124,7 +124,9 @@ class Examination:
             images = made_up(count, self.recipe.input_shape)
             text = f"{count} made up; --data FOLDER takes those of the training"
         else:
-            images, labels, self.classes = read_batch(self.data, count, classes)
+            images, labels, self.classes = read_batch(
+                self.data, count, classes, self.recipe.input_shape
+            )
             self.labels = labels.to(self.device)
             text = f"{count} of {self.data}, of {len(set(labels.tolist()))} people"
         self.images = images.to(self.device)

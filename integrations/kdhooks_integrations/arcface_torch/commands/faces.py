@@ -1,19 +1,23 @@
 """A batch of images for a trial: made up, or read from the folder that the trainer trains on."""
 
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+import logging
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kdhooks.errors import KDHooksError
-from kdhooks_integrations.arcface_torch.commands.recordio import MXIndexedRecordIO, imdecode, unpack
+from kdhooks.errors import KDHooksError, listed
+from kdhooks.picture_files import PictureFiles, read_all, refuse
+from kdhooks.pictures import Pixels
+from kdhooks_integrations.arcface_torch.commands.pictures import (
+    as_input,
+    fitting,
+    open_pictures,
+    size_of,
+)
+from kdhooks_integrations.arcface_torch.commands.recordio import Records
 
-Sample: TypeAlias = tuple[NDArray[Any], int]  # (h w 3) RGB, label
-Item = TypeVar("Item")
+log = logging.getLogger("kdhooks")
 
 
 def made_up(count: int, shape: tuple[int, int, int]) -> Tensor:
@@ -24,53 +28,58 @@ def made_up(count: int, shape: tuple[int, int, int]) -> Tensor:
     return (images + 0.2 * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
 
 
-def read_batch(folder: str, count: int, classes: int | None) -> tuple[Tensor, Tensor, int]:
+def read_batch(
+    folder: str, count: int, classes: int | None, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, int]:
     """(b 3 h w) in [-1, 1], (b), and how many classes there are, as far as the folder says.
 
     The labels are the trainer's: what train.rec says, or the place of a person's folder in the
     sorted list. The images are spread over all of it.
     """
-    path = Path(folder).expanduser()
-    if (path / "train.rec").is_file() and (path / "train.idx").is_file():
-        samples, found = _records(path, count), None
-    else:
-        samples, found = _files(path, count)
+    files = open_pictures(folder)
+    people = {} if isinstance(files, Records) else _people(files)
+    found = len(people) or None
     if found is not None and classes not in (None, found):
         raise KDHooksError(
             f"--data '{folder}' has {found} classes, --num-classes says {classes}; they must be "
             "the same"
         )
+    names = [name for name in files.names if "/" in name or not people]
+    chosen = [names[index * len(names) // count] for index in range(count)]
+    if len(names) < count:
+        log.warning(
+            "--data '%s' has %d pictures for a batch of %d; it holds some of them several times",
+            folder,
+            len(names),
+            count,
+        )
+    files.check(chosen, size_of(shape))
+
+    def sample(name: str) -> tuple[Pixels, int]:
+        label = files.label(name) if isinstance(files, Records) else people[name.split("/")[0]]
+        return fitting(files.pixels(name), shape), label
+
+    faults: dict[str, str] = {}
+    samples = [one for _, one in read_all(chosen, sample, faults)]
+    refuse("--data", files.source, faults, count)
     images, labels = zip(*samples, strict=True)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous()
-    return (pixels - 127.5) / 127.5, torch.tensor(labels), found or classes or max(labels) + 1
+    return as_input(images), torch.tensor(labels), found or classes or max(labels) + 1
 
 
-def _records(path: Path, count: int) -> list[Sample]:
-    records = MXIndexedRecordIO(str(path / "train.idx"), str(path / "train.rec"), "r")
-    header, _ = unpack(records.read_idx(records.keys[0]))
-    keys = records.keys
-    if not isinstance(header.label, float):  # the first record says where the images end
-        keys = list(range(1, int(header.label[0])))
-    samples = []
-    for key in _spread(keys, count):
-        header, content = unpack(records.read_idx(key))
-        label = header.label if isinstance(header.label, float) else header.label[0]
-        samples.append((np.asarray(imdecode(content)), int(label)))
-    return samples
-
-
-def _files(path: Path, count: int) -> tuple[list[Sample], int]:
-    people = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+def _people(files: PictureFiles) -> dict[str, int]:
+    """Each person's label, as torchvision's ImageFolder counts: every folder is a person."""
+    root = files.source
+    entries = root.iterdir() if root.is_dir() else ()
+    people = sorted(entry.name for entry in entries if entry.is_dir())
     if not people:
         raise KDHooksError(
             f"--data must be the trainer's: train.rec with train.idx, or one folder a person; "
-            f"found neither in '{path}'"
+            f"found neither in '{root}'"
         )
-    files = [(file, label) for label, one in enumerate(people) for file in sorted(one.iterdir())]
-    chosen = _spread(files, count)
-    return [(np.asarray(imdecode(file.read_bytes())), label) for file, label in chosen], len(people)
-
-
-def _spread(items: list[Item], count: int) -> list[Item]:
-    """So many of them, at even distances; the same ones again where they are fewer."""
-    return [items[index * len(items) // count] for index in range(count)]
+    if empty := sorted({*people} - {name.split("/")[0] for name in files.names if "/" in name}):
+        raise KDHooksError(
+            f"--data: the trainer takes each folder in '{root}' for a person and stops if one has "
+            f"no pictures; found none in {listed(map(repr, empty[:5]))}, {len(empty)} of "
+            f"{len(people)} folders; remove them"
+        )
+    return {name: label for label, name in enumerate(people)}

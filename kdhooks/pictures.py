@@ -1,0 +1,114 @@
+"""The pixels of a picture, or why there are none; nothing is clipped, dropped or guessed."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhooks.errors import KDHooksError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (h w 3) RGB
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow's conversion of these loses nothing
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of TIFF; 0 is black if the second is 1
+
+
+class Unreadable(Exception):
+    """Why a picture can't be used, and the way out; whoever knows its name puts that in front."""
+
+
+def decode(content: bytes, turn: bool = True) -> Pixels:
+    """turn: a picture that is stored turned, by its EXIF data, is turned upright, else refused."""
+    with _opened(io.BytesIO(content), turn) as image:
+        from PIL import ImageOps
+
+        return _as_rgb(ImageOps.exif_transpose(image))
+
+
+def read_size(file: IO[bytes], turn: bool = True) -> tuple[int, int]:
+    """Return width and height as they are stored. This checks all that the header tells."""
+    with _opened(file, turn) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: IO[bytes], turn: bool) -> "Iterator[Image]":
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise KDHooksError(
+            "pictures can't be decoded without Pillow; pip install pillow"
+        ) from error
+    if not file.read(1):
+        raise Unreadable("is empty; fetch it again, or remove it")
+    file.seek(0)
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            _check(image, Image.MAX_IMAGE_PIXELS)
+            turned = image.getexif().get(_ORIENTATION, 1)
+            if turned != 1 and not turn:
+                raise Unreadable(
+                    f"is stored turned (EXIF orientation {turned}), and trainers disagree on "
+                    "turning it back; save it upright, as PIL.ImageOps.exif_transpose does"
+                )
+            yield image
+    except UnidentifiedImageError as error:
+        raise Unreadable(
+            f"can't be read as an image of the formats {', '.join(_FORMATS)}; fetch it again, or "
+            "remove it"
+        ) from error
+    except (Unreadable, KDHooksError):
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        raise Unreadable(
+            f"can't be decoded ({type(error).__name__}: {error}); fetch it again, or remove it"
+        ) from error
+
+
+def _check(image: "Image", most: int | None) -> None:
+    """Everything that a header tells."""
+    width, height = image.size
+    if most and width * height > most:
+        raise Unreadable(f"has {width}x{height} pixels, more than Pillow decodes; make it smaller")
+    # The other frames of an MPO are previews of the first.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise Unreadable("holds several frames or pages; save the one that is meant")
+    if image.mode not in (*_MODES, *_ALPHA) and not _has_16_bits(image):
+        raise Unreadable(
+            f"has pixels of Pillow's mode {image.mode}, whose range is not known; save it with 8 "
+            "bits a channel"
+        )
+
+
+def _has_16_bits(image: "Image") -> bool:
+    """Grey from 0, which is black, to 65535."""
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        plain = tags.get(_BITS) == (16,) and tags.get(_PHOTOMETRIC) == 1
+        return plain and image.mode.startswith("I;16")
+    return image.format in ("PNG", "PPM") and image.mode.split(";")[0] == "I"
+
+
+def _as_rgb(image: "Image") -> Pixels:
+    alpha = image.mode in _ALPHA or "transparency" in image.info
+    if image.mode.startswith("I"):
+        if alpha:
+            raise Unreadable("has 16 bits and a transparent shade; save it without transparency")
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if alpha:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise Unreadable(
+                "is transparent in places, and the colour behind it is not known; save it without "
+                "transparency"
+            )
+    return np.array(image.convert("RGB"))
