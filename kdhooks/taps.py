@@ -135,7 +135,8 @@ class Taps:
                 f"{self._side} tap '{path or 'output'}' ran twice in one forward; name the call "
                 f"whose output is meant: '{path}@1' or '{path}@2'"
             )
-        output = self._chosen(output, path, place)
+        if place is not None or not isinstance(output, Tensor):  # a call in each step is dear
+            output = self._chosen(output, path, place)
         self.fired = True
         # An inference tensor has no version; nothing can be written into it outside of its mode.
         version = -1 if output.is_inference() else output._version

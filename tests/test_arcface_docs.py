@@ -73,7 +73,7 @@ def test_the_teacher_is_trained_without_a_recipe_where_the_recipe_looks_for_it()
 def test_a_recipe_is_read(block: str, tmp_path: Path) -> None:
     teacher = tmp_path / "work_dirs" / "ms1mv3_r100"
     teacher.mkdir(parents=True)
-    (teacher / "model.pt").write_text("")
+    (teacher / "model.pt").write_text("weights")
     (tmp_path / "kd.toml").write_text(BLOCKS[block])
     recipe = Recipe.read(tmp_path / "kd.toml")
     assert recipe.teacher.network == "r100"

@@ -316,7 +316,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
             "cakd: saliency must be finite and differ between pixels; found 1.0 to 1.0",
         ),
         (salient(torch.tensor([[0.0, torch.nan]])), "cakd: saliency must be finite"),
-        (salient("/nowhere.pt"), "'/nowhere.pt' can't be read"),
+        (salient("/nowhere.pt"), "there is no file '/nowhere.pt'"),
         (
             {"positions": {"pieces": (0.0, 1.0, 2.0)}},
             r"cakd: positions\.pieces\[0\] must be above 0; found 0\.0",

@@ -82,7 +82,7 @@ def test_a_class_of_a_known_name_and_another_shape_has_no_stages(name: str) -> N
 def test_methods_train_by_stages_and_without(kind: str, name: str) -> None:
     options: dict[str, dict[str, Any]] = {
         "fcd": {"projector": True},
-        "cakd": {"width": 8, "heads": 2, "centres": 3},
+        "cakd": {"urfm": {"width": 8, "heads": 2, "centres": 3}},
         "at": {},
     }
     count = 2 if kind == "ShapedSwin" else 4

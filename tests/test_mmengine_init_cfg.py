@@ -56,9 +56,10 @@ def test_a_part_of_the_teacher_has_the_weights_that_its_init_cfg_names(tmp_path:
     model: Any = mmengine.Distill(student, teacher=given, **KD)
     found = model.kdhooks.distiller._session.teacher.module.backbone.state_dict()
     assert all(torch.equal(found[key], value) for key, value in trained.state_dict().items())
-    whole = teacher_with(checkpoint=str(tmp_path / "part.pth"))
+    torch.save({"state_dict": {"backbone.conv.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    other = teacher_with(checkpoint=str(tmp_path / "other.pth"))
     with pytest.raises(KDHooksError, match="does not fit the network"):
-        mmengine.Distill(student, teacher=whole, **KD)
+        mmengine.Distill(student, teacher=other, **KD)
 
 
 @pytest.mark.parametrize("file", [None, 3, "absent.pth", "https://example.org/a.pth", ""])

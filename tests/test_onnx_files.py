@@ -160,10 +160,10 @@ def test_a_pack_may_hold_a_file_of_several_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "match"),
     [
-        ({"onnx": "m.onnx", "output": 0}, "teacher.output must be the name of an output; found 0"),
+        ({"onnx": "m.onnx", "output": 0}, "teacher.output must be a text; found 0"),
         (
             {"module": nn.Identity(), "output": "fc1"},
-            "teacher.output names an output of an ONNX file, .*; found module, output",
+            "teacher.output belongs to teacher.onnx or teacher.insightface; found module",
         ),
     ],
 )

@@ -45,8 +45,10 @@ def steady(step: Step) -> Step:
 
 
 def python_calls(step: Step) -> int:
+    """The fewest of three steps, since a finaliser of another test may run during one."""
     images, labels = batch()
-    return calls(partial(steady(step), images, labels)).python
+    steadily = partial(steady(step), images, labels)
+    return min(calls(steadily).python for _ in range(3))
 
 
 def test_a_step_adds_few_python_calls() -> None:

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import_module("mmengine.runner")
 
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks
-from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.cakd import CAKD, PromptTokens
 from tests.maps import normal
 from tests.mmengine_shapes import EncoderLayer, ShapedSwin, ShapedSwinBlock, VisionTransformer
 from tests.prompted import SMALL, prompts_of
@@ -98,7 +98,7 @@ def test_cakd_teaches_with_prompts(make: Any, k: int, stage: str, tokens: bool) 
     with Distiller(
         student,
         teacher,
-        [CAKD(**{**SMALL, "prompts": 3, "prompt_tokens_in_f": tokens})],
+        [CAKD(**SMALL, prompts=PromptTokens(number=3, in_features=tokens))],
         student_stages=["layer4"],
         teacher_stages=[stage],
         input_shape=(3, 32, 32),

@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "networks.py").write_text("def get_model(): ...")
     (tmp_path / "heads.py").write_text("class PartialFC_V2: ...")
-    (tmp_path / "model.pt").write_text("")
+    (tmp_path / "model.pt").write_text("weights")
     teacher = '[teacher]\nnetwork = "tiny"\ncheckpoint = "model.pt"\n'
     (tmp_path / "kd.toml").write_text(f'methods = ["fcd"]\n{teacher}')
     return tmp_path

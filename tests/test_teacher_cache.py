@@ -149,7 +149,7 @@ def test_features_and_adapted_teachers_are_refused(
 @pytest.mark.parametrize("table", ["cache", {"path": "cache", "max_gb": 0.5}])
 def test_a_recipe_names_a_folder_beside_it(table: object, tmp_path: Path) -> None:
     text = '"cache"' if isinstance(table, str) else '{ path = "cache", max_gb = 0.5 }'
-    (tmp_path / "teacher.onnx").write_text("")
+    (tmp_path / "teacher.onnx").write_text("onnx")
     (tmp_path / "kd.toml").write_text(
         f'methods = ["fcd"]\nteacher = {{ onnx = "teacher.onnx", cache = {text} }}'
     )

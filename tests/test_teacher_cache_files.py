@@ -215,7 +215,7 @@ def test_the_last_of_the_disk_is_left_to_the_training(
 
 @pytest.mark.parametrize("bound", [0, -1, "20"])
 def test_a_bound_must_be_positive(bound: Any) -> None:
-    with pytest.raises(KDHooksError, match=f"max_gb must be positive; found {bound}"):
+    with pytest.raises(KDHooksError, match=rf"max_gb must be .*; found .?{bound}"):
         CacheOptions(path=Path("cache"), max_gb=bound)
 
 

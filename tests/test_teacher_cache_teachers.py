@@ -170,12 +170,12 @@ def test_a_damaged_header_is_refused(changes: dict[str, Any], tmp_path: Path) ->
         started(tmp_path)
 
 
-def test_a_header_without_a_name_is_of_another_teacher(tmp_path: Path) -> None:
+def test_a_header_without_a_name_is_damaged(tmp_path: Path) -> None:
     filled(tmp_path)
     header = json.loads((tmp_path / HEADER).read_text())
     del header["input"]
     (tmp_path / HEADER).write_text(json.dumps(header))
-    with pytest.raises(KDHooksError, match="was filled with input None, the teacher at hand has"):
+    with pytest.raises(KDHooksError, match="and images, weights, input, dtype; it is damaged"):
         started(tmp_path)
 
 

@@ -20,6 +20,8 @@ Identity: TypeAlias = Mapping[str, object]
 
 HEADER = "teacher.json"
 FORMAT = 1
+IDENTITY = ("images", "weights", "input", "dtype")
+"""The keys that tell teachers apart."""
 
 _SEED = 20180118  # of the weights of the hash: another one makes every cache void
 _SAME = 0.05  # a device or a precision makes less, another teacher more
@@ -137,10 +139,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         shape = tuple(torch.tensor(header.get("probe"), dtype=torch.double).shape)
     except (TypeError, ValueError, RuntimeError):
         shape = ()
-    if type(dim) is not int or shape != (2, dim):
+    if type(dim) is not int or shape != (2, dim) or not header.keys() >= set(IDENTITY):
         raise KDHooksError(
             f"teacher cache: '{folder / HEADER}' must hold dim, and probe with two embeddings of "
-            "that width; it is damaged; remove the folder, or name another"
+            f"that width, and {', '.join(IDENTITY)}; it is damaged; remove the folder, or name "
+            "another"
         )
     return header
 

@@ -217,11 +217,8 @@ class Trainer:
         return ["train_v2.py", f"configs/{stem}"]
 
     def _recipe(self, methods: Sequence[Mapping[str, object]]) -> str:
-        """TOML; every value is a string, a number or a truth value, as JSON writes them too."""
-        tables = [
-            "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in method.items()) + "}"
-            for method in methods
-        ]
+        """TOML; the values in its tables are written as JSON writes them."""
+        tables = [_inline(method) for method in methods]
         network = (self._folder / "teacher" / "network").read_text()
         teacher = {
             "network": network,
@@ -332,3 +329,12 @@ def picture(found: Mapping[str, Result]) -> Figure | None:
     panels[1].set_xlabel("memory at its peak, GB")
     panels[0].invert_yaxis()
     return figure
+
+
+def _inline(table: Mapping[str, object]) -> str:
+    """An inline table of TOML."""
+    values = {
+        key: _inline(value) if isinstance(value, Mapping) else json.dumps(value)
+        for key, value in table.items()
+    }
+    return "{" + ", ".join(f"{key} = {value}" for key, value in values.items()) + "}"

@@ -27,7 +27,7 @@ from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.cache_files import Keys, Parts
-from kdhooks.teacher.fingerprints import check_same, read_header
+from kdhooks.teacher.fingerprints import IDENTITY, check_same, read_header
 from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import add_trainer, enter_trainer
 from kdhooks_integrations.arcface_torch.commands.parsing import (
@@ -41,7 +41,6 @@ from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
 _SAMPLE = 100  # pictures
-_IDENTITY = ("images", "weights", "input", "dtype")
 """Names in the header that say which teacher filled the cache."""
 
 
@@ -85,7 +84,7 @@ def info(options: argparse.Namespace) -> int:
     header, parts, keys = _opened(options.folder)
     distinct = len(np.unique(np.concatenate([np.empty(0, np.int64), *keys])))
     records, size = sum(map(len, keys)), parts.size()
-    identity = {name: header[name] for name in _IDENTITY}
+    identity = {name: header[name] for name in IDENTITY}
     if options.json:
         print_json(
             {
