@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.tensor_files import user_path
@@ -245,8 +245,10 @@ def described(kind: Any, *, plural: bool = False) -> str:
         inner = get_args(kind)
         fixed = get_origin(kind) is tuple and inner[-1] is not Ellipsis
         count = f"{len(inner)} " if fixed else ""
-        of = " or ".join(described(k, plural=True) for k in alternatives(inner[0]))
-        return f"{'lists' if plural else 'a list'} of {count}{of}"
+        kinds = [] if inner[0] in (Any, object) else alternatives(inner[0])
+        of = " or ".join(described(k, plural=count != "1 ") for k in kinds)
+        items = f" of {count}{of.removeprefix('a ')}" if of else ""
+        return f"{'lists' if plural else 'a list'}{items}"
     one, many = _WORDS.get(get_origin(kind) or kind, ("", ""))
     if not one and inspect.isclass(kind) and issubclass(kind, Table):
         one, many = "a table", "tables"
@@ -260,8 +262,8 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"), int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"), str: ("a text", "texts"), Path: ("a path", "paths"),
     Mapping: ("a table", "tables"), Callable: ("a function", "functions"),
-    Tensor: ("a tensor", "tensors"), Any: ("anything", "anything"),
-    object: ("anything", "anything"),
+    Tensor: ("a tensor", "tensors"), nn.Module: ("a module", "modules"),
+    Any: ("anything", "anything"), object: ("anything", "anything"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The tables of options in docs/methods and README.md, written from the declarations.
+"""The tables of options in docs and README.md, written from the declarations.
 
 `python -m tests.option_tables` rewrites them. In a new page, write `| option |` and `|---|` first.
 """
@@ -15,7 +15,10 @@ from torch import Tensor
 from kdhooks import Schedule, methods
 from kdhooks.discovery import load
 from kdhooks.kinds import Option, alternatives, described
-from kdhooks.options import REQUIRED, Options, declared_options
+from kdhooks.options import REQUIRED, opened
+from kdhooks.recipe import Recipe
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.table import TeacherTable
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
@@ -28,7 +31,7 @@ FOOTNOTE = (
 
 def table(made: type) -> str:
     """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`."""
-    every = list(_flat(made))
+    every = opened(made).items()
     rows = [
         (
             f"`{name}`{f' {MARK}' if Schedule in alternatives(option.kind) else ''}",
@@ -42,14 +45,6 @@ def table(made: type) -> str:
     lines = [_row(head), "|---" * len(head) + "|", *(_row(row) for row in rows)]
     marked = any(Schedule in alternatives(option.kind) for _, option in every)
     return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE}" if marked else "")
-
-
-def _flat(made: type, prefix: str = "") -> Iterator[tuple[str, Option]]:
-    for name, option in declared_options(made).items():
-        if isinstance(option.kind, type) and issubclass(option.kind, Options):
-            yield from _flat(option.kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, option
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -92,17 +87,23 @@ def _range(option: Option) -> str:
     return " or ".join(words) + (f", {bounds}{unit}" if bounds else "")
 
 
-def pages() -> dict[Path, type]:
-    """The pages that hold a table, and the class whose options are in it."""
+def pages() -> dict[Path, Sequence[type]]:
+    """The pages that hold tables, and the classes whose options are in them, in their order."""
     own = {info.name: load(info.name) for info in methods() if info.package.startswith("kdhooks ")}
-    by_page = {ROOT / "docs/methods" / f"{name}.md": made for name, made in own.items()}
-    return {ROOT / "README.md": Schedule, **by_page}
+    return {
+        ROOT / "README.md": [Schedule],
+        ROOT / "docs/recipe.md": [Recipe, TeacherTable, CacheOptions],
+        **{ROOT / "docs/methods" / f"{name}.md": [made] for name, made in own.items()},
+    }
 
 
 def main() -> None:
-    for page, made in pages().items():
-        before, after = TABLE.split(page.read_text("utf-8"))[:: TABLE.groups + 1]
-        page.write_text(f"{before}{table(made)}{after}", "utf-8")
+    for page, classes in pages().items():
+        page.write_text(_rewritten(page.read_text("utf-8"), map(table, classes)), "utf-8")
+
+
+def _rewritten(text: str, tables: Iterator[str]) -> str:
+    return TABLE.sub(lambda _: next(tables), text)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ TEACHER = {"module": torch.flatten}
         ),
         (
             {"teacher": 3, "methods": ["fcd"]},
-            "teacher.module must be a Module or a function; found 3",
+            "teacher.module must be a module or a function; found 3",
         ),
         (
             {"teacher": {**TEACHER, "dtype": "float8"}, "methods": ["fcd"]},
@@ -322,9 +322,9 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
             {"teacher": {"module": nn.Identity(), "dtype": []}},
             r"dtype must be one of .*; found \[\]",
         ),
-        ({"teacher": nn.Identity}, "teacher.module must be a Module or a function; found type"),
+        ({"teacher": nn.Identity}, "teacher.module must be a module or a function; found type"),
         ({"methods": [3]}, "a method must be a name, a table .*; found 3"),
-        ({"methods": {"name": "fcd"}}, "recipe: methods must be a list of anything; found"),
+        ({"methods": {"name": "fcd"}}, "recipe: methods must be a list; found"),
         ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),
         ({"methods": [{"name": 3}]}, "a method's table needs a 'name'"),
         ({"taps": {"student": {"stages": "layer3"}}}, r"stages must be .* write \['layer3'\]"),
