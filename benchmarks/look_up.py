@@ -23,6 +23,7 @@ from benchmarks.measuring import in_turns, summaries, timed, told
 from kdhooks.arguments import at_least
 from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.cache_files import Keys, Parts
+from kdhooks.teacher.fingerprints import IDENTITY
 
 AT_ONCE = 1 << 16  # records to write
 CPU = torch.device("cpu")
@@ -48,7 +49,10 @@ def batches(keys: Keys, size: int) -> Iterator[Keys]:
 def measure(options: argparse.Namespace, views: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         opened = partial(
-            TeacherCache, CacheOptions(path=Path(place)), {}, torch.zeros(2, options.dim)
+            TeacherCache,
+            CacheOptions(path=Path(place)),
+            dict.fromkeys(IDENTITY),
+            torch.zeros(2, options.dim),
         )
         opened()  # which begins the folder
         batch = batches(filled(Path(place), views, options.dim), options.batch_size)
