@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +143,12 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
             size=given.size,
             output=spec.output,
         )
+        for key, wanted in {"mean": 0, "std": 1}.items() if file.whole_pixels else ():
+            if (found := getattr(given, key)) is not None and {*np.ravel(found)} != {wanted}:
+                raise KDHooksError(
+                    f"recipe: teacher.input.{key} must be {wanted}, or left out, where a file's "
+                    f"images are uint8, as those of '{file.path}'; found {found}"
+                )
         opened = (to_torch if spec.convert else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened

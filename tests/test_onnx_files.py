@@ -273,6 +273,34 @@ def test_external_weights_cut_short_are_refused(file: Path, tmp_path: Path) -> N
     assert_refused(path, "split.onnx")
 
 
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("kind", ["BatchNormalization", "Dropout"])
+def test_a_network_exported_in_training_mode_is_refused(
+    tmp_path: Path, kind: str, convert: bool
+) -> None:
+    """onnxruntime would take the statistics of the batch, and drop values by chance."""
+    layers = {
+        "BatchNormalization": helper.make_node(
+            kind, ["data", "w", "b", "m", "v"], ["y", "m2", "v2"], training_mode=1
+        ),
+        "Dropout": helper.make_node(kind, ["data", "ratio", "train"], ["y"]),
+    }
+    constants = {name: np.full(3, 0.5, np.float32) for name in "wbmv"}
+    constants |= {"ratio": np.array(0.5, np.float32), "train": np.array(True)}
+    path = write_graph(tmp_path / "m.onnx", [layers[kind], *pooled("y")], constants)
+    said = rf"eval mode, but in m\.onnx {kind} \(node 'y'\) is in training mode; call eval"
+    with pytest.raises(KDHooksError, match=said):
+        taught(path, images(2), convert)
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_dropout_in_eval_mode_is_taken(tmp_path: Path, convert: bool) -> None:
+    layer = helper.make_node("Dropout", ["data", "ratio", "train"], ["y"])
+    constants = {"ratio": np.array(0.5, np.float32), "train": np.array(False)}
+    path = write_graph(tmp_path / "m.onnx", [layer, *pooled("y")], constants)
+    assert taught(path, images(2), convert).shape == (2, 3)
+
+
 def value(name: str, shape: Sequence[int | str] = ("b", 3, 112, 112)) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 

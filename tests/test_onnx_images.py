@@ -45,6 +45,23 @@ def test_images_of_uint8_take_no_other_scale(tmp_path: Path) -> None:
     assert_close(found, wanted(pixels(images(2)).round()), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mean": 127.5}, r"mean must be 0, or left out, .* are uint8, .*; found 127\.5"),
+        ({"std": 2}, r"std must be 1, or left out, .* are uint8, .*; found 2"),
+        ({"mean": [-60, 0, 60], "std": 1}, r"mean must be 0, or left out, .* are uint8"),
+    ],
+)
+def test_images_of_uint8_take_no_part_of_another_scale(
+    tmp_path: Path, given: dict[str, object], said: str
+) -> None:
+    nodes = [Node("Cast", ["data"], ["y"], to=TensorProto.FLOAT)]
+    path = written(tmp_path, nodes, takes_type=TensorProto.UINT8)
+    with pytest.raises(KDHooksError, match=said):
+        taught(path, images(1), convert=False, input=given)
+
+
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_images_with_channels_last_are_taken(tmp_path: Path, scaled: bool, convert: bool) -> None:

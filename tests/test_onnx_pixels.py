@@ -271,6 +271,28 @@ def test_patches_are_followed_to_their_projection(tmp_path: Path) -> None:
         OnnxModel(path)
 
 
+def quantised(scale: str, zero: str, end: str = "y") -> Nodes:
+    return [
+        Node("QuantizeLinear", ["data", scale, zero], ["q"]),
+        Node("DequantizeLinear", ["q", scale, zero], [end]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "arriving"),
+    [
+        (quantised("127.5th", "middle8"), by_127),
+        (quantised("127.5th", "none8"), by_127),
+        ([*quantised("one", "none", "x"), *SUB_MUL], by_128),
+    ],
+)
+def test_images_may_be_quantised_in_their_own_range(
+    tmp_path: Path, nodes: Nodes, arriving: Callable[[Tensor], Tensor]
+) -> None:
+    found = taught(written(tmp_path, nodes), images(3), convert=False)
+    assert_close(found, wanted(arriving(images(3))), atol=0.01, rtol=0.01)
+
+
 UNKNOWN: dict[str, tuple[Nodes, str]] = {
     "a range of its own": ([Node("Div", ["data", "255"], ["y"])], "brings it to 0..1; say what"),
     "an inverted image": (
@@ -331,6 +353,28 @@ UNKNOWN: dict[str, tuple[Nodes, str]] = {
     "wide statistics": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "zeros", "spread"], ["y"])],
         "but mean 0 and deviation 70 do not; say what",
+    ),
+    "statistics of no pixels": (
+        [Node("BatchNormalization", ["data", "ones", "zeros", "zeros", "ones"], ["y"])],
+        "but mean 0 and deviation 1 do not; say what",
+    ),
+    "a grey image": (
+        [Node("Conv", ["data", "grey"], ["g"]), Node("Concat", ["g", "g", "g"], ["y"], axis=1)],
+        "for Conv (node 'g') comes before the first convolution; say what",
+    ),
+    "quantised pixels": (
+        quantised("one", "none"), "quantises its images to numbers from 0 to 255, which are not"
+    ),
+    "quantised shares of white": (
+        quantised("255th", "none"), "quantises its images to numbers from 0 to 1, which are not"
+    ),
+    "quantised symmetrically": (
+        quantised("two", "none8"), "quantises its images to numbers from -256 to 254, which are no"
+    ),
+    "quantised as the operator does by default": (
+        [Node("QuantizeLinear", ["data", "one"], ["q"]),
+         Node("DequantizeLinear", ["q", "one"], ["y"])],
+        "quantises its images to numbers from 0 to 255, which are not",
     ),
     "statistics of either range": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "middle1", "spread1"], ["y"])],

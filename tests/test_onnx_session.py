@@ -242,6 +242,17 @@ def test_models_that_do_not_embed_images_are_refused(
         OnnxModel(path)
 
 
+@pytest.mark.parametrize(("factor", "found"), [(0, "zero"), (np.nan, "not finite")])
+def test_embeddings_without_a_direction_are_refused(
+    tmp_path: Path, factor: float, found: str
+) -> None:
+    nodes = [*pooled("data"), Node("Mul", ["row", "factor"], ["fc1"])]
+    nodes[1].output[0] = "row"
+    path = write_graph(tmp_path / "m.onnx", nodes, {"factor": np.array(factor, np.float32)})
+    with pytest.raises(KDHooksError, match=f"but those of m.onnx are {found}; look at its weights"):
+        OnnxModel(path, (127.5, 127.5))
+
+
 def test_an_embedding_with_another_batch_axis_is_refused(tmp_path: Path) -> None:
     nodes = [*pooled("data"), Node("Transpose", ["fc1"], ["turned"])]
     nodes[-2].output[0] = nodes[-1].input[0] = "row"

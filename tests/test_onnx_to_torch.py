@@ -259,10 +259,6 @@ REFUSED: list[tuple[onnx.NodeProto, str]] = [
         "known are Add, ",
     ),
     (Node("Conv", ["data", "kernel"], ["y"], auto_pad="SAME_UPPER"), "its padding is automatic"),
-    (
-        Node("BatchNormalization", ["data", *["k3"] * 4], ["y", "mean", "var"], training_mode=1),
-        "it is in training mode; export the network after eval()",
-    ),
     (Node("Gemm", ["fc1", "row"], ["y"], transA=1), "it transposes its input"),
     (Node("PRelu", ["data", "wide"], ["y"]), "its slope (112,) is not one number or one per"),
     (Node("MatMul", ["data", "stack"], ["y"]), "its right side (3, 112, 112) is not a matrix"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.onnx.graphs import (
+    Constants,
     described,
     dims,
     image_inputs,
@@ -70,6 +71,7 @@ def read_recognition_file(
             nodes = needed_nodes(model.graph, output)
             del model.graph.node[:]
             model.graph.node.extend(nodes)
+        _refuse_training(model, image.name, path.name)
         height, width = _size(image, axes[:2] if channels_last else axes[1:], size, path.name)
         shape = (1, height, width, 3) if channels_last else (1, 3, height, width)
         whole = image.type.tensor_type.elem_type == require("onnx").TensorProto.UINT8
@@ -153,6 +155,23 @@ def _may_embed(value: ValueInfoProto) -> bool:
     if not value.type.HasField("tensor_type"):
         return False
     return len(shape) in (0, 2) or (len(shape) == 4 and {*shape[2:]} <= {None, 1})
+
+
+def _refuse_training(model: ModelProto, image: str, name: str) -> None:
+    """The embedding of a face would depend on chance, or on the rest of its batch."""
+    constants = Constants(model, image)
+    for node in model.graph.node:
+        modes = [x.i for x in node.attribute if x.name == "training_mode"]
+        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
+            modes = [constants.get(node.input[2])]
+        # Before opset 14 nothing but the further outputs tells.
+        more = node.op_type == "BatchNormalization" and len([x for x in node.output if x]) > 1
+        if more or any(modes):
+            raise KDHooksError(
+                f"a recognition model must be exported in eval mode, but in {name} "
+                f"{node.op_type} (node {node.name or node.output[0]!r}) is in training mode; call "
+                "eval() before the export, and export with training=TrainingMode.EVAL"
+            )
 
 
 def _scale(

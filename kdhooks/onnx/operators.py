@@ -94,8 +94,6 @@ def _conv(node: Node) -> nn.Module:
 
 
 def _batch_norm(node: Node) -> nn.Module:
-    if node.attributes.get("training_mode", 0):
-        raise node.refusal("it is in training mode; export the network after eval()")
     kind = nn.BatchNorm2d if node.tensors[0].dim() == 4 else nn.BatchNorm1d
     norm = kind(
         len(node.constant(1)),

@@ -8,7 +8,10 @@ Three ranges of pixels are tried, 0..255, -1..1 and 0..1:
   arcface_torch for a graph that scales nothing.
 - If the first computation is a BatchNormalization, its statistics take the place of the usual
   range: their mean must lie near the middle of the pixels that arrive, and their deviation be 5 to
-  60 % of the range. One that is called bn_data, as MXNet's networks have it, gets 0..255.
+  45 % of the range (50 % is the most that pixels can have). One that is called bn_data, as MXNet's
+  networks have it, gets 0..255.
+- If images are quantised, most of what arrives must lie within the numbers that this clips to, and
+  take up an eighth of them at least.
 - Images of uint8 can only be 0..255.
 
 The scale counts as unknown, and must be specified, unless exactly one range fits: scales that
@@ -66,6 +69,13 @@ def mean_std(arrivals: list[Arrival], unknown: str, name: str) -> tuple[float, f
     ]
     if len(fitting) == 1:
         return fitting[0]
+    limits = [x.limits for x in arrivals if x.limits is not None]
+    if limits and not fitting:
+        low, high = limits[0]
+        raise KDHooksError(
+            f"{name} quantises its images to numbers from {low:.4g} to {high:.4g}, which are not "
+            f"what any usual scale of 0..255 or -1..1 brings there; {way_out}"
+        )
     statistics = [x.statistics for x in arrivals if x.statistics is not None]
     if statistics:
         mean, deviation = (_shown([x]) for x in statistics[0])
@@ -83,16 +93,25 @@ def mean_std(arrivals: list[Arrival], unknown: str, name: str) -> tuple[float, f
 def _fits(arrival: Arrival, low: float, high: float) -> bool:
     """Whether images with pixels from low to high are what the computation expects."""
     start, end = (arrival.black + arrival.gain * pixel for pixel in (low, high))
+    if arrival.limits is not None:
+        return _are_within(arrival.limits, float(np.min(start)), float(np.max(end)))
     if arrival.bn_data:
         return high == 255
     if arrival.statistics is not None:
         mean, deviation = arrival.statistics
         width = np.abs(end - start)
         near = np.abs(mean - (start + end) / 2) <= width / 4
-        return bool(np.all(near & (deviation >= 0.05 * width) & (deviation <= 0.6 * width)))
+        return bool(np.all(near & (deviation >= 0.05 * width) & (deviation <= 0.45 * width)))
     if low < 0:
         return np.allclose(start, -1, atol=0.02) and np.allclose(end, 1, atol=0.02)
     return bool(np.all((start >= -3) & (start <= -0.9) & (end >= 0.9) & (end <= 3)))
+
+
+def _are_within(limits: tuple[float, float], start: float, end: float) -> bool:
+    """Calibration may have clipped either end, or widened the range until it was symmetric."""
+    low, high = limits
+    slack = (high - low) / 4
+    return low - slack <= start and end <= high + slack and end - start >= (high - low) / 8
 
 
 def _seems_bgr(arrival: Arrival) -> bool:

@@ -6,14 +6,16 @@ move values (Transpose, Gather, Slice, Split, Concat, Reshape, ...), scale them 
 Sub, Mul, Div), or leave their scale alone (Cast to a float, Identity, Pad, Resize, pooling). Each
 value that arrives is then offset + gain * pixel, of one channel.
 
-A 1x1 convolution whose outputs read one channel each is a scaling or a flip, written as a layer.
-Every other convolution is a computation: its weights are learned, and are not looked at.
+A 1x1 convolution whose outputs read one channel each is a scaling or a flip, written as a layer;
+one with a single output turns the image grey, and is not understood. Every other convolution is a
+computation: its weights are learned, and are not looked at. A QuantizeLinear clips the values that
+arrive, and so tells which were expected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -55,6 +57,7 @@ class Arrival:
     gains: Array  # (3 n), the change with each channel, per unit of the pixel
     statistics: tuple[Array, Array] | None  # (n), a BatchNormalization's mean and deviation
     bn_data: bool  # whether it is called so, as in networks of MXNet
+    limits: tuple[float, float] | None = None  # to which a QuantizeLinear clips
 
     @property
     def gain(self) -> Array:
@@ -90,10 +93,12 @@ def first_arrivals(
             if node.op_type == "Shape":
                 constants.tell(node.output[0], evaluate(node, [probes[0][0]], model)[0])
                 continue
+            if node.op_type == "QuantizeLinear" and node.input[0] in known:
+                arrivals += _clipped(node, probes[0], constants)
             outputs = _walk(node, known, constants, model)
             if outputs is None:
                 arrivals += [_arrival(node, pixels, constants) for pixels in probes]
-                if node.op_type not in _COMPUTES:
+                if node.op_type not in _COMPUTES or _turns_grey(node, constants):
                     unknown = unknown or f"{_name(node)} comes before the first convolution"
                     outputs = _computed(node, known, constants, model)  # the order may change yet
             known |= zip([name for name in node.output if name], outputs or [], strict=False)
@@ -154,6 +159,27 @@ def _scaled_by_layer(
     if ((matrix != 0).sum(axis=1) != 1).any():
         return None
     return [[np.einsum("kc,bchw->bkhw", matrix, x) + bias.reshape(1, -1, 1, 1) for x in probes]]
+
+
+def _turns_grey(node: NodeProto, constants: Constants) -> bool:
+    try:
+        weight = constants.get(node.input[1]) if node.op_type == "Conv" else None
+    except Exception:  # as in _scaled_by_layer
+        return False
+    return weight is not None and weight.shape == (1, 3, 1, 1)
+
+
+def _clipped(node: NodeProto, probes: Probes, constants: Constants) -> list[Arrival]:
+    """What arrives at a QuantizeLinear, if it is known to what that clips."""
+    scale = constants.get(node.input[1])
+    zero = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1, np.uint8)
+    if scale is None or zero is None or zero.dtype.kind not in "iu":
+        return []
+    bounds = np.iinfo(zero.dtype)
+    low = scale * (float(bounds.min) - zero.astype(float))
+    high = scale * (float(bounds.max) - zero.astype(float))
+    limits = float(low.min()), float(high.max())
+    return [replace(_arrival(node, probes, constants), limits=limits)]
 
 
 def _divides_by(node: NodeProto, known: dict[str, Probes]) -> bool:

@@ -66,7 +66,8 @@ class OnnxModel:
                 )
             self._takes, self._gives = _TAKES[takes], _GIVES[gives]
             self.embedding_dim, self._trailing = self._tried()
-        self.one_by_one = file.batch == 1 or not self._takes_batches()
+            takes_batches = self._takes_batches()
+        self.one_by_one = file.batch == 1 or not takes_batches
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e), float32, on the device of the images.
@@ -124,6 +125,12 @@ class OnnxModel:
         """Tried, not read: insightface opens the batch axis of graphs traced for one image."""
         images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
         single = self._embed(images, 1)
+        if not torch.isfinite(single).all() or not single.any(dim=1).all():
+            found = "zero" if torch.isfinite(single).all() else "not finite"
+            raise KDHooksError(
+                f"a recognition model gives embeddings that are finite and not zero, but those of "
+                f"{self.path.name} are {found}; look at its weights, or export it again"
+            )
         try:
             both = self._embed(images, 2)
         except Exception:  # the errors of onnxruntime have no class in common
