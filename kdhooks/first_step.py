@@ -40,6 +40,11 @@ def check_teacher(output: TeacherOutput, images: Tensor) -> None:
                 f"teacher tap '{name}' is not finite on the first batch; an untrained network or "
                 "a wrong input range does that (the trainer's images are RGB in [-1, 1])"
             )
+    if not output.embedding.any():
+        raise KDHooksError(
+            "teacher gives all images of the first batch an embedding of zeros, which has no "
+            "direction to learn; look at its weights, and at its input transform (teacher.input)"
+        )
     same = _mean_cosine(output.embedding)
     if same > _SAME and (images[1:] != images[:1]).any():
         raise KDHooksError(

@@ -172,6 +172,7 @@ def test_what_to_do_with_them_has_two_names() -> None:
     ("teacher", "match"),
     [
         (lambda x: x.flatten(1)[:, :12] * torch.inf, "teacher tap 'embedding' is not finite"),
+        (lambda x: torch.zeros(len(x), 12), "an embedding of zeros, which has no direction"),
         (lambda x: torch.ones(len(x), 12), "the same embedding .mean cosine 1.00000"),
     ],
 )
