@@ -4,6 +4,7 @@ import codecs
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_tensors(path: Path, subject: str, *, mmap: bool = False) -> object:
     head = first_bytes(path, subject)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
         return _safetensors(path, subject)
-    if reason := _foreign(path, head):
+    if reason := _foreign(path, head, whole=not mmap):
         raise KDHooksError(f"{subject}: '{path}' {reason}")
     try:
         # Only the zip archives of torch 1.6 and later can be mapped into memory.
@@ -172,13 +173,16 @@ def first_bytes(path: Path, subject: str) -> bytes:
     return head
 
 
-def _foreign(path: Path, head: bytes) -> str:
-    """What a file is that torch.save did not write, and the way out; "" if it may have."""
+def _foreign(path: Path, head: bytes, whole: bool) -> str:
+    """What a file is that torch.save did not write, and the way out; "" if it may have.
+
+    whole: whether to compare all of it with its checksums, which torch does not do.
+    """
     for signature, reason in _SIGNATURES.items():
         if head.startswith(signature):
             return reason
     if head.startswith(b"PK"):
-        return _of_archive(path)
+        return _of_archive(path, whole)
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_MARKUP):
         return "is a web page, as a failed download leaves one; download the file again"
     if path.suffix.lower() == ".onnx" or (head[0] == 8 and b"pytorch" in head[:32]):
@@ -198,13 +202,18 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
-def _of_archive(path: Path) -> str:
+def _of_archive(path: Path, whole: bool) -> str:
     if not zipfile.is_zipfile(path):
         return "is cut short: its end is missing; copy or download it again"
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
+            for entry in archive.infolist() if whole else ():
+                if entry.CRC:  # 0: torch was told to leave it out
+                    with archive.open(entry) as file:
+                        while file.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError) as error:
         return f"is damaged ({error}); copy or download it again"
     for name, reason in _IN_ARCHIVES.items():
         if name in names:

@@ -7,6 +7,7 @@ Reading the old file can run any code that it carries, so use this for files of 
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(old: Path, new: Path) -> None:
     """Dicts and lists stay as they are; modules become state dicts; all else is left out."""
-    first_bytes(old, _SUBJECT)
+    if first_bytes(old, _SUBJECT).startswith(b"PK") and not zipfile.is_zipfile(old):
+        raise KDHooksError(
+            f"{_SUBJECT}: '{old}' is cut short: its end is missing; copy or download it again"
+        )
     check_target(new, _SUBJECT)
     if new.exists() and new.samefile(old):
         raise KDHooksError(

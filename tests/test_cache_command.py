@@ -287,6 +287,7 @@ def test_build_embeds_the_rest_before_it_names_unreadable_pictures(capsys: Captu
     cache(*BUILD, "folders", status=2)
     said = capsys.readouterr().err
     assert "found 2 faults among 24 pictures of 'folders': 'person0/000.png' can't be dec" in said
+    assert "22 of 24 pictures\nkdhooks: " in said
     write_pictures(Path())
     cache(*BUILD, "folders")
     assert capsys.readouterr().out.endswith("of which 44 were there\n")

@@ -238,9 +238,11 @@ def test_arrays_become_tensors(tmp_path: Path) -> None:
 def test_what_can_not_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     (tmp_path / "notes.pt").write_text("notes")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "empty.pt").read_bytes()[:-9])
     for old, new, said in (
         ("absent.pt", "new.pt", "there is no file"),
         ("notes.pt", "new.pt", "notes.pt' can't be read (UnpicklingError"),
+        ("cut.pt", "new.pt", "cut.pt' is cut short: its end is missing; copy or download it"),
         ("empty.pt", "empty.pt", "empty.pt' is the file to be read, whose other objects would be"),
         ("empty.pt", "new.pt", "empty.pt' holds no tensors"),
         ("empty.pt", "no/new.pt", "there is no folder"),
@@ -248,4 +250,4 @@ def test_what_can_not_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert tensors_only([str(tmp_path / old), str(tmp_path / new)]) == 2
         assert said in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["empty.pt", "notes.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["cut.pt", "empty.pt", "notes.pt"]

@@ -214,6 +214,30 @@ def test_a_stopped_pass_goes_on_where_it_was(partial: Path) -> None:
     assert counted.seen == 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counts": torch.ones(7, dtype=torch.long)},
+        {"counts": -torch.ones(6, dtype=torch.long)},
+        {"counts": torch.ones(6)},
+        {"sums": torch.full((6, 12), torch.nan, dtype=torch.double)},
+        {"sums": torch.ones(6, 12)},
+        {"probe": torch.ones(2, 12, dtype=torch.double)},
+        {"batches": -3},
+    ],
+)
+def test_damaged_sums_are_refused(changes: dict[str, object], partial: Path) -> None:
+    torch.save(torch.load(partial) | changes, partial)
+    with pytest.raises(KDHooksError, match=r"sums' must hold finite sums .*; it is damaged; remov"):
+        class_means(Teacher(Counted()), batches_until(), 6, save=partial)
+
+
+def test_the_teacher_is_a_teacher() -> None:
+    for given in (tiny_teacher().module, "r50"):
+        with pytest.raises(KDHooksError, match=r"teacher must be a kdhooks.Teacher, as Teacher\(m"):
+            class_means(given, [tiny_batch()], 6)  # type: ignore[arg-type]
+
+
 def test_sums_of_another_pass_are_refused(partial: Path) -> None:
     for teacher, options in (
         (Counted(turned=True), {}),

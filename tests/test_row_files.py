@@ -59,7 +59,14 @@ def own_statistics(rank: int) -> dict[str, Tensor]:
 # --- shards ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"state_dict_backbone": own_statistics}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"state_dict_backbone": own_statistics},
+        {"global_step": lambda rank: torch.tensor([70, 71])},
+    ],
+)
 def test_shards_of_one_run_are_read(changes: Content, tmp_path: Path) -> None:
     rows = Rows.open(shards(tmp_path, **changes))
     assert torch.equal(rows.slice(0, 6), normal(5, 6, 12).float())
@@ -69,6 +76,8 @@ def test_shards_of_one_run_are_read(changes: Content, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"global_step": lambda rank: 70 - (rank == 2)}, "their global_step differs: .*_2.pt 69"),
+        ({"global_step": lambda rank: torch.tensor([70, rank])}, "their global_step differs"),
+        ({"global_step": lambda rank: torch.tensor(70) if rank else 70}, "their global_step dif"),
         ({"epoch": lambda rank: rank}, "their epoch differs: checkpoint_gpu_0.pt 0, check"),
         ({"state_dict_backbone": other_weights}, "checkpoint_gpu_2.pt' hold different backbones"),
         (
@@ -152,6 +161,11 @@ def test_the_class_is_counted_over_all_shards(tmp_path: Path) -> None:
 def test_rows_of_large_and_small_half_precision_are_read() -> None:
     rows = torch.tensor([[3e4, 3e4, 3e4], [6e-8, 0.0, 0.0]]).half()
     assert Rows.open(rows).total == 2
+
+
+def test_rows_of_float8_are_read() -> None:
+    rows = normal(1, 3, 4).to(torch.float8_e4m3fn)
+    assert torch.equal(Rows.open(rows).slice(0, 3), rows.float())
 
 
 @pytest.mark.parametrize(

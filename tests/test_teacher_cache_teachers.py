@@ -160,6 +160,8 @@ def test_a_header_of_another_format_is_refused(content: str, tmp_path: Path) -> 
         {"probe": [[1.0], [1.0, 2.0]]},
         {"probe": [["x"] * 12] * 2},
         {"probe": [[1.0] * 12]},
+        {"probe": [[float("nan")] * 12] * 2},
+        {"dim": 0, "probe": [[], []]},
     ],
 )
 def test_a_damaged_header_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -75,6 +75,24 @@ def test_a_file_that_was_cut_short_is_named(part: float, legacy: bool, tmp_path:
         read(path)
 
 
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_damaged_number_is_found_by_its_checksum(checked: bool, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checked)
+    try:
+        torch.save({"a": torch.zeros(5000)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    read_tensors(path, "teacher checkpoint")  # also without checksums
+    if checked:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] = 1
+        path.write_bytes(content)
+        with pytest.raises(KDHooksError, match=r"m\.pt' is damaged \(Bad CRC-32 for file 'm/dat"):
+            read_tensors(path, "teacher checkpoint")
+
+
 def test_archives_of_other_kinds_are_told(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     zipped(path, "m/data.pkl", "m/code/x.py", "m/constants.pkl")

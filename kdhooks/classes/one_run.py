@@ -30,7 +30,7 @@ def check_one_run(
         values = [
             content.get(key) if isinstance(content, Mapping) else None for content in contents
         ]
-        if any(value != values[0] for value in values):
+        if any(not _equal(value, values[0]) for value in values):
             found = listed(f"{p.name} {v}" for p, v in zip(paths, values, strict=True))
             raise KDHooksError(
                 f"teacher classifier: shards must be of one step of one run; their {key} differs: "
@@ -49,6 +49,13 @@ def check_one_run(
                 "teacher classifier: each shard must hold its own classes; "
                 f"{listed(map(str, twins))} hold the same rows; copy the missing shard again"
             )
+
+
+def _equal(one: object, other: object) -> bool:
+    """Tensors compare by their numbers, and never equal anything else."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def backbone_of(content: object) -> dict[str, Tensor]:

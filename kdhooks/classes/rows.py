@@ -69,8 +69,8 @@ class Rows:
         offset = 0
         for part, name in zip(self._parts, names, strict=True):
             for rows in part.split(65536):
-                # Of float16 rows too, whose squares may exceed its range.
-                lengths = rows.float().abs().amax(dim=1)
+                rows = rows.float()  # float8 has no isfinite; float16 may not hold a square
+                lengths = rows.abs().amax(dim=1)
                 wrong = ~torch.isfinite(rows).all(dim=1) | (lengths == 0)
                 if wrong.any():
                     first = int(wrong.nonzero()[0])

@@ -47,6 +47,11 @@ def class_means(
     save: a file for the sums so far, written every 100 batches and at the end. A later call with
     the same teacher and the same batches, in the same order, goes on from it.
     """
+    if not isinstance(teacher, Teacher):
+        raise KDHooksError(
+            f"{_SUBJECT}: teacher must be a kdhooks.Teacher, as Teacher(module) or "
+            f"build_teacher(recipe) makes one; found {type(teacher).__name__}"
+        )
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise KDHooksError(
             f"{_SUBJECT}: classes must be a whole number, at least 1; found {classes!r}"
@@ -169,6 +174,11 @@ def _fresh_or_saved(
             "(the class means themselves are what this function returns)"
         )
     known = _Sums(**content)
+    if not _is_whole(known):
+        raise KDHooksError(
+            f"{_SUBJECT}: '{path}' must hold finite sums (c e), counts (c) and a number of "
+            "batches; it is damaged; remove it, or name another file"
+        )
     same = known.sums.shape == sums.shape and known.flip == flip
     if not same or F.cosine_similarity(known.probe, probe).item() < 0.999:
         raise KDHooksError(
@@ -176,6 +186,15 @@ def _fresh_or_saved(
             "remove it, or name another file"
         )
     return known
+
+
+def _is_whole(found: _Sums) -> bool:
+    shapes = found.sums.ndim == 2 and found.probe.shape == (1, found.sums.shape[-1])
+    kinds = (found.sums.dtype, found.counts.dtype) == (torch.double, torch.long)
+    if not (shapes and kinds and found.counts.shape == found.sums.shape[:1]):
+        return False
+    numbers = bool(found.sums.isfinite().all() and (found.counts >= 0).all())
+    return numbers and found.batches >= 0
 
 
 def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor, seen: int) -> None:

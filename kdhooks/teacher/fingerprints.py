@@ -136,7 +136,8 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     dim = header.get("dim")
     try:
-        shape = tuple(torch.tensor(header.get("probe"), dtype=torch.double).shape)
+        probe = torch.tensor(header.get("probe"), dtype=torch.double)
+        shape = tuple(probe.shape) if probe.numel() and probe.isfinite().all() else ()
     except (TypeError, ValueError, RuntimeError):
         shape = ()
     if type(dim) is not int or shape != (2, dim) or not header.keys() >= set(IDENTITY):

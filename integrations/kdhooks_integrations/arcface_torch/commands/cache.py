@@ -64,16 +64,19 @@ def build(options: argparse.Namespace) -> int:
     with TeacherSession(teacher, like=like) as session:
         cache = session.cache
         assert cache is not None
-        for images in pictures.batches(pictures.names, options.batch_size, recipe.input_shape):
-            images = images.to(options.device)
-            session(images)
-            session(images.flip(-1))
-            done += len(images)
-            text = f"\r{done} of {len(pictures.names)} pictures"
-            print(text, end="", file=sys.stderr, flush=True)
-            if not cache.writing:
-                break
-    print(file=sys.stderr)
+        try:
+            for images in pictures.batches(pictures.names, options.batch_size, recipe.input_shape):
+                images = images.to(options.device)
+                session(images)
+                session(images.flip(-1))
+                done += len(images)
+                text = f"\r{done} of {len(pictures.names)} pictures"
+                print(text, end="", file=sys.stderr, flush=True)
+                if not cache.writing:
+                    break
+        finally:
+            if done:  # an error begins its own line
+                print(file=sys.stderr)
     print(
         f"{cache.folder}: {cache.asked} views of {done} pictures, of which {cache.hits} were there"
     )
