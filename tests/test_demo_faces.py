@@ -202,6 +202,11 @@ def test_pairs_in_another_encoding_or_a_folder_of_them_are_refused(tmp_path: Pat
         read_pairs(tmp_path / "pairs.txt")
     with pytest.raises(KDHooksError, match=r"can't be read \(Is a directory\); name a text file"):
         read_pairs(tmp_path)
+    (tmp_path / "pairs.txt").write_text("2 1\np 1 2\na 1 b 1\nq 1 2\nc 1 d 1\n")
+    with pytest.raises(KDHooksError, match="has no fifth number 6 of two folds; found 2 folds"):
+        read_pairs(tmp_path / "pairs.txt", 6)
+    with pytest.raises(KDHooksError, match="pairs must be a path; found None"):
+        read_pairs(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan"), 25])

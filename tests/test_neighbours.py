@@ -154,9 +154,10 @@ def put(row: int, place: int, value: int) -> Callable[[NDArray[np.int32]], Any]:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (put(2, 1, 6), r"0 to 5, and -1 behind them; class 2 has 6 at place 1; remove the folder"),
+        (put(2, 1, 6), r"0 to 5, each once, and -1 behind them; class 2 has 6 at place 1; remove"),
         (put(2, 0, -2), "class 2 has -2 at place 0"),
         (put(4, 2, 4), "class 4 has 4 at place 2"),
+        (lambda index: np.repeat(index[:, :1], 3, axis=1), "class 0 has . at place 1"),
         (put(1, 1, -1), "class 1 has .* at place 2"),
         (lambda index: index[:5], r"must hold \(6, 3\) of int32; found \(5, 3\) of int32"),
         (lambda index: index[:, :2], r"must hold \(6, 3\) of int32; found \(6, 2\) of int32"),

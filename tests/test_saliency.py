@@ -29,14 +29,22 @@ def test_a_map_is_read_from_a_path_of_either_kind(tmp_path: Path) -> None:
         (torch.ones(2, 2), "must be finite and differ between pixels; found 1.0 to 1.0"),
         (torch.tensor([[1.0, torch.nan]]), "must be finite and differ"),
         (torch.tensor([[1.0, torch.inf]]), "must be finite and differ"),
-        (torch.tensor([[1j, 2j]]), "must be of real numbers; found torch.complex64"),
-        (torch.tensor([[True, False]]), "must be of real numbers; found torch.bool"),
+        (torch.tensor([[1j, 2j]]), "plain tensor of real numbers; found torch.complex64"),
+        (torch.tensor([[True, False]]), "plain tensor of real numbers; found torch.bool"),
+        (torch.eye(2).to_sparse(), "plain tensor .* found torch.float32, torch.sparse_coo on cpu"),
+        (torch.ones(2, 2, device="meta"), "plain tensor .* found torch.float32, .* on meta"),
     ],
 )
 def test_a_file_of_something_else_is_refused(content: object, said: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "map.pt")
-    with pytest.raises(KDHooksError, match=f"cakd: saliency {said}"):
+    with pytest.raises(KDHooksError, match=f"cakd: saliency .*{said}"):
         load_saliency(tmp_path / "map.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.uint8])
+def test_numbers_of_few_bits_reach_from_0_to_1(dtype: torch.dtype) -> None:
+    found = load_saliency(torch.tensor([[3, 7], [11, 14]]).to(dtype))
+    assert [float(found.min()), float(found.max())] == [0, 1]
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -58,6 +66,13 @@ def broken(images: Tensor) -> Tensor:
     [
         ([], "layer3", "needs at least one batch of images; found none"),
         ([tiny_batch()], "layer3", "batches must be tensors of images .*; found tuple"),
+        (None, "layer3", "batches must be a list or a loader of images .*; found NoneType"),
+        ([torch.rand(2, 1, 32, 32)], "layer3", r"run on images \(2, 1, 32, 32\) of torch.float32"),
+        (
+            [tiny_batch()[0].byte()],
+            "layer3",
+            "of torch.uint8; it raises RuntimeError: .* as it tak",
+        ),
         ([tiny_batch()[0]], "layer9", "has no submodule 'layer9'"),
         ([tiny_batch()[0], broken(tiny_batch()[0])], "layer3", "is not finite in batch 1; look"),
         ([torch.rand(2, 3, 32, 32), torch.rand(2, 3, 48, 32)], "layer2", "images must be of one"),

@@ -1,6 +1,5 @@
 """Who trains, who is tested, and on which pairs: nobody tested is ever trained on."""
 
-import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdhooks.errors import KDHooksError
+from kdhooks.tensor_files import user_path
 from kdhooks_demo.faces import Faces
 
 FOLDS = 10
@@ -111,7 +111,7 @@ def read_pairs(path: str | Path, fifth: int = 5) -> Pairs:
     The first line says how many folds, and how many pairs of a kind in each: "10 300". Then a
     line is "person 1 4", two images of one person, or "person 1 other 2".
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path, "pairs")
     (_, header), *lines = _words(path)
     if not (len(header) == 2 and all(map(_is_number, header))):
         raise KDHooksError(
@@ -135,7 +135,7 @@ def read_pairs(path: str | Path, fifth: int = 5) -> Pairs:
             )
     share = size * max(2, folds // 5)
     end = len(lines) - (5 - fifth) * share
-    if end < share:
+    if end < share or fifth > 5:
         raise KDHooksError(
             f"pairs: '{path}' has no fifth number {fifth} of two folds; found {folds} folds"
         )

@@ -90,15 +90,20 @@ def opened(folder: Path, state: Mapping[str, Any], mode: Literal["r", "r+"]) -> 
 
 
 def _check_numbers(part: NDArray[np.int32], start: int, classes: int, path: Path) -> None:
-    """Other classes, and -1 behind the last of them."""
+    """Other classes, each once, and -1 behind the last of them."""
     own = np.arange(start, start + len(part))[:, None]
     wrong = (part < -1) | (part >= classes) | (part == own)
     wrong[:, 1:] |= (part[:, 1:] >= 0) & (part[:, :-1] < 0)
+    order = np.argsort(part, axis=1, kind="stable")
+    in_order = np.take_along_axis(part, order, axis=1)
+    twice = np.zeros_like(wrong)
+    twice[:, 1:] = (in_order[:, 1:] >= 0) & (in_order[:, 1:] == in_order[:, :-1])
+    np.put_along_axis(wrong, order, np.take_along_axis(wrong, order, axis=1) | twice, axis=1)
     if wrong.any():
         row, place = np.argwhere(wrong)[0]
         raise KDHooksError(
-            f"neighbours: '{path}' must hold other classes, 0 to {classes - 1}, and -1 behind "
-            f"them; class {start + row} has {part[row, place]} at place {place}; {_AGAIN}"
+            f"neighbours: '{path}' must hold other classes, 0 to {classes - 1}, each once, and -1 "
+            f"behind them; class {start + row} has {part[row, place]} at place {place}; {_AGAIN}"
         )
 
 

@@ -25,6 +25,11 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
         grid = Grid.of(Stage.of(teacher, stage, output), "saliency_map")
         energies.append(grid(output).float().square().sum(dim=(0, 1)).cpu())
 
+    if not isinstance(batches, Iterable):
+        raise KDHooksError(
+            "saliency_map: batches must be a list or a loader of images (b 3 h w); found "
+            f"{type(batches).__name__}"
+        )
     teacher.eval()  # which returns nothing in mmpretrain
     try:
         tapped = teacher.get_submodule(stage)
@@ -40,7 +45,7 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
                     "saliency_map: batches must be tensors of images (b 3 h w), without labels; "
                     f"found {type(images).__name__}"
                 )
-            teacher(images)
+            _run(teacher, images)
             if not torch.isfinite(energies[-1]).all():
                 raise KDHooksError(
                     f"saliency_map: the output of '{stage}' is not finite in batch {number}; look "
@@ -54,6 +59,19 @@ def saliency_map(teacher: nn.Module, stage: str, batches: Iterable[Tensor]) -> T
     return load_saliency(torch.stack(energies).sum(dim=0))
 
 
+def _run(teacher: nn.Module, images: Tensor) -> None:
+    try:
+        teacher(images)
+    except KDHooksError:
+        raise
+    except Exception as error:
+        raise KDHooksError(
+            f"saliency_map: the network must run on images {tuple(images.shape)} of "
+            f"{images.dtype}; it raises {type(error).__name__}: {error}; give images as it takes "
+            "them"
+        ) from error
+
+
 def load_saliency(source: Tensor | str | Path) -> Tensor:
     """A map (h w), or a file that torch.save wrote of one -> (h w), scaled from 0 to 1."""
     content: object = source
@@ -65,11 +83,16 @@ def load_saliency(source: Tensor | str | Path) -> Tensor:
             f"{_SUBJECT} must be a map (h w); found {found}; save what "
             "kdhooks_plugins.saliency.saliency_map gives with torch.save"
         )
-    if content.is_complex() or content.dtype == torch.bool:
-        raise KDHooksError(f"{_SUBJECT} must be of real numbers; found {content.dtype}")
-    low, high = content.min(), content.max()
+    plain = content.layout is torch.strided and not (content.is_meta or content.is_quantized)
+    if not plain or content.is_complex() or content.dtype == torch.bool:
+        raise KDHooksError(
+            f"{_SUBJECT} must be a plain tensor of real numbers; found {content.dtype}, "
+            f"{content.layout} on {content.device}"
+        )
+    numbers = content.detach().cpu().double()
+    low, high = numbers.min(), numbers.max()
     if not torch.isfinite(high - low) or high == low:
         raise KDHooksError(
             f"{_SUBJECT} must be finite and differ between pixels; found {low} to {high}"
         )
-    return (content.detach().cpu().double() - low.item()) / (high - low).item()
+    return (numbers - low) / (high - low)
