@@ -326,6 +326,17 @@ def test_a_pack_unpacked_one_folder_too_deep_is_found(root: Path) -> None:
     assert insightface_model("antelope", root) == nested / "w600k_r18.onnx"
 
 
+def test_what_a_mac_leaves_in_a_pack_is_no_model(root: Path) -> None:
+    pack = root / "models" / "buffalo_x"
+    (pack / "._w600k_r18.onnx").write_bytes(b"\0\5\x16\7")
+    assert insightface_model("buffalo_x", root) == pack / "w600k_r18.onnx"
+
+
+def test_a_pack_has_a_name(root: Path) -> None:
+    with pytest.raises(KDHooksError, match="pack must be named, as 'buffalo_l'; found ''"):
+        insightface_model("", root)
+
+
 def test_the_home_folder_is_the_default(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root.rename(root.parent / ".insightface")
     monkeypatch.setenv("HOME", str(root.parent))

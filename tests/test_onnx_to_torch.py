@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from kdhooks.errors import KDHooksError
 from kdhooks.onnx import operators
+from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import OnnxNetwork, to_torch
 from tests.onnx_samples import (
@@ -291,12 +292,13 @@ def test_what_cannot_be_converted_is_refused(
         "image": uniform(1, 3, 112, 112),
     }
     # The embedding does not read y: what matters is how the node itself is met.
-    nodes = [*pooled("data"), node]
-    path = write_graph(tmp_path / "m.onnx", nodes, constants, takes=(1, 3, 112, 112))
+    path = write_graph(tmp_path / "m.onnx", pooled("data"), constants, takes=(1, 3, 112, 112))
+    file = read_recognition_file(path)
+    file.model.graph.node.append(node)
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     start = f"ONNX operator {operator} (node 'y') cannot become a torch module: {reason}"
     with pytest.raises(KDHooksError, match=re.escape(start) + ".*; use OnnxModel, which runs any"):
-        to_torch(path)
+        to_torch(file)
 
 
 def test_what_torch_refuses_is_refused(tmp_path: Path) -> None:

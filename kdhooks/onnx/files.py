@@ -67,10 +67,9 @@ def read_recognition_file(
         batch, *axes = dims(image)
         channels_last = axes[0] != 3
         chosen = _embedding(model, output, path.name)
-        if output is not None:  # the rest of the graph may hold what no torch module can be
-            nodes = needed_nodes(model.graph, output)
-            del model.graph.node[:]
-            model.graph.node.extend(nodes)
+        nodes = needed_nodes(model.graph, chosen.name)
+        del model.graph.node[:]  # the rest may hold what no torch module can be
+        model.graph.node.extend(nodes)
         _refuse_training(model, image.name, path.name)
         height, width = _size(image, axes[:2] if channels_last else axes[1:], size, path.name)
         shape = (1, height, width, 3) if channels_last else (1, 3, height, width)

@@ -7,9 +7,9 @@ Sub, Mul, Div), or leave their scale alone (Cast to a float, Identity, Pad, Resi
 value that arrives is then offset + gain * pixel, of one channel.
 
 A 1x1 convolution whose outputs read one channel each is a scaling or a flip, written as a layer;
-one with a single output turns the image grey, and is not understood. Every other convolution is a
-computation: its weights are learned, and are not looked at. A QuantizeLinear clips the values that
-arrive, and so tells which were expected.
+one with a single output turns the image grey, and is not understood. So is a MatMul where channels
+come last. Every other convolution is a computation: its weights are learned, and are not looked at.
+A QuantizeLinear clips the values that arrive, and so tells which were expected.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def _walk(
         return None
     if node.op_type == "Conv":
         return _scaled_by_layer(node, known, constants)
+    if node.op_type == "MatMul":
+        return _scaled_by_product(node, known, constants)
     if node.op_type in _KEEPS_SCALE or (node.op_type == "Cast" and _to_float(node)):
         return [known[node.input[0]]] if node.input[0] in known else None
     scales = node.op_type in _ARITHMETIC and sum(name in known for name in node.input) == 1
@@ -146,12 +148,8 @@ def _scaled_by_layer(
     node: NodeProto, known: dict[str, Probes], constants: Constants
 ) -> list[Probes] | None:
     """The outputs of a 1x1 convolution if each of them reads one channel."""
-    try:
-        weight = constants.get(node.input[1])
-        bias = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1)
-    except Exception:  # weights that only onnxruntime can unpack are none of a scaling
-        return None
-    probes = known.get(node.input[0])
+    probes, weight = known.get(node.input[0]), _operand(node, 1, constants)
+    bias = _operand(node, 2, constants) if len(node.input) > 2 else np.zeros(1)
     if probes is None or weight is None or bias is None or weight.shape not in _ONE_BY_ONE:
         return None
     matrix = weight.reshape(3, -1).astype(np.float64)
@@ -161,12 +159,29 @@ def _scaled_by_layer(
     return [[np.einsum("kc,bchw->bkhw", matrix, x) + bias.reshape(1, -1, 1, 1) for x in probes]]
 
 
+def _scaled_by_product(
+    node: NodeProto, known: dict[str, Probes], constants: Constants
+) -> list[Probes] | None:
+    """The outputs of (b h w 3) @ (3 3) if each of them reads one channel."""
+    probes, matrix = known.get(node.input[0]), _operand(node, 1, constants)
+    if probes is None or matrix is None or matrix.shape != (3, 3) or probes[0].ndim != 4:
+        return None
+    if ((matrix != 0).sum(axis=0) != 1).any():
+        return None
+    return [[x @ matrix.astype(np.float64) for x in probes]]
+
+
 def _turns_grey(node: NodeProto, constants: Constants) -> bool:
+    shapes = {"Conv": (1, 3, 1, 1), "MatMul": (3, 1)}
+    weight = _operand(node, 1, constants) if node.op_type in shapes else None
+    return weight is not None and weight.shape == shapes[node.op_type]
+
+
+def _operand(node: NodeProto, index: int, constants: Constants) -> Array | None:
     try:
-        weight = constants.get(node.input[1]) if node.op_type == "Conv" else None
-    except Exception:  # as in _scaled_by_layer
-        return False
-    return weight is not None and weight.shape == (1, 3, 1, 1)
+        return constants.get(node.input[index])
+    except Exception:  # weights that only onnxruntime can unpack are none of a scaling
+        return None
 
 
 def _clipped(node: NodeProto, probes: Probes, constants: Constants) -> list[Arrival]:

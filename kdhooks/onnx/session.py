@@ -184,6 +184,8 @@ def insightface_model(
     """
     models = Path(root).expanduser() / "models"
     pack = models / name
+    if not name:
+        raise KDHooksError("an insightface pack must be named, as 'buffalo_l'; found ''")
     if not pack.is_dir():
         installed = [path.name for path in models.iterdir()] if models.is_dir() else []
         raise KDHooksError(
@@ -191,7 +193,8 @@ def insightface_model(
             f"{near_miss(name, installed)}installed: {listed(sorted(installed))}; "
             f"insightface.app.FaceAnalysis(name={name!r}) downloads it on first use"
         )
-    files = sorted(pack.rglob("*.onnx"))  # some archives unpack to a folder within the folder
+    # Some archives unpack to a folder within the folder; a Mac's ._x.onnx is no model.
+    files = sorted(file for file in pack.rglob("*.onnx") if not file.name.startswith("."))
     found = [file for file in files if _is_recognition(file, output)]
     if len(found) != 1:
         names = [str(file.relative_to(pack)) for file in found or files] or ["no ONNX file"]
