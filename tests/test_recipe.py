@@ -323,6 +323,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
             r"dtype must be one of .*; found \[\]",
         ),
         ({"teacher": nn.Identity}, "teacher.module must be a module or a function; found type"),
+        ({"teacher": {"onnx": __file__, "dtype": "float16"}}, "teacher.dtype is of a torch module"),
         ({"methods": [3]}, "a method must be a name, a table .*; found 3"),
         ({"methods": {"name": "fcd"}}, "recipe: methods must be a list; found"),
         ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),

@@ -227,3 +227,9 @@ def test_an_input_transform_is_written_the_same_however_it_was_given() -> None:
     given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3])]
     assert len({repr(InputTransform(mean=mean)) for mean in given}) == 1
     assert repr(InputTransform(mean=0)).endswith("order='rgb', mean=0, std=127.5)")
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"channels_last": True}])
+def test_a_function_can_not_be_changed_as_a_module_can(options: dict[str, Any]) -> None:
+    with pytest.raises(KDHooksError, match="change a torch module, and the teacher is a function"):
+        Teacher(torch.flatten, **options)

@@ -122,6 +122,12 @@ class TeacherTable(Options, subject="recipe: teacher"):
                 raise self.refused(
                     key, f"belongs to teacher.{' or teacher.'.join(owners)}; found {sources[0]}"
                 )
+        if sources[0] in ("onnx", "insightface") and self.has("dtype") and not self.convert:
+            raise self.refused(
+                "dtype",
+                "is of a torch module, and onnxruntime computes in the file's own precision; set "
+                f"convert = true, or leave it out; found '{self.dtype}'",
+            )
         for key in FILES:
             path = getattr(self, key)
             if path is not None:

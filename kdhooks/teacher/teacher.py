@@ -77,6 +77,12 @@ class Teacher:
                 "itself, and run=lambda model, images: … to call another method than forward"
             )
         self.module = unwrap(model) if isinstance(model, nn.Module) else None
+        if self.module is None and (compile or channels_last):
+            raise KDHooksError(
+                "teacher: compile and channels_last change a torch module, and the teacher is a "
+                "function, which would run as it is; leave them out, or give the module itself (of "
+                "an ONNX file, with convert = true)"
+            )
         if self.module is not None:
             set_eval(self.module)
             for parameter in self.module.parameters():  # a ScriptModule has no requires_grad_
