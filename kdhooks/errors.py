@@ -13,7 +13,9 @@ KDHooksError.__module__ = "kdhooks"
 
 def near_miss(found: str, known: Iterable[str]) -> str:
     """ "did you mean 'layer3'? " for an unknown name, or nothing when no known one is close."""
-    close = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
+    names = list(known)
+    close = [name for name in names if name.lower() == found.strip().lower()]
+    close = close or difflib.get_close_matches(found, names, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
 
 

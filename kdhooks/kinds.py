@@ -5,12 +5,15 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError, near_miss
@@ -60,7 +63,11 @@ class Bounds:
             ("at least", self.least), ("above", self.above),
             ("at most", self.most), ("below", self.below),
         )  # fmt: skip
-        return " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
+        return " and ".join(
+            f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}"
+            for word, bound in named
+            if bound is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,30 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union, or the one type."""
     if get_origin(kind) in (typing.Union, types.UnionType):
         return tuple(inner for member in get_args(kind) for inner in alternatives(member))
+    if isinstance(kind, typing.NewType):
+        return alternatives(kind.__supertype__)
     return (kind,)
+
+
+def is_list(kind: Any) -> bool:
+    return (get_origin(kind) or kind) in (tuple, list, Sequence)
+
+
+def items_of(kind: Any) -> tuple[tuple[Any, ...], bool]:
+    """The types of a list's items, and whether there must be one item of each."""
+    inner = get_args(kind)
+    fixed = get_origin(kind) is tuple and inner[-1:] != (Ellipsis,)
+    return (inner, True) if fixed else (inner[:1] or (Any,), False)
 
 
 class _Other(Exception):
     """The value is of another type."""
 
 
-def checked(kind: Any, value: object, declared: Option) -> Any:
+def checked(kind: Any, value: object, declared: Option, *, advise: bool = True) -> Any:
     """The value as an option of this type keeps it: a list as a tuple, a path as a Path.
+
+    advise: whether a refusal says what to write instead.
 
     Raises:
         OptionError: the value is of another type, or outside of the bounds.
@@ -108,15 +130,16 @@ def checked(kind: Any, value: object, declared: Option) -> Any:
             return _CHECKS.get(get_origin(one) or one, _instance)(one, value, declared)
         except _Other:
             continue
-    words = [described(one) for one in kinds if one is not types.NoneType]
+    words = [described(one) for one in kinds if one is not types.NoneType] or ["left out"]
+    way_out = _way_out(kinds, value, declared) if advise else ""
     rule = f"must be {', '.join(words[:-1])}{' or ' if len(words) > 1 else ''}{words[-1]}"
-    raise OptionError(f"{rule}; found {shown(value)}{_way_out(kinds, value)}")
+    raise OptionError(f"{rule}; found {shown(value)}{way_out}")
 
 
 def _boolean(kind: Any, value: object, declared: Option) -> object:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise _Other
-    return value
+    return bool(value)
 
 
 def _whole(kind: Any, value: object, declared: Option) -> object:
@@ -167,20 +190,21 @@ def _path(kind: Any, value: object, declared: Option) -> object:
 
 def _choice(kind: Any, value: object, declared: Option) -> object:
     for choice in get_args(kind):
-        if type(choice) is type(value) and choice == value:
-            return value
+        # Not 1 for True, but any class of texts, as of numpy's or of an enumeration.
+        alike = type(choice) is type(value) or (isinstance(choice, str) and isinstance(value, str))
+        if alike and choice == value:
+            return choice
     raise _Other
 
 
 def _list(kind: Any, value: object, declared: Option) -> object:
-    inner = get_args(kind)
+    inner, fixed = items_of(kind)
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise _Other
-    if get_origin(kind) is tuple and inner[-1] is not Ellipsis:
-        if len(value) != len(inner):
-            raise _Other
-    else:
-        inner = (inner[0],) * len(value)
+    if not fixed:
+        inner *= len(value)
+    if len(value) != len(inner):
+        raise _Other
     items = []
     for place, (one, item) in enumerate(zip(inner, value, strict=True)):
         try:
@@ -213,6 +237,9 @@ def _anything(kind: Any, value: object, declared: Option) -> object:
 
 
 def _instance(kind: Any, value: object, declared: Option) -> object:
+    kind = get_origin(kind) or kind
+    if not inspect.isclass(kind):  # such as a type variable
+        return value
     if issubclass(kind, Table):
         if isinstance(value, Mapping):
             value = kind.from_table(value)
@@ -230,7 +257,7 @@ def _instance(kind: Any, value: object, declared: Option) -> object:
 _CHECKS: Mapping[Any, Callable[[Any, object, Option], object]] = {
     bool: _boolean, int: _whole, float: _number, str: _text, Path: _path, Literal: _choice,
     tuple: _list, list: _list, Sequence: _list, types.NoneType: _nothing, Callable: _function,
-    Mapping: _mapping, Any: _anything, object: _anything,
+    Mapping: _mapping, dict: _mapping, Any: _anything, object: _anything,
 }  # fmt: skip
 
 
@@ -241,20 +268,20 @@ def described(kind: Any, *, plural: bool = False) -> str:
     """ "a whole number", "'mse' or 'kl'", "a list of 3 numbers"."""
     if get_origin(kind) is Literal:
         return listed_choices(get_args(kind))
-    if get_origin(kind) in (tuple, list, Sequence):
-        inner = get_args(kind)
-        fixed = get_origin(kind) is tuple and inner[-1] is not Ellipsis
-        count = f"{len(inner)} " if fixed else ""
-        kinds = [] if inner[0] in (Any, object) else alternatives(inner[0])
-        of = " or ".join(described(k, plural=count != "1 ") for k in kinds)
-        items = f" of {count}{of.removeprefix('a ')}" if of else ""
-        return f"{'lists' if plural else 'a list'}{items}"
+    if is_list(kind):
+        inner, fixed = items_of(kind)
+        lists = "lists" if plural else "a list"
+        if not inner or inner[0] in (Any, object):
+            return lists
+        one_item = fixed and len(inner) == 1
+        of = " or ".join(described(k, plural=not one_item) for k in alternatives(inner[0]))
+        return f"{lists} of {f'{len(inner)} ' if fixed and not one_item else ''}{of}"
     one, many = _WORDS.get(get_origin(kind) or kind, ("", ""))
     if not one and inspect.isclass(kind) and issubclass(kind, Table):
         one, many = "a table", "tables"
     if not one:
         name = getattr(kind, "__name__", str(kind))
-        one, many = f"a {name}", f"{name}s"
+        one, many = f"an object of class {name}", f"objects of class {name}"
     return many if plural else one
 
 
@@ -263,7 +290,8 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
     float: ("a number", "numbers"), str: ("a text", "texts"), Path: ("a path", "paths"),
     Mapping: ("a table", "tables"), Callable: ("a function", "functions"),
     Tensor: ("a tensor", "tensors"), nn.Module: ("a module", "modules"),
-    Any: ("anything", "anything"), object: ("anything", "anything"),
+    dict: ("a table", "tables"), Any: ("anything", "anything"),
+    object: ("anything", "anything"),
 }  # fmt: skip
 
 
@@ -276,26 +304,41 @@ def listed_choices(choices: Iterable[object]) -> str:
 
 def shown(value: object) -> str:
     """For an error: the value itself if it is plain, else its type."""
-    simple = isinstance(value, str | int | float | bool | list | tuple | Mapping) or value is None
-    return reprlib.repr(value) if simple else type(value).__name__
+    if inspect.isclass(value):
+        return f"the class {value.__name__}"
+    plain = (str, int, float, bool, list, tuple, Mapping, np.generic, types.NoneType)
+    return reprlib.repr(value) if isinstance(value, plain) else type(value).__name__
 
 
-def _way_out(kinds: Sequence[Any], value: object) -> str:
+def _way_out(kinds: Sequence[Any], value: object, declared: Option) -> str:
     """What to write instead, if the mistake is a usual one."""
-    if not isinstance(value, str):
-        return ""
-    bare = value.strip().lower()
-    if bool in kinds and bare in ("true", "false"):
-        return f"; write {bare}, without quotes"
-    if {int, float} & set(kinds):
-        try:
-            float(bare)
-        except ValueError:
-            pass
-        else:
-            return f"; write {bare}, without quotes"
-    if any(get_origin(kind) in (tuple, list, Sequence) for kind in kinds):
-        return f"; write [{value!r}]"
+    for instead, words in _instead_of(value):
+        for kind in kinds:
+            with suppress(OptionError):  # this is not what was meant
+                checked(kind, instead, declared, advise=False)
+                return f"; {words}"
     choices = [c for k in kinds if get_origin(k) is Literal for c in get_args(k)]
-    miss = near_miss(value, [c for c in choices if isinstance(c, str)])
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    miss = near_miss(value, texts) if isinstance(value, str) else ""
     return f"; {miss.strip()}" if miss else ""
+
+
+def _instead_of(value: object) -> Iterator[tuple[object, str]]:
+    """Values that may have been meant, and how to write each."""
+    if isinstance(value, str):
+        bare = value.strip().lower()
+        words = f"write {bare}, without quotes"
+        if bare in ("true", "false"):
+            yield bare == "true", words
+        for number in (int, float):
+            with suppress(ValueError):
+                yield number(bare.encode("ascii", "replace")), words
+        yield [value], f"write [{value!r}]"
+    elif isinstance(value, Mapping):
+        yield [value], "put it between [ and ]"
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        with suppress(ValueError, RuntimeError):  # of several numbers
+            yield value.item(), "give its item()"
+        yield value.tolist(), "give its tolist()"
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            yield torch.from_numpy(value), "give torch.from_numpy(…) of it"

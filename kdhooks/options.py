@@ -14,8 +14,9 @@ import inspect
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import (
     Any,
     ClassVar,
@@ -24,14 +25,23 @@ from typing import (
     TypeGuard,
     TypeVar,
     dataclass_transform,
-    get_args,
     get_origin,
 )
 
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.kinds import Bounds, Option, OptionError, Table, alternatives, checked, shown
+from kdhooks.kinds import (
+    Bounds,
+    Option,
+    OptionError,
+    Table,
+    alternatives,
+    checked,
+    is_list,
+    items_of,
+    shown,
+)
 
 T = TypeVar("T")
 REQUIRED: Any = inspect.Parameter.empty
@@ -48,10 +58,14 @@ def option(
     below: float | None = None,
     unit: str = "",
 ) -> T:
-    """Declare an option. The bounds also hold for the items of a list, and for a schedule."""
+    """Declare an option. The bounds also hold for the items of a list, and for a schedule.
+
+    A default that is a list is kept as a tuple, like every list that is given.
+    """
+    kept: Any = tuple(default) if isinstance(default, list) else default
     bounds = Bounds(least=least, above=above, most=most, below=below)
-    declared = Option(None, default, meaning, bounds, unit)
-    made: T = field(default=default, metadata={"option": declared})
+    declared = Option(None, kept, meaning, bounds, unit)
+    made: T = field(default=kept, metadata={"option": declared})
     return made
 
 
@@ -129,7 +143,7 @@ def read(made: type[T], table: object, subject: str) -> T:
     given = dict(table)
     for name, value in table.items():
         kept = _checked_option(subject, name, known[name], value)
-        if issubclass(made, Options) or isinstance(kept, Options):
+        if issubclass(made, Options) or isinstance(kept, Options | Path):
             given[name] = kept
     try:
         return made(**given)
@@ -194,10 +208,10 @@ def _of_signature(name: str, hint: Any, default: object) -> Any:
 
 
 def _understood(kind: Any) -> bool:
-    if get_origin(kind) in (tuple, list, Sequence):
-        return all(_understood(inner) for inner in get_args(kind) if inner is not Ellipsis)
+    if is_list(kind):
+        return all(map(_understood, items_of(kind)[0]))
     is_options = inspect.isclass(kind) and issubclass(kind, Options)
-    known = (bool, int, float, str, Any, types.NoneType)
+    known = (bool, int, float, str, Path, Any, types.NoneType)
     return kind in known or get_origin(kind) in (Literal, Callable) or is_options
 
 
@@ -208,6 +222,15 @@ def _checked_option(subject: str, name: str, declared: Option, value: object) ->
         return checked(declared.kind, value, declared)
     except OptionError as error:
         raise error.inside(name, subject) from None
+
+
+def check_arguments(
+    subject: str, declared: Mapping[str, Option], /, **found: object
+) -> dict[str, Any]:
+    """The arguments of a function as options of these types and bounds keep them."""
+    return {
+        name: _checked_option(subject, name, declared[name], value) for name, value in found.items()
+    }
 
 
 def _is_function(value: object) -> TypeGuard[Callable[[int], float]]:

@@ -1,13 +1,13 @@
 """The JSON Schema (draft 2020-12) of a recipe, for editors that complete and check TOML files."""
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from kdhooks.discovery import load, methods
 from kdhooks.errors import KDHooksError
-from kdhooks.kinds import Bounds, Option, alternatives
+from kdhooks.kinds import Bounds, Option, alternatives, is_list, items_of
 from kdhooks.options import REQUIRED, Options, declared_options
 from kdhooks.recipe import Recipe
 
@@ -16,8 +16,9 @@ Schema: TypeAlias = dict[str, Any]
 _SIMPLE: Mapping[Any, Schema] = {
     bool: {"type": "boolean"},
     str: {"type": "string"},
-    Path: {"type": "string", "minLength": 1},
+    Path: {"type": "string", "pattern": r"\S"},
     Mapping: {"type": "object"},
+    dict: {"type": "object"},
     Any: {},
     object: {},
 }
@@ -87,14 +88,14 @@ def _of_option(option: Option, bounds: Bounds | None = None) -> Schema | None:
 
 
 def _of_kind(kind: Any, bounds: Bounds) -> Schema | None:
-    if kind in _SIMPLE:
-        return dict(_SIMPLE[kind])
+    origin = get_origin(kind)
+    if (origin or kind) in _SIMPLE:
+        return dict(_SIMPLE[origin or kind])
     if kind in (int, float):
         return {"type": "integer" if kind is int else "number", **_of_bounds(bounds)}
-    origin = get_origin(kind)
     if origin is Literal:
         return {"enum": list(get_args(kind))}
-    if origin in (tuple, list, Sequence):
+    if is_list(kind):
         return _of_list(kind, bounds)
     if origin is None and isinstance(kind, type) and issubclass(kind, Options):
         return _of_class(kind, bounds)
@@ -104,9 +105,9 @@ def _of_kind(kind: Any, bounds: Bounds) -> Schema | None:
 
 
 def _of_list(kind: Any, bounds: Bounds) -> Schema:
-    inner = get_args(kind)
-    items = [_of_kind(one, bounds) or {} for one in inner if one is not Ellipsis]
-    if get_origin(kind) is not tuple or inner[-1] is Ellipsis:
+    inner, fixed = items_of(kind)
+    items = [_of_kind(one, bounds) or {} for one in inner]
+    if not fixed:
         return {"type": "array", "items": items[0]}
     count = len(items)
     return {"type": "array", "prefixItems": items, "minItems": count, "maxItems": count}

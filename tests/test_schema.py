@@ -85,6 +85,14 @@ def test_what_a_recipe_refuses_does_not_fit(recipe: str, tmp_path: Path, validat
         ({"onnx": "t.onnx", "input": {"size": [112, 112], "mean": 0, "std": [1, 1, 2.5]}}, True),
         ({"network": "r50", "checkpoint": "m.pt"}, True),
         ({"insightface": "buffalo_l", "onnx": "t.onnx"}, False),
+        ({"network": {"type": "ResNet"}, "checkpoint": "m.pt"}, True),
+        ({"network": "r50", "checkpoint": "m.pt", "convert": False, "weights": ""}, True),
+        ({"network": "r50", "checkpoint": "m.pt", "convert": True}, False),
+        ({"network": "r50", "checkpoint": "m.pt", "output": "e"}, False),
+        ({"onnx": "t.onnx", "weights": "ema"}, False),
+        ({"onnx": "t.onnx", "checkpoint": "m.pt"}, False),
+        ({"onnx": "t.onnx", "root": "packs"}, False),
+        ({"onnx": "t.onnx", "classifier": " "}, False),
         ({"network": "r50"}, False),
         ({}, False),
         ({"onnx": "t.onnx", "cache": ""}, False),
@@ -108,7 +116,7 @@ def test_methods_of_third_parties_are_in_it(
 ) -> None:
     code = """'''F.'''
 class M:
-    def __init__(self, *, size: int, names: list[str] | None = None): ...
+    def __init__(self, *, size: int, names: list[str] | None = None, none: tuple[()] = ()): ...
 """
     write_distribution(tmp_path, "fake_third", {"third": "fake_third:M"}, code)
     write_distribution(tmp_path, "fake_broken", {"broken": "fake_broken:M"}, "import no")

@@ -23,13 +23,20 @@ Channels: TypeAlias = float | tuple[float] | tuple[float, float, float]
 
 _SOURCES = ("module", "network", "config", "onnx", "insightface")
 FILES = ("checkpoint", "config", "onnx")
-_BELONGS = {  # an option of the teacher's -> the sources that it belongs to
+_BELONGS: Mapping[
+    str, tuple[str, ...]
+] = {  # an option of the teacher's -> the sources that it belongs to
     "checkpoint": ("network", "config"),
     "weights": ("network", "config"),
     "convert": ("onnx", "insightface"),
     "output": ("onnx", "insightface"),
     "root": ("insightface",),
 }
+
+
+def _given(source: str) -> Mapping[str, Any]:
+    """In JSON Schema."""
+    return {"required": [source]}
 
 
 class InputTable(Options, subject="recipe: teacher.input"):
@@ -98,10 +105,11 @@ class TeacherTable(Options, subject="recipe: teacher"):
     )
 
     rules: ClassVar[Mapping[str, Any]] = {
-        "oneOf": [{"required": [source]} for source in _SOURCES if source != "module"],
+        "oneOf": [_given(source) for source in _SOURCES if source != "module"],
         "dependentRequired": {"network": ["checkpoint"], "config": ["checkpoint"]},
         "dependentSchemas": {
-            "checkpoint": {"anyOf": [{"required": ["network"]}, {"required": ["config"]}]}
+            key: {"anyOf": [{"properties": {key: {"enum": [False, ""]}}}, *map(_given, owners)]}
+            for key, owners in _BELONGS.items()
         },
     }
 
