@@ -1,6 +1,6 @@
 """Asks the methods, once, what they declare; and probes the models, so that they can answer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import pluggy
@@ -12,6 +12,7 @@ from kdhooks.declarations import Model, Tap
 from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
+from kdhooks.kinds import shown
 from kdhooks.stages import Stage
 from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.session import TeacherSession
@@ -25,11 +26,17 @@ class Declarations:
 
     def __init__(self, methods: Sequence[object], plugins: Sequence[object]) -> None:
         """methods: names, tables or objects; plugins: objects that answer `model_stages`."""
-        if not methods or isinstance(methods, str | dict):
-            raise KDHooksError(f"methods must be a list of at least one method; found {methods!r}")
+        no_list = isinstance(methods, str | bytes | Mapping | Set)  # a set has no order
+        given = list(methods) if isinstance(methods, Iterable) and not no_list else []
+        if not given:
+            raise KDHooksError(
+                f"methods must be a list of at least one method; found {shown(methods)}"
+            )
         self._manager = pluggy.PluginManager("kdhooks")
         self._manager.add_hookspecs(Specs)
-        self._methods = [create(method) for method in methods]
+        self._methods = [create(method) for method in given]
+        if len(set(map(id, self._methods))) < len(self._methods):
+            raise KDHooksError("each method may run once; found the same object twice in methods")
         for plugin in (*plugins, *self._methods):
             self._register(plugin)
         adapting = [m for m in self._methods if "adapt_teacher" in self._hooks_of(m)]

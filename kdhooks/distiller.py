@@ -29,7 +29,9 @@ from kdhooks.guards import (
     check_same_images,
     checked_labels,
 )
+from kdhooks.kinds import Bounds, Option
 from kdhooks.optimizer_guard import OptimizerGuard
+from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
 from kdhooks.replicas import Replicas, options_of, own_buffers, shown_number
 from kdhooks.schedules import Varying, number_at
@@ -38,6 +40,19 @@ from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
+
+_ARGUMENTS = {
+    "student": Option(nn.Module, REQUIRED),
+    "student_embedding": Option(str, ""),
+    "run_student": Option(Callable | None, None),
+    "student_stages": Option(Sequence[str] | None, None),
+    "teacher_stages": Option(Sequence[str] | None, None),
+    "head": Option(ClassShard | None, None),
+    "host_head": Option(Literal["margin"] | None, None),
+    "input_shape": Option(tuple[int, int, int], REQUIRED, bounds=Bounds(least=1)),
+    "plugins": Option(Sequence[object], ()),
+    "seed": Option(int, 0, bounds=Bounds(least=0, most=2**63 - 1)),
+}
 
 
 class Distiller(nn.Module):
@@ -86,6 +101,20 @@ class Distiller(nn.Module):
             without any term, on all ranks, and waits for the device.
         """
         super().__init__()
+        check_arguments(
+            "Distiller",
+            _ARGUMENTS,
+            student=student,
+            student_embedding=student_embedding,
+            run_student=run_student,
+            student_stages=student_stages,
+            teacher_stages=teacher_stages,
+            head=head,
+            host_head=host_head,
+            input_shape=input_shape,
+            plugins=plugins,
+            seed=seed,
+        )
         student = unwrap(student)
         # Before a Teacher freezes its module.
         check_models(student, teacher.module if isinstance(teacher, Teacher) else teacher)

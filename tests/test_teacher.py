@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -213,6 +214,10 @@ def test_input_transform_resizes() -> None:
         ),
         ({"mean": [1, 2]}, r"mean must be a number, or one for each of three; found \[1, 2\]"),
         ({"std": float("nan")}, "std must be a number, or one for each of three; found nan"),
+        (
+            {"mean": 0.5, "std": 0.5},
+            "those of pixels in 0..255, .* by 255",
+        ),
         ({"size": 64}, "size must be height and width; found 64"),
         ({"size": [64, 0]}, r"size must be height and width; found \[64, 0\]"),
     ],
@@ -224,7 +229,7 @@ def test_input_transform_refuses(options: dict[str, object], match: str) -> None
 
 def test_an_input_transform_is_written_the_same_however_it_was_given() -> None:
     """The teacher's cache is known by it."""
-    given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3])]
+    given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3]), np.array([1, 2, 3])]
     assert len({repr(InputTransform(mean=mean)) for mean in given}) == 1
     assert repr(InputTransform(mean=0)).endswith("order='rgb', mean=0, std=127.5)")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +36,12 @@ class InputTransform:
             raise KDHooksError(f"teacher input: order must be 'rgb' or 'bgr'; found '{self.order}'")
         if min(_three(self.std)) <= 0:
             raise KDHooksError(f"teacher input: std must be positive; found {self.std}")
+        if min(_three(self.std)) < 1:
+            raise KDHooksError(
+                "teacher input: mean and std are those of pixels in 0..255, which a std below 1 "
+                f"would enlarge; found mean {self.mean}, std {self.std}; multiply those of pixels "
+                "in 0..1 by 255"
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b 3 h w)."""
@@ -54,7 +61,7 @@ class InputTransform:
 
 def channels(value: object, what: str) -> float | tuple[float, ...]:
     """A number, or three as a tuple; a list of one is that number."""
-    given: Any = value.tolist() if isinstance(value, Tensor) else value
+    given: Any = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     numbers: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     known = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
     if not known or len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):

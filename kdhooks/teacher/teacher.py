@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from kdhooks.classes.rows import Rows
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.kinds import Option, shown
+from kdhooks.options import check_arguments
 from kdhooks.taps import unwrap
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import refuse_untrained
@@ -20,6 +22,16 @@ from kdhooks.teacher.input_transform import InputTransform
 log = logging.getLogger("kdhooks")
 
 _MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
+
+
+_ARGUMENTS = {
+    "run": Option(Callable | None, None),
+    "transform": Option(Callable | None, None),
+    "embedding": Option(str, ""),
+    "dtype": Option(torch.dtype | None, None),
+    "channels_last": Option(bool, False),
+    "side_stream": Option(bool, False),
+}
 
 
 class Teacher:
@@ -42,7 +54,7 @@ class Teacher:
         compile: bool | str = False,
         side_stream: bool = False,
         micro_batch: int | None = None,
-        cache: CacheOptions | None = None,
+        cache: CacheOptions | str | Path | None = None,
     ) -> None:
         """
         model: a module, a ScriptModule, an exported program, or a function (b 3 h w) -> (b e).
@@ -60,6 +72,24 @@ class Teacher:
         cache: a folder that keeps embeddings, so that a view is embedded once.
         """
         _check_compile(compile)
+        check_arguments(
+            "Teacher",
+            _ARGUMENTS,
+            run=run,
+            transform=transform,
+            embedding=embedding,
+            dtype=dtype,
+            channels_last=channels_last,
+            side_stream=side_stream,
+        )
+        if cache is not None and not isinstance(cache, CacheOptions):
+            cache = CacheOptions.read(
+                {"path": cache} if isinstance(cache, str | Path) else cache, "teacher.cache"
+            )
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise KDHooksError(
+                f"teacher: dtype must be torch.float16 or torch.bfloat16; found {dtype}"
+            )
         if side_stream and isinstance(compile, str):
             raise KDHooksError(
                 f"teacher: side_stream and compile = {compile!r} exclude each other, since CUDA "
@@ -71,6 +101,11 @@ class Teacher:
             )
         if isinstance(model, torch.export.ExportedProgram):
             model = model.module()
+        if isinstance(model, type) or not callable(model):
+            raise KDHooksError(
+                "teacher must be a module or a function (b 3 h w) -> (b e); found "
+                f"{shown(model)}; kdhooks.build takes a recipe, which names files"
+            )
         if isinstance(getattr(model, "__self__", None), nn.Module):
             raise KDHooksError(
                 "teacher is a method of a module, which nobody would freeze; give the module "
