@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.discovery import create
+from kdhooks.discovery import create, load
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.generators import undisturbed_generators
+from kdhooks.kinds import Option, alternatives, shown
 from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
-from kdhooks.options import REQUIRED, Options, option, read
+from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
 from kdhooks.teacher.input_transform import InputTransform
-from kdhooks.teacher.table import FILES, Channels, NetworkFactory, TeacherTable, with_module
+from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
 
@@ -75,10 +76,24 @@ class Recipe(Options):
         if isinstance(source, Recipe):
             return source
         if isinstance(source, str | Path):
-            source = _in_folder(_read_toml(Path(source)), user_path(source, "recipe").parent)
-        if isinstance(source, Mapping) and not isinstance(source.get("teacher", {}), Mapping):
-            source = {**source, "teacher": {"module": source["teacher"]}}
+            path = user_path(source, "recipe")
+            source = _in_folder(_read_toml(path), path.parent)
+        if isinstance(source, Mapping):
+            source = {**source, **_teacher_as_table(source)}
         return read(cls, source, subject)
+
+
+def _teacher_as_table(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `teacher` of a recipe in Python may be the module itself."""
+    teacher = recipe.get("teacher", {})
+    if isinstance(teacher, Mapping):
+        return {}
+    if isinstance(teacher, type) or not callable(teacher):
+        raise KDHooksError(
+            'recipe: teacher must be a table, such as { network = "r100", checkpoint = "…" } or '
+            f'{{ onnx = "…" }}, or in Python a module or a function; found {shown(teacher)}'
+        )
+    return {"teacher": {"module": teacher}}
 
 
 def build(
@@ -97,7 +112,9 @@ def build(
     network: the host's factory for `teacher.network`; the rest: see `Distiller`.
     """
     recipe = Recipe.read(recipe)
-    with undisturbed_generators(recipe.seed, next(student.parameters()).device):
+    check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, student=student)
+    first = next(student.parameters(), torch.empty(0))  # a student without is refused below
+    with undisturbed_generators(recipe.seed, first.device):
         teacher = build_teacher(recipe, network)
     return Distiller(
         student,
@@ -173,29 +190,41 @@ def _average(numbers: Channels | None) -> float:
 
 
 def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The table with the teacher's relative paths in that folder."""
-    teacher = table.get("teacher")
-    if not isinstance(teacher, Mapping):
+    """The table with all relative paths in that folder, those in the methods' options too."""
+    table = _paths_in_folder(Recipe, table, folder, "recipe: ")
+    methods = table.get("methods")
+    if not isinstance(methods, list):
         return table
+    return {**table, "methods": [_method_in_folder(method, folder) for method in methods]}
 
-    def inside(found: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-        paths = {key: value for key in keys if isinstance(value := found.get(key), str) and value}
-        whole = {
-            key: str(folder / user_path(path, f"recipe: teacher.{key}"))
-            for key, path in paths.items()
-        }
-        return {**found, **whole}
 
-    teacher = inside(teacher, *FILES, "root", "classifier", "cache")
-    if isinstance(teacher.get("cache"), Mapping):
-        teacher = {**teacher, "cache": inside(teacher["cache"], "path")}
-    return {**table, "teacher": teacher}
+def _method_in_folder(method: object, folder: Path) -> object:
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if not isinstance(method, Mapping) or not isinstance(name, str):
+        return method
+    return _paths_in_folder(load(name), method, folder, f"{name}: ")
+
+
+def _paths_in_folder(
+    made: type, table: Mapping[str, Any], folder: Path, start: str
+) -> Mapping[str, Any]:
+    """start: of the options' names, for errors."""
+    placed = dict(table)
+    for name, declared in declared_options(made).items():
+        value, kinds = table.get(name), alternatives(declared.kind)
+        if isinstance(value, Mapping):
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, Options):
+                    placed[name] = _paths_in_folder(kind, value, folder, f"{start}{name}.")
+        elif isinstance(value, str) and value.strip() and Path in kinds and str not in kinds:
+            placed[name] = str(folder / user_path(value, f"{start}{name}"))
+    return placed
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
-    path = user_path(path, "recipe")
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        there = "is a folder" if path.is_dir() else "is not a regular file"
+        what = there if path.exists() else "does not exist"
         raise KDHooksError(f"recipe must be a TOML file; '{path}' {what}")
     try:
         content = path.read_bytes()
@@ -209,5 +238,5 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
             f"recipe: '{path}' must be a text in UTF-8; found byte 0x{content[error.start]:02x} in "
             f"line {line}; save the file in the encoding UTF-8"
         ) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and a number of 5000 digits
         raise KDHooksError(f"recipe: '{path}' is not TOML: {error}") from error

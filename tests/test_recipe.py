@@ -12,6 +12,8 @@ from kdhooks import InputTransform, KDHooksError, Teacher, build
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks_plugins.cakd import CAKD
+from kdhooks_plugins.coupleface import CoupleFace
 
 
 @pytest.fixture
@@ -67,6 +69,46 @@ def test_from_toml_with_paths_beside_the_file(checkpoint: Path) -> None:
     assert [tap.name for tap in kd.taps] == ["fcd", "coupleface"]
     net(torch.rand(2, 3, 32, 32))
     assert list(kd._student.take()) == ["fc"]
+
+
+def test_the_paths_of_a_methods_options_start_at_the_files_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "t.onnx").write_bytes(b"x")
+    torch.save(torch.rand(7, 7), tmp_path / "map.pt")
+    (tmp_path / "kd.toml").write_text(
+        """
+        methods = [
+            { name = "coupleface", prototypes = "rows.pt", neighbours = "/all/near" },
+            { name = "cakd", positions = { distance = "saliency", saliency = "map.pt" } },
+        ]
+        teacher.onnx = "t.onnx"
+        """
+    )
+    coupleface, cakd = Recipe.read(tmp_path / "kd.toml").methods
+    assert isinstance(coupleface, CoupleFace)
+    assert isinstance(cakd, CAKD)
+    assert coupleface.prototypes == tmp_path / "rows.pt"
+    assert coupleface.neighbours == Path("/all/near")
+    assert isinstance(cakd.positions.saliency, Tensor)  # read from the file
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("http://a/kd.toml", "'http://a/kd.toml' is an address"),
+        ("", "recipe must be a path; found ''"),
+        ("/dev/null", "'/dev/null' is not a regular file"),
+    ],
+)
+def test_what_is_no_file_is_named_as_it_was_given(path: str, words: str) -> None:
+    with pytest.raises(KDHooksError, match=words):
+        Recipe.read(path)
+
+
+@pytest.mark.parametrize("student", [None, nn.Identity, nn.Identity()])
+def test_a_student_that_can_not_be_trained_is_refused(student: Any) -> None:
+    recipe = {"teacher": tiny_teacher().module, "methods": ["fcd"]}
+    with pytest.raises(KDHooksError, match="student must"):
+        build(recipe, student)
 
 
 def test_a_module_or_a_function_is_a_teacher() -> None:
@@ -149,7 +191,7 @@ TEACHER = {"module": torch.flatten}
         ),
         (
             {"teacher": 3, "methods": ["fcd"]},
-            "teacher.module must be a module or a function; found 3",
+            "recipe: teacher must be a table, such as .* in Python a module or a function; found 3",
         ),
         (
             {"teacher": {**TEACHER, "dtype": "float8"}, "methods": ["fcd"]},
@@ -288,6 +330,7 @@ def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> 
         (TEXT.encode("utf-16"), r"kd\.toml' must be a text in UTF-8; found byte 0xff in line 1"),
         (b"a = 1\n# \xe9", "found byte 0xe9 in line 2; save the file in the encoding UTF-8"),
         (b"methods = [", r"recipe: '.*kd\.toml' is not TOML: "),
+        (b"seed = " + b"9" * 5000, r"recipe: '.*kd\.toml' is not TOML: "),
         (b"a = " + b"[" * 100_000, r"recipe: '.*kd\.toml' is not TOML: "),
         (b"", "recipe needs its option 'teacher'"),
     ],
@@ -322,10 +365,12 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
             {"teacher": {"module": nn.Identity(), "dtype": []}},
             r"dtype must be one of .*; found \[\]",
         ),
-        ({"teacher": nn.Identity}, "teacher.module must be a module or a function; found type"),
+        ({"teacher": nn.Identity}, "teacher must be a table.* found the class Identity"),
+        ({"teacher": "t.onnx"}, "teacher must be a table, such as .* found 't.onnx'"),
         ({"teacher": {"onnx": __file__, "dtype": "float16"}}, "teacher.dtype is of a torch module"),
         ({"methods": [3]}, "a method must be a name, a table .*; found 3"),
-        ({"methods": {"name": "fcd"}}, "recipe: methods must be a list; found"),
+        ({"methods": {"name": "fcd"}}, r"recipe: methods must be a list; found .*; put it between"),
+        ({"methods": "fcd"}, r"recipe: methods must be a list; found 'fcd'; write \['fcd'\]"),
         ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),
         ({"methods": [{"name": 3}]}, "a method's table needs a 'name'"),
         ({"taps": {"student": {"stages": "layer3"}}}, r"stages must be .* write \['layer3'\]"),
