@@ -250,3 +250,8 @@ def test_classes_split_over_ranks_are_those_of_one_process(
     shards = torch.cat([found[name]["head"] for found in ranks])
     assert_close(shards, alone["head"], rtol=1e-9, atol=1e-12)
     assert alone["head"].abs().max() > 1e-3
+
+
+def test_two_factors_of_zero_are_refused() -> None:
+    with pytest.raises(KDHooksError, match="gkd: primary or binary must be above 0; found 0 twice"):
+        GKD(primary=0, binary=0.0)

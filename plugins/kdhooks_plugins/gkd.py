@@ -173,6 +173,10 @@ class GKD(Options):
         most=2,
     )
 
+    def check(self) -> None:
+        if self.primary == self.binary == 0:
+            raise self.refused("primary", "or binary must be above 0; found 0 twice")
+
     @hookimpl
     def classifier_share(self) -> ComparedClassifiers:
         loss = GroupedScores(
