@@ -34,7 +34,7 @@ from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
 from kdhooks.replicas import Replicas, options_of, own_buffers, shown_number
-from kdhooks.schedules import Varying, number_at
+from kdhooks.schedules import Varying, counts_epochs, number_at
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
@@ -346,6 +346,16 @@ class Distiller(nn.Module):
     def labelled(self) -> Sequence[str]:
         """The terms that need labels."""
         return self._needs_labels
+
+    @property
+    def in_epochs(self) -> list[str]:
+        """The terms with a number that counts epochs."""
+        return [
+            tap.name
+            for tap, loss in zip(self.taps, self.losses.values(), strict=True)
+            if counts_epochs(tap.weight)
+            or any(counts_epochs(n.value) for n in loss.modules() if isinstance(n, Varying))
+        ]
 
     @property
     def fired(self) -> bool:

@@ -59,6 +59,10 @@ Scheduled: TypeAlias = float | Schedule | Callable[[int], float]
 """A number; or a schedule of it, or a function of the step (the first is 0)."""
 
 
+def counts_epochs(value: Scheduled) -> bool:
+    return isinstance(value, Schedule) and value.unit == "epoch"
+
+
 def number_at(value: Scheduled, step: int, steps_per_epoch: int | None) -> float:
     """The number in this step.
 

@@ -60,7 +60,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], Any, int]] = {
     ),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "cakd": {"width": 16, "heads": 2, "centres": 3, "prompts": None, "check_every": 0},
+    "cakd": {"urfm": {"width": 16, "heads": 2, "centres": 3}, "collapse": {"every": 0}},
     "coupleface": {"k": 3},
 }
 each_network = pytest.mark.parametrize("kind", NETWORKS)

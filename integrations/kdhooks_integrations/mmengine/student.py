@@ -14,6 +14,7 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
 from kdhooks_integrations.mmengine.checkpoints import readable
+from kdhooks_integrations.mmengine.epochs import length, running_loop
 from kdhooks_integrations.mmengine.forward import Arguments, Forward, mixing_augments
 from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import (
@@ -102,6 +103,7 @@ class Distillation(nn.Module):
             )
         if not self.ran:
             self._set_first_step()
+            self._set_epoch()
         images = self.forward_of.images(arguments)
         labels = None
         if self.distiller.labelled:
@@ -127,6 +129,28 @@ class Distillation(nn.Module):
             self.distiller.set_extra_state(torch.tensor(0))
         elif iteration is not None and self._others:
             raise KDHooksError(self._others)
+
+    def _set_epoch(self) -> None:
+        """For schedules that count epochs; what a script has set stays."""
+        distiller = self.distiller
+        if distiller.steps_per_epoch is not None:
+            return
+        find = running_loop
+        if torch.compiler.is_compiling():
+            find = torch.compiler.disable(find)  # it can't look at frames
+        loop = find()
+        distiller.steps_per_epoch = None if loop is None else length(loop)
+        if distiller.steps_per_epoch is None and distiller.in_epochs:
+            why = (
+                "no loop of MMEngine's runs this step"
+                if loop is None
+                else "the train_dataloader has no length"
+            )
+            raise KDHooksError(
+                f"mmengine: {listed(distiller.in_epochs)}: a schedule counts epochs, and {why}; "
+                "give its start, stop and warmup in iters, without unit='epoch', or set "
+                "model.kdhooks.distiller.steps_per_epoch in a script"
+            )
 
     def _as_recipe_says(self, images: Tensor) -> Tensor:
         """RGB, (pixel - 127.5) / 127.5."""
@@ -217,7 +241,11 @@ class _AddTerms(IdleCopy):
         if arguments.get("mode") != "loss":
             self._distillation.distiller.discard()
             return None
-        return self._distillation.extended(losses, arguments)
+        try:
+            return self._distillation.extended(losses, arguments)
+        except BaseException:
+            self._distillation.distiller.discard()  # or the next try would find this forward's
+            raise
 
 
 def attach(student: nn.Module, options: Options) -> Distillation:
