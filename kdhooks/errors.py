@@ -19,5 +19,11 @@ def near_miss(found: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
 
 
+def in_one_line(error: Exception) -> str:
+    """Its class, and the first line of what it says."""
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
+
+
 def listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"

@@ -306,6 +306,8 @@ def shown(value: object) -> str:
     """For an error: the value itself if it is plain, else its type."""
     if inspect.isclass(value):
         return f"the class {value.__name__}"
+    if isinstance(value, torch.dtype):
+        return str(value)
     plain = (str, int, float, bool, list, tuple, Mapping, np.generic, types.NoneType)
     return reprlib.repr(value) if isinstance(value, plain) else type(value).__name__
 
@@ -336,6 +338,9 @@ def _instead_of(value: object) -> Iterator[tuple[object, str]]:
         yield [value], f"write [{value!r}]"
     elif isinstance(value, Mapping):
         yield [value], "put it between [ and ]"
+    elif isinstance(value, torch.dtype):
+        name = str(value).removeprefix("torch.")
+        yield name, f"write {name!r}"
     elif isinstance(value, Tensor | np.ndarray | np.generic):
         with suppress(ValueError, RuntimeError):  # of several numbers
             yield value.item(), "give its item()"

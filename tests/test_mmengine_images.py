@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ with warnings.catch_warnings():
 from mmengine.registry import HOOKS, MODELS
 
 from kdhooks_integrations import mmengine
+from kdhooks_integrations.mmengine.images import Seen
 from tests.mmengine_runs import QUIET, STUDENT, Recogniser, each_door, train
 from tests.mmengine_shapes import IMAGENET, batch, losses, shaped
 
@@ -273,3 +275,13 @@ def test_other_hosts_read_no_config_of_mmengines() -> None:
     recipe = {"teacher": {"config": __file__, "checkpoint": __file__}, **KD}
     with pytest.raises(KDHooksError, match=r"teacher.config is a config file of MMEngine, and"):
         build(recipe, TinyFaceNet())
+
+
+def test_means_of_numpy_are_numbers() -> None:
+    given = {"mean": np.float32(0), "std": np.full(3, 255)}
+    plain, other = (Seen.of(None).but(said) for said in ({"mean": 0, "std": [255.0] * 3}, given))
+    assert plain.mean is not None
+    assert plain.mean == other.mean
+    assert plain.std is not None
+    assert other.std is not None
+    assert torch.equal(plain.std, other.std)

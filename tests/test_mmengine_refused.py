@@ -52,6 +52,16 @@ ROWS = {"module": {"type": "Taught"}, "classifier": torch.randn(6, 12)}
 KNOWN = {"teacher": ROWS, "methods": ["kd"]}  # a method that needs labels
 
 
+@MODELS.register_module()
+class Wordy(Recogniser):
+    """Does not like its options."""
+
+    def __init__(self, words: str | None = None) -> None:
+        if words:
+            raise ValueError(words)
+        raise KeyError("depth") if words is None else KeyError
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -78,8 +88,25 @@ KNOWN = {"teacher": ROWS, "methods": ["kd"]}  # a method that needs labels
         ({"student": "Recogniser"}, "student must be a model's config.*found 'Recogniser'"),
         ({"student": None}, "student must be a model's config, dict.*found None"),
         ({"backbone": {}}, "no key 'backbone'; a model's line over .* needs _delete_=True.*recipe"),
-        ({"images": 3}, "images must be a path like 'data_samples.gt_label'; found 3"),
-        ({"classifier": None}, "classifier must be a path like .*; found None"),
+        ({"images": 3}, "images must be a path like 'inputs'; found 3"),
+        ({"labels": ["x"]}, r"labels must be a path like 'data_samples.gt_label'; found \['x'\]"),
+        ({"classifier": None}, "classifier must be a path like 'head.weight'; found None"),
+        ({"classifier": "head"}, "no such parameter; inside of it are: head.weight"),
+        (
+            {"teacher": {"type": "Taught"}},
+            r"found type = 'Taught' in it; write teacher = dict\(network=dict\(type=…\), ch",
+        ),
+        (
+            {"teacher": {"type": Recogniser, "width": 3}},
+            "found type = the class Recogniser in it; write teacher = dict",
+        ),
+        ({"input": {"mean": 10**400}}, "input.mean must be a number, or one for each of three"),
+        ({"student": {"type": "Wordy"}}, r"student can't be built .*; KeyError: 'depth'$"),
+        ({"student": {"type": "Wordy", "words": ""}}, "can't be built from its config; KeyError$"),
+        (
+            {"student": {"type": "Wordy", "words": "one\ntwo"}},
+            r"can't be built from its config; ValueError: one$",
+        ),
         ({"input": None}, r"input must be dict\(mean=…, std=…, order=…\); found None"),
         (
             {"input": {"mean": "a"}},

@@ -12,13 +12,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("mmengine.runner")
 
+from mmengine.registry import MODELS
+
 from kdhooks import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.testing import TinyFaceNet, tiny_teacher
 from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import with_teacher
-from tests.mmengine_runs import QUIET, Recogniser
+from tests.mmengine_runs import QUIET, Recogniser, distilled, same, trained_teacher
 
 pytestmark = QUIET
 NETWORK = {"type": "Recogniser", "width": 6}
@@ -81,3 +83,18 @@ def test_a_network_by_name_takes_its_part_of_the_checkpoint(tmp_path: Path) -> N
     assert torch.equal(teacher.module.fc.weight, state()["backbone.fc.weight"])
     assert teacher.classifier is not None
     assert torch.equal(teacher.classifier.slice(0, 6), state()["head.weight"])
+
+
+def test_of_a_distilled_config_the_student_is_the_teacher(tmp_path: Path) -> None:
+    """Without the teacher and the methods that it had itself."""
+    taught = trained_teacher()
+    torch.save({"state_dict": taught.state_dict()}, tmp_path / "teacher.pth")
+    network = {
+        "type": "kdhooks.Distill",
+        "student": {"type": "Recogniser", "width": 6},
+        "data_preprocessor": {"type": "ImgDataPreprocessor", "mean": [0.0] * 3, "std": [255.0] * 3},
+    }
+    teacher = {"network": network, "checkpoint": str(tmp_path / "teacher.pth")}
+    loaded = MODELS.build(distilled(teacher=teacher)).kdhooks.distiller._session.teacher.module
+    assert same(loaded.state_dict(), taught.state_dict())
+    assert type(loaded.data_preprocessor).__name__ == "ImgDataPreprocessor"

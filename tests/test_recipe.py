@@ -371,6 +371,10 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         ({"methods": [3]}, "a method must be a name, a table .*; found 3"),
         ({"methods": {"name": "fcd"}}, r"recipe: methods must be a list; found .*; put it between"),
         ({"methods": "fcd"}, r"recipe: methods must be a list; found 'fcd'; write \['fcd'\]"),
+        (
+            {"teacher": {"module": nn.Identity(), "dtype": torch.float16}},
+            "dtype must be one of .*; found torch.float16; write 'float16'",
+        ),
         ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),
         ({"methods": [{"name": 3}]}, "a method's table needs a 'name'"),
         ({"taps": {"student": {"stages": "layer3"}}}, r"stages must be .* write \['layer3'\]"),

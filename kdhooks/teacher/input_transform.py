@@ -1,6 +1,6 @@
 """What the trainer's images become before the teacher sees them."""
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,8 @@ def channels(value: object, what: str) -> float | tuple[float, ...]:
     given: Any = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     numbers: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     known = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not known or len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+    finite = known and all(abs(n) <= sys.float_info.max for n in numbers)  # not nan, nor 10**400
+    if not finite or len(numbers) not in (1, 3):
         raise KDHooksError(f"{what} must be a number, or one for each of three; found {value!r}")
     single: float = numbers[0]
     return single if len(numbers) == 1 else tuple(map(float, numbers))

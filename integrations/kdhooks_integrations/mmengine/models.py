@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.errors import KDHooksError, in_one_line, listed, near_miss
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
@@ -38,11 +38,11 @@ def built(config: object, what: str) -> Any:
         return MODELS.build(config)
     except KDHooksError:
         raise
-    except KeyError as error:
-        raise KDHooksError(f"mmengine: {what}: {error.args[0]}") from error
     except Exception as error:
+        if isinstance(error, KeyError) and "registry" in str(error):
+            raise KDHooksError(f"mmengine: {what}: {error.args[0]}") from error
         raise KDHooksError(
-            f"mmengine: {what} can't be built from its config; {type(error).__name__}: {error}"
+            f"mmengine: {what} can't be built from its config; {in_one_line(error)}"
         ) from error
 
 
@@ -52,14 +52,12 @@ def network_of(path: Path) -> dict[str, Any]:
         config = Config.fromfile(path)
     except Exception as error:
         raise KDHooksError(
-            f"mmengine: teacher.config: '{path}' can't be read as a config; "
-            f"{type(error).__name__}: {error}"
+            f"mmengine: teacher.config: '{path}' can't be read as a config; {in_one_line(error)}"
         ) from error
     model = deepcopy(config.get("model"))
     outer = config.get("data_preprocessor")
-    if isinstance(model, dict) and "student" in model:  # of kdhooks.Distill
-        outer = model.get("data_preprocessor", outer)
-        model = model.get("student")
+    if isinstance(model, dict):
+        outer, model = _student_of(model, outer)
     if not isinstance(model, dict):
         raise KDHooksError(
             f"mmengine: teacher.config: '{path}' must have a model, dict(type=…); found {model!r}"
@@ -68,6 +66,13 @@ def network_of(path: Path) -> dict[str, Any]:
         if value is not None:
             model.setdefault(key, value)  # as MMEngine's Runner does
     return model
+
+
+def _student_of(model: dict[str, Any], outer: Any = None) -> tuple[Any, Any]:
+    """The data_preprocessor beside a model, and the model: of kdhooks.Distill, the student."""
+    if "student" not in model:
+        return outer, model
+    return model.get("data_preprocessor", outer), model["student"]
 
 
 class Conventions:
@@ -108,9 +113,11 @@ def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, st
     """The student's rows (c d), and what to say of them to a method that compares logits."""
     known = dict(student.named_parameters())
     if path and path not in known:
+        inside = [name for name in known if name.startswith(f"{path}.")]
         raise KDHooksError(
             f"mmengine: classifier = '{path}': the student has no such parameter; "
-            f"{near_miss(path, known)}it has {len(known)}"
+            + (f"inside of it are: {listed(inside)}" if inside else near_miss(path, known))
+            + ("" if inside else f"it has {len(known)}")
         )
     name = path or next((name for name in _CLASSIFIER if name in known), "")
     if not name:
@@ -165,6 +172,10 @@ def with_teacher(recipe: Recipe, student: Seen) -> Recipe:
 
 
 def _network(config: object, _: object) -> nn.Module:
+    if isinstance(config, dict):
+        outer, config = _student_of(config)
+        if isinstance(config, dict) and outer is not None:
+            config = {"data_preprocessor": outer, **config}
     network = built(config, "teacher.network")
     if not isinstance(network, nn.Module):
         raise KDHooksError(
@@ -214,7 +225,7 @@ def initialised(config: Mapping[str, Any]) -> nn.Module:
         except Exception as error:
             raise KDHooksError(
                 f"mmengine: teacher.module can't be initialised by its init_cfg; "
-                f"{type(error).__name__}: {error}"
+                f"{in_one_line(error)}"
             ) from error
     return model
 

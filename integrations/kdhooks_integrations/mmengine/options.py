@@ -9,8 +9,11 @@ import torch
 
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.generators import undisturbed_generators
+from kdhooks.kinds import shown
 from kdhooks.recipe import Recipe
 from kdhooks_integrations.mmengine.models import initialised
+
+_LIKE = ("inputs", "data_samples.gt_label", "head.weight")  # images, labels, classifier
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,10 @@ class Options:
                 raise KDHooksError(
                     f"mmengine: there is no key '{key}'; {hint}the keys are: {listed(every)}"
                 )
-        for key in own:
+        for key, like in zip(own, _LIKE, strict=True):
             if not isinstance(table.get(key, ""), str):
                 raise KDHooksError(
-                    f"mmengine: {key} must be a path like 'data_samples.gt_label'; found "
-                    f"{table[key]!r}"
+                    f"mmengine: {key} must be a path like '{like}'; found {table[key]!r}"
                 )
         given = {key: table[key] for key in known if key in table}
         if recipe is not None and given:
@@ -67,6 +69,12 @@ class Options:
 def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
     """teacher.module may be a model's config; its init_cfg then says where its weights are."""
     teacher = table.get("teacher")
+    if isinstance(teacher, Mapping) and "type" in teacher:
+        raise KDHooksError(
+            f"mmengine: teacher is a table around the model's config; found type = "
+            f"{shown(teacher['type'])} in it; write teacher = dict(network=dict(type=…), "
+            "checkpoint=…), or dict(module=dict(type=…)) if its init_cfg names its weights"
+        )
     if not isinstance(teacher, Mapping) or not isinstance(teacher.get("module"), Mapping):
         return table
     with undisturbed_generators(0, torch.device("cpu")):

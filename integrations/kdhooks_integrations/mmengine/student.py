@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kdhooks.copies import IdleCopy
-from kdhooks.errors import KDHooksError, listed
+from kdhooks.errors import KDHooksError, in_one_line, listed
 from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
 from kdhooks_integrations.mmengine.checkpoints import readable
@@ -172,7 +172,7 @@ class Distillation(nn.Module):
         except Exception as error:
             raise KDHooksError(
                 f"mmengine: the student must run on images {tuple(images.shape)} alone, in mode "
-                f"'tensor'; it raises {type(error).__name__}: {error}; set input_shape to that of "
+                f"'tensor'; it raises {in_one_line(error)}; set input_shape to that of "
                 "its images"
             ) from error
 
