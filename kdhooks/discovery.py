@@ -76,7 +76,8 @@ def create(method: object) -> object:
     options = dict(method)
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}")
+        way_out = "; write name in place of type" if name is None and "type" in method else ""
+        raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}{way_out}")
     made = load(name)
     if isinstance(options.get("weight"), Mapping) and not issubclass(made, Options):
         options["weight"] = Schedule.read(options["weight"], f"{name}: weight")

@@ -335,7 +335,8 @@ def _instead_of(value: object) -> Iterator[tuple[object, str]]:
         for number in (int, float):
             with suppress(ValueError):
                 yield number(bare.encode("ascii", "replace")), words
-        yield [value], f"write [{value!r}]"
+        is_written = bare.startswith("[") and bare.endswith("]")
+        yield [value], "write it without the quotes" if is_written else f"write [{value!r}]"
     elif isinstance(value, Mapping):
         yield [value], "put it between [ and ]"
     elif isinstance(value, torch.dtype):

@@ -224,7 +224,8 @@ def _paths_in_folder(
 def _read_toml(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         there = "is a folder" if path.is_dir() else "is not a regular file"
-        what = there if path.exists() else "does not exist"
+        start = "" if path.is_absolute() else f" from '{Path.cwd()}'"
+        what = there if path.exists() else f"does not exist{start}"
         raise KDHooksError(f"recipe must be a TOML file; '{path}' {what}")
     try:
         content = path.read_bytes()

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing it warns, on new torch
     import_module("mmengine.runner")
 
+from mmengine.config.lazy import LazyObject
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -135,6 +136,10 @@ def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> N
         ({"lables": "labels"}, "no key 'lables'; did you mean 'labels'"),
         ({"methods": ["fdc"]}, "no method 'fdc' is installed"),
         ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
+        ({"student": STUDENT}, "no key 'student'; the hook distils into the runner's own model"),
+        ({"methods": [LazyObject("a.b", "C")]}, "goes by its name in a config; found the class C"),
+        ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name in place of type"),
+        ({"methods": "['fcd']"}, "write it without the quotes around the list"),
     ],
 )
 def test_a_wrong_hook_line_is_refused_when_it_is_read(changes: dict[str, Any], match: str) -> None:
@@ -248,7 +253,7 @@ def test_losses_must_be_a_dict_without_our_keys() -> None:
 
 
 def test_one_door_alone(tmp_path: Path) -> None:
-    with pytest.raises(KDHooksError, match="distilled already; use one door alone"):
+    with pytest.raises(KDHooksError, match=r"distilled already; keep kdhooks\.Distill around it"):
         train(tmp_path, model=distilled(), hooks=[hook()])
 
 

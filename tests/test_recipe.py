@@ -201,7 +201,7 @@ TEACHER = {"module": torch.flatten}
             {"teacher": {**TEACHER, "input": {"sise": 1}}, "methods": ["fcd"]},
             "teacher.input has no option 'sise'; did you mean 'size'",
         ),
-        ("absent.toml", "'absent.toml' does not exist"),
+        ("absent.toml", "'absent.toml' does not exist from '/"),
     ],
 )
 def test_refuses(recipe: Any, match: str) -> None:

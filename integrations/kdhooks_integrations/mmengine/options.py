@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config.lazy import LazyAttr, LazyObject
 
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.generators import undisturbed_generators
@@ -27,19 +28,19 @@ class Options:
     input: Mapping[str, Any]  # mean, std, order of the images that the student sees
 
     @classmethod
-    def read(cls, recipe: str | Path | None, table: Mapping[str, Any]) -> "Options":
-        """recipe: a TOML file, in place of a recipe's keys in the table."""
+    def read(cls, recipe: str | Path | None, table: Mapping[str, Any], hint: str = "") -> "Options":
+        """recipe: a TOML file, in place of a recipe's keys in the table.
+
+        hint: what to say of a key that is like none of these.
+        """
         own = {field.name: "" for field in fields(cls)[1:-1]}
         known = [field.name for field in fields(Recipe)]
         for key in table:
             if key not in (*known, *own, "input"):
                 every = ["recipe", *known, *own, "input"]
-                hint = near_miss(key, every) or (
-                    "a model's line over that of a base config needs _delete_=True, or the keys of "
-                    "both are mixed; "
-                )
                 raise KDHooksError(
-                    f"mmengine: there is no key '{key}'; {hint}the keys are: {listed(every)}"
+                    f"mmengine: there is no key '{key}'; {near_miss(key, every) or hint}the keys "
+                    f"are: {listed(every)}"
                 )
         for key, like in zip(own, _LIKE, strict=True):
             if not isinstance(table.get(key, ""), str):
@@ -51,6 +52,11 @@ class Options:
             raise KDHooksError(
                 f"mmengine: a recipe comes from a file or from keys; found '{recipe}' and "
                 f"{listed(given)}; write all of it in one place"
+            )
+        for method in _lazy(given.get("methods")):
+            raise KDHooksError(
+                f"mmengine: a method goes by its name in a config; found the class {method}; write "
+                "the name, as kdhooks methods lists it, or dict(name=…) with its options"
             )
         checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
         transform = table.get("input", {})
@@ -64,6 +70,13 @@ class Options:
                     f"mmengine: input has no key '{key}'; its keys are: mean, std, order"
                 )
         return cls(checked, **{key: table.get(key, "") for key in own}, input=transform)
+
+
+def _lazy(methods: object) -> list[object]:
+    """What a config of the new style has imported, and not called by its dict(type=…)."""
+    if not isinstance(methods, list | tuple):
+        return []
+    return [method for method in methods if isinstance(method, LazyObject | LazyAttr)]
 
 
 def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,6 +20,11 @@ from kdhooks_integrations.mmengine.options import Options
 from kdhooks_integrations.mmengine.resume import complete
 from kdhooks_integrations.mmengine.student import Distillation, attach
 
+_MIXED = (
+    "a model's line over that of a base config needs _delete_=True, or the keys of both are mixed; "
+)
+_ITS_OWN = "the hook distils into the runner's own model, as the config has it; "
+
 
 def Distill(
     student: Mapping[str, Any] | nn.Module | None = None,
@@ -34,7 +39,7 @@ def Distill(
         config's top level here. A student that is built already has its own.
     The other keys are those of `Options`.
     """
-    options = Options.read(recipe, table)
+    options = Options.read(recipe, table, _MIXED)
     if isinstance(student, dict) and data_preprocessor is not None:
         student = {"data_preprocessor": data_preprocessor, **student}
     model = student if isinstance(student, nn.Module) else built(student, "student")
@@ -53,7 +58,7 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
 
     def __init__(self, recipe: str | Path | None = None, **table: Any) -> None:
         """See `Distill`."""
-        self._options = Options.read(recipe, table)
+        self._options = Options.read(recipe, table, _ITS_OWN)
         self._distillation: Distillation | None = None
 
     def before_run(self, runner: Any) -> None:

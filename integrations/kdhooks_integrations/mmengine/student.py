@@ -256,7 +256,10 @@ def attach(student: nn.Module, options: Options) -> Distillation:
             f"{type(student).__name__}"
         )
     if hasattr(student, CHILD):
-        raise KDHooksError("mmengine: this model is distilled already; use one door alone")
+        raise KDHooksError(
+            "mmengine: this model is distilled already; keep kdhooks.Distill "
+            "around it, or one kdhooks.DistillHook, and leave the other away"
+        )
     distillation = Distillation(student, options)
     student.add_module(CHILD, distillation)
     student.register_forward_hook(_AddTerms(distillation), with_kwargs=True)
