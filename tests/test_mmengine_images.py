@@ -38,10 +38,8 @@ ASKED = r"does not say how its images are normalised .*say teacher.input = dict\
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = MODELS.build(shaped(KIND, data_preprocessor=IMAGENET)).train()
-    for _ in range(3):
+    for _ in range(60):  # until the running statistics are those of these images
         model(model.data_preprocessor(batch())["inputs"])
-    with torch.no_grad():  # so that embeddings differ
-        model.get_parameter("backbone.layer6.1.bias").fill_(-1.5)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "teacher.pth")
     return tmp_path / "teacher.pth"
 

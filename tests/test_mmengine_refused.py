@@ -139,7 +139,7 @@ def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> N
         ({"student": STUDENT}, "no key 'student'; the hook distils into the runner's own model"),
         ({"methods": [LazyObject("a.b", "C")]}, "goes by its name in a config; found the class C"),
         ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name in place of type"),
-        ({"methods": "['fcd']"}, "write it without the quotes around the list"),
+        ({"methods": "['fcd']"}, "write it without the quotes"),
     ],
 )
 def test_a_wrong_hook_line_is_refused_when_it_is_read(changes: dict[str, Any], match: str) -> None:
