@@ -69,7 +69,7 @@ def teacher_of(path: str | None) -> Teacher:
     """SFace as a torch module, which is faster here; any other file through onnxruntime."""
     network = OnnxModel(Path(os.path.expanduser(path))) if path else to_torch(sface_file())
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
-    return Teacher(network, transform=transform, channels_last=True)
+    return Teacher(network, transform=transform, channels_last=path is None)
 
 
 def _parser() -> argparse.ArgumentParser:
