@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check bench-methods gpu clean
+.PHONY: demo test check style mypy pyright bench-methods gpu clean
 
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
@@ -19,10 +19,16 @@ bench-methods: .venv/.demo
 gpu: .venv/.test
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-check: .venv/.test
+check: style mypy pyright
+
+style: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mypy: .venv/.test
 	$(BIN)/mypy
+
+pyright: .venv/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
