@@ -135,7 +135,7 @@ class Distillation(nn.Module):
         distiller = self.distiller
         if distiller.steps_per_epoch is not None:
             return
-        find = running_loop
+        find: Any = running_loop
         if torch.compiler.is_compiling():
             find = torch.compiler.disable(find)  # it can't look at frames
         loop = find()
