@@ -1,5 +1,6 @@
 """What an installed method is and needs, for `kdhooks methods NAME`."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ def as_text(table: Mapping[str, Any]) -> str:
         lines.append(f"needs    {', '.join(words) or 'the embeddings alone'}")
     lines.append("options")
     for name, option in table["options"].items():
-        default = "" if option["default"] is None else f" = {_toml(option['default'])}"
+        written = json.dumps(option["default"], ensure_ascii=False)  # as TOML writes it too
+        default = "" if option["default"] is None else f" = {written}"
         notes = [
             "must be given" if option["required"] else "",
             option["type"],
@@ -134,11 +136,3 @@ def as_text(table: Mapping[str, Any]) -> str:
         if option["meaning"]:
             lines.append(f"      {option['meaning']}")
     return "\n".join(lines)
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -62,11 +62,16 @@ def made_by(
         raise KDHooksError(
             f"{subject} '{name}' must make a network; it raises {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(network, nn.Module):
+    return as_network(network, name, subject)
+
+
+def as_network(made: object, name: str, subject: str) -> nn.Module:
+    """What a factory returned, refused if it is no module."""
+    if not isinstance(made, nn.Module):
         raise KDHooksError(
-            f"{subject} '{name}' must make an nn.Module; found {type(network).__name__}"
+            f"{subject} '{name}' must make an nn.Module; found {type(made).__name__}"
         )
-    return network
+    return made
 
 
 def is_factory_name(network: object) -> bool:

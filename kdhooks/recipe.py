@@ -169,7 +169,6 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         opened = (to_torch if spec.convert else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
-    assert not isinstance(spec.cache, Path)
     return Teacher(
         model,
         transform=replace(transform, **spec.input.given()),

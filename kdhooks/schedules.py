@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 from torch import nn
 
@@ -59,7 +59,7 @@ Scheduled: TypeAlias = float | Schedule | Callable[[int], float]
 """A number; or a schedule of it, or a function of the step (the first is 0)."""
 
 
-def counts_epochs(value: Scheduled) -> bool:
+def counts_epochs(value: Scheduled) -> TypeGuard[Schedule]:
     return isinstance(value, Schedule) and value.unit == "epoch"
 
 
@@ -71,7 +71,7 @@ def number_at(value: Scheduled, step: int, steps_per_epoch: int | None) -> float
     """
     if not callable(value):
         return value
-    if not isinstance(value, Schedule) or value.unit == "step":
+    if not counts_epochs(value):
         return value(step)
     if steps_per_epoch is None:
         raise KDHooksError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
-from kdhooks.factories import factory_named, is_factory_name, made_by
+from kdhooks.factories import as_network, factory_named, is_factory_name, made_by
 from kdhooks_integrations.arcface_torch.commands.parsing import path
 
 WIDTH = 512
@@ -90,7 +90,7 @@ def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn
         ) from error
     except Exception as error:
         raise _not_created(network, error) from error
-    return _checked(network, model)
+    return as_network(model, network, "network")
 
 
 def _by_path(network: str, given: Mapping[str, object]) -> nn.Module:
@@ -113,11 +113,3 @@ def _not_created(network: str, error: Exception) -> KDHooksError:
     return KDHooksError(
         f"network '{network}' can't be created: {type(error).__name__}: {error}; {way_out}"
     )
-
-
-def _checked(network: str, model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise KDHooksError(
-            f"network '{network}' must make an nn.Module; found {type(model).__name__}"
-        )
-    return model
