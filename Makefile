@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check style mypy pyright bench-methods gpu clean
+.PHONY: demo test check style mypy pyright bench-papers gpu clean
 
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
@@ -13,8 +13,8 @@ demo: .venv/.demo
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-bench-methods: .venv/.demo
-	$(BIN)/python -m benchmarks.methods $(ARGS)
+bench-papers: .venv/.demo
+	$(BIN)/python -m benchmarks.papers $(ARGS)
 
 gpu: .venv/.test
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

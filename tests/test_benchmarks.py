@@ -23,29 +23,46 @@ import torch
 from benchmarks import teacher_cache
 from benchmarks.gpu.part import Absent, Options
 from benchmarks.gpu.parts import faces as faces_part
-from benchmarks.methods.__main__ import main
-from benchmarks.methods.made_up import write_faces, write_pairs, write_teacher
-from benchmarks.methods.material import MOST, chosen
-from benchmarks.methods.report import added, cells, table
-from benchmarks.methods.results import differences, mend, read
-from benchmarks.methods.rows import LABELS, ROWS, swept
-from benchmarks.methods.running import Course, in_processes, records
 from benchmarks.overhead.__main__ import Size, batch_of, check_gradient, measure
 from benchmarks.overhead.report import table as overhead_table
 from benchmarks.overhead.ways import Pair, alone, by_hand, material
+from benchmarks.papers.__main__ import main
+from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
+from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, chosen
+from benchmarks.papers.report import (
+    added,
+    cells,
+    error,
+    flatness,
+    gap,
+    needed,
+    speed_table,
+    table,
+    teaches,
+)
+from benchmarks.papers.results import differences, mend, read
+from benchmarks.papers.rows import LABELS, TEACHER, swept
+from benchmarks.papers.running import Course, in_processes, records
+from benchmarks.papers.settings import SETTINGS, SHORT
+from benchmarks.papers.views import drawn
 from benchmarks.teacher_run import compared
 from kdhooks.recipe import Recipe
 from kdhooks_demo.faces import Faces
+from kdhooks_demo.material import views
 from kdhooks_demo.training import Row
+from tests.demo_faces import made_faces
 
 Run: TypeAlias = Callable[[str, str], dict[str, bytes]]
+KINDS = ("plain", "mirror", "mild", "strong")
 CACHE = "--student 2 --teacher 4 --batch-size 4 --batches 2"
 
 
 def test_people_with_one_image_are_left_out_and_none_has_too_many() -> None:
     names = [f"alone/{0:03d}", *(f"many/{i:03d}" for i in range(30)), "two/0", "two/1"]
-    kept = chosen(Faces(torch.zeros(len(names), 3, 2, 2, dtype=torch.uint8), tuple(names)))
-    assert kept.names == (*names[1 : 1 + MOST], "two/0", "two/1")
+    faces = Faces(torch.zeros(len(names), 3, 2, 2, dtype=torch.uint8), tuple(names))
+    kept = (*names[1 : 1 + MOST], "two/0", "two/1")
+    assert chosen(faces, single=False).names == kept
+    assert chosen(faces, single=True).names == (names[0], *kept)
 
 
 def record(accuracy: float) -> dict[str, Any]:
@@ -56,18 +73,109 @@ def test_rows_are_compared_with_labels_alone_of_the_same_seed() -> None:
     rows = {LABELS: {0: record(0.7), 1: record(0.8)}, "fcd": {1: record(0.85), 2: record(0.9)}}
     assert added(rows, "fcd", "accuracy") == [pytest.approx(0.05)]
     assert added(rows, LABELS, "accuracy") == []
-    assert cells(rows)[-1][:2] == ["fcd", "87.5 ± 3.5"]
+    assert cells(rows)[-1][:2] == ["fcd", "87.5 ± 2.5"]
     line = table(rows).splitlines()[-1]
-    assert line.startswith("| fcd | 87.5 ± 3.5 |")
-    assert "| 5.0 |" in line
+    assert line.startswith("| fcd | 87.5 ± 2.5 |")
+    assert "| +5.0 |" in line
+
+
+def tars(found: list[float]) -> dict[int, dict[str, Any]]:
+    return {seed: {**record(0.5), "tar2": tar} for seed, tar in enumerate(found)}
+
+
+def test_a_row_teaches_if_its_mean_is_more_than_two_standard_errors_above_0() -> None:
+    """0.1 ± 0.06 of two seeds does not; 0.1 ± 0.04 does."""
+    assert error([0.04, 0.16]) == pytest.approx(0.06)
+    assert not teaches([0.04, 0.16])
+    assert teaches([0.06, 0.14])
+    assert not teaches([0.5]), "one seed has no error"
+    rows = {LABELS: tars([0.2, 0.2]), "kd": tars([0.26, 0.34]), "fcd": tars([0.24, 0.36])}
+    assert cells(rows)[2][7] == "**+10.0 ± 4.0**"
+    assert cells(rows)[3][7] == "+10.0 ± 6.0"
+
+
+def test_the_gap_is_the_share_of_the_way_from_labels_alone_to_the_teacher() -> None:
+    rows = {TEACHER: tars([0.9]), LABELS: tars([0.4, 0.6]), "fcd": tars([0.6, 0.8])}
+    assert gap(rows, "fcd") == pytest.approx(0.5)
+    assert gap(rows, LABELS) is None
+    assert gap({LABELS: rows[LABELS], "fcd": rows["fcd"]}, "fcd") is None
+    assert cells(rows)[3][8] == "50"
+    assert gap({**rows, TEACHER: tars([0.5])}, "fcd") is None, "there is no gap"
+
+
+def drawn_by(*curves: list[float]) -> dict[int, dict[str, Any]]:
+    """Records with a point of the curve after each 10 images."""
+    return {
+        seed: {
+            **record(0.5),
+            "curve": [{"images_seen": 10 * (i + 1), "tar2": tar} for i, tar in enumerate(found)],
+        }
+        for seed, found in enumerate(curves)
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "images"),
+    [
+        ([0.5, 0.6, 0.7, 0.8, 0.9], 20),
+        ([0.6, 0.5, 0.7, 0.8, 0.9], 30),
+        ([0.7, 0.8, 0.9, 0.9, 0.9], 10),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], None),
+    ],
+)
+def test_a_row_needs_so_many_images_to_stay_above_the_end_of_labels_alone(
+    found: list[float], images: int | None
+) -> None:
+    rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.4, 0.5], [0.1, 0.3, 0.5, 0.8, 0.7])}
+    rows["fcd"] = drawn_by(found)
+    assert needed(rows, "fcd") == images
+    assert f"| fcd | {images or 'not reached'} |" in speed_table(rows)
+
+
+def test_what_labels_alone_gain_in_the_last_fifth_is_said() -> None:
+    rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.55, 0.6], [0.1, 0.3, 0.5, 0.65, 0.7])}
+    assert flatness(rows) == (
+        "From 40 to 50 images, labels alone gain 5.0 points of TAR at FAR 0.01."
+    )
+    assert flatness({LABELS: tars([0.1])}) == ""
 
 
 def test_every_row_is_a_recipe() -> None:
-    for row in [*ROWS, *swept()]:
-        if row.methods:
-            Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
-    names = [row.name for row in swept()]
-    assert len(set(names)) == len(names)
+    for setting in SETTINGS.values():
+        rows = [*setting.rows, *swept(setting.rows)]
+        for row in rows:
+            if row.methods:
+                Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
+        names = [row.name for row in setting.rows]
+        assert len(set(names)) == len(names)
+        assert set(setting.more_seeds) <= set(names)
+        assert LABELS in names
+        assert setting.name == SHORT or setting.students.images_seen >= 150_000
+
+
+def test_views_are_the_same_whatever_comes_after_them() -> None:
+    faces = made_faces()
+    few, more = drawn(faces, ("plain", "mirror", "mild")), drawn(faces, KINDS)
+    assert len(more) == len(KINDS) * len(faces)
+    assert more.names[: len(KINDS)] == tuple(f"{faces.names[0]}#{v}" for v in range(len(KINDS)))
+    assert torch.equal(more.images[0 :: len(KINDS)], faces.images)
+    assert torch.equal(more.images[1 :: len(KINDS)], faces.images.flip(-1))
+    assert torch.equal(more.images[2 :: len(KINDS)], few.images[2::3])
+    assert torch.equal(views(faces, 3, seed=0).images, few.images)
+    strong = more.images[3 :: len(KINDS)]
+    grey = (strong == strong[:, :1]).flatten(1).all(dim=1)
+    assert 0 < grey.sum() < len(faces)
+
+
+def test_a_row_may_learn_from_fewer_people_or_plain_views() -> None:
+    names = ("one/0", "two/0", "two/1")
+    faces = Faces(torch.zeros(3, 3, 112, 112, dtype=torch.uint8), names)
+    images = Images(("plain", "mirror", "mild"))
+    seen = images.views(faces)
+    parts = images.parts(seen)
+    assert {seen.people[row] for row in parts[SEVERAL]} == {"two"}
+    assert len(parts[SEVERAL]) == 6
+    assert [seen.names[row] for row in parts[PLAIN][:3]] == ["one/0#0", "one/0#1", "two/0#0"]
 
 
 def students(
@@ -75,6 +183,7 @@ def students(
 ) -> list[dict[str, object]]:
     """The results of three rows on the made-up faces, without their seconds."""
     arguments = f"--images-seen {images_seen} --batch 20 --seeds 1 --device cpu".split()
+    arguments += ["--setting", SHORT]
     arguments += ["--threads", f"{processes}"]
     arguments += ["--data", f"{material / 'faces'}", "--pairs", f"{material / 'pairs.txt'}"]
     arguments += ["--teacher", f"{material / 'teacher.onnx'}", "--work", f"{material / 'work'}"]
@@ -143,7 +252,7 @@ def test_an_incomplete_last_line_is_dropped(
     ("options", "message"),
     [
         ("--rows labels nosuch", "--rows: there is no row 'labels'; did you mean 'labels alone'?"),
-        ("--rows nosuch", "the rows are labels alone, fcd, proxylesskd"),
+        ("--rows nosuch", "the rows are teacher, labels alone, fcd"),
         ("--sweep --rows proxylesskd", "there is no row 'proxylesskd'"),
         ("--processes 0", "--processes: must be a whole number, at least 1; found 0"),
         ("--processes -1", "--processes: must be a whole number, at least 1; found -1"),
@@ -151,7 +260,7 @@ def test_an_incomplete_last_line_is_dropped(
         ("--batch 0", "--batch: must be"),
         ("--seeds 0", "--seeds: must be"),
         ("--threads 0", "--threads: must be"),
-        ("--images-seen 20", "--images-seen must be at least --batch; found 20 and 30"),
+        ("--images-seen 20", "--images-seen must be at least a batch; found 20 and 30"),
         (
             "--device foo",
             "--device: must be one that this machine has",
@@ -168,7 +277,7 @@ def test_a_wrong_option_is_refused_before_anything_runs(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as refused:
-        main(f"--data none --pairs none --out {out} {options}".split())
+        main(f"--setting short --data none --pairs none --out {out} {options}".split())
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
@@ -186,9 +295,9 @@ class Failing:
 def test_a_student_that_fails_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = [(row, 0) for row in ROWS[:3]]
+    jobs = [(Row(name), 0) for name in (LABELS, "sp", "fcd")]
     found = records(jobs, cast(Course, Failing()), tmp_path, processes=1, threads=1)
-    assert [next(found)["row"], next(found)["row"]] == [LABELS, "proxylesskd"]
+    assert [next(found)["row"], next(found)["row"]] == [LABELS, "sp"]
     with pytest.raises(SystemExit, match=r"1 of 3 students failed: fcd 0: ValueError"):
         next(found)
     assert "ValueError: no" in capsys.readouterr().err
@@ -229,12 +338,13 @@ def test_the_part_faces_says_what_is_absent(
 def test_the_part_faces_runs_on_made_up_faces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faces_part, "ROWS", (LABELS,))
+    """With a transformer that is distilled from the made-up teacher, which takes one step."""
     monkeypatch.setattr(faces_part, "_installed", lambda package: False)
-    result = faces_part.run("students", options(tmp_path, tiny=True))
-    assert [record["row"] for record in result["records"]] == ["teacher", LABELS]
-    (lines,) = faces_part.tables({"students": result})
-    assert [line[0] for line in lines] == ["", "teacher", LABELS]
+    result = faces_part.run("D", options(tmp_path, tiny=True))
+    assert [record["row"] for record in result["records"]] == [TEACHER, LABELS]
+    assert [record["setting"] for record in result["records"]] == ["D", "D"]
+    (lines,) = faces_part.tables({"D": result})
+    assert [line[0] for line in lines] == ["", TEACHER, LABELS]
     assert {len(line) for line in lines} == {len(lines[0])}
 
 
@@ -242,45 +352,42 @@ def test_the_part_faces_fails_if_a_row_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The finished rows stay in the file, unless everything is run again."""
-    code, rows = 1, [LABELS]
+    code, rows = 1, [TEACHER]
 
     def benchmark(command: list[str], stdout: IO[str], **_: Any) -> argparse.Namespace:
-        with (tmp_path / "faces" / "lfw.jsonl").open("a") as file:
+        with (tmp_path / "faces" / "A" / "papers.jsonl").open("a") as file:
             file.writelines(json.dumps({"row": row}) + "\n" for row in rows)
         stdout.write("1 of 2 students failed")
         return argparse.Namespace(returncode=code)
 
-    monkeypatch.setattr(faces_part, "ROWS", (LABELS, "fcd"))
     monkeypatch.setattr(faces_part, "_installed", lambda package: False)
     monkeypatch.setattr(subprocess, "run", benchmark)
     tiny = options(tmp_path, tiny=True)
-    with pytest.raises(RuntimeError, match=r"exit code 1.*: fcd\n1 of 2 students failed"):
-        faces_part.run("students", tiny)
-    rows = ["fcd"]
-    with pytest.raises(RuntimeError, match=r"exit code 1.*: none"):
-        faces_part.run("students", tiny)  # for example other settings, which it refuses
-    code, rows = 0, []
-    assert [r["row"] for r in faces_part.run("students", tiny)["records"]] == [LABELS, "fcd"]
+    with pytest.raises(RuntimeError, match=r"exit code 1.*: labels alone\n1 of 2 students failed"):
+        faces_part.run("A", tiny)
     rows = [LABELS]
-    with pytest.raises(RuntimeError, match=r": fcd\n"):
-        faces_part.run("students", options(tmp_path, tiny=True, again=True))
+    with pytest.raises(RuntimeError, match=r"exit code 1.*: none"):
+        faces_part.run("A", tiny)  # for example other settings, which it refuses
+    code, rows = 0, []
+    assert [r["row"] for r in faces_part.run("A", tiny)["records"]] == [TEACHER, LABELS]
+    rows = [LABELS]
+    with pytest.raises(RuntimeError, match=r": teacher\n"):
+        faces_part.run("A", options(tmp_path, tiny=True, again=True))
 
 
-def test_the_part_faces_compares_long_trainings_alone() -> None:
-    rows = {"teacher": 1.0, LABELS: 0.6, "fcd": 0.7, "thkd": 0.55, "kd": 0.1}
-
-    def found(images_seen: int) -> dict[str, Any]:
-        more = {"seed": 0, "images_seen": images_seen}
-        lines = [{**record(0.8), **more, "row": row, "tar2": tar} for row, tar in rows.items()]
-        return {"students": {"records": lines}}
-
-    assert faces_part.goals(found(60)) == []
-    goals = faces_part.goals(found(faces_part.IMAGES_SEEN))
-    assert [(goal.text.split()[0], goal.found, goal.met) for goal in goals] == [
-        ("fcd", "+10.0 points", True),
-        ("thkd", "-5.0 points", False),
+def test_the_part_faces_asks_whether_the_papers_of_a_setting_teach() -> None:
+    rows = {TEACHER: [1.0], LABELS: [0.6, 0.6], "proxylesskd": [0.7, 0.71], "eckd": [0.5, 0.8]}
+    records = [
+        {"row": row, "seed": seed, "tar2": tar}
+        for row, found in rows.items()
+        for seed, tar in enumerate(found)
     ]
-    assert faces_part.picture(found(60)) is not None
+    goals = faces_part.goals({"A": {"records": records}})
+    assert [(goal.text.split()[2], goal.found, goal.met) for goal in goals] == [
+        ("proxylesskd", "+10.5 ± 0.5", True),
+        ("eckd", "+5.0 ± 15.0", False),
+    ]
+    assert faces_part.picture({"B": {"records": records}}) is None
 
 
 @pytest.fixture

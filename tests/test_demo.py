@@ -7,11 +7,13 @@ from dataclasses import replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -37,6 +39,8 @@ from kdhooks_demo.training import (
     RememberedStage,
     Row,
     Settings,
+    _batches,
+    as_input,
     embed,
     train,
 )
@@ -99,7 +103,7 @@ def test_blends_are_people_of_their_own() -> None:
 def lesson() -> Lesson:
     faces = made_faces()
     embedding = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))[faces.labels]
-    return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous(), len(faces))
+    return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous(), {})
 
 
 def test_training_depends_on_the_seed_alone() -> None:
@@ -117,11 +121,60 @@ def test_labels_alone_have_no_teacher_and_proxylesskd_no_head() -> None:
         for row in (
             Row("labels"),
             Row("fcd", [{"name": "fcd", "weight": 0.0}]),
-            Row("proxylesskd", [{"name": "proxylesskd", "weight": 0.0}], labels=False),
+            Row("proxylesskd", [{"name": "proxylesskd", "weight": 0.0}], labels=0.0),
         )
     )
     assert labels == fcd
     assert proxyless == 0
+
+
+def test_a_student_is_looked_at_in_between_and_in_the_end() -> None:
+    """In eval mode, so that looking changes nothing."""
+    modes: list[bool] = []
+
+    def look(student: nn.Module) -> dict[str, float]:
+        modes.append(student.training)
+        student(as_input(made_faces().images))
+        return {"looked": float(len(modes))}
+
+    settings, row = Settings(images_seen=28, batch=4), Row("labels")
+    looked = train(lesson(), row, settings, 0, look=look, looks=3)
+    assert [look["images_seen"] for look in looked.looks] == [12, 20, 28]
+    assert [look["looked"] for look in looked.looks] == [1, 2, 3]
+    assert not any(modes)
+    assert looked.losses == train(lesson(), row, settings, 0).losses
+
+
+def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
+    settings = Settings(images_seen=32, batch=4)
+    taught = replace(lesson(), parts={"few": torch.tensor([3, 5, 8, 9])})
+    row = Row("labels", part="few")
+    seen = _batches(taught.parts["few"], 4, 8, 0, torch.device("cpu"))
+    assert {int(image) for batch in seen for image in batch} == {3, 5, 8, 9}
+    losses = train(taught, row, settings, 0).losses
+    assert losses != train(taught, Row("labels"), settings, 0).losses
+
+
+def test_a_live_teacher_is_run_in_every_step() -> None:
+    calls = 0
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat = nn.Flatten()
+
+        def forward(self, images: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            embedding: Tensor = self.flat(images[:, :1, ::28, ::28])
+            return embedding
+
+    known = replace(lesson(), teacher=Network(), teacher_stages=["flat"])
+    settings = replace(Settings(images_seen=32, batch=8), stages=["head"])
+    train(known, Row("fcd", ["fcd"]), settings, 0)
+    assert not calls, "its outputs are remembered"
+    train(known, Row("fcd", ["fcd"], live=True), settings, 0)
+    assert calls >= settings.steps
 
 
 def test_progress_is_told_every_step_in_the_end() -> None:
@@ -133,9 +186,15 @@ def test_progress_is_told_every_step_in_the_end() -> None:
     assert told == [(10, losses[9]), (3, losses[12])]
 
 
-def test_features_held_on_the_device_are_those_of_the_files() -> None:
+def kept(stored: NDArray[np.float16], folder: Path) -> Path:
+    file = folder / f"{len(list(folder.iterdir()))}.npy"
+    np.save(file, stored)
+    return file
+
+
+def test_features_held_on_the_device_are_those_of_the_files(tmp_path: Path) -> None:
     stored = np.random.default_rng(0).normal(size=(9, 2, 3, 3)).astype(np.float16)
-    stage = RememberedStage(Maps(stored, np.array([8, 1, 4, 6])))
+    stage = RememberedStage(Maps(kept(stored, tmp_path), np.array([8, 1, 4, 6])))
     rows = torch.tensor([2, 0, 2])
     read = stage(rows, rows.device)
     assert torch.equal(read, torch.from_numpy(stored[[4, 8, 4]]).float())
@@ -144,8 +203,8 @@ def test_features_held_on_the_device_are_those_of_the_files() -> None:
     assert torch.equal(stage(rows, rows.device), read)
 
 
-def test_only_tapped_stages_are_remembered() -> None:
-    maps = Maps(np.ones((2, 1, 2, 2), np.float16), np.arange(2))
+def test_only_tapped_stages_are_remembered(tmp_path: Path) -> None:
+    maps = Maps(kept(np.ones((2, 1, 2, 2), np.float16), tmp_path), np.arange(2))
     remembered = Remembered(torch.rand(2, 4), {"one": maps, "two": maps})
     remembered.keep({"stages.two"})
     assert list(remembered.stages) == ["two"]
@@ -183,7 +242,9 @@ def taught(place: str, row: Row) -> tuple[list[float], Floats]:
             maps = np.random.default_rng(0).normal(size=(24, 8, 14, 14)).astype(np.float16)
             stages = {"maps14": maps, "maps7": np.ascontiguousarray(maps[:, :, :7, :7])}
             rows = np.arange(24)
-            known = replace(lesson(), maps={name: Maps(x, rows) for name, x in stages.items()})
+            folder = Path(inside.enter_context(TemporaryDirectory()))
+            files = {name: kept(x, folder) for name, x in stages.items()}
+            known = replace(lesson(), maps={name: Maps(x, rows) for name, x in files.items()})
             there = known.to(torch.device(place))
             trained = train(there, row, Settings(images_seen=24, batch=8), 3)
             embedded = embed(trained.student, faces.images, device=torch.device(place))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, verify
+from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, unit, verify
 from kdhooks_demo.pairs import Split
 from kdhooks_demo.report import Score
 from kdhooks_demo.training import Trained, embed
@@ -54,6 +54,16 @@ class Exam:
     def score(self, trained: Trained) -> Score:
         embedded = self._embedded(trained.student)
         return self._score(embedded, trained.seconds, trained.losses, trained.cosines)
+
+    def glance(self, student: nn.Module) -> dict[str, float]:
+        """Accuracy and TAR at FAR 0.01 from the upright images alone, at half the cost."""
+        embedded = unit(embed(student, self._images, device=self._device))
+        own = pair_scores(embedded, self._pairs)
+        every = pair_scores(embedded, self._all)
+        return {
+            "accuracy": verify(own, self._same, self._folds, ()).accuracy,
+            "tar2": tar_at_far(every, self._all_same, FARS[0]),
+        }
 
     def _embedded(self, model: Callable[[Tensor], Tensor], chunk: int = 128) -> Floats:
         """(n d): of each image and its mirror image together."""

@@ -27,10 +27,10 @@ from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, trai
 
 ROWS = (
     Row("labels alone"),
-    Row("labels, no blends", blends=False),
+    Row("labels, no blends", part="photographs"),
     Row("fcd", ["fcd"]),
     Row("coupleface", [{"name": "coupleface", "k": 20}]),
-    Row("proxylesskd", [{"name": "proxylesskd", "scale": 32.0, "m": 0.3}], labels=False),
+    Row("proxylesskd", [{"name": "proxylesskd", "scale": 32.0, "m": 0.3}], labels=0.0),
 )
 
 METHODS = [row.name for row in ROWS if row.methods]
@@ -130,7 +130,8 @@ def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: i
     known = Teacher(lambda images: embedding)  # it does not look at the images
     batches = [(torch.zeros(len(seen), 3, 1, 1), seen.labels)]
     rows = class_means(known, batches, int(seen.labels.max()) + 1, flip=False)
-    return Lesson(seen.images, seen.labels, embedding, rows, len(photographs))
+    photographed = {"photographs": torch.arange(len(photographs))}
+    return Lesson(seen.images, seen.labels, embedding, rows, photographed)
 
 
 def _described(split: Split, lesson: Lesson, seed: int) -> str:

@@ -9,6 +9,7 @@ the same images too.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -19,18 +20,28 @@ from torch import Tensor
 from kdhooks_demo.align import SIZE, warp
 from kdhooks_demo.faces import Faces
 
-ANGLE = math.radians(10)
-ZOOM = 0.1
-SHIFT = 4.0  # pixels
-LIGHT = 0.25  # of the contrast, and of half the range of brightness
 CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Range:
+    """How far a random view may differ from its face, in either direction."""
+
+    angle: float  # radians
+    zoom: float
+    shift: float  # pixels
+    light: float  # of the contrast, and of half the range of brightness
+
+
+MILD = Range(math.radians(10), 0.1, 4.0, 0.25)
+STRONG = Range(math.radians(15), 0.15, 7.0, 0.35)
 
 
 def views(faces: Faces, count: int, seed: int) -> Faces:
     """(n) -> (n count): each face as it is, its mirror image, then random views of either."""
     generator = np.random.default_rng(seed)
     made = [faces.images, faces.images.flip(-1)]
-    made += [_random_view(made[number % 2], generator) for number in range(2, count)]
+    made += [random_view(made[number % 2], generator, MILD) for number in range(2, count)]
     names = tuple(f"{name}#{number}" for name in faces.names for number in range(count))
     return Faces(torch.stack(made[:count], dim=1).flatten(0, 1), names)
 
@@ -55,7 +66,7 @@ def blends(faces: Faces, couples: int, seed: int) -> Faces:
     blended = torch.stack(images)
     mirrored = torch.from_numpy(generator.random(len(blended)) < 0.5)
     blended = torch.where(mirrored[:, None, None, None], blended.flip(-1), blended)
-    return Faces(_random_view(blended, generator), tuple(names))
+    return Faces(random_view(blended, generator, MILD), tuple(names))
 
 
 def together(faces: Faces, others: Faces) -> Faces:
@@ -72,11 +83,12 @@ def _couples(people: int, count: int, generator: np.random.Generator) -> NDArray
     return generator.permutation(drawn)[:count]
 
 
-def _random_view(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """(n 3 h w) -> (n 3 112 112) uint8."""
+def random_view(images: Tensor, generator: np.random.Generator, most: Range) -> Tensor:
+    """(n 3 h w) -> (n 3 112 112) uint8: each image turned, scaled, shifted and lit at random."""
     count = len(images)
-    back = torch.from_numpy(_random_similarities(count, generator)).float()
-    light = torch.from_numpy(generator.uniform(-LIGHT, LIGHT, (2, count, 1, 1, 1))).float()
+    back = torch.from_numpy(_random_similarities(count, generator, most)).float()
+    drawn = generator.uniform(-most.light, most.light, (2, count, 1, 1, 1))
+    light = torch.from_numpy(drawn).float()
     made = []
     for some, where, (contrast, shift) in zip(
         images.split(CHUNK), back.split(CHUNK), light.split(CHUNK, dim=1), strict=True
@@ -87,11 +99,13 @@ def _random_view(images: Tensor, generator: np.random.Generator) -> Tensor:
     return torch.cat(made)
 
 
-def _random_similarities(count: int, generator: np.random.Generator) -> NDArray[np.float64]:
+def _random_similarities(
+    count: int, generator: np.random.Generator, most: Range
+) -> NDArray[np.float64]:
     """(n 2 3): from pixels of the view to pixels of the face, about the centre."""
-    angle = generator.uniform(-ANGLE, ANGLE, count)
-    zoom = 1 + generator.uniform(-ZOOM, ZOOM, count)
-    shift = generator.uniform(-SHIFT, SHIFT, (count, 2))
+    angle = generator.uniform(-most.angle, most.angle, count)
+    zoom = 1 + generator.uniform(-most.zoom, most.zoom, count)
+    shift = generator.uniform(-most.shift, most.shift, (count, 2))
     turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], axis=1)
     linear = (zoom[:, None] * turn).reshape(count, 2, 2)
     centre = np.full(2, (SIZE - 1) / 2)

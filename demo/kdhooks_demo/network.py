@@ -12,17 +12,19 @@ class SmallFaceNet(nn.Module):
     take a third of the time on a processor. Its stages end at 28x28, 14x14, 7x7 and 7x7.
     """
 
-    def __init__(self, embedding_dim: int = 128) -> None:
+    def __init__(self, embedding_dim: int = 128, width: int = 24) -> None:
+        """width: the number of channels at 28x28."""
         super().__init__()
+        k = width
         self.shrink = nn.AvgPool2d(2)
-        self.stem = _conv(3, 24, kernel=3, stride=2)
-        self.stage1 = nn.Sequential(Bottleneck(24, 24), Bottleneck(24, 24))
-        self.stage2 = nn.Sequential(Bottleneck(24, 48, stride=2), Bottleneck(48, 48))
-        self.stage3 = nn.Sequential(Bottleneck(48, 96, stride=2), Bottleneck(96, 96))
-        self.stage4 = nn.Sequential(Bottleneck(96, 96), Bottleneck(96, 96))
+        self.stem = convolution(3, k, kernel=3, stride=2)
+        self.stage1 = nn.Sequential(Bottleneck(k, k), Bottleneck(k, k))
+        self.stage2 = nn.Sequential(Bottleneck(k, 2 * k, stride=2), Bottleneck(2 * k, 2 * k))
+        self.stage3 = nn.Sequential(Bottleneck(2 * k, 4 * k, stride=2), Bottleneck(4 * k, 4 * k))
+        self.stage4 = nn.Sequential(Bottleneck(4 * k, 4 * k), Bottleneck(4 * k, 4 * k))
         self.head = nn.Sequential(
-            _conv(96, 256, kernel=1),
-            _conv(256, 256, kernel=7, padding=0, groups=256, activate=False),
+            convolution(4 * k, 256, kernel=1),
+            convolution(256, 256, kernel=7, padding=0, groups=256, activate=False),
             nn.Flatten(),
             nn.Linear(256, embedding_dim, bias=False),
             nn.BatchNorm1d(embedding_dim),
@@ -39,15 +41,17 @@ class SmallFaceNet(nn.Module):
 class Bottleneck(nn.Module):
     """Widen, look around depthwise, narrow; add the input where the shapes agree."""
 
-    def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, stride: int = 1, residual: bool = True
+    ) -> None:
         super().__init__()
         wide = 2 * channels
         self.body = nn.Sequential(
-            _conv(channels, wide, kernel=1),
-            _conv(wide, wide, kernel=3, stride=stride, groups=wide),
-            _conv(wide, out_channels, kernel=1, activate=False),
+            convolution(channels, wide, kernel=1),
+            convolution(wide, wide, kernel=3, stride=stride, groups=wide),
+            convolution(wide, out_channels, kernel=1, activate=False),
         )
-        self.residual = stride == 1 and channels == out_channels
+        self.residual = residual and stride == 1 and channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(b k h w) -> (b k' h' w')."""
@@ -55,7 +59,7 @@ class Bottleneck(nn.Module):
         return x + out if self.residual else out
 
 
-def _conv(
+def convolution(
     channels: int,
     out_channels: int,
     kernel: int,
@@ -64,6 +68,7 @@ def _conv(
     groups: int = 1,
     activate: bool = True,
 ) -> nn.Sequential:
+    """A convolution without bias, its normalisation, and ReLU unless `activate` is false."""
     padding = kernel // 2 if padding is None else padding
     layers: list[nn.Module] = [
         nn.Conv2d(channels, out_channels, kernel, stride, padding, groups=groups, bias=False),

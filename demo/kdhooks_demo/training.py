@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,15 +23,24 @@ PROGRESS = 10  # steps between two reports, since a report waits for the device
 
 @dataclass(frozen=True)
 class Maps:
-    """A teacher's features at one stage, of n images: rows (n) of what is stored (m k h w)."""
+    """A teacher's features at one stage, of n images: rows (n) of a file's (m k h w)."""
 
-    stored: NDArray[np.float16]  # a memory map will do
+    file: Path  # .npy, float16
     rows: NDArray[np.int64]
+
+    def opened(self) -> NDArray[np.float16]:
+        """(m k h w), which is read from the file when it is indexed."""
+        stored: NDArray[np.float16] = np.load(self.file, mmap_mode="r")
+        return stored
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of every student alike."""
+    """How every student of a table is trained.
+
+    `student` makes a network for an embedding of so many dimensions; `stages` are its paths to the
+    features that belong to the teacher's recorded ones, or to those of a live teacher.
+    """
 
     images_seen: int = 18000
     batch: int = 60
@@ -38,6 +48,9 @@ class Settings:
     weight_decay: float = 5e-4
     margin: float = 0.3
     scale: float = 32.0
+    adamw: bool = False  # for transformers; SGD with Nesterov's momentum if not
+    student: Callable[[int], nn.Module] = SmallFaceNet
+    stages: Sequence[str] = STAGES
 
     @property
     def steps(self) -> int:
@@ -50,8 +63,10 @@ class Row:
 
     name: str
     methods: Sequence[object] = ()
-    labels: bool = True  # False: the teacher's classifier takes the place of the student's
-    blends: bool = True  # False: the photographs and their views alone
+    labels: float = 1.0  # the weight of the labels' loss; 0: the teacher's classifier replaces it
+    part: str | None = None  # of the lesson's images; all of them if None
+    live: bool = False  # True: the methods change the teacher, so that it runs in every step
+    settings: Settings | None = None  # its own; those of the table if None
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,10 @@ class Lesson:
     labels: Tensor  # (n)
     embedding: Tensor  # (n e), the teacher's
     rows: Tensor  # (c e), the class means of these
-    photographs: int  # so many of the n come first; the rest are blends
+    parts: Mapping[str, Tensor]  # name -> rows of the n, for a Row that is taught by fewer images
     maps: Mapping[str, Maps] = field(default_factory=dict)
+    teacher: nn.Module | None = None  # for rows whose teacher is live
+    teacher_stages: Sequence[str] = ()  # of that network, or the stages that were recorded
 
     def to(self, device: torch.device) -> "Lesson":
         """Copy everything that a step reads to the device on which the students are trained.
@@ -80,6 +97,9 @@ class Trained:
     seconds: float
     losses: list[float] = field(default_factory=list)  # of the labels' loss, or of the method's
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
+    looks: list[Mapping[str, float]] = field(
+        default_factory=list
+    )  # what `look` returned, and after how many images
 
 
 class Remembered(nn.Module):
@@ -112,28 +132,27 @@ class Remembered(nn.Module):
 class RememberedStage(nn.Module):
     def __init__(self, maps: Maps) -> None:
         super().__init__()
-        self._maps = maps
+        self._stored, self._rows = maps.opened(), maps.rows
         self._loaded: Tensor | None = None  # (n k h w) float16
 
     @property
     def size(self) -> int:
         """Of all features, in bytes."""
-        return len(self._maps.rows) * int(self._maps.stored[0].nbytes)
+        return len(self._rows) * int(self._stored[0].nbytes)
 
     def load(self, device: torch.device) -> None:
         """Hold all features in the memory of the device from now on."""
-        stored, rows = self._maps.stored, self._maps.rows
-        shape = (len(rows), *stored.shape[1:])
+        shape = (len(self._rows), *self._stored.shape[1:])
         self._loaded = torch.empty(shape, dtype=torch.float16, device=device)
-        for start in range(0, len(rows), CHUNK):
-            some = torch.from_numpy(stored[rows[start : start + CHUNK]])
+        for start in range(0, len(self._rows), CHUNK):
+            some = torch.from_numpy(self._stored[self._rows[start : start + CHUNK]])
             self._loaded[start : start + len(some)] = some.to(device)
 
     def forward(self, rows: Tensor, device: torch.device) -> Tensor:
         """(b) -> (b k h w)."""
         if self._loaded is not None:
             return self._loaded[rows].to(device).float()
-        found = torch.from_numpy(self._maps.stored[self._maps.rows[rows.cpu().numpy()]])
+        found = torch.from_numpy(self._stored[self._rows[rows.cpu().numpy()]])
         return found.to(device).float()
 
 
@@ -172,27 +191,35 @@ def train(
     settings: Settings,
     seed: int,
     progress: Callable[[int, float], None] | None = None,
+    look: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    looks: int = 0,
 ) -> Trained:
     """Train one student on the device of the lesson's images.
 
     All weights are drawn on the processor, so that a seed means the same ones on every device.
     progress: called every few steps with the number of new steps and the last loss.
+    look: called with the student, in eval mode, `looks` times at equal distances, the last time at
+    the end. The shares that it returns are kept.
     """
     torch.manual_seed(seed)
+    settings = row.settings or settings
     device = lesson.images.device
-    student = SmallFaceNet(lesson.embedding.shape[1]).train()
+    student = settings.student(lesson.embedding.shape[1]).train()
     student.to(memory_format=_layout(device))  # type: ignore[call-overload]
     head = ArcFaceHead(lesson.embedding.shape[1], len(lesson.rows), settings.margin, settings.scale)
     remembered = Remembered(lesson.embedding, lesson.maps)
     kd = None
     if row.methods:
+        live = lesson.teacher if row.live else None
+        recorded = [f"stages.{name}" for name in lesson.maps]
+        theirs = list(lesson.teacher_stages) if row.live else recorded
         kd = Distiller(
             student,
-            Teacher(remembered, classifier=lesson.rows),
+            Teacher(remembered if live is None else live, classifier=lesson.rows),
             row.methods,
             head=ClassShard(head.weight, 0, len(lesson.rows)),
-            student_stages=STAGES[-len(lesson.maps) :] if lesson.maps else (),
-            teacher_stages=[f"stages.{name}" for name in lesson.maps],
+            student_stages=settings.stages[-len(theirs) :] if theirs else (),
+            teacher_stages=theirs,
         )
         kd.to(device)
         remembered.keep({path for tap in kd.taps for path in tap.teacher_paths})
@@ -200,9 +227,7 @@ def train(
     head.to(device)  # its weight stays the same Parameter, so that the methods' shard holds it too
     groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
     groups += kd.parameter_groups(settings.weight_decay) if kd else []
-    optimizer = torch.optim.SGD(
-        groups, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-    )
+    optimizer = _optimizer(groups, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         settings.lr,
@@ -212,13 +237,15 @@ def train(
     )
     losses: list[Tensor] = []  # they stay on the device, which is not waited for in each step
     cosines: list[Tensor] = []
+    found: list[Mapping[str, float]] = []
     started = time.perf_counter()
-    seen = len(lesson.labels) if row.blends else lesson.photographs
-    for rows in _batches(seen, settings.batch, settings.steps, seed, device):
+    looking = 0.0  # seconds
+    part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
+    for rows in _batches(part, settings.batch, settings.steps, seed, device):
         remembered.rows = rows
         images, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         embedding = student(images)
-        task = head(embedding, labels) * float(row.labels)
+        task = head(embedding, labels) * row.labels
         terms = kd(images, labels) if kd else {}
         loss = torch.stack([task, *terms.values()]).sum()
         optimizer.zero_grad()
@@ -232,12 +259,30 @@ def train(
         new = len(losses) % PROGRESS or PROGRESS
         if progress and (new == PROGRESS or len(losses) == settings.steps):
             progress(new, float(losses[-1]))
-    trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines))
-    trained.seconds = time.perf_counter() - started  # the device is done, since all was read
+        passed = [steps * looks // settings.steps for steps in (len(losses) - 1, len(losses))]
+        if look and passed[0] < passed[1]:
+            paused = time.perf_counter()
+            images_seen = len(losses) * settings.batch
+            found.append({"images_seen": images_seen, **look(student.eval())})
+            student.train()
+            looking += time.perf_counter() - paused
+    trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines), found)
+    # The device is done, since all was read.
+    trained.seconds = time.perf_counter() - started - looking
     if kd:
         kd.remove()
     student.eval()
     return trained
+
+
+def _optimizer(
+    groups: list[dict[str, object]], settings: Settings
+) -> torch.optim.SGD | torch.optim.AdamW:
+    if settings.adamw:
+        return torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        groups, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+    )
 
 
 def _numbers(values: list[Tensor]) -> list[float]:
@@ -246,12 +291,12 @@ def _numbers(values: list[Tensor]) -> list[float]:
     return numbers
 
 
-def _batches(images: int, batch: int, steps: int, seed: int, device: torch.device) -> list[Tensor]:
+def _batches(rows: Tensor, batch: int, steps: int, seed: int, device: torch.device) -> list[Tensor]:
     """Every image once before any comes again, in an order drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = math.ceil(steps * batch / images)
-    order = torch.cat([torch.randperm(images, generator=generator) for _ in range(rounds)])
-    return list(order[: steps * batch].to(device).split(batch))
+    rounds = math.ceil(steps * batch / len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
+    return list(rows[order[: steps * batch]].to(device).split(batch))
 
 
 def as_input(images: Tensor) -> Tensor:

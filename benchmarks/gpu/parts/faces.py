@@ -7,47 +7,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
-from benchmarks.methods.made_up import write_faces, write_pairs, write_teacher
-from benchmarks.methods.report import added, by_row, cells
-from benchmarks.methods.results import read
-from benchmarks.methods.rows import LABELS
+from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
+from benchmarks.papers.report import LEGEND, added, by_row, cells, draw, error, teaches
+from benchmarks.papers.results import read
+from benchmarks.papers.rows import LABELS, TEACHER
+from benchmarks.papers.settings import SETTINGS
 from kdhooks.errors import listed
 
 ABOUT = (
-    "A network of 0.23 million weights learns from SFace on the people of LFW's folds 1 to 8 and "
-    "is tested on the pairs of folds 9 and 10. All students see the same images in the same "
-    "order, from the same initial weights; one seed. Shares are in per cent. *Cross* compares the "
-    "teacher's embedding of the first image with the student's of the second. *Added* is the "
-    "difference to labels alone. *Seconds* are those of students that share the device."
+    "Small networks learn on the people of LFW's folds 1 to 8 and are tested on the pairs of "
+    f"folds 9 and 10, in the settings of docs/results/papers.md. {LEGEND} *Seconds* are those of "
+    "students that share the device."
 )
 
-CASE = "students"
-SECONDS = {CASE: 500.0}
-IMAGES_SEEN = 500_000
-PROCESSES = 8  # on a GPU: labels alone and the rows that taught run first, at the same time
-ROWS = (
-    LABELS,
-    "fcd",
-    "proxylesskd",
-    "coupleface",
-    "margindistillation",
-    "thkd",
-    "eckd",
-    "adadistill",
-    "kd",
-    "cakd (URFM)",
-    "acsr",
-)
-TAUGHT = ROWS[1:8]
-"""The rows that are above labels alone in docs/results/lfw.md, by more than twice the deviation."""
+SECONDS = {"A": 1200.0, "B": 500.0, "C": 500.0, "D": 900.0}
+PROCESSES = 8  # students at the same time on a GPU
 
 _ROOT = Path(__file__).parents[3]
 _LOG_TAIL = 3000  # characters
+_TINY = (60, 20)  # images seen, and the batch
 
 
 def cases(options: Options) -> Mapping[str, float]:
@@ -55,49 +37,56 @@ def cases(options: Options) -> Mapping[str, float]:
 
 
 def run(case: str, options: Options) -> Result:
-    """Train all students by `python -m benchmarks.methods`, which continues where it was killed.
+    """Train a setting's students by `python -m benchmarks.papers`, which continues where it ended.
 
     The command belongs to this process's group, so that it ends with it. If some students fail,
-    so does the case; the next run continues with them, since the others are in lfw.jsonl.
+    so does the case; the next run continues with them, since the others are in the results.
     """
-    out = (options.out / "faces").resolve()
-    arguments = _arguments(options, out)
+    out = (options.out / "faces" / case).resolve()
+    arguments = _arguments(case, options, out)
     if options.again:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "benchmarks.methods", *arguments],
+            [sys.executable, "-m", "benchmarks.papers", *arguments],
             cwd=_ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
         ).returncode
-    records = read(out / "lfw.jsonl")
-    missing = [row for row in ROWS if row not in {record["row"] for record in records}]
+    records = read(out / "papers.jsonl")
+    missing = [row for row in _rows(case, options) if row not in {r["row"] for r in records}]
     if code or missing:
         tail = log.read_text(encoding="utf-8")[-_LOG_TAIL:]
         raise RuntimeError(
-            f"benchmarks.methods ended with exit code {code}; "
+            f"benchmarks.papers ended with exit code {code}; "
             f"missing rows: {listed(missing)}\n{tail}"
         )
     return {"records": records}
 
 
-def _arguments(options: Options, out: Path) -> list[str]:
-    images_seen, batch = (60, 20) if options.tiny else (IMAGES_SEEN, 60)
+def _rows(case: str, options: Options) -> list[str]:
+    rows = [row.name for row in SETTINGS[case].rows]
+    return [TEACHER, LABELS, *(() if options.tiny else rows[1:])]
+
+
+def _arguments(case: str, options: Options, out: Path) -> list[str]:
     given = {
         **_material(options),
+        "--setting": case,
         "--device": str(options.device),
-        "--images-seen": images_seen,
-        "--batch": batch,
-        "--seeds": 1,
         "--processes": _processes(options),
         "--threads": len(os.sched_getaffinity(0)),
         "--work": (options.work / "faces").resolve(),
         "--out": out,
     }
-    return [str(word) for pair in given.items() for word in pair] + ["--rows", *ROWS]
+    if options.tiny:
+        images_seen, batch = _TINY
+        given |= {"--images-seen": images_seen, "--batch": batch, "--seeds": 1}
+        given["--teacher-images"] = images_seen
+    words = [str(word) for pair in given.items() for word in pair]
+    return [*words, "--rows", *_rows(case, options)] if options.tiny else words
 
 
 def _processes(options: Options) -> int:
@@ -149,40 +138,24 @@ def _installed(package: str) -> bool:
 
 
 def tables(found: Mapping[str, Result]) -> Sequence[Table]:
-    """One row per student."""
-    return [cells(by_row(found[CASE]["records"]))]
+    """One table per setting, one row per method."""
+    return [cells(by_row(result["records"])) for result in found.values()]
 
 
 def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
-    """What taught in the short training of docs/results/lfw.md still teaches in the long one."""
-    rows = by_row(found[CASE]["records"])
-    if LABELS not in rows or _images_seen(rows) < IMAGES_SEEN:
-        return []
-    return [
-        _goal(row, 100 * more) for row in TAUGHT if row in rows for more in added(rows, row, "tar2")
-    ]
-
-
-def _goal(row: str, points: float) -> Goal:
-    text = f"{row} has a higher TAR at FAR 0.01 than labels alone (one seed)"
-    return Goal(text, f"{points:+.1f} points", points > 0)
-
-
-def _images_seen(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> int:
-    return min(int(record["images_seen"]) for row in rows.values() for record in row.values())
+    """Each of the five papers beats labels alone by two standard errors in its own setting."""
+    goals = []
+    for case, result in found.items():
+        rows = by_row(result["records"])
+        for row in SETTINGS[case].more_seeds:
+            differences = added(rows, row, "tar2") if row in rows else []
+            if len(differences) > 1:
+                text = f"setting {case}: {row} adds more than two standard errors of TAR"
+                mean, spread = 100 * sum(differences) / len(differences), 100 * error(differences)
+                goals.append(Goal(text, f"{mean:+.1f} ± {spread:.1f}", teaches(differences)))
+    return goals
 
 
 def picture(found: Mapping[str, Result]) -> Figure | None:
-    """Accuracy and TAR of each student; a dashed line is the teacher, a solid one labels alone."""
-    rows = {name: seeds[min(seeds)] for name, seeds in by_row(found[CASE]["records"]).items()}
-    names = [row for row in ROWS if row in rows][::-1]
-    figure = Figure(figsize=(11, 1.2 + 0.33 * len(names)), layout="constrained")
-    titles = {"accuracy": "accuracy, per cent", "tar2": "TAR at FAR 0.01, per cent"}
-    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        axes.barh(names, [100 * rows[name][key] for name in names])
-        for name, style in ((LABELS, "-"), ("teacher", "--")):
-            if name in rows:
-                axes.axvline(100 * rows[name][key], color="k", linewidth=0.8, linestyle=style)
-        axes.set(title=title)
-        axes.grid(axis="x", alpha=0.3)
-    return figure
+    """Setting A."""
+    return draw(by_row(found["A"]["records"])) if "A" in found else None

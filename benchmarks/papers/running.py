@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from benchmarks.methods.material import maps_in
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.report import Score
 from kdhooks_demo.training import Lesson, Row, Settings, train
@@ -29,8 +29,6 @@ Job: TypeAlias = tuple[Row, int]
 Outcome: TypeAlias = tuple[Job, Callable[[], Record]]
 """A student, and a function that returns its record or raises the error that ended it."""
 
-COURSE = "course.pt"
-
 
 @dataclass(frozen=True)
 class Course:
@@ -39,16 +37,19 @@ class Course:
     lesson: Lesson  # on the device on which the students are trained
     exam: Exam
     settings: Settings
-    common: Record  # the entries in which all records of a file must agree
+    common: Record  # the entries in which all records of a setting must agree
+    looks: int = 0  # points of a student's curve
 
     def record(self, row: Row, seed: int) -> Record:
         """Train one student and test it."""
-        score = self.exam.score(train(self.lesson, row, self.settings, seed))
-        return self.entry(row.name, seed, score)
+        settings = row.settings or self.settings
+        trained = train(self.lesson, row, settings, seed, look=self.exam.glance, looks=self.looks)
+        return {**self.entry(row.name, seed, self.exam.score(trained)), "curve": trained.looks}
 
     def entry(self, row: str, seed: int, score: Score) -> Record:
         """The figures of one student, as a line of the results holds them."""
         return {
+            **self.common,
             "row": row,
             "seed": seed,
             "accuracy": score.pairs.accuracy,
@@ -60,7 +61,6 @@ class Course:
             "cosine": float(np.mean(score.cosines[-50:])) if score.cosines else 1.0,
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "card": _name(self.lesson.images.device),
-            **self.common,
         }
 
 
@@ -85,8 +85,8 @@ def records(
     """Each student's record, as soon as the student is tested.
 
     A student that fails does not stop the others: its traceback is printed, and SystemExit is
-    raised after the last one. folder: the one of the teacher's outputs; several processes also
-    read the course from there. threads: of all processes together.
+    raised after the last one. folder: where several processes read the course from. threads: of
+    all processes together.
     """
     failures = []
     for (row, seed), outcome in _outcomes(jobs, course, folder, processes, threads):
@@ -105,14 +105,11 @@ def _outcomes(
     if processes == 1:
         yield from (((row, seed), partial(course.record, row, seed)) for row, seed in jobs)
         return
-    lesson = course.lesson
-    stored = {
-        "course": replace(course, lesson=replace(lesson.to(torch.device("cpu")), maps={})),
-        "rows": next(iter(lesson.maps.values())).rows,
-    }
-    torch.save(stored, folder / COURSE)
-    own = (folder, lesson.images.device, max(1, threads // processes))
-    yield from in_processes(partial(_student, *own), jobs, min(processes, len(jobs)))
+    device = course.lesson.images.device
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".pt") as file:
+        torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file.name)
+        student = partial(_student, Path(file.name), device, max(1, threads // processes))
+        yield from in_processes(student, jobs, min(processes, len(jobs)))
 
 
 def in_processes(
@@ -141,20 +138,18 @@ def in_processes(
                 yield job, future.result
 
 
-def _student(folder: Path, device: torch.device, threads: int, row: Row, seed: int) -> Record:
+def _student(file: Path, device: torch.device, threads: int, row: Row, seed: int) -> Record:
     """One job, in a process that does several."""
-    return _course(folder, device, threads).record(row, seed)
+    return _course(file, device, threads).record(row, seed)
 
 
 @cache
-def _course(folder: Path, device: torch.device, threads: int) -> Course:
+def _course(file: Path, device: torch.device, threads: int) -> Course:
     """The course that the parent process stored; each process reads it once."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(device, threads)
-    stored = torch.load(folder / COURSE, weights_only=False, mmap=True)
-    course: Course = stored["course"]
-    lesson = replace(course.lesson.to(device), maps=maps_in(folder, stored["rows"]))
-    return replace(course, lesson=lesson)
+    course: Course = torch.load(file, weights_only=False, mmap=True)
+    return replace(course, lesson=course.lesson.to(device))
 
 
 def _end_with_parent() -> None:

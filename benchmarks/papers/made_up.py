@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.methods.material import STAGES
+from benchmarks.papers.settings import SETTINGS, SHORT
 
 PEOPLE = 10
 IMAGES = 6  # of each person
@@ -46,7 +46,7 @@ def write_teacher(path: Path) -> None:
         )
         for name, shape in shapes.items()
     ]
-    wide, small = STAGES.values()
+    wide, small = SETTINGS[SHORT].recorded.values()
     nodes = [
         helper.make_node("Conv", ["data", "w0"], ["x0"], "conv0", strides=[8, 8]),
         helper.make_node("Relu", ["x0"], ["x1"], wide),

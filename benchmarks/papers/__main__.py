@@ -1,0 +1,209 @@
+"""`python -m benchmarks.papers --setting A --data lfw112.zip --pairs pairs.txt`.
+
+Trains the students of one setting on the people of LFW's folds 1 to 8 and tests them on the pairs
+of folds 9 and 10. Writes each result immediately, so that an interrupted run continues with the
+students that are missing. With `--rows teacher` it only trains the setting's teacher, and tests it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.papers.material import digests
+from benchmarks.papers.report import write
+from benchmarks.papers.results import append, differences, mend, read
+from benchmarks.papers.rows import SWEPT, TEACHER, swept
+from benchmarks.papers.running import Course, Job, Record, prepare, records
+from benchmarks.papers.school import School
+from benchmarks.papers.settings import SETTINGS, SHORT, Setting
+from kdhooks.arguments import at_least, factor, make_folder, usable_device
+from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks_demo.exam import Exam
+from kdhooks_demo.faces import read_faces
+from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs
+from kdhooks_demo.training import Row
+
+SEEDS = 3
+MORE_SEEDS = 5
+LOOKS = 10  # points of a student's curve
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        _run(parser, options)
+    except KDHooksError as error:
+        parser.error(str(error))
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    setting = _setting(parser, options)
+    names = [TEACHER, *dict.fromkeys(_method(row) for row in setting.rows)]
+    _check_rows(parser, options.rows or (), names)
+    prepare(options.device, options.threads)
+    results = make_folder(options.out) / _file(options)
+    mend(results)
+    faces, pairs = read_faces(options.data), read_pairs(options.pairs)
+    split = split_by_pairs(faces, pairs)
+    school = School(setting, split.train, options.teacher, Path(options.work), options.device)
+    common = {
+        "setting": setting.name,
+        "images_seen": setting.students.images_seen,
+        "batch": setting.students.batch,
+        "device": options.device.type,
+        **digests(faces, pairs, school.sface),
+    }
+    found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
+    if different := differences(found, common):
+        parser.error(
+            f"'{results}' holds results of other settings: {'; '.join(different)}; take the "
+            "settings of that file, or name another folder by --out"
+        )
+    done = {(record["row"], record["seed"]) for record in found}
+    left = [job for job in _jobs(setting, options) if (job[0].name, job[1]) not in done]
+    if left or (TEACHER, 0) not in done:
+        course = _course(school, split, common, options)
+        if (TEACHER, 0) not in done:
+            append(results, course.entry(TEACHER, 0, course.exam.teachers_score))
+        _train(left, course, options, results)
+    write(read(results), results)
+
+
+def _method(row: Row) -> str:
+    """The name of a line of the table; a sweep has several lines of it, one for each weight."""
+    return row.name.split(" x ")[0]
+
+
+def _file(options: argparse.Namespace) -> str:
+    if options.sweep:
+        return "sweep.jsonl"
+    return "lfw.jsonl" if options.setting == SHORT else "papers.jsonl"
+
+
+def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Setting:
+    """As it is in the table of settings, but for what the command line changes."""
+    setting = SETTINGS[options.setting]
+    students = setting.students
+    if options.images_seen:
+        students = replace(students, images_seen=options.images_seen)
+    if options.batch:
+        students = replace(students, batch=options.batch)
+    taught = setting.taught
+    if taught and options.teacher_images:
+        taught = replace(taught, images_seen=options.teacher_images)
+    for option, found in (("images-seen", students), ("teacher-images", taught)):
+        if found and found.images_seen < found.batch:
+            parser.error(
+                f"--{option} must be at least a batch; found {found.images_seen} and {found.batch}"
+            )
+    rows = swept(setting.rows, options.factors) if options.sweep else setting.rows
+    return replace(setting, students=students, taught=taught, rows=tuple(rows))
+
+
+def _check_rows(
+    parser: argparse.ArgumentParser, wanted: Sequence[str], known: Sequence[str]
+) -> None:
+    """Refuse before anything runs what could only fail later."""
+    for name in wanted:
+        if name not in known:
+            parser.error(
+                f"--rows: there is no row '{name}'; {near_miss(name, known)}"
+                f"the rows are {listed(known)}"
+            )
+
+
+def _jobs(setting: Setting, options: argparse.Namespace) -> list[Job]:
+    """Seed after seed, the rows in the order of the command line or of the table."""
+    rows = list(setting.rows)
+    if options.rows:
+        rows = [row for row in rows if _method(row) in options.rows]
+        rows.sort(key=lambda row: options.rows.index(_method(row)))
+    if options.sweep:
+        return [(row, options.seed) for row in rows]
+    return [
+        (row, options.seed + number)
+        for number in range(options.seeds or MORE_SEEDS)
+        for row in rows
+        if number < (options.seeds or (MORE_SEEDS if row.name in setting.more_seeds else SEEDS))
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers", description=__doc__)
+    add = parser.add_argument
+    add("--setting", required=True, choices=SETTINGS, help="which table; see settings.py")
+    add("--data", required=True, help="LFW, aligned and 112x112: a folder or a zip")
+    add("--pairs", required=True, help="its pairs.txt")
+    add("--rows", nargs="*", help="only these lines of the table, in this order")
+    add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
+    add("--factors", type=factor, nargs="+", default=SWEPT, help="of the weights, with --sweep")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="the first one: initial weights, order of the images; default: %(default)s",
+    )
+    add(
+        "--seeds",
+        type=at_least(1),
+        help="students of each row; default: 3, and 5 for the setting's own papers",
+    )
+    add("--images-seen", type=at_least(1), help="by each student; default: the setting's")
+    add("--batch", type=at_least(1), help="images of a student's step; default: the setting's")
+    add(
+        "--teacher-images",
+        type=at_least(1),
+        help="seen by a teacher that is trained here; default: the setting's",
+    )
+    add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add(
+        "--device",
+        type=usable_device,
+        default=default,
+        help="cpu, cuda or cuda:N; default: %(default)s",
+    )
+    add(
+        "--processes",
+        type=at_least(1),
+        default=1,
+        help="students that are trained at the same time; default: %(default)s",
+    )
+    add(
+        "--threads",
+        type=at_least(1),
+        default=torch.get_num_threads(),
+        help="of all processes together; default: %(default)s",
+    )
+    add("--work", default="bench-work", help="folder for teachers and their outputs, some 13 GB")
+    add("--out", default="bench-out", help="folder for results, tables and pictures")
+    return parser
+
+
+def _course(school: School, split: Split, common: Record, options: argparse.Namespace) -> Course:
+    left_out: set[str] = set()
+    if options.sweep:
+        split = split_by_pairs(split.train, read_pairs(options.pairs, fifth=4))
+        left_out = set(split.test.people)
+    lesson = school.lesson(left_out)
+    print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
+    exam = Exam(split, school.teacher, options.device)
+    return Course(lesson.to(options.device), exam, school.setting.students, common, LOOKS)
+
+
+def _train(left: list[Job], course: Course, options: argparse.Namespace, results: Path) -> None:
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()  # the teacher's memory, for the processes of the students
+    found = records(left, course, Path(options.work), options.processes, options.threads)
+    for record in tqdm(found, desc="students", total=len(left)):
+        append(results, record)
+        tqdm.write("{row} {seed}: {accuracy:.4f} {tar2:.4f} {seconds:.0f} s".format_map(record))
+
+
+if __name__ == "__main__":
+    main()

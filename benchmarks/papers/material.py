@@ -1,0 +1,153 @@
+"""What every student learns from, and the teacher's outputs for it, computed once and kept."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.papers.views import drawn
+from kdhooks.teacher.class_means import class_means
+from kdhooks.teacher.fingerprints import weights_of
+from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.exam import teacher_chunk
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.pairs import Pairs
+from kdhooks_demo.training import Lesson, Maps, as_input
+
+MOST = 20  # images of a person
+PLAIN = "plain views"  # the names of parts of a lesson
+SEVERAL = "people with several images"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images of whom, and in which views; see `benchmarks.papers.views`."""
+
+    kinds: tuple[str, ...]
+    single: bool = True  # people of whom there is one image too
+
+    def views(self, faces: Faces) -> Faces:
+        """(n) -> (m): the first images, MOST at most, of each person, in all views."""
+        return drawn(chosen(faces, self.single), self.kinds)
+
+    def parts(self, views: Faces) -> dict[str, Tensor]:
+        """The parts of a lesson that a row may be taught by."""
+        kinds = np.tile(self.kinds, len(views) // len(self.kinds))
+        images = Counter(views.people)
+        several = np.array([images[person] > len(self.kinds) for person in views.people])
+        flags = {PLAIN: np.isin(kinds, ("plain", "mirror")), SEVERAL: several}
+        return {name: torch.from_numpy(np.flatnonzero(flag)) for name, flag in flags.items()}
+
+
+def chosen(faces: Faces, single: bool) -> Faces:
+    """The first images, MOST at most, of each person; `single`: also of those with one image."""
+    images: Counter[str] = Counter()
+    number = []
+    for person in faces.people:
+        number.append(images[person])
+        images[person] += 1
+    pairs = zip(faces.people, number, strict=True)
+    least = 0 if single else 1
+    return faces.where(np.array([images[person] > least and n < MOST for person, n in pairs]))
+
+
+class Outputs:
+    """A teacher's outputs for some images, in a folder: computed if they are not there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        images: Tensor,
+        teacher: Teacher,
+        stages: Mapping[str, str],
+        device: torch.device,
+    ) -> None:
+        """images (n 3 h w) uint8; stages: name -> path in the teacher of what is kept besides."""
+        module = teacher.module
+        assert module is not None
+        key = {
+            "images": digest(images),
+            "teacher": weights_of(module),
+            "stages": dict(stages),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = folder / name
+        self.stages = tuple(stages)
+        if not (self.folder / "key.json").is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._record(images, teacher, stages, device)
+            (self.folder / "key.json").write_text(json.dumps(key))
+        self.embedding = torch.from_numpy(np.load(self.folder / "embedding.npy"))
+
+    def _record(
+        self, images: Tensor, teacher: Teacher, stages: Mapping[str, str], device: torch.device
+    ) -> None:
+        """In one pass; features in half precision, whose error their own noise exceeds by far."""
+        stored: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
+        embedding = []
+        chunk = teacher_chunk(device)
+        with TeacherSession(teacher, list(stages.values())) as session:
+            for start in tqdm(range(0, len(images), chunk), desc="teacher", leave=False):
+                output = session(as_input(images[start : start + chunk].to(device)))
+                embedding.append(output.embedding.cpu())
+                for name, path in stages.items():
+                    found = output.features[path].half().cpu().numpy()
+                    if name not in stored:
+                        stored[name] = np.lib.format.open_memmap(
+                            self.folder / f"{name}.npy",
+                            mode="w+",
+                            dtype=np.float16,
+                            shape=(len(images), *found.shape[1:]),
+                        )
+                    stored[name][start : start + len(found)] = found
+        for maps in stored.values():
+            maps.flush()
+        np.save(self.folder / "embedding.npy", torch.cat(embedding).numpy())
+
+    def maps(self, rows: NDArray[np.int64]) -> dict[str, Maps]:
+        """The recorded features of these images."""
+        return {name: Maps((self.folder / f"{name}.npy").resolve(), rows) for name in self.stages}
+
+
+def lesson(
+    images: Images,
+    views: Faces,
+    outputs: Outputs,
+    left_out: set[str],
+    network: nn.Module | None = None,
+    stages: Sequence[str] = (),
+) -> Lesson:
+    """All that is not of the people left out.
+
+    network, stages: the teacher itself and its paths, for rows that run it in every step.
+    """
+    keep = ~np.isin(views.people, list(left_out))
+    faces, embedding = views.where(keep), outputs.embedding[torch.from_numpy(keep)]
+    known = Teacher(lambda images: embedding)  # it does not look at the images
+    batches = [(torch.zeros(len(faces), 3, 1, 1), faces.labels)]
+    rows = class_means(known, batches, int(faces.labels.max()) + 1, flip=False)
+    maps = outputs.maps(np.flatnonzero(keep))
+    parts = images.parts(faces)
+    return Lesson(faces.images, faces.labels, embedding, rows, parts, maps, network, stages)
+
+
+def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:
+    """Short digests, by which the results of other data or of another teacher are recognised."""
+    assert teacher.module is not None
+    text = repr((digest(faces.images), faces.names, pairs.names, pairs.folds.tolist()))
+    weights = weights_of(teacher.module)
+    assert weights is not None
+    return {"data": hashlib.sha256(text.encode()).hexdigest()[:12], "teacher": weights[:12]}
+
+
+def digest(images: Tensor) -> str:
+    return hashlib.sha256(images.numpy().data).hexdigest()

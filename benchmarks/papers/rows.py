@@ -1,0 +1,117 @@
+"""The lines of the tables: one small student each, by labels alone or by methods beside them.
+
+Weights are those that sweeps on the pairs of folds 7 and 8 found best; see docs/results.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from kdhooks_demo.training import Row
+
+Method: TypeAlias = dict[str, Any]
+
+LABELS = "labels alone"
+TEACHER = "teacher"
+KINDS = ("channel", "spatial")  # of the gates of CBAM
+SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
+
+FCD: Method = {"name": "fcd", "weight": 512.0}
+COUPLEFACE: Method = {"name": "coupleface", "weight": 64.0, "k": 100}
+ECKD: Method = {"name": "eckd", "weight": 16.0}
+# In place of the labels' loss, with its scale and margin: the teacher's rows are the classifier.
+PROXYLESSKD: Method = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
+URFM: Method = {
+    "name": "cakd",
+    "weight": 1.0,
+    "urfm": {"width": 128, "heads": 4},
+    "prompts": {"number": 0},
+}
+CAKD: Method = {"name": "cakd", "weight": 1.0}
+ACSR: Method = {"name": "acsr", "weight": 30.0}
+AT: Method = {"name": "at", "weight": 1.0}
+REVIEWKD: Method = {"name": "reviewkd", "weight": 0.25, "mid": 16}
+RKD: Method = {"name": "rkd", "weight": 1.0}
+SP: Method = {"name": "sp", "weight": 50.0}
+CC: Method = {"name": "cc", "weight": 400.0}
+EKD: Method = {"name": "ekd", "weight": 1.0}
+ICDFACE: Method = {"name": "icdface", "weight": 32.0}
+FITNET: Method = {"name": "fitnet", "weight": 30.0}
+FSKD: Method = {"name": "fskd", "weight": 20.0}
+THKD: Method = {"name": "thkd", "weight": 4.0, "scale": 32.0}
+ADADISTILL: Method = {"name": "adadistill", "scale": 32.0, "m": 0.3}
+MARGINDISTILLATION: Method = {
+    "name": "margindistillation",
+    "scale": 32.0,
+    "low": 0.1,
+    "high": 0.3,
+}
+KD: Method = {"name": "kd", "weight": 1.0, "scale": 32.0}
+GKD: Method = {"name": "gkd", "weight": 0.0625, "scale": 32.0}
+
+_BASE = Row(LABELS)
+_ON_EMBEDDINGS = (
+    Row("fcd", [FCD]),
+    Row("coupleface", [COUPLEFACE]),
+    Row("eckd", [ECKD]),
+    Row("icdface", [ICDFACE], labels=0.1),
+    Row("ekd", [EKD]),
+    Row("rkd", [RKD]),
+    Row("sp", [SP]),
+    Row("cc", [CC]),
+)
+_ON_CLASSES = (
+    Row("proxylesskd", [PROXYLESSKD], labels=0.0),
+    Row("margindistillation", [MARGINDISTILLATION], labels=0.0),
+    Row("adadistill", [ADADISTILL], labels=0.0),
+    Row("thkd", [THKD]),
+    Row("kd", [KD]),
+    Row("gkd", [GKD]),
+)
+_ON_FEATURES = (
+    Row("acsr", [ACSR]),
+    Row("fskd", [FSKD]),
+    Row("fitnet", [FITNET]),
+    Row("at", [AT]),
+    Row("reviewkd", [REVIEWKD]),
+)
+
+SHORT = (
+    _BASE,
+    *_ON_EMBEDDINGS,
+    *_ON_CLASSES,
+    *_ON_FEATURES,
+    Row("cakd (URFM)", [URFM]),
+    Row("eckd + coupleface", [ECKD, COUPLEFACE]),
+    Row("proxylesskd + acsr", [PROXYLESSKD, ACSR], labels=0.0),
+)
+A = (_BASE, *_ON_EMBEDDINGS, *_ON_CLASSES)
+B = (_BASE, *_ON_FEATURES)
+
+# Setting C: the gates of CBAM, whose logits both networks compute, shallow to deep.
+_GATED = tuple(f"{stage}.1.{kind}" for stage in ("stage1", "stage2", "stage4") for kind in KINDS)
+GATES: Mapping[str, str] = {path.replace(".", "_"): path for path in _GATED}
+"""Name -> path in the teacher of what is recorded."""
+
+C = (_BASE, Row("fcd", [FCD]), Row("acsr", [ACSR]))
+D = (
+    _BASE,
+    Row("fcd", [FCD]),
+    Row("cakd", [CAKD], live=True),
+    Row("cakd without prompts", [{**CAKD, "prompts": {"number": 0}}], live=True),
+)
+
+
+def swept(rows: Sequence[Row], factors: Sequence[float] = SWEPT) -> Iterator[Row]:
+    """Labels alone, and each method that has a weight beside the labels at several multiples."""
+    for row in rows:
+        if row.name == LABELS:
+            yield row
+        elif row.labels and len(row.methods) == 1:
+            (method,) = row.methods
+            assert isinstance(method, dict)
+            for factor in factors:
+                weight = method["weight"] * factor
+                yield replace(
+                    row, name=f"{row.name} x {weight:g}", methods=[{**method, "weight": weight}]
+                )

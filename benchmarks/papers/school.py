@@ -1,0 +1,90 @@
+"""What a setting's students learn from: its teacher, and the teacher's outputs for all images."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.papers.material import Outputs, lesson
+from benchmarks.papers.rows import TEACHER
+from benchmarks.papers.settings import Setting
+from kdhooks.onnx.to_torch import to_torch
+from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.main import teacher_of
+from kdhooks_demo.training import Lesson, Row, train
+
+SEED = 0  # of the teachers that are trained here
+FCD = {"name": "fcd", "weight": 32.0}
+
+
+class School:
+    """The images of a setting, its teacher, and the teacher's outputs.
+
+    Everything that takes long is kept in a folder: the outputs, and the weights of a teacher that
+    is trained here.
+    """
+
+    def __init__(
+        self, setting: Setting, faces: Faces, file: str | None, folder: Path, device: torch.device
+    ) -> None:
+        """faces: of all people who are not tested; file: the one of SFace's place, if not SFace."""
+        self.setting = setting
+        self.sface = _sface(file)
+        self._faces, self._folder, self._device = faces, folder, device
+
+    @cached_property
+    def _views(self) -> Faces:
+        return self.setting.images.views(self._faces)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """SFace, or the network that is distilled from it, by FCD alone."""
+        taught = self.setting.taught
+        if taught is None:
+            return self.sface
+        outputs = self._outputs(self.sface, recorded=False)
+        network = taught.student(outputs.embedding.shape[1])
+        name = f"teacher-{self.setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
+        file = self._folder / name
+        if file.is_file():
+            network.load_state_dict(torch.load(file, weights_only=True))
+        else:
+            course = lesson(self.setting.images, self._views, outputs, set())
+            row = Row(TEACHER, [FCD], labels=0.0)
+            with tqdm(total=taught.steps, desc=f"teacher of setting {self.setting.name}") as bar:
+
+                def progress(steps: int, loss: float) -> None:
+                    bar.update(steps)
+
+                network = train(course.to(self._device), row, taught, SEED, progress).student.cpu()
+            torch.save(network.state_dict(), file)
+        return Teacher(network.eval(), channels_last=self._device.type == "cpu")
+
+    def lesson(self, left_out: set[str]) -> Lesson:
+        """All that is not of the people left out."""
+        setting = self.setting
+        outputs = self._outputs(self.teacher, recorded=True)
+        return lesson(
+            setting.images,
+            self._views,
+            outputs,
+            left_out,
+            self.teacher.module if setting.teacher_stages else None,
+            setting.teacher_stages,
+        )
+
+    def _outputs(self, teacher: Teacher, recorded: bool) -> Outputs:
+        stages = self.setting.recorded if recorded else {}
+        return Outputs(self._folder, self._views.images, teacher, stages, self._device)
+
+
+def _sface(file: str | None) -> Teacher:
+    """As a torch module always, since its stages are tapped."""
+    if file is None:
+        return teacher_of(None)
+    network = to_torch(file)
+    transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
+    return Teacher(network, transform=transform, channels_last=True)

@@ -1,0 +1,101 @@
+"""The settings: who teaches whom, on which images, and which rows a table has.
+
+All students of a setting see the same images in the same order, from the same initial weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.papers import rows
+from benchmarks.papers.material import Images
+from benchmarks.papers.networks import (
+    CHAIN_STAGES,
+    ChainNet,
+    SmallViT,
+    narrow_gated,
+    wide_gated,
+)
+from kdhooks_demo.network import STAGES, SmallFaceNet
+from kdhooks_demo.training import Row, Settings
+
+SHORT = "short"
+_LONG = Images(("plain", "mirror", "mild", "strong", "mild", "strong"))
+_FEW = Images(("plain", "mirror", "mild"), single=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table of the results.
+
+    recorded: name -> path of what is kept of the teacher besides its embeddings; taught: how the
+    teacher itself is distilled from SFace, if it is not SFace; more_seeds: the rows that get five
+    seeds and not three.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    images: Images
+    students: Settings
+    recorded: Mapping[str, str] = field(default_factory=dict)
+    taught: Settings | None = None
+    teacher_stages: tuple[str, ...] = ()
+    more_seeds: tuple[str, ...] = ()
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            SHORT,
+            "Who learns fastest: SFace to a student of another family, 1.7 passes",
+            rows.SHORT,
+            _FEW,
+            Settings(images_seen=30_000, batch=30),
+            recorded={"maps14": "conv_12_relu", "maps7": "conv_14_relu"},
+        ),
+        Setting(
+            "A",
+            "SFace to a student of another family: methods on embeddings and classes",
+            rows.A,
+            _LONG,
+            Settings(images_seen=150_000),
+            more_seeds=(rows.LABELS, "proxylesskd", "coupleface", "eckd"),
+        ),
+        Setting(
+            "B",
+            "SFace to a student of the same layout, at an eighth of its width: methods on features",
+            rows.B,
+            _FEW,
+            Settings(images_seen=150_000, student=ChainNet, stages=CHAIN_STAGES),
+            recorded={
+                "maps28": "conv_6_relu",
+                "maps14": "conv_12_relu",
+                "maps7": "conv_14_relu",
+            },
+            more_seeds=(rows.LABELS, "acsr"),
+        ),
+        Setting(
+            "C",
+            "A network with learned attention to a narrow one: acsr on the gates of CBAM",
+            rows.C,
+            _LONG,
+            Settings(images_seen=150_000, student=narrow_gated, stages=STAGES),
+            recorded=rows.GATES,
+            taught=Settings(images_seen=150_000, student=wide_gated),
+            more_seeds=(rows.LABELS, "acsr (gates)"),
+        ),
+        Setting(
+            "D",
+            "A transformer to a convolutional network: cakd with prompts",
+            rows.D,
+            _LONG,
+            Settings(images_seen=150_000, student=SmallFaceNet, stages=STAGES[-1:]),
+            taught=Settings(
+                images_seen=150_000, student=SmallViT, adamw=True, lr=1e-3, weight_decay=0.05
+            ),
+            teacher_stages=("blocks.5",),
+            more_seeds=(rows.LABELS, "cakd"),
+        ),
+    )
+}
