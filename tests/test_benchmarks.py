@@ -30,6 +30,8 @@ from benchmarks.papers.__main__ import main
 from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
 from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, chosen
 from benchmarks.papers.report import (
+    END,
+    START,
     added,
     cells,
     error,
@@ -39,6 +41,7 @@ from benchmarks.papers.report import (
     speed_table,
     table,
     teaches,
+    write,
 )
 from benchmarks.papers.results import differences, mend, read
 from benchmarks.papers.rows import LABELS, TEACHER, swept
@@ -138,6 +141,31 @@ def test_what_labels_alone_gain_in_the_last_fifth_is_said() -> None:
         "From 40 to 50 images, labels alone gain 5.0 points of TAR at FAR 0.01."
     )
     assert flatness({LABELS: tars([0.1])}) == ""
+
+
+def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path: Path) -> None:
+    records = [
+        {**drawn_by([0.1, 0.2, 0.3, 0.4, tar])[0], "row": row, "seed": 0, "setting": "A"}
+        for row, tar in ((TEACHER, 0.9), (LABELS, 0.5), ("fcd", 0.7))
+    ]
+    for line in records:
+        line |= {"images_seen": 50, "versions": "torch 2"}
+    results, page = tmp_path / "papers.jsonl", tmp_path / "papers.md"
+    write(records[:2], results)
+    first = page.read_text()
+    assert first.startswith(START)
+    assert "| labels alone |" in first
+    assert "| fcd |" not in first
+    page.write_text(f"# Title\n\n{first}\nAdvice.\n")
+    write(records, results)
+    second = page.read_text()
+    assert second.startswith(f"# Title\n\n{START}\n\n## A: ")
+    assert second.endswith(f"{END}\n\nAdvice.\n")
+    assert second.count("| fcd |") == 2, "of the table, and of the images that it needs"
+    assert (tmp_path / "papers-A.png").stat().st_size > 1000
+    page.write_text("# By hand\n")
+    write(records, results)
+    assert page.read_text().startswith(f"# By hand\n\n{START}")
 
 
 def test_every_row_is_a_recipe() -> None:

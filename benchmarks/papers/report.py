@@ -25,6 +25,8 @@ MEASURES = {
 MAIN = "tar2"
 """The measure by which a row is judged: it varies less between seeds than the accuracy does."""
 
+START, END = "<!-- tables -->", "<!-- end of the tables -->"
+
 LEGEND = (
     "Shares are in per cent, as the mean of the seeds and its standard error. *Added* is the "
     "paired difference to labels alone: of the same seed, so of the same initial weights and the "
@@ -36,13 +38,21 @@ LEGEND = (
 
 
 def write(records: Sequence[Record], results: Path) -> None:
-    """The tables of all settings in the results, as Markdown, and a picture of each."""
+    """The tables of all settings, as Markdown beside the file of results, with a picture of each.
+
+    In a page that exists already, only the text between START and END is replaced.
+    """
     settings: dict[str, list[Record]] = {}
     for record in records:
         settings.setdefault(record.get("setting", SHORT), []).append(record)
     parts = [_section(name, settings[name], results) for name in SETTINGS if name in settings]
-    text = "\n\n".join([*parts, LEGEND]) + "\n"
-    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    text = "\n\n".join([START, *parts, LEGEND, END])
+    page = results.with_suffix(".md")
+    before, after = "", "\n"
+    if page.is_file():
+        before, found, rest = page.read_text(encoding="utf-8").partition(START)
+        before, after = (before, rest.partition(END)[2]) if found else (f"{before}\n", "\n")
+    page.write_text(f"{before}{text}{after}", encoding="utf-8")
     print(text)
 
 
