@@ -3,7 +3,7 @@
 Weights are those that sweeps on the pairs of folds 7 and 8 found best; see docs/results.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,7 +13,6 @@ Method: TypeAlias = dict[str, Any]
 
 LABELS = "labels alone"
 TEACHER = "teacher"
-KINDS = ("channel", "spatial")  # of the gates of CBAM
 SWEPT = (1.0, 4.0, 16.0)  # times the method's weight below
 
 FCD: Method = {"name": "fcd", "weight": 512.0}
@@ -89,11 +88,17 @@ A = (_BASE, *_ON_EMBEDDINGS, *_ON_CLASSES)
 B = (_BASE, *_ON_FEATURES)
 
 # Setting C: the gates of CBAM, whose logits both networks compute, shallow to deep.
-_GATED = tuple(f"{stage}.1.{kind}" for stage in ("stage1", "stage2", "stage4") for kind in KINDS)
-GATES: Mapping[str, str] = {path.replace(".", "_"): path for path in _GATED}
-"""Name -> path in the teacher of what is recorded."""
-
-C = (_BASE, Row("fcd", [FCD]), Row("acsr", [ACSR]))
+_GATES = {
+    f"{side}_{kind}_gates": [f"{stage}.1.{kind}" for stage in ("stage1", "stage2", "stage4")]
+    for side in ("student", "teacher")
+    for kind in ("channel", "spatial")
+}
+C = (
+    _BASE,
+    Row("fcd", [FCD]),
+    Row("acsr (gates)", [{**ACSR, **_GATES}], live=True),
+    Row("acsr (gates, not centred)", [{**ACSR, **_GATES, "center": False}], live=True),
+)
 D = (
     _BASE,
     Row("fcd", [FCD]),

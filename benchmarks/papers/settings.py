@@ -81,7 +81,7 @@ SETTINGS = {
             rows.C,
             _LONG,
             Settings(images_seen=150_000, student=narrow_gated, stages=STAGES),
-            recorded=rows.GATES,
+            teacher_stages=STAGES,
             taught=Settings(images_seen=150_000, student=wide_gated),
             more_seeds=(rows.LABELS, "acsr (gates)"),
         ),
