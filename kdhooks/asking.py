@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import pluggy
 import torch
@@ -18,6 +19,7 @@ from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 
+Observe: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
 
 
@@ -77,7 +79,13 @@ class Declarations:
         names = [tap.name for tap in taps]
         for name in names:
             if names.count(name) > 1:
-                raise KDHooksError(f"two terms are named '{name}'; each method may run once")
+                several = any(getattr(method, "term", None) == name for method in self._methods)
+                way_out = (
+                    "give each of them a `term` of its own"
+                    if several
+                    else "each method may run once"
+                )
+                raise KDHooksError(f"two terms are named '{name}'; {way_out}")
         for tap in taps:
             tap.check(student, teacher, head)
         return tuple(taps)
@@ -152,7 +160,7 @@ def probe_student(
             f"student embedding '{embedding or 'output'}' must be (b d); found shape "
             f"{tuple(found.shape)}; name the submodule that puts it out as taps.student.embedding"
         )
-    return Model(module, found.shape[1], probed)
+    return Model(module, found.shape[1], probed, probe=_prober(module, observe))
 
 
 def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
@@ -177,14 +185,21 @@ def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Mo
             f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "
             "they are of different networks"
         )
-    return Model(teacher.module, dim, probed, rows)
+    return Model(teacher.module, dim, probed, rows, probe=_prober(teacher.module, observe))
+
+
+def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:
+    """Probes one more submodule of the model, by a forward of its own."""
+    if module is None:
+        return None
+    return lambda path: Stage.of(module, path, observe([path])[path])
 
 
 def _probed(
     module: nn.Module | None,
     paths: Sequence[str],
     side: str,
-    observe: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    observe: Observe,
 ) -> tuple[Mapping[str, Tensor], tuple[Stage, ...]]:
     """What a forward puts out, and the stages; one that can't be tapped concerns who taps it.
 

@@ -7,7 +7,7 @@ A new kind of tap is therefore one class here.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar, TypeAlias
@@ -33,6 +33,25 @@ class Model:
     embedding_dim: int
     stages: tuple[Stage, ...] = ()
     classifier: Rows | None = None  # the teacher's rows (c e); None on the student's side
+    probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
+    probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def stage(self, path: str, owner: str) -> Stage:
+        """The output of any submodule, which a forward probes unless it is one of the stages.
+
+        owner: for errors, such as "fitnet: student".
+        """
+        for stage in (*self.stages, *self.probed.values()):
+            if stage.path == path:
+                return stage
+        if self.module is None or self.probe is None:
+            raise KDHooksError(
+                f"{owner} has no submodule '{path}': it is no torch module, and only its "
+                "embedding is known; kdhooks.onnx.to_torch turns an ONNX file into one"
+            )
+        find(self.module, path, owner)
+        self.probed[path] = self.probe(path)
+        return self.probed[path]
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,10 @@ class FeatureTap(Tap):
                 find(module, path, f"{self.name}: {side}")
 
     def described(self) -> str:
-        return f"{self.name} on {', '.join(self.student)} <- {', '.join(self.teacher)}"
+        ours, theirs = (
+            ", ".join(path or "output" for path in paths) for paths in (self.student, self.teacher)
+        )
+        return f"{self.name} on {ours} <- {theirs}"
 
 
 @dataclass(frozen=True)

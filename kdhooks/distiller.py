@@ -146,7 +146,8 @@ class Distiller(nn.Module):
             self.taps = asked.taps(ours, theirs, head)
             self.adapter = asked.teacher_adapter(theirs)
         tapped = {path for tap in self.taps for path in tap.student_paths}
-        self._stages = {stage.path: stage.shape for stage in ours.stages if stage.path in tapped}
+        known = (*ours.stages, *ours.probed.values())
+        self._stages = {stage.path: stage.shape for stage in known if stage.path in tapped}
         self.teacher_rows: TeacherRows | None = None  # if a term needs them
         classes = number_of_classes(theirs.classifier, head)
         if host_head is not None:

@@ -26,7 +26,7 @@ def test_methods_must_be_a_list() -> None:
 
 
 def test_two_terms_of_one_name_are_refused() -> None:
-    with pytest.raises(KDHooksError, match="two terms are named 'gap'"):
+    with pytest.raises(KDHooksError, match="two terms are named 'gap'; each method may run once"):
         distil(Method(), Method())
 
 
