@@ -28,6 +28,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
         "prompts": {"number": 0},
     },
     "eckd": {"name": "eckd"},
+    "fitnet": {"name": "fitnet", "center": True},
     "gkd": {"name": "gkd", "largest": 5},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},

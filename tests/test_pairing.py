@@ -305,8 +305,10 @@ def test_a_backbone_that_runs_twice_needs_the_number_of_the_call(side: str) -> N
 
 # --- labels that no term needs -------------------------------------------------------------------
 
+METHODS_WITHOUT_LABELS = ["fcd", "rkd", "sp", "eckd", "at", "reviewkd", "acsr", "fitnet"]
 
-@pytest.mark.parametrize("method", ["fcd", "rkd", "sp", "eckd", "at", "reviewkd", "acsr"])
+
+@pytest.mark.parametrize("method", METHODS_WITHOUT_LABELS)
 def test_methods_that_use_no_labels_need_none(method: str) -> None:
     stages = {"student_stages": [f"layer{n}" for n in (1, 2, 3, 4)]}
     stages["teacher_stages"] = stages["student_stages"]

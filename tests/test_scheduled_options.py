@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # What makes an option have an effect at all.
 WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("cakd", "weight"): {"embedding_weight": 1.0},
+    ("fitnet", "temperature"): {"distance": "kl"},
     ("proxylesskd", "m2"): {"margin_type": "combined"},
 }
 Outcome: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # the terms, and all gradients

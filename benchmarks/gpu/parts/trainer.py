@@ -41,6 +41,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "coupleface": {"k": 10},
     "eckd": {},
     "fcd": {"weight": 8.0},
+    "fitnet": {},
     "gkd": {"largest": 10},
     "kd": {},
     "margindistillation": {},

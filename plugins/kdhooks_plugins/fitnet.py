@@ -1,0 +1,173 @@
+"""FitNets: hints for thin deep nets, Romero et al., ICLR 2015, arXiv:1412.6550.
+
+The outputs of any two modules are compared, the student's through a learned connector.
+Differs from the paper: the hints are trained together with the task, as TFace and FaceX-Zoo do, and
+not in a stage before it; the squared difference is a mean and not half a sum; the connector keeps
+the number of pixels, and maps of different sizes are average-pooled to the smaller one.
+Ours: the other distances and connectors, and `center`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks import (
+    FeatureTap,
+    KDHooksError,
+    Model,
+    Options,
+    Scheduled,
+    Stage,
+    Weight,
+    hookimpl,
+    option,
+)
+from kdhooks.declarations import Step
+from kdhooks_plugins._hints import Connector, Distance, Features, Hint, connect
+
+
+class Hints(nn.Module):
+    """The sum of the distances of all pairs."""
+
+    def __init__(self, pairs: Sequence[Hint]) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(pairs)
+
+    def forward(
+        self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[(b k h w)], [(b k h w)], (b) -> ()."""
+        terms = [pair(s, t) for pair, s, t in zip(self.pairs, student, teacher, strict=True)]
+        notes = {f"pair{k}": term.detach() for k, term in enumerate(terms, start=1)}
+        return torch.stack(terms).sum(), notes
+
+
+@dataclass(frozen=True)
+class TeacherFunctionTap(FeatureTap):
+    """Of a teacher without submodules, whose embedding stands for its outputs."""
+
+    @property
+    def teacher_paths(self) -> tuple[str, ...]:
+        return ()
+
+    def arguments(self, step: Step) -> tuple[object, ...]:
+        ours = [step.student_features[path] for path in self.student]
+        return ours, [step.teacher for _ in self.teacher], step.labels
+
+
+class FitNet(Options):
+    """L = Σ_p d(C_p(F_p), F'_p) over the pairs p, C_p the connector."""
+
+    weight: Weight = option(1.0, "The factor of the term.", least=0)
+    student: str | Sequence[str] | None = option(
+        None,
+        "The path of a submodule of the student, or a list of paths. The default is its last "
+        'stage; "" is its output.',
+    )
+    teacher: str | Sequence[str] | None = option(
+        None, "The same of the teacher. The first path is paired with the first, and so on."
+    )
+    distance: Distance = option(
+        "l2",
+        "l2: the mean squared difference; l1: the mean absolute difference; cosine: 1 - cos of the "
+        "whole features of a sample; kl: KL(teacher ‖ student) times temperature², of the softmax "
+        "over the channels, the mean over pixels and samples.",
+    )
+    connector: Connector = option(
+        "1x1",
+        "The map from the student's channels to the teacher's, the same at each pixel. none: both "
+        "must be equally wide; linear: with a bias; 1x1: without one, and a batch norm behind it; "
+        "mlp: two linear maps with a ReLU between them.",
+    )
+    hidden: int | None = option(
+        None,
+        "The width inside of the mlp. The default is the larger number of channels of the two.",
+        least=1,
+    )
+    temperature: Scheduled = option(1.0, "Divides both sides before the softmax of kl.", above=0)
+    normalise: bool = option(
+        False,
+        "Divide the features of a sample by their root mean square before l2 or l1. With l2 the "
+        "term is then ‖s - t‖² at unit length, 2(1 - cos).",
+    )
+    center: bool = option(
+        False, "Take the teacher's running mean over images off before comparing."
+    )
+    term: str = option(
+        "fitnet",
+        "The name of the term in logs and checkpoints. Each entry of a recipe needs its own.",
+    )
+
+    def check(self) -> None:
+        if self.has("temperature") and self.distance != "kl":
+            raise self.refused("temperature", f"belongs to distance 'kl'; found '{self.distance}'")
+        if self.normalise and self.distance not in ("l2", "l1"):
+            raise self.refused(
+                "normalise", f"belongs to the distances 'l2' and 'l1'; found '{self.distance}'"
+            )
+        if self.hidden is not None and self.connector != "mlp":
+            raise self.refused("hidden", f"belongs to connector 'mlp'; found '{self.connector}'")
+
+    @hookimpl
+    def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
+        ours = self._paths("student", self.student, student)
+        theirs = self._paths("teacher", self.teacher, teacher)
+        if len(ours) != len(theirs):
+            raise KDHooksError(
+                f"{self.term}: student and teacher must name equally many submodules, which are "
+                f"compared pair by pair; found {len(ours)} and {len(theirs)}"
+            )
+        pairs = [
+            self._pair(
+                Features.of(student.stage(path, f"{self.term}: student"), f"{self.term}: student"),
+                Features.of(self._target(teacher, other), f"{self.term}: teacher"),
+            )
+            for path, other in zip(ours, theirs, strict=True)
+        ]
+        kind = TeacherFunctionTap if teacher.module is None and not any(theirs) else FeatureTap
+        return kind(
+            self.term, Hints(pairs), self.weight, student=ours, teacher=theirs, needs_labels=False
+        )
+
+    def _paths(self, side: str, given: str | Sequence[str] | None, model: Model) -> tuple[str, ...]:
+        """Those given, or that of the last stage."""
+        if given is None and not model.stages:
+            raise KDHooksError(
+                f"{self.term} compares the last stage of both sides by default, and the {side}'s "
+                f"stages are not known; name a submodule as {side} = \"…\", with '' for the output"
+            )
+        if given is None:
+            return (model.stages[-1].path,)
+        paths = (given,) if isinstance(given, str) else tuple(given)
+        if not paths:
+            raise self.refused(side, "must name at least one submodule; found []")
+        return paths
+
+    def _target(self, teacher: Model, path: str) -> Stage:
+        if path == "" and teacher.module is None:
+            return Stage("", (teacher.embedding_dim,))
+        return teacher.stage(path, f"{self.term}: teacher")
+
+    def _pair(self, ours: Features, theirs: Features) -> Hint:
+        if self.connector == "none" and ours.channels != theirs.channels:
+            raise KDHooksError(
+                f"{self.term}: without a connector both sides must have equally many channels; "
+                f"found {ours.channels} of {ours.name} and {theirs.channels} of {theirs.name}; set "
+                "connector = '1x1', or 'linear' for vectors and tokens"
+            )
+        if self.distance == "kl" and theirs.channels == 1:
+            raise KDHooksError(
+                f"{self.term}: a softmax over one channel is 1 whatever the features are; found "
+                f"one of {theirs.name}; set distance = 'l2'"
+            )
+        return Hint(
+            ours,
+            theirs,
+            connect(self.connector, ours.channels, theirs.channels, self.hidden),
+            self.distance,
+            temperature=self.temperature,
+            normalise=self.normalise,
+            center=self.center,
+        )
