@@ -18,7 +18,7 @@ def test_installed_method_conforms(name: str) -> None:
     check_method(load(name))
 
 
-@pytest.mark.parametrize("name", ["acsr", "at", "cakd", "fitnet", "reviewkd"])
+@pytest.mark.parametrize("name", ["acsr", "at", "cakd", "fitnet", "fskd", "reviewkd"])
 def test_installed_method_conforms_with_equal_stages(name: str) -> None:
     check_method(load(name), teacher=partial(tiny_teacher, width=4))
 

@@ -42,6 +42,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "eckd": {},
     "fcd": {"weight": 8.0},
     "fitnet": {},
+    "fskd": {},
     "gkd": {"largest": 10},
     "kd": {},
     "margindistillation": {},
