@@ -1,4 +1,5 @@
-"""Maps, fusion and pyramid of ACSR agree with their equations, with the module's own weights."""
+"""Attention, fusion and pyramid of ACSR agree with their equations, with the module's own weights;
+and no weight of the fusion turns the student's own attention away from the teacher's."""
 
 from typing import Any
 
@@ -7,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import KDHooksError, Model
-from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
+from kdhooks import Distiller, KDHooksError, Model
+from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins._attention import Energy
+from kdhooks_plugins._attention_fusion import ImageMean, SpatialFusion
 from kdhooks_plugins._maps import Grid
-from kdhooks_plugins.acsr import ACSR, ReviewedAttention, context_distance
+from kdhooks_plugins.acsr import ACSR, AttentionReview, ReviewedAttention, context_distance
 from tests import maps
-from tests.acsr_losses import declared, gates, made, value
+from tests.acsr_losses import Arrays, declared, expected_terms, gates, made, value
 from tests.maps import Shape, features, labels, model, normal
 from tests.references import acsr as reference
 from tests.references import at as at_reference
@@ -31,16 +33,25 @@ SHAPES: list[tuple[tuple[Shape, ...], tuple[Shape, ...]]] = [
     (((25, 2), (25, 3)), ((2, 6, 6), (3, 3, 3))),
     (((2, 6, 6), (3, 3, 3)), ((16, 2), (4, 3))),
 ]
+ONE = SHAPES[0][0]
+KINDS = ("channel", "spatial")
 LEVELS: list[tuple[int, ...]] = [(4, 2), (), (3,)]
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
 drawn = settings(deadline=None, max_examples=25)
-sizes = st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(2, 6), st.integers(0, 2**16))
+sizes = st.tuples(st.integers(2, 4), st.integers(2, 4), st.integers(2, 6), st.integers(0, 2**16))
+seeds = st.integers(0, 2**16)
 
 
-def as_maps(stages: list[np.ndarray]) -> list[np.ndarray]:
-    return [at_reference.grid(x) if x.ndim == 3 else x for x in stages]
+def attention(stages: list[np.ndarray], p: float, kinds: tuple[str, ...]) -> dict[str, Arrays]:
+    as_maps = [at_reference.grid(x) if x.ndim == 3 else x for x in stages]
+    both = {
+        "channel": reference.channel_means(as_maps),
+        "spatial": reference.energies(as_maps, p),
+    }
+    return {kind: both[kind] for kind in kinds}
 
 
-# --- golden values and the equation ----------------------------------------------------------
+# --- golden values and the equations ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,24 +64,19 @@ def as_maps(stages: list[np.ndarray]) -> list[np.ndarray]:
 )
 def test_the_pyramid_gives_the_golden_value(levels: tuple[int, ...], expected: float) -> None:
     energy = Energy(Grid("stage", 3, (7, 7)))
-    ours, theirs = energy(maps.STUDENT), energy(maps.TEACHER)
-    found = context_distance(ours, theirs, levels, center=False)
+    found = context_distance(energy(maps.STUDENT), energy(maps.TEACHER), levels)
     assert_close(found.item(), expected, rtol=0, atol=6e-9)
     x, y = reference.energies([maps.STUDENT.numpy(), maps.TEACHER.numpy()], 2.0)
     assert_close(reference.hccsl(x, y, levels), expected, rtol=0, atol=6e-9)
 
 
-@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("levels", [*LEVELS, (5, 4, 3, 2)])
-@pytest.mark.parametrize(
-    ("ours", "theirs"), [((7, 7), (7, 7)), ((9, 4), (5, 6)), ((4, 4), (4, 4)), ((3, 2), (8, 8))]
-)
-def test_the_pyramid_agrees_with_the_equation(
-    ours: Shape, theirs: Shape, levels: tuple[int, ...], center: bool
-) -> None:
-    x, y = normal(1, 3, 1, *ours).abs(), normal(2, 3, 1, *theirs).abs()
-    expected = reference.hccsl(x.numpy(), y.numpy(), levels, center)
-    assert_close(context_distance(x, y, levels, center).item(), expected)
+@pytest.mark.parametrize("shape", [(1, 7, 7), (1, 9, 4), (1, 4, 4), (1, 3, 2), (5, 1, 1)])
+def test_the_pyramid_agrees_with_the_equation(shape: Shape, levels: tuple[int, ...]) -> None:
+    x, y = normal(1, 3, *shape), normal(2, 3, *shape)
+    assert_close(
+        context_distance(x, y, levels).item(), reference.hccsl(x.numpy(), y.numpy(), levels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,67 +84,188 @@ def test_the_pyramid_agrees_with_the_equation(
     [
         {},
         {"center": False},
-        {"p": 1.0},
-        {"p": 3.0, "center": False},
-        {"mid": 1},
-        {"mid": 5},
-        {"levels": ()},
+        {"attention": "channel"},
+        {"attention": "spatial", "p": 3.0},
+        {"p": 1.0, "center": False},
+        {"momentum": 0.0},
+        {"momentum": 0.7, "levels": ()},
         {"levels": [3]},
-        {"levels": (2,), "center": False},
     ],
 )
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_the_student_review_agrees_with_the_equation(
+def test_the_loss_agrees_with_the_equations(
     ours: tuple[Shape, ...], theirs: tuple[Shape, ...], options: dict[str, Any]
 ) -> None:
-    chosen = {"p": 2.0, "levels": (4, 2), "center": True, **options}
     loss = made(ours, theirs, **options)
-    student, teacher = features(1, 3, *ours), features(9, 3, *theirs)
-    targets = reference.energies(as_maps([y.numpy() for y in teacher]), chosen["p"])
+    chosen = {"p": 2.0, "attention": "both", **options}
+    p, kind = chosen.pop("p"), chosen.pop("attention")
+    kinds = KINDS if kind == "both" else (kind,)
+    student, steps = features(1, 3, *ours), [features(9 + 5 * n, 3, *theirs) for n in range(3)]
+    read = [attention([y.numpy() for y in teacher], p, kinds) for teacher in steps]
+    known = {kind: [step[kind] for step in read] for kind in kinds}
 
-    def terms(own: list[np.ndarray]) -> list[float]:
-        pairs = zip(own, targets, strict=True)
-        return [reference.hccsl(a, b, chosen["levels"], chosen["center"]) for a, b in pairs]
+    def expected(x: Arrays, weights: dict[str, np.ndarray]) -> dict[str, float]:
+        return expected_terms(attention(x, p, kinds), known, weights, **chosen)
 
-    def fused(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> list[float]:
-        own = reference.energies(as_maps(x), chosen["p"])
-        return terms(reference.amfm(own, weights, positive=True))
+    for teacher in steps[:-1]:
+        loss(student, teacher, labels(3))
+    trained = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    found, notes = loss(student, steps[-1], labels(3))
+    terms = expected([x.numpy() for x in student], maps.weights(loss))
+    assert_close(found.item(), sum(terms.values()) / len(terms))
+    deepest = [f"{kind}{len(ours)}_fused" for kind in kinds]
+    assert set(notes) == set(terms) - set(deepest)
+    for name, note in notes.items():
+        assert_close(note.item(), terms[name])
+        assert not note.requires_grad
+    for name in deepest:
+        assert terms[name] == terms[name.removesuffix("_fused")]
+    loss.load_state_dict({**loss.state_dict(), **trained})
+    maps.check_gradients(
+        loss, student, steps[-1], lambda x, w: sum(expected(x, w).values()) / len(terms)
+    )
 
-    at = [x.numpy() for x in student]
-    found, notes = loss(student, teacher, labels(3))
-    assert_close(found.item(), sum(fused(at, maps.weights(loss))))
-    plain = terms(reference.energies(as_maps(at), chosen["p"]))
-    for k, (with_amfm, without) in enumerate(
-        zip(fused(at, maps.weights(loss)), plain, strict=True), start=1
-    ):
-        assert_close(notes[f"stage{k}"].item(), with_amfm)
-        assert_close(notes[f"stage{k}_unfused"].item(), without)
-    assert not any(note.requires_grad for note in notes.values())
-    maps.check_gradients(loss, student, teacher, lambda x, w: sum(fused(x, w)))
+
+# --- the fusion turns nothing away -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_the_fused_teacher_agrees_with_the_equation(
-    ours: tuple[Shape, ...], theirs: tuple[Shape, ...], levels: tuple[int, ...], center: bool
+class _Signed(SpatialFusion):
+    """What is refused to the fusion: a weight of any sign on the own map."""
+
+    def forward(self, attention: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        own, fused = super().forward(attention)
+        return own, [*((f - 3 * a) for f, a in zip(fused[:-1], own[:-1], strict=True)), fused[-1]]
+
+
+def towards_the_teacher(review: AttentionReview, seed: int, wild: float) -> Tensor:
+    """The smallest inner product, over stages and samples: of the descent of a stage's fused
+    distance by the student's own attention, with what the teacher's has beside its mean."""
+    with torch.no_grad():
+        for place, parameter in enumerate(review.parameters()):
+            parameter.copy_(wild * normal(seed + place, *parameter.shape))
+    shapes = [(8, 6, 6), (12, 4, 4), (16, 2, 2)]
+    student = [x.requires_grad_() for x in features(seed, 3, *shapes)]
+    targets = review.read(review.theirs, features(seed + 7, 3, *shapes))
+    assert review.means is not None
+    both = review.fusion(review.read(review.ours, student))
+    found = []
+    for mean, a, f, target in zip(review.means, *both, targets, strict=True):
+        mu = mean(target)
+        fused = review.distance(f, target, mu)
+        (gradient,) = torch.autograd.grad(fused, a, retain_graph=True)
+        found.append((-gradient * (target - mu)).flatten(1).sum(dim=1))
+    return torch.cat(found).amin()
+
+
+def reviews(**options: Any) -> nn.ModuleDict:
+    return made(((8, 6, 6), (12, 4, 4), (16, 2, 2)), **options).kinds
+
+
+@drawn
+@given(seeds, st.sampled_from([0.1, 1.0, 10.0]), st.sampled_from(KINDS))
+def test_no_weight_of_the_fusion_turns_the_own_attention_away(
+    seed: int, wild: float, kind: str
 ) -> None:
-    options: dict[str, Any] = {"levels": levels, "center": center, "p": 1.5}
-    loss = made(ours, theirs, direction="teacher_fused", **options)
-    student, teacher = features(1, 3, ours[-1]), features(9, 3, *theirs)
-    every = reference.energies(as_maps([y.numpy() for y in teacher]), 1.5)
-    target = reference.fused(every, center)
+    review = reviews()[kind]
+    assert isinstance(review, AttentionReview)
+    assert towards_the_teacher(review, seed, wild) > -1e-9
 
-    def expected(x: list[np.ndarray]) -> float:
-        [own] = reference.energies(as_maps(x), 1.5)
-        return reference.hccsl(own, target, levels, center)
 
-    found, notes = loss(student, teacher, labels(3))
-    assert_close(found.item(), expected([x.numpy() for x in student]))
-    assert list(notes) == ["fused1"]
-    assert_close(notes["fused1"], found.detach())
-    assert not list(loss.parameters())
-    maps.check_gradients(loss, student, teacher, lambda x, _: expected(x))
+def test_a_fusion_with_weights_of_any_sign_is_noticed() -> None:
+    review = reviews()["spatial"]
+    assert isinstance(review, AttentionReview)
+    review.fusion = _Signed(3).double()
+    assert min(towards_the_teacher(review, seed, 1.0) for seed in range(5)) < -1e-3
+
+
+def test_the_own_attention_of_each_stage_and_kind_comes_closer_in_a_training() -> None:
+    torch.manual_seed(3)
+    network, (images, targets) = TinyFaceNet().train(), tiny_batch(copies=4)
+    kd = Distiller(
+        network,
+        tiny_teacher(),
+        [ACSR()],
+        student_stages=STAGES,
+        teacher_stages=STAGES,
+        input_shape=(3, 32, 32),
+    )
+    optimizer = torch.optim.SGD([*network.parameters(), *kd.parameters()], 0.02, momentum=0.9)
+    found = []
+    for _ in range(60):
+        network(images)
+        optimizer.zero_grad()
+        kd(images, targets)["acsr"].backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        found.append({name: float(note) for name, note in kd.metrics.items()})
+    kd.remove()
+    own = [f"acsr/{kind}{k}" for kind in KINDS for k in (1, 2, 3, 4)]
+    assert all(found[-1][name] < found[0][name] - 0.1 for name in own), (found[0], found[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_shallowest_term_alone_reaches_the_deepest_stage_through_the_review(
+    kind: str, fused: bool
+) -> None:
+    network = TinyFaceNet().train()
+    shapes: list[Shape] = [(4, 16, 16), (8, 8, 8), (12, 4, 4), (16, 2, 2)]
+    loss = declared(model(*shapes), model(*shapes)).loss
+    assert isinstance(loss, ReviewedAttention)
+    review = loss.kinds[kind]
+    assert isinstance(review, AttentionReview)
+    x, stages = tiny_batch()[0], []
+    for stage in STAGES:
+        x = network.get_submodule(stage)(x)
+        stages.append(x)
+    first = review.fusion(review.read(review.ours, stages))[1 if fused else 0][0]
+    context_distance(first, torch.rand_like(first), (4, 2)).backward()
+    gradient = network.get_parameter("layer4.0.weight").grad
+    assert (gradient is not None and bool(gradient.any())) == fused
+
+
+# --- what all images have in common ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_one_map_for_all_faces_agrees_with_none_of_them_once_the_mean_is_taken_off(
+    center: bool,
+) -> None:
+    """What all aligned faces share makes an uncentred cosine that says nothing of any face."""
+    loss = made(ONE, center=center, attention="spatial")
+    shared = [2 + normal(90 + k, 1, *shape).abs() for k, shape in enumerate(ONE)]
+    for step in range(40):
+        teacher = [x + 0.2 * y for x, y in zip(shared, features(3 * step, 8, *ONE), strict=True)]
+        student = [
+            x + 0.2 * y for x, y in zip(shared, features(3 * step + 1, 8, *ONE), strict=True)
+        ]
+        _, notes = loss(student, teacher, labels(8))
+    found = torch.stack([notes["spatial1"], notes["spatial2"]])
+    if center:
+        assert (found - 1).abs().max() < 0.4
+    else:
+        assert found.max() < 0.05
+
+
+def test_the_mean_is_that_of_all_images_so_far_without_a_bias_to_zero() -> None:
+    mean, batches = ImageMean((3, 2, 2), 0.9), [normal(k, 5, 3, 2, 2).float() for k in range(4)]
+    for n, batch in enumerate(batches, start=1):
+        found = mean(batch)
+        expected = reference.mean([x.double().numpy() for x in batches[:n]], 0.9)
+        assert_close(found[0].double().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_stays_as_it_is_in_eval() -> None:
+    mean, batches = ImageMean((3, 2, 2), 0.9), [normal(k, 5, 3, 2, 2).float() for k in range(2)]
+    assert not mean.eval()(batches[0]).any()
+    expected = mean.train()(batches[0])
+    assert torch.equal(mean.eval()(batches[1]), expected)
+    assert not torch.equal(mean.train()(batches[1]), expected)
+
+
+def test_without_centring_no_mean_is_kept() -> None:
+    assert not list(made(ONE, center=False).buffers())
+    assert {name.split(".")[-1] for name, _ in made(ONE).named_buffers()} == {"total", "weight"}
 
 
 # --- what the method must keep ---------------------------------------------------------------
@@ -146,85 +273,30 @@ def test_the_fused_teacher_agrees_with_the_equation(
 
 @drawn
 @given(sizes, st.booleans())
-def test_teacher_maps_in_place_of_the_students_cost_nothing(
+def test_teacher_attention_in_place_of_the_students_costs_nothing(
     size: tuple[int, int, int, int], center: bool
 ) -> None:
     b, k, side, seed = size
     shapes: tuple[Shape, ...] = ((k, side + 3, side + 3), (k + 1, side, side))
-    loss = made(shapes, center=center)
-    teacher = features(seed, b, *shapes)
-    same = [read(y) for read, y in zip(loss.theirs, teacher, strict=True)]
-    for term in loss.terms(same, same):
-        assert_close(term, torch.zeros_like(term))
+    for review in made(shapes, center=center).kinds.values():
+        assert isinstance(review, AttentionReview)
+        for target in review.read(review.theirs, features(seed, b, *shapes)):
+            mean = target.mean(dim=0, keepdim=True) if center else torch.zeros_like(target[:1])
+            found = review.distance(target, target, mean)
+            assert_close(found, torch.zeros_like(found))
 
 
 @drawn
-@given(sizes, st.booleans(), st.sampled_from(["student_review", "teacher_fused"]))
-def test_ignores_the_scale_of_each_map(
-    size: tuple[int, int, int, int], center: bool, direction: str
-) -> None:
+@given(sizes, st.booleans())
+def test_ignores_the_scale_of_each_stage(size: tuple[int, int, int, int], center: bool) -> None:
     b, k, side, seed = size
     shapes: tuple[Shape, ...] = ((k, side + 3, side + 3), (k + 1, side, side))
-    loss = made(shapes, center=center, direction=direction)
-    teacher = features(seed, b, *shapes)
-    student = features(seed + 5, b, *shapes)[-len(loss.ours) :]
+    loss = made(shapes, center=center)
+    teacher, student = features(seed, b, *shapes), features(seed + 5, b, *shapes)
     expected = value(loss, student, teacher)
     assert_close(value(loss, student, [3 * teacher[0], teacher[1]]), expected)
     assert_close(value(loss, student, [teacher[0], teacher[1] / 3]), expected)
-    for module in loss.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-15  # all that stands between
-    expected = value(loss, student, teacher)
     assert_close(value(loss, [3 * x for x in student], teacher), expected)
-
-
-def test_the_pyramid_ignores_the_scale_of_both_maps() -> None:
-    ours, theirs = normal(1, 2, 1, 6, 6).abs(), normal(2, 2, 1, 6, 6).abs()
-    for center in (False, True):
-        expected = context_distance(ours, theirs, (4, 2), center)
-        assert_close(context_distance(3 * ours, theirs, (4, 2), center), expected)
-        assert_close(context_distance(ours, 3 * theirs, (4, 2), center), expected)
-
-
-def test_pearson_ignores_what_all_pixels_share_and_the_cosine_does_not() -> None:
-    ours, theirs = normal(1, 2, 1, 6, 6).abs(), normal(2, 2, 1, 6, 6).abs()
-    centred, plain = (
-        (
-            context_distance(ours + 10, theirs, (4, 2), center),
-            context_distance(ours, theirs, (4, 2), center),
-        )
-        for center in (True, False)
-    )
-    assert_close(*centred)
-    assert abs(plain[0] - plain[1]) > 0.05
-
-
-def test_the_plain_cosine_of_wide_stages_starts_near_one_and_pearson_does_not() -> None:
-    """Independent noise of 64 channels: cosine C / (C + 2) = 0.97."""
-    energy = Energy(Grid("stage", 64, (14, 14)))
-    ours, theirs = energy(normal(1, 4, 64, 14, 14)), energy(normal(2, 4, 64, 14, 14))
-    assert_close(context_distance(ours, theirs, (), center=False).item(), 2 / 66, rtol=0, atol=0.01)
-    assert_close(context_distance(ours, theirs, (), center=True).item(), 1.0, rtol=0, atol=0.1)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_shallowest_term_alone_reaches_the_deepest_stage_through_the_review(
-    fused: bool,
-) -> None:
-    network = TinyFaceNet().train()
-    shapes: list[Shape] = [(4, 16, 16), (8, 8, 8), (12, 4, 4), (16, 2, 2)]
-    loss = declared(model(*shapes), model(*shapes)).loss
-    assert isinstance(loss, ReviewedAttention)
-    assert loss.fusion is not None
-    x, stages = tiny_batch()[0], []
-    for k in range(1, 5):
-        x = network.get_submodule(f"layer{k}")(x)
-        stages.append(x)
-    ours = [read(x) for read, x in zip(loss.ours, stages, strict=True)]
-    theirs = [torch.rand_like(x) for x in ours]
-    loss.terms(loss.fusion(ours) if fused else ours, theirs)[0].backward()
-    gradient = network.get_parameter("layer4.0.weight").grad
-    assert (gradient is not None and bool(gradient.any())) == fused
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
@@ -241,62 +313,50 @@ def test_gradient_reaches_student_and_own_weights_alone(
 
 
 @drawn
-@given(sizes, st.booleans(), st.sampled_from(["student_review", "teacher_fused"]))
-def test_ignores_the_order_of_batch_and_channels(
-    size: tuple[int, int, int, int], center: bool, direction: str
+@given(sizes, st.booleans())
+def test_ignores_the_order_of_the_batch_and_of_the_teachers_channels_in_a_map(
+    size: tuple[int, int, int, int], center: bool
 ) -> None:
     b, k, side, seed = size
     shapes: tuple[Shape, ...] = ((k, side + 3, side + 3), (k + 1, side, side))
-    loss = made(shapes, center=center, direction=direction)
-    teacher = features(seed, b, *shapes)
-    student = features(seed + 5, b, *shapes)[-len(loss.ours) :]
+    teacher, student = features(seed, b, *shapes), features(seed + 5, b, *shapes)
     order = torch.randperm(b, generator=torch.Generator().manual_seed(seed))
+    loss = made(shapes, center=center)
     expected = value(loss, student, teacher)
-    found, _ = loss([x[order].flip(1) for x in student], [y[order] for y in teacher], labels(b) - 1)
-    assert_close(found, expected)
-    assert 0 < expected < 2 * len(loss.ours)
+    assert_close(value(loss, [x[order] for x in student], [y[order] for y in teacher]), expected)
+    assert 0 < expected < 2
+    spatial = made(shapes, center=center, attention="spatial")
+    expected = value(spatial, student, teacher)
+    assert_close(value(spatial, student, [y.flip(1) for y in teacher]), expected)
 
 
 @drawn
-@given(sizes, st.booleans(), st.sampled_from(["student_review", "teacher_fused"]))
-def test_precisions_agree(size: tuple[int, int, int, int], center: bool, direction: str) -> None:
+@given(sizes, st.booleans())
+def test_precisions_agree(size: tuple[int, int, int, int], center: bool) -> None:
     b, k, side, seed = size
     shapes: tuple[Shape, ...] = ((k, side + 3, side + 3), (k + 1, side, side))
-    loss = made(shapes, center=center, direction=direction)
-    teacher = features(seed, b, *shapes)
-    student = features(seed + 5, b, *shapes)[-len(loss.ours) :]
+    loss = made(shapes, center=center)
+    teacher, student = features(seed, b, *shapes), features(seed + 5, b, *shapes)
     exact = value(loss, student, teacher)
-    rounded = [x.bfloat16() for x in student], [y.bfloat16() for y in teacher]
-    of_rounded = value(loss, *([x.double() for x in side] for side in rounded))
-    loss.float()
-    single = value(loss, [x.float() for x in student], [y.float() for y in teacher])
+    single = value(loss.float(), [x.float() for x in student], [y.float() for y in teacher])
     assert single.dtype == torch.float32
     assert_close(single.double(), exact, rtol=1e-4, atol=1e-4)
-    half = value(loss, *([x.float() for x in side] for side in rounded))
-    assert_close(half.double(), of_rounded, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("direction", ["student_review", "teacher_fused"])
-def test_a_dead_stage_has_a_finite_gradient(direction: str, center: bool) -> None:
-    shapes: tuple[Shape, ...] = ((2, 4, 4), (3, 2, 2))
-    loss = made(shapes, center=center, direction=direction)
-    teacher = features(1, 2, *shapes)
-    student = [torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    found = value(loss, student[-len(loss.ours) :], [torch.zeros_like(teacher[0]), teacher[1]])
+def test_a_dead_stage_has_a_finite_gradient(center: bool) -> None:
+    loss = made(ONE, center=center)
+    teacher = features(1, 2, *ONE)
+    student = [torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ONE]
+    found = value(loss, student, [torch.zeros_like(teacher[0]), teacher[1]])
     found.backward()
     assert torch.isfinite(found)
-    assert student[-1].grad is not None
-    assert torch.isfinite(student[-1].grad).all()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in student)
 
 
-@pytest.mark.parametrize("direction", ["student_review", "teacher_fused"])
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_reads_no_value_in_forward(
-    ours: tuple[Shape, ...], theirs: tuple[Shape, ...], direction: str
-) -> None:
-    loss = made(ours, theirs, direction=direction)
-    maps.check_reads_no_value(loss, ours[-len(loss.ours) :], theirs)
+def test_reads_no_value_in_forward(ours: tuple[Shape, ...], theirs: tuple[Shape, ...]) -> None:
+    maps.check_reads_no_value(made(ours, theirs), ours, theirs)
 
 
 # --- options ---------------------------------------------------------------------------------
@@ -305,10 +365,11 @@ def test_reads_no_value_in_forward(
 @pytest.mark.parametrize(
     "options",
     [
-        {"direction": "teacher_fused"},
+        {"attention": "channel"},
+        {"attention": "spatial"},
         {"center": False},
+        {"momentum": 0.0},
         {"p": 1.0},
-        {"mid": 3},
         {"levels": []},
     ],
 )
@@ -316,45 +377,50 @@ def test_conforms_with_every_option(options: dict[str, Any]) -> None:
     check_method(ACSR, **options)
 
 
-def test_the_fused_teacher_taps_the_students_last_stage_alone() -> None:
+def test_taps_each_stage_once() -> None:
     sides = model((2, 4, 4), (3, 2, 2)), model((2, 4, 4), (3, 2, 2))
-    review, fused = declared(*sides), declared(*sides, direction="teacher_fused")
-    assert (review.student, review.teacher) == (("s0", "s1"), ("s0", "s1"))
-    assert (fused.student, fused.teacher) == (("s1",), ("s0", "s1"))
+    for attention in ("both", "channel", "spatial"):
+        tap = declared(*sides, attention=attention)
+        assert (tap.student, tap.teacher) == (("s0", "s1"), ("s0", "s1"))
+
+
+def test_channels_alone_need_no_pixels() -> None:
+    sides = model((2, 4, 4), (3, 1, 1)), model((2, 4, 4), (3, 2, 2))
+    assert len(list(declared(*sides, attention="channel").loss.parameters())) == 4
 
 
 def test_the_weight_is_the_taps() -> None:
     sides = model((2, 4, 4), (3, 2, 2)), model((2, 4, 4), (3, 2, 2))
-    assert declared(*sides).weight == 5
+    assert declared(*sides).weight == 30
     assert declared(*sides, weight=1).weight == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "cbam"}, "acsr: source must be one of 'activation', .*; found 'cbam'"),
-        ({"direction": "up"}, "acsr: direction must be one of .*; found 'up'"),
+        ({"attention": "cbam"}, "acsr: attention must be one of 'both', .*; found 'cbam'"),
         ({"p": 0.5}, "acsr: p must be at least 1; found 0.5"),
-        ({"mid": 0}, "acsr: mid must be at least 1; found 0"),
+        ({"momentum": 1.0}, "acsr: momentum must be at least 0 and below 1; found 1.0"),
         ({"levels": (4, 2, 1)}, r"acsr: levels\[2\] must be at least 2; found 1"),
         (
-            {"source": "cbam_spatial", "p": 1.0, **gates("conv")},
-            "acsr: p belongs to source 'activation'; found 'cbam_spatial'",
+            {"attention": "channel", "p": 1.0},
+            "acsr: p belongs to the pixels' energy, which is not compared here; leave it out",
+        ),
+        ({"p": 1.0, **gates(spatial="conv")}, "acsr: p belongs to the pixels' energy"),
+        (
+            {"momentum": 0.9, "center": False},
+            "acsr: momentum belongs to center = true; found center = false",
         ),
         (
-            {"source": "cbam_channel", "direction": "teacher_fused", **gates("mlp")},
-            "acsr: source 'cbam_channel' can't be averaged over stages, whose .*; use",
-        ),
-        ({"source": "cbam_spatial"}, "both networks must have .* found 0 and 0; without CBAM use"),
-        (
-            {"source": "cbam_spatial", "student_attention": ["a"], "teacher_attention": ["a"]},
-            "name at least 2 of them, .*; found 1 and 1",
+            {"attention": "spatial", **gates(channel="mlp")},
+            "acsr: attention 'spatial' uses no channel gates; found 2 of the student and 2 of the "
+            "teacher; leave them out, or set attention = 'both'",
         ),
         (
-            {"source": "cbam_channel", "student_attention": ["a"], "teacher_attention": ["a", "b"]},
-            "name at least 1 of them, and as many of both, .*; found 1 and 2",
+            {"student_spatial_gates": ["a"], "teacher_spatial_gates": ["a", "b"]},
+            "acsr: student_spatial_gates and teacher_spatial_gates must name equally many, .*; "
+            "found 1 and 2; without CBAM on both sides name none",
         ),
-        (gates("conv"), "belong to the sources 'cbam_spatial' and 'cbam_channel'; found 'activ"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
@@ -390,3 +456,13 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> Non
 def test_stages_that_do_not_fit_are_refused(student: Model, teacher: Model, message: str) -> None:
     with pytest.raises(KDHooksError, match=message):
         declared(student, teacher)
+
+
+def test_gates_are_named_for_every_stage() -> None:
+    sides = model((2, 4, 4), (3, 2, 2), (3, 2, 2)), model((2, 4, 4), (3, 2, 2), (3, 2, 2))
+    message = (
+        "acsr: student_channel_gates must name one gate a stage; found 2 gates and 3 stages; name "
+        "as many as taps.student.stages, or student_stages="
+    )
+    with pytest.raises(KDHooksError, match=message):
+        declared(*sides, **gates(channel="mlp"))

@@ -1,4 +1,4 @@
-"""ACSR compares the gates of networks with CBAM, channel or spatial, by their logits."""
+"""ACSR compares the gates of networks with CBAM, channel and spatial, by their logits."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from kdhooks import Distiller, KDHooksError, Teacher
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
-from kdhooks_plugins.acsr import ACSR, ReviewedAttention, Source
+from kdhooks_plugins.acsr import ACSR, ReviewedAttention
 from tests import maps
-from tests.acsr_losses import gates, made, value
-from tests.maps import Shape, features
-from tests.references import acsr as reference
-from tests.references import at as at_reference
+from tests.acsr_losses import Arrays, expected_terms, gates, made, value
+from tests.maps import Shape, features, labels
+
+STAGES = ["layer1", "layer2"]
 
 
 class CBAM(nn.Module):
@@ -44,7 +44,7 @@ class AttentiveNet(TinyFaceNet):
         self.layer2.append(CBAM(2 * width))
 
 
-def attentive_teacher(width: int = 4) -> Teacher:
+def attentive_teacher(width: int = 6) -> Teacher:
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
         network = AttentiveNet(width)
@@ -54,82 +54,87 @@ def attentive_teacher(width: int = 4) -> Teacher:
 
 
 CBAM_OPTIONS: list[dict[str, Any]] = [
-    {"source": "cbam_spatial", **gates("conv")},
-    {"source": "cbam_spatial", "direction": "teacher_fused", **gates("conv")},
-    {"source": "cbam_spatial", "center": False, **gates("spatial_sigmoid")},
-    {"source": "cbam_channel", **gates("channel_logits")},
-    {"source": "cbam_channel", "center": False, **gates("channel_sigmoid")},
+    gates(channel="channel_logits", spatial="conv"),
+    {"center": False, **gates(channel="channel_sigmoid", spatial="spatial_sigmoid")},
+    {"attention": "spatial", **gates(spatial="conv")},
+    {"attention": "channel", **gates(channel="channel_logits")},
+    gates(channel="channel_logits"),  # and the energy of the pixels
+    gates(spatial="conv"),
 ]
 
 
 @pytest.mark.parametrize("options", CBAM_OPTIONS)
 def test_conforms_on_cbam(options: dict[str, Any]) -> None:
-    check_method(ACSR, student=AttentiveNet, teacher=attentive_teacher, **options)
+    check_method(
+        ACSR,
+        student=AttentiveNet,
+        teacher=attentive_teacher,
+        student_stages=STAGES,
+        teacher_stages=STAGES,
+        **options,
+    )
 
 
-def cbam_loss(source: str, **options: Any) -> ReviewedAttention:
-    return made((), (), source=source, **gates("conv"), **options)
+def cbam_loss(**options: Any) -> ReviewedAttention:
+    """Of stages (3 6 6), (4 3 3) to (5 5 5), (6 4 4), by both gates of each."""
+    ours: tuple[Shape, ...] = ((3, 6, 6), (4, 3, 3))
+    return made(ours, ((5, 5, 5), (6, 4, 4)), **gates(channel="mlp", spatial="conv"), **options)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("direction", ["student_review", "teacher_fused"])
-def test_spatial_logits_agree_with_the_equation(direction: str, center: bool) -> None:
-    loss = cbam_loss("cbam_spatial", direction=direction, center=center)
-    ours: tuple[Shape, ...] = ((1, 6, 6), (1, 3, 3))
-    theirs: tuple[Shape, ...] = ((1, 5, 5), (1, 4, 4))
-    teacher = features(9, 3, *theirs)
-    student = features(1, 3, *ours)[-len(loss.ours) :]
-    targets = [y.numpy() for y in teacher]
-    if direction == "teacher_fused":
-        targets = [reference.fused(targets, center)]
+def test_the_logits_of_both_gates_agree_with_the_equations(center: bool, flat: bool) -> None:
+    loss, ones = cbam_loss(center=center), () if flat else (1, 1)
+    student = features(1, 3, (3, *ones), (4, *ones), (1, 6, 6), (1, 3, 3))
+    teacher = features(9, 3, (5, *ones), (6, *ones), (1, 5, 5), (1, 4, 4))
 
-    def expected(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
-        if direction == "student_review":
-            x = reference.amfm(x, weights, positive=False)
-        pairs = zip(x, targets, strict=True)
-        return sum(reference.hccsl(a, b, (4, 2), center) for a, b in pairs)
+    def by_kind(gates: Arrays) -> dict[str, Arrays]:
+        return {"channel": [x.reshape(3, -1, 1, 1) for x in gates[:2]], "spatial": gates[2:]}
+
+    known = {kind: [found] for kind, found in by_kind([y.numpy() for y in teacher]).items()}
+
+    def expected(x: Arrays, weights: dict[str, np.ndarray]) -> float:
+        terms = expected_terms(by_kind(x), known, weights, center=center)
+        return sum(terms.values()) / len(terms)
 
     found = value(loss, student, teacher)
     assert_close(found.item(), expected([x.numpy() for x in student], maps.weights(loss)))
     maps.check_gradients(loss, student, teacher, expected)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("center", [False, True])
-def test_channel_logits_are_compared_as_they_are(center: bool, flat: bool) -> None:
-    loss = cbam_loss("cbam_channel", center=center)
-    shapes: tuple[Shape, ...] = ((6,), (9,)) if flat else ((6, 1, 1), (9, 1, 1))
-    student, teacher = features(1, 3, *shapes), features(9, 3, *shapes)
-
-    def expected(x: list[np.ndarray], _: dict[str, np.ndarray]) -> float:
-        total = 0.0
-        for ours, theirs in zip(x, teacher, strict=True):
-            for s, t in zip(ours, theirs.numpy(), strict=True):
-                r = reference.cosine(at_reference.values(s), at_reference.values(t), center)
-                total += (1 - r) / len(ours)
-        return total
-
-    assert_close(value(loss, student, teacher).item(), expected([x.numpy() for x in student], {}))
-    assert not list(loss.parameters())
-    maps.check_gradients(loss, student, teacher, expected)
+def test_both_kinds_of_gates_are_compared_by_default() -> None:
+    _, notes = cbam_loss()(
+        features(1, 3, (3,), (4,), (1, 6, 6), (1, 3, 3)),
+        features(9, 3, (5,), (6,), (1, 5, 5), (1, 4, 4)),
+        labels(3),
+    )
+    names = ("channel1", "channel2", "channel1_fused", "spatial1", "spatial2", "spatial1_fused")
+    assert tuple(notes) == names
 
 
 @pytest.mark.parametrize(
-    ("source", "logits", "sigmoid"),
+    ("logits", "sigmoid"),
     [
-        ("cbam_spatial", "conv", "spatial_sigmoid"),
-        ("cbam_channel", "channel_logits", "channel_sigmoid"),
+        (gates(spatial="conv"), gates(spatial="spatial_sigmoid")),
+        (gates(channel="channel_logits"), gates(channel="channel_sigmoid")),
     ],
 )
-def test_a_tapped_sigmoid_is_undone(source: Source, logits: str, sigmoid: str) -> None:
+def test_a_tapped_sigmoid_is_undone(logits: dict[str, Any], sigmoid: dict[str, Any]) -> None:
     images, targets = tiny_batch()
     found = []
-    for name in (logits, sigmoid):
+    for paths in (logits, sigmoid):
         with torch.random.fork_rng([]):
             torch.manual_seed(3)
             network = AttentiveNet().train()
-        method = ACSR(source=source, **gates(name))
-        with Distiller(network, attentive_teacher(), [method], input_shape=(3, 32, 32)) as kd:
+            kd = Distiller(
+                network,
+                attentive_teacher(),
+                [ACSR(**paths)],
+                student_stages=STAGES,
+                teacher_stages=STAGES,
+                input_shape=(3, 32, 32),
+            )
+        with kd:
             network(images)
             value = kd(images, targets)["acsr"]
         value.backward()
@@ -140,39 +145,43 @@ def test_a_tapped_sigmoid_is_undone(source: Source, logits: str, sigmoid: str) -
 
 
 def test_networks_without_the_gates_are_refused() -> None:
-    method = ACSR(source="cbam_spatial", **gates("conv"))
+    method = ACSR(**gates(spatial="conv"))
     for student, teacher, side in (
         (TinyFaceNet(), attentive_teacher(), "student"),
         (AttentiveNet(), tiny_teacher(), "teacher"),
     ):
         with pytest.raises(KDHooksError, match=f"acsr: {side} has no submodule 'layer1.3.conv'"):
-            Distiller(student, teacher, [method], input_shape=(3, 32, 32))
+            Distiller(
+                student,
+                teacher,
+                [method],
+                student_stages=STAGES,
+                teacher_stages=STAGES,
+                input_shape=(3, 32, 32),
+            )
 
 
 @pytest.mark.parametrize(
-    ("source", "shapes", "message"),
+    ("student", "message"),
     [
         (
-            "cbam_spatial",
-            ((4, 8, 8), (4, 4, 4)),
-            r"acsr: student attention 'layer1.3.conv' must put out one map \(b 1 h w\); found "
-            r"\(2, 4, 8, 8\); name the convolution",
+            ((3,), (4,), (4, 6, 6), (1, 3, 3)),
+            r"acsr: student spatial gate 'layer1.3.conv' must put out one map \(b 1 h w\); found "
+            r"\(2, 4, 6, 6\); name the convolution",
         ),
         (
-            "cbam_channel",
-            ((4, 8, 8), (4, 4, 4)),
-            r"one number a channel \(b k 1 1\); found \(2, 4, 8, 8\); name the nn.Sigmoid",
+            ((3, 6, 6), (4,), (1, 6, 6), (1, 3, 3)),
+            r"acsr: student channel gate 'layer1.3.mlp' must put out one number a channel "
+            r"\(b k 1 1\); found \(2, 3, 6, 6\); name the nn.Sigmoid",
+        ),
+        (
+            ((3,), (7,), (1, 6, 6), (1, 3, 3)),
+            "acsr: student channel gate 'layer2.3.mlp' must have as many channels as its stage, 4; "
+            "found 7; name the end of the block that the gate belongs to as the stage",
         ),
     ],
 )
-def test_gates_of_the_other_kind_are_refused(
-    source: str, shapes: tuple[Shape, ...], message: str
-) -> None:
+def test_gates_of_another_shape_are_refused(student: tuple[Shape, ...], message: str) -> None:
+    teacher = features(9, 2, (5,), (6,), (1, 5, 5), (1, 4, 4))
     with pytest.raises(KDHooksError, match=message):
-        value(cbam_loss(source), features(1, 2, *shapes), features(9, 2, *shapes))
-
-
-def test_other_channel_counts_are_refused() -> None:
-    student, teacher = features(1, 2, (4, 1, 1), (8, 1, 1)), features(1, 2, (4, 1, 1), (6, 1, 1))
-    with pytest.raises(KDHooksError, match="found 8 of the student and 6 of the teacher in pair 2"):
-        value(cbam_loss("cbam_channel"), student, teacher)
+        value(cbam_loss(), features(1, 2, *student), teacher)

@@ -307,7 +307,7 @@ def test_buffers_are_the_ranks_mean_unless_a_loss_keeps_them_by_rank(
     ranks: Ranks, way: str
 ) -> None:
     zero, one = (rank[way] for rank in ranks)
-    assert len(zero["shared"]) > 3, "acsr has batch norms"
+    assert len(zero["shared"]) > 3, "acsr keeps a running mean of each stage and kind"
     assert_close(zero["shared"], one["shared"], rtol=0, atol=0)
     assert (float(zero["own"]), float(one["own"])) == (3.0, 6.0)
     assert_close(ranks[0]["buffers"]["shared"], zero["shared"])

@@ -1,4 +1,4 @@
-"""Attention maps (b 1 h w): the energy of a stage, or the logits of its CBAM."""
+"""Attention to pixels (b 1 h w) and channels (b k 1 1): of a stage, or by the gates of CBAM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,24 +26,37 @@ class Energy:
 
 
 @dataclass(frozen=True)
+class Squeeze:
+    """Which channels of a stage are active: their means over the pixels."""
+
+    grid: Grid
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b k h w), or tokens (b n k) -> (b k 1 1)."""
+        return self.grid(x).mean(dim=(2, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
 class Logits:
-    """What CBAM attends to, in front of its sigmoid: "cbam_spatial", or "cbam_channel"."""
+    """What a gate of CBAM attends to, in front of its sigmoid: "channel" or "spatial"."""
 
     name: str
     kind: str
+    channels: int  # those of the stage that the gate belongs to
     undo_sigmoid: bool  # the tapped module is the sigmoid itself
 
     @staticmethod
-    def at(path: str, kind: str, model: Model, owner: str) -> "Logits":
+    def at(path: str, kind: str, model: Model, owner: str, channels: int) -> "Logits":
         known = dict(model.module.named_modules()) if model.module is not None else {}
         module = known.get(path)  # a path that is not there is refused where it is tapped
-        return Logits(f"{owner} attention '{path}'", kind, isinstance(module, nn.Sigmoid))
+        name = f"{owner} {kind} gate '{path}'"
+        return Logits(name, kind, channels, isinstance(module, nn.Sigmoid))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(b 1 h w) -> (b 1 h w), or of channels (b k), (b k 1 1) -> (b k 1 1)."""
         logits = x.logit(eps=_EPS) if self.undo_sigmoid else x
-        if self.kind == "cbam_spatial":
-            if x.ndim != 4 or x.shape[1] != 1:
+        if self.kind == "spatial":
+            if x.ndim != 4 or x.shape[1] != 1 or x.shape[2:].numel() == 1:
                 raise KDHooksError(
                     f"{self.name} must put out one map (b 1 h w); found {tuple(x.shape)}; name "
                     "the convolution of CBAM's spatial gate, or the nn.Sigmoid behind it"
@@ -54,6 +67,11 @@ class Logits:
                 f"{self.name} must put out one number a channel (b k 1 1); found "
                 f"{tuple(x.shape)}; name the nn.Sigmoid of CBAM's channel gate, or a submodule "
                 "that adds up its logits"
+            )
+        if x.shape[1] != self.channels:
+            raise KDHooksError(
+                f"{self.name} must have as many channels as its stage, {self.channels}; found "
+                f"{x.shape[1]}; name the end of the block that the gate belongs to as the stage"
             )
         return logits.reshape(*x.shape[:2], 1, 1)
 
@@ -68,7 +86,6 @@ def refuse_single_pixels(grids: Sequence[Grid]) -> None:
             )
 
 
-def unit(x: Tensor, center: bool = False) -> Tensor:
-    """(b k h w) -> (b n), of length 1; centred first, so that products are Pearson's r."""
-    flat = x.flatten(1)
-    return F.normalize(flat - flat.mean(dim=1, keepdim=True) if center else flat, eps=_SHORTEST)
+def unit(x: Tensor) -> Tensor:
+    """(b k h w) -> (b k h w), each sample of length 1."""
+    return F.normalize(x.flatten(1), eps=_SHORTEST).view_as(x)

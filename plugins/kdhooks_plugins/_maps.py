@@ -111,8 +111,13 @@ def _grids(method: str, side: str, model: Model, at_least: int) -> list[Grid]:
 
 def to_smaller(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(b k h w), (b l h' w'), each average-pooled to the smaller height and width of the two."""
-    height, width = (min(a, b) for a, b in zip(ours.shape[-2:], theirs.shape[-2:], strict=True))
-    return pool(ours, (height, width)), pool(theirs, (height, width))
+    size = smaller((ours.shape[2], ours.shape[3]), (theirs.shape[2], theirs.shape[3]))
+    return pool(ours, size), pool(theirs, size)
+
+
+def smaller(ours: tuple[int, int], theirs: tuple[int, int]) -> tuple[int, int]:
+    """(h w), (h' w') -> the smaller height and the smaller width."""
+    return min(ours[0], theirs[0]), min(ours[1], theirs[1])
 
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,220 +1,249 @@
 """Attention cosine similarity review (ACSR), Wang et al., IET CV 2024, doi:10.1049/cvi2.12288.
 
-From the paper (abstract and key points): along a path across stages, the teacher's shallow
-attention maps guide the student's deep one; a module AMFM fuses the maps of several stages, and
-HCCSL compares them by cosine at several levels of a spatial pyramid.
-Reconstruction: all else, from ReviewKD (arXiv:2104.09044) and the code of A-SKD (ECCV 2022).
-AMFM is ReviewKD's review path on single-channel maps; HCCSL has its levels and weights, less the
-1 x 1: one non-negative pixel has cosine 1 with any other, which only dilutes the mean. Pearson's
-correlation stands in for the cosine by default, since the energy maps of wide stages are nearly
-constant, so that their plain cosine is close to 1 from the start. Channel attention is neither
-fused nor pooled, because channels have no order.
+From the paper (abstract and key points): attention is distilled along a path across stages, on
+which the teacher's shallow attention guides the student's deep one; a module AMFM fuses the
+attention of several stages, and HCCSL compares it by cosine at several levels of a spatial pyramid.
+Reconstruction: all else. Attention is the channels' means and the pixels' energy, or the logits of
+CBAM's gates, as in the code of A-SKD (ECCV 2022). HCCSL has the levels and weights of ReviewKD
+(arXiv:2104.09044), less the 1 x 1, on which any two maps agree.
+Ours: AMFM is a convex combination with one gate a stage, so that no value of its weights turns the
+student's own attention away from the teacher's; the attention in front of AMFM counts as much as
+that behind it; and the teacher's mean over images is taken off both sides, because it makes up 0.9
+and more of the cosine between the attention of any two aligned faces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import FeatureTap, KDHooksError, Model, Options, Weight, hookimpl, option
-from kdhooks_plugins._attention import Energy, Logits, refuse_single_pixels, unit
-from kdhooks_plugins._maps import paired_grids, pool, to_smaller
-from kdhooks_plugins.reviewkd import ReviewPath, conv, pyramid
+from kdhooks_plugins._attention import Energy, Logits, Squeeze, refuse_single_pixels, unit
+from kdhooks_plugins._attention_fusion import ChannelFusion, ImageMean, SpatialFusion
+from kdhooks_plugins._maps import Grid, paired_grids, pool, smaller
+from kdhooks_plugins.reviewkd import pyramid
 
-Source: TypeAlias = Literal["activation", "cbam_spatial", "cbam_channel"]
-Reader: TypeAlias = tuple[str, Energy | Logits]
+Kind: TypeAlias = Literal["channel", "spatial"]
+Reader: TypeAlias = Callable[[Tensor], Tensor]
+KINDS: tuple[Kind, ...] = ("channel", "spatial")
+Place: TypeAlias = tuple[int, Reader]  # which of the tapped tensors, and the attention in it
 
 
 class ReviewedAttention(nn.Module):
-    """Σ_k ℓ_k, ℓ_k the HCCSL between map k of the teacher and of the student's review."""
+    """The mean over kinds and stages of ½ (ℓ of the own attention + ℓ of the fused one)."""
 
-    def __init__(
-        self,
-        ours: Sequence[Energy | Logits],
-        theirs: Sequence[Energy | Logits],
-        *,
-        fusion: nn.Module | None = None,
-        fuse_teacher: bool = False,
-        levels: Sequence[int] = (4, 2),
-        center: bool = True,
-    ) -> None:
+    def __init__(self, kinds: "Mapping[str, AttentionReview]") -> None:
         super().__init__()
-        self.ours, self.theirs = tuple(ours), tuple(theirs)
-        self.fusion = fusion
-        self.fuse_teacher = fuse_teacher
-        self.levels, self.center = tuple(levels), center
+        self.kinds = nn.ModuleDict(kinds)
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """[(b k h w)], [(b k h w)], (b) -> ()."""
-        ours = [read(x) for read, x in zip(self.ours, student, strict=True)]
-        theirs = [read(x.detach()) for read, x in zip(self.theirs, teacher, strict=True)]
-        if self.fuse_teacher:
-            theirs = [average(theirs, self.center)]
-        terms = self.terms(self.fusion(ours) if self.fusion is not None else ours, theirs)
-        name = "fused" if self.fuse_teacher else "stage"
-        notes = {f"{name}{k}": term.detach() for k, term in enumerate(terms, start=1)}
-        if self.fusion is not None:
-            # The fusion could learn the teacher's maps by itself: how far are they without it?
-            with torch.no_grad():
-                bypassed = self.terms(ours, theirs)
-            notes |= {f"stage{k}_unfused": term for k, term in enumerate(bypassed, start=1)}
-        return torch.stack(terms).sum(), notes
-
-    def terms(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-        """[(b 1 h w)], [(b 1 h w)] -> [()]: ℓ_k."""
-        terms = []
-        for k, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
-            if a.shape[1] != b.shape[1]:
-                raise KDHooksError(
-                    "acsr: cbam_channel compares channel by channel, so both sides must have "
-                    f"equally many; found {a.shape[1]} of the student and {b.shape[1]} of the "
-                    f"teacher in pair {k}; use source = 'cbam_spatial'"
-                )
-            terms.append(context_distance(a, b, self.levels, self.center))
-        return terms
+        terms: list[Tensor] = []
+        notes: dict[str, Tensor] = {}
+        for kind, review in self.kinds.items():
+            own, fused = review(student, teacher)
+            terms += [(a + b) / 2 for a, b in zip(own, fused, strict=True)]
+            notes |= {f"{kind}{k}": x.detach() for k, x in enumerate(own, start=1)}
+            notes |= {f"{kind}{k}_fused": x.detach() for k, x in enumerate(fused[:-1], start=1)}
+        return torch.stack(terms).mean(), notes
 
 
-class AttentionFusion(nn.Module):
-    """AMFM: review single-channel maps from deep to shallow, and make each a map again."""
+class AttentionReview(nn.Module):
+    """One kind of attention of all stages: AMFM fuses the student's, HCCSL compares it."""
 
-    def __init__(self, stages: int, mid: int, positive: bool) -> None:
+    def __init__(
+        self,
+        ours: Sequence[Place],
+        theirs: Sequence[Place],
+        shapes: Sequence[tuple[int, int, int]],
+        fusion: nn.Module,
+        *,
+        levels: Sequence[int] = (4, 2),
+        momentum: float | None = 0.99,
+    ) -> None:
+        """shapes: [(k h w)], those of the teacher's attention, at which both sides are compared.
+
+        momentum: of the teacher's mean over images; None if it is not taken off.
+        """
         super().__init__()
-        self.path = ReviewPath([1] * stages, mid)
-        self.outputs = nn.ModuleList(conv(mid, 1, 3) for _ in range(stages))
-        self.positive = positive
+        self.ours, self.theirs = tuple(ours), tuple(theirs)
+        self.sizes = tuple((h, w) for _, h, w in shapes)
+        self.fusion, self.levels = fusion, tuple(levels)
+        self.means: nn.ModuleList | None = None
+        if momentum is not None:
+            self.means = nn.ModuleList(ImageMean(shape, momentum) for shape in shapes)
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """[(b 1 h w)] -> [(b 1 h w)]."""
-        fused = [out(u) for out, u in zip(self.outputs, self.path(maps), strict=True)]
-        return [F.softplus(x) for x in fused] if self.positive else fused
+    def forward(
+        self, student: list[Tensor], teacher: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """[(b k h w)], [(b k h w)] -> [()], [()]: ℓ_k of the own attention and of the fused one."""
+        with torch.no_grad():
+            targets = self.read(self.theirs, teacher)
+            means = [torch.zeros_like(x[:1]) for x in targets]
+            if self.means is not None:
+                means = [mean(x) for mean, x in zip(self.means, targets, strict=True)]
+        own, fused = self.fusion(self.read(self.ours, student))
+        return (
+            [self.distance(*three) for three in zip(own, targets, means, strict=True)],
+            [self.distance(*three) for three in zip(fused, targets, means, strict=True)],
+        )
+
+    def read(self, places: Sequence[Place], tapped: Sequence[Tensor]) -> list[Tensor]:
+        """-> [(b k h w)]: the attention of each stage, at the size of comparison and length 1."""
+        pairs = zip(places, self.sizes, strict=True)
+        return [unit(pool(read(tapped[place]), size)) for (place, read), size in pairs]
+
+    def distance(self, ours: Tensor, theirs: Tensor, mean: Tensor) -> Tensor:
+        """(b k h w), (b k h w), (1 k h w) -> ()."""
+        return context_distance(ours - mean, theirs - mean, self.levels)
 
 
-def context_distance(ours: Tensor, theirs: Tensor, levels: Sequence[int], center: bool) -> Tensor:
-    """(b 1 h w), (b 1 h' w') -> (): HCCSL, 1 - cos at full size and pooled; if center, 1 - r."""
+def context_distance(ours: Tensor, theirs: Tensor, levels: Sequence[int]) -> Tensor:
+    """(b k h w), (b k h w) -> (): HCCSL, 1 - cos at full size and pooled."""
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return 1 - (unit(a, center) * unit(b, center)).sum(dim=1).mean()
+        return 1 - (unit(a) * unit(b)).flatten(1).sum(dim=1).mean()
 
-    return pyramid(distance, *to_smaller(ours, theirs), levels)
-
-
-def average(maps: Sequence[Tensor], center: bool) -> Tensor:
-    """[(b 1 h w)] -> (b 1 h w): at the last one's size and at unit length, so none outweighs."""
-    small = [pool(x, (maps[-1].shape[2], maps[-1].shape[3])) for x in maps]
-    return torch.stack([unit(x, center).view_as(x) for x in small]).mean(dim=0)
+    return pyramid(distance, ours, theirs, levels)
 
 
 class ACSR(Options):
-    """L = Σ_k HCCSL(Â_k, A'_k), Â_k the student's map k fused with all deeper ones."""
+    """L = mean over kinds and stages of ½ HCCSL(A_k, A'_k) + ½ HCCSL(Â_k, A'_k), Â = AMFM(A)."""
 
     weight: Weight = option(
-        5.0, "The factor of the term; try 1, 5 and 20. 5 is A-SKD's, for one map.", least=0
+        30.0,
+        "The factor of the term, which is a mean over kinds and stages, and so at most 2 however "
+        "many there are; try 10, 30 and 100.",
+        least=0,
     )
-    source: Source = option(
-        "activation",
-        "The source of the attention maps. activation: mean |F|^p of each stage; cbam_spatial, "
-        "cbam_channel: the logits of the gates of CBAM, which both networks must have.",
+    attention: Literal["both", "channel", "spatial"] = option(
+        "both",
+        "channel: the mean of each channel over the pixels; spatial: the energy of each pixel, "
+        "mean |F|^p over the channels. Where gates are named, their logits take its place.",
     )
-    p: float = option(2.0, "The power p of the source `activation`.", least=1)
-    student_attention: Sequence[str] = option(
+    p: float = option(2.0, "The power p of the pixels' energy.", least=1)
+    student_channel_gates: Sequence[str] = option(
         (),
-        "For CBAM: the paths of the modules that return the logits, shallow to deep; or of the "
-        "nn.Sigmoid behind each of them, which is inverted.",
+        "For CBAM: the path of a channel gate for each stage, shallow to deep. It is that of the "
+        "module that returns the logits, or of the nn.Sigmoid behind it, which is inverted.",
     )
-    teacher_attention: Sequence[str] = option((), "The same paths in the teacher.")
-    direction: Literal["student_review", "teacher_fused"] = option(
-        "student_review",
-        "student_review: each stage of the teacher guides the same stage of the student and all "
-        "deeper ones, through AMFM; teacher_fused, the literal reading of the paper: the average "
-        "of the teacher's maps guides the student's last map, and the loss learns nothing itself.",
+    teacher_channel_gates: Sequence[str] = option((), "The same paths in the teacher.")
+    student_spatial_gates: Sequence[str] = option(
+        (), "The path of a spatial gate for each stage, in the same way."
     )
-    mid: int = option(
-        16,
-        "The number of channels inside of AMFM. With many, AMFM learns the teacher's maps by "
-        "itself.",
-        least=1,
-    )
+    teacher_spatial_gates: Sequence[str] = option((), "The same paths in the teacher.")
     levels: Sequence[int] = option(
         (4, 2),
         "The sizes that HCCSL pools maps to, besides their full size, with weights ½, ¼, …. A map "
         "of one pixel would have cosine 1 with any other.",
         least=2,
     )
-    center: bool = option(True, "Compare by Pearson's correlation instead of the cosine.")
+    center: bool = option(
+        True,
+        "Take the mean of the teacher's attention over the images off both sides before they are "
+        "compared. A-SKD, which compares gates, does not: false gives its plain cosine.",
+    )
+    momentum: float = option(
+        0.99,
+        "The share of the old mean in each step's new one, if `center` is true. The mean of the "
+        "first steps is that of the images so far.",
+        least=0,
+        below=1,
+    )
 
     def check(self) -> None:
-        cbam = self.source != "activation"
-        if cbam and self.has("p"):
-            raise self.refused("p", f"belongs to source 'activation'; found '{self.source}'")
-        if self.source == "cbam_channel" and self.direction == "teacher_fused":
+        for kind in KINDS:
+            names = [f"{side}_{kind}_gates" for side in ("student", "teacher")]
+            ours, theirs = (len(getattr(self, name)) for name in names)
+            if (ours or theirs) and self.attention not in (kind, "both"):
+                raise self.refused(
+                    "attention",
+                    f"'{self.attention}' uses no {kind} gates; found {ours} of the student and "
+                    f"{theirs} of the teacher; leave them out, or set attention = 'both'",
+                )
+            if ours != theirs:
+                raise self.refused(
+                    names[0],
+                    f"and {names[1]} must name equally many, since both networks must have the "
+                    f"gates of CBAM (a plain IResNet, MobileFaceNet or ViT has none); found {ours} "
+                    f"and {theirs}; without CBAM on both sides name none",
+                )
+        if self.has("p") and (self.attention == "channel" or self.student_spatial_gates):
             raise self.refused(
-                "source",
-                "'cbam_channel' can't be averaged over stages, whose channels differ; use "
-                "direction = 'student_review', or source = 'cbam_spatial'",
+                "p", "belongs to the pixels' energy, which is not compared here; leave it out"
             )
-        ours, theirs = len(self.student_attention), len(self.teacher_attention)
-        if not cbam and (ours or theirs):
-            raise self.refused(
-                "student_attention",
-                "and teacher_attention belong to the sources 'cbam_spatial' and 'cbam_channel'; "
-                "found 'activation'",
-            )
-        needed = 1 if self.source == "cbam_channel" else 2
-        if cbam and (ours < needed or ours != theirs):
-            raise self.refused(
-                "source",
-                f"'{self.source}' reads the gates of CBAM, which both networks must have (a plain "
-                f"IResNet, MobileFaceNet or ViT has none): name at least {needed} of them, and "
-                f"as many of both, as student_attention and teacher_attention; found {ours} and "
-                f"{theirs}; without CBAM use source = 'activation'",
-            )
+        if self.has("momentum") and not self.center:
+            raise self.refused("momentum", "belongs to center = true; found center = false")
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
-        ours, theirs = self._readers(student, teacher)
-        fuse_teacher = self.direction == "teacher_fused"
-        if fuse_teacher:
-            ours = ours[-1:]
-        fusion = None
-        if not fuse_teacher and self.source != "cbam_channel":
-            fusion = AttentionFusion(len(ours), self.mid, positive=self.source == "activation")
-        loss = ReviewedAttention(
-            [read for _, read in ours],
-            [read for _, read in theirs],
-            fusion=fusion,
-            fuse_teacher=fuse_teacher,
-            levels=self.levels,
-            center=self.center,
-        )
+        ours, theirs = paired_grids("acsr", student, teacher, at_least=2)
+        sides = Side("student", student, ours), Side("teacher", teacher, theirs)
+        kinds: dict[str, AttentionReview] = {}
+        if self.attention != "spatial":
+            kinds["channel"] = self._review(
+                "channel",
+                sides,
+                [(grid.channels, 1, 1) for grid in theirs],
+                ChannelFusion([grid.channels for grid in ours], [g.channels for g in theirs]),
+            )
+        if self.attention != "channel":
+            refuse_single_pixels([*ours, *theirs])
+            sizes = (smaller(a.size, b.size) for a, b in zip(ours, theirs, strict=True))
+            kinds["spatial"] = self._review(
+                "spatial", sides, [(1, *size) for size in sizes], SpatialFusion(len(ours))
+            )
         return FeatureTap(
             "acsr",
-            loss,
+            ReviewedAttention(kinds),
             self.weight,
-            student=tuple(path for path, _ in ours),
-            teacher=tuple(path for path, _ in theirs),
+            student=tuple(sides[0].paths),
+            teacher=tuple(sides[1].paths),
             needs_labels=False,
         )
 
-    def _readers(self, student: Model, teacher: Model) -> tuple[list[Reader], list[Reader]]:
-        """What is tapped on both sides, and how it becomes a map."""
-        if self.source == "activation":
-            ours, theirs = paired_grids("acsr", student, teacher, at_least=2)
-            refuse_single_pixels([*ours, *theirs])
-            return (
-                [(s.path, Energy(g, self.p)) for s, g in zip(student.stages, ours, strict=True)],
-                [(s.path, Energy(g, self.p)) for s, g in zip(teacher.stages, theirs, strict=True)],
-            )
-        return (
-            [
-                (p, Logits.at(p, self.source, student, "acsr: student"))
-                for p in self.student_attention
-            ],
-            [
-                (p, Logits.at(p, self.source, teacher, "acsr: teacher"))
-                for p in self.teacher_attention
-            ],
+    def _review(
+        self,
+        kind: Kind,
+        sides: "tuple[Side, Side]",
+        shapes: Sequence[tuple[int, int, int]],
+        fusion: nn.Module,
+    ) -> AttentionReview:
+        ours, theirs = (
+            side.places(kind, getattr(self, f"{side.name}_{kind}_gates"), self.p) for side in sides
         )
+        momentum = self.momentum if self.center else None
+        return AttentionReview(ours, theirs, shapes, fusion, levels=self.levels, momentum=momentum)
+
+
+class Side:
+    """The taps of the student or of the teacher, each of which may serve both kinds."""
+
+    def __init__(self, name: str, model: Model, grids: Sequence[Grid]) -> None:
+        self.name, self.model, self.grids = name, model, grids
+        self.paths: list[str] = []
+
+    def places(self, kind: Kind, gates: Sequence[str], p: float) -> list[Place]:
+        """Where the attention of each stage is found, and how it is read."""
+        if not gates:
+            paths = [stage.path for stage in self.model.stages]
+            readers: list[Reader] = [
+                Squeeze(grid) if kind == "channel" else Energy(grid, p) for grid in self.grids
+            ]
+        elif len(gates) != len(self.grids):
+            raise KDHooksError(
+                f"acsr: {self.name}_{kind}_gates must name one gate a stage; found {len(gates)} "
+                f"gates and {len(self.grids)} stages; name as many as taps.{self.name}.stages, or "
+                f"{self.name}_stages="
+            )
+        else:
+            paths = list(gates)
+            readers = [
+                Logits.at(path, kind, self.model, f"acsr: {self.name}", grid.channels)
+                for path, grid in zip(gates, self.grids, strict=True)
+            ]
+        self.paths += [path for path in paths if path not in self.paths]
+        return [(self.paths.index(path), read) for path, read in zip(paths, readers, strict=True)]

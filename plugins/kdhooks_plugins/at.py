@@ -46,7 +46,7 @@ class AttentionMaps(nn.Module):
         ours, theirs = to_smaller(ours, theirs)
         s, t = unit(ours), unit(theirs)
         if self.distance == "cosine":
-            return 1 - (s * t).sum(dim=1).mean()
+            return 1 - (s * t).flatten(1).sum(dim=1).mean()
         return (s - t).square().mean()
 
 

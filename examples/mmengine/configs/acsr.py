@@ -5,4 +5,4 @@ model = dict(
     taps=dict(
         student=dict(stages=['backbone.stage1', 'backbone.stage2', 'backbone.stage4']),
         teacher=dict(stages=['conv_6_relu', 'conv_12_relu', 'conv_14_relu'])),
-    methods=[dict(name='acsr', weight=0.08)])
+    methods=[dict(name='acsr')])
