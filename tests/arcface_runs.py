@@ -30,6 +30,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
     "eckd": {"name": "eckd"},
     "fitnet": {"name": "fitnet", "center": True},
     "fskd": {"name": "fskd"},
+    "ekd": {"name": "ekd"},
     "gkd": {"name": "gkd", "largest": 5},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},

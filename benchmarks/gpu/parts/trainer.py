@@ -40,6 +40,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "cakd": {"prompts": {"number": 0}},
     "coupleface": {"k": 10},
     "eckd": {},
+    "ekd": {},
     "fcd": {"weight": 8.0},
     "fitnet": {},
     "fskd": {},
