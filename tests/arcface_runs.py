@@ -32,6 +32,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
     "fskd": {"name": "fskd"},
     "ekd": {"name": "ekd"},
     "gkd": {"name": "gkd", "largest": 5},
+    "icdface": {"name": "icdface"},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},
     "own": {"name": "proxylesskd", "head": "own", "m": {"value": 0.5, "warmup": 4}},

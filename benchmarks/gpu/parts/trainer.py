@@ -45,6 +45,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "fitnet": {},
     "fskd": {},
     "gkd": {"largest": 10},
+    "icdface": {},
     "kd": {},
     "margindistillation": {},
     "proxylesskd": {},
