@@ -4,6 +4,9 @@ Feature consistency, and the mutual relations of a sample with the classes neare
 Reconstruction: only the paper's abstract could be read. From it are the mining of informative
 relations and the relation-aware loss; the one-sided hinge, its slack q, k, the weights and what
 stands for the other class (a frozen prototype, or a bank of the latest embeddings) are ours.
+In later work of the group (ICD-Face, ICCV 2023) banks of student and teacher are paired, as with
+`relations = "bank"`; and the labels' loss is the small term there: by a reader's account, `weight`
+would be about 5 to 100.
 """
 
 import logging

@@ -6,7 +6,8 @@ Reconstruction: the paper's method section could not be read. From secondary sou
 form of exclusivity and that a sample's own distance weighs it; the form of that weight
 (exponential, its mean brought to 1), unit length, both terms' factors, a layer's division by its
 number of filters less one, and the choice of layers are ours.
-Differs from the paper: exclusivity in O(n d) for n filters instead of O(n² d), with equal value.
+Exclusivity is computed in O(n d) for n filters, with the value of the sum over pairs. The abstract
+of earlier work of the authors (IJCAI 2017) has such a linear form, so the paper may use it too.
 """
 
 from collections.abc import Sequence
