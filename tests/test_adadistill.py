@@ -69,13 +69,113 @@ def test_three_steps_agree_with_the_equations(
         at, y = student.detach().numpy(), labels.numpy()
         centres = reference.followed(at, teacher.numpy(), y, centres, weighted)
         assert_close(loss.centres.numpy(), centres)
-        by_loop = partial(
-            reference.loss, labels=y, centres=centres, m=loss.m.now, m2=loss.m2.now, scale=16.0
-        )
+        m, m2 = (0.45, 0.0) if margin_type == "arcface" else (0.0, 0.35)
+        by_loop = partial(reference.loss, labels=y, centres=centres, m=m, m2=m2, scale=16.0)
         assert_close(value.item(), by_loop(at))
         assert student.grad is not None
         found = central_differences(by_loop, at)
         assert_close(student.grad.numpy(), found, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "expected", "q"),
+    [(0.0, 29.5797356053, 0.1704012988), (0.5, 29.8202291390, 0.2510698437)],
+)
+def test_gives_the_golden_values_of_the_re_run(geometry: float, expected: float, q: float) -> None:
+    """github.com/rayyichen310/adadistill_with_adaface_loss at 4e024731b90d, utils/losses.py:
+    AdaptiveAAdaFace(6, 4, s=64, m=0.4, h=0.333, use_geom_margin=geometry > 0, geom_margin_w=1,
+    geom_margin_k=geometry), kernel the unit columns of W2, batch_mean 20, batch_std 10, called
+    with `student`, T, Y2 and the lengths of `student`; then the cross-entropy of its logits.
+    """
+    loss = declared(margin_type="adaface", geometry=geometry)
+    lengths = loss.margins.lengths
+    assert lengths is not None
+    lengths.deviation.fill_(10.0)
+    student = (golden.S2 + 0.6 * golden.T.flip(1)) * torch.tensor([[5.0], [10], [20], [25]])
+    value, notes = loss(student, golden.T, golden.Y2, whole(golden.W2))
+    assert_close(value.item(), expected, rtol=0, atol=2e-8)  # no angle of these passes 0 or π
+    assert_close(notes["q"].item(), q, rtol=0, atol=6e-11)
+    assert_close(lengths.mean.item(), 20.14921324, rtol=0, atol=6e-9)
+    assert_close(lengths.deviation.item(), 10.27291724, rtol=0, atol=6e-9)
+
+
+@pytest.mark.parametrize("lowest", [0, -1])
+@pytest.mark.parametrize(("quality", "geometry"), [(0.0, 3.0), (4.0, 0.0), (2.0, 0.7)])
+@pytest.mark.parametrize("margin_type", ["arcface", "cosface", "adaface"])
+@pytest.mark.parametrize(("b", "c", "e"), [(1, 2, 3), (6, 3, 4), (5, 7, 2)])
+def test_margins_of_each_sample_agree_with_the_equations(
+    b: int, c: int, e: int, margin_type: str, quality: float, geometry: float, lowest: int
+) -> None:
+    """Three steps; quality counts with adaface alone."""
+    ada = margin_type == "adaface"
+    options = {"quality": quality} if ada else {}
+    loss = declared(e, e, margin_type=margin_type, m=0.7, geometry=geometry, scale=16.0, **options)
+    rows = normal(7, c, e)
+    centres, mean, deviation = F.normalize(rows).numpy(), 20.0, 100.0
+    for step in range(3):
+        student = (20 * normal(10 + step, b, e)).requires_grad_()
+        teacher = student.detach() / 20 + 0.8 * normal(20 + step, b, e)
+        labels = torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(step))
+        value, notes = loss(student, teacher, labels, whole(rows))
+        value.backward()
+        at, t, y = student.detach().numpy(), teacher.numpy(), labels.numpy()
+        if ada:
+            long = student.detach().norm(dim=1).tolist()
+            mean, deviation = reference.estimates(long, mean, deviation)
+        by_length = quality if ada else 0.0
+        q = reference.scalers(at, t, y, centres, by_length, geometry, mean, deviation)
+        centres = reference.followed(at, t, y, centres)
+        by_loop = partial(
+            reference.loss_of_margins,
+            labels=y, centres=centres, margin_type=margin_type, m=0.7, q=q, scale=16.0,
+        )  # fmt: skip
+        assert_close(value.item(), by_loop(at), rtol=1e-6, atol=1e-6)
+        if "q" in notes:
+            assert_close(notes["q"].item(), sum(q) / b)
+        assert student.grad is not None
+        found = central_differences(by_loop, at)
+        assert_close(student.grad.numpy(), found, rtol=1e-5, atol=1e-6)
+
+
+def test_longer_embeddings_have_a_larger_margin_against_the_others() -> None:
+    """AdaFace's margin at a cosine of 0: -m2, from 0 with q = -1 to 2 m with q = 1."""
+    margins = declared(3, 3, margin_type="adaface", quality=1.0).margins.eval()
+    assert margins.lengths is not None
+    margins.lengths.deviation.fill_(10.0)
+    student = torch.tensor([[1.0, 0, 0], [20, 0, 0], [60, 0, 0]]).double()
+    m, m2, q = margins(student, student, None, student.norm(dim=1))
+    assert_close(q.tolist(), [-1.0, 0.0, 1.0])
+    assert_close(m.tolist(), [0.4, 0.0, -0.4])
+    assert_close(m2.tolist(), [0.0, 0.4, 0.8])
+
+
+@pytest.mark.parametrize(("along", "grown"), [(1.0, False), (0.2, True)])
+def test_a_student_that_lags_behind_its_teacher_has_a_larger_margin(
+    along: float, grown: bool
+) -> None:
+    teacher, rows = torch.eye(2).double()[:1], torch.tensor([[0.8, 0.6]]).double()
+    student = torch.tensor([[along, (1 - along**2) ** 0.5]]).double()
+    found = [
+        declared(2, 2, geometry=k)(student, teacher, torch.tensor([0]), whole(rows))[0].item()
+        for k in (0.0, 1.0)
+    ]
+    assert found[0] == found[1] == 0, "one class costs nothing"
+    rows = torch.cat([rows, -rows.flip(1)])
+    plain, more = (
+        declared(2, 2, geometry=k)(student, teacher, torch.tensor([0]), whole(rows))[0].item()
+        for k in (0.0, 1.0)
+    )
+    assert more > plain if grown else more == plain
+
+
+def test_without_the_options_no_sample_differs_and_there_is_no_new_state() -> None:
+    loss = declared()
+    _, notes = loss(golden.S2, golden.T, golden.Y2, whole(golden.W2))
+    assert set(notes) == {"cosine", "alpha"}
+    assert set(loss.state_dict()) == {"centres"}
+    assert {"margins.lengths.mean", "margins.lengths.deviation"} < set(
+        declared(margin_type="adaface").state_dict()
+    )
 
 
 @drawn
@@ -120,7 +220,15 @@ def test_centres_go_on_from_the_state_dict() -> None:
     assert not torch.equal(straight.centres, F.normalize(golden.W2))
 
 
-@pytest.mark.parametrize("options", [{"weighted": False}, {"margin_type": "cosface", "m": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighted": False},
+        {"margin_type": "cosface", "m": 0.2},
+        {"margin_type": "adaface", "geometry": 3.0},
+        {"geometry": {"value": 3.0, "warmup": 2}},
+    ],
+)
 def test_conforms_with_every_option(options: dict[str, Any]) -> None:
     check_method(AdaDistill, **options)
 
@@ -130,10 +238,13 @@ def test_conforms_with_every_option(options: dict[str, Any]) -> None:
     [
         (
             {"margin_type": "sphere"},
-            "margin_type must be one of 'arcface', 'cosface'; found 'sphere'",
+            "margin_type must be one of 'arcface', 'cosface', 'adaface'; found 'sphere'",
         ),
         ({"m": -0.1}, "m must be at least 0 and at most 3.14159 rad; found -0.1"),
         ({"scale": -1.0}, "scale must be above 0; found -1.0"),
+        ({"geometry": -1.0}, "geometry must be at least 0; found -1.0"),
+        ({"margin_type": "adaface", "quality": -1.0}, "quality must be at least 0; found -1.0"),
+        ({"quality": 0.3}, "quality belongs to margin_type 'adaface'; found 'arcface'"),
         ({"width": 4}, "as wide as the teacher's; found 4 and 6; give the student"),
     ],
 )
@@ -156,12 +267,12 @@ def _shard(whole: bool) -> ClassShard:
     return ClassShard(part, sum(split[:rank]), _CLASSES, group())
 
 
-def _scenario(whole: bool = False) -> Results:
+def _scenario(whole: bool = False, **options: Any) -> Results:
     student = nn.Linear(5, 4).double()
     with torch.no_grad():
         student.weight.copy_(normal(20, 4, 5))
         student.bias.copy_(normal(21, 4))
-    tap = AdaDistill(scale=8.0).classifier_share(Model(None, 4), Model(None, 4))
+    tap = AdaDistill(scale=8.0, **options).classifier_share(Model(None, 4), Model(None, 4))
     tap.loss.double()
     found: Results = {}
     for step in range(2):
@@ -179,11 +290,22 @@ def _scenario(whole: bool = False) -> Results:
         loss, notes = tap.loss(*tap.arguments(seen))
         loss.backward()
         found = {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)}
-    return {"same": found, "centres": tap.loss.get_buffer("centres")}
+    return {
+        "same": {**found, "state": {**tap.loss.margins.state_dict()}},
+        "centres": tap.loss.get_buffer("centres"),
+    }
+
+
+_ADA: dict[str, Any] = {"margin_type": "adaface", "quality": 30.0, "geometry": 0.5}
 
 
 def _scenarios() -> dict[str, Results]:
-    return {"split": _scenario(), "whole": _scenario(whole=True)}
+    return {
+        "split": _scenario(),
+        "whole": _scenario(whole=True),
+        "split_ada": _scenario(**_ADA),
+        "whole_ada": _scenario(whole=True, **_ADA),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +313,23 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
     return on_two_ranks(_scenarios, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.parametrize(("name", "options"), [("split", {}), ("split_ada", _ADA)])
 def test_classes_split_over_ranks_are_those_of_one_process(
-    ranks: list[dict[str, Results]],
+    name: str, options: dict[str, Any], ranks: list[dict[str, Results]]
 ) -> None:
-    alone = _scenario()
+    alone = _scenario(**options)
     for found in ranks:
-        assert_close(found["split"]["same"], alone["same"], rtol=1e-9, atol=1e-12)
-    centres = torch.cat([found["split"]["centres"] for found in ranks])
+        assert_close(found[name]["same"], alone["same"], rtol=1e-9, atol=1e-12)
+    centres = torch.cat([found[name]["centres"] for found in ranks])
     assert_close(centres, alone["centres"], rtol=1e-9, atol=1e-12)
+
+
+def test_estimates_of_lengths_are_those_of_all_ranks(ranks: list[dict[str, Results]]) -> None:
+    """Also where every rank holds all classes, and the loss is of its own batch alone."""
+    expected = _scenario(**_ADA)["same"]["state"]
+    assert set(expected) == {"lengths.mean", "lengths.deviation"}
+    for found in ranks:
+        assert_close(found["whole_ada"]["same"]["state"], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_ranks_that_hold_all_classes_move_the_same_centres(

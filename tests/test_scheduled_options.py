@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # What makes an option have an effect at all.
 WITH: dict[tuple[str, str], dict[str, Any]] = {
+    ("adadistill", "quality"): {"margin_type": "adaface"},
     ("cakd", "weight"): {"embedding_weight": 1.0},
     ("fitnet", "temperature"): {"distance": "kl"},
     ("proxylesskd", "m2"): {"margin_type": "combined"},

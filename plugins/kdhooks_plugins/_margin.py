@@ -57,9 +57,12 @@ def margin_softmax(
 
 
 def _turned(cosine: Tensor, m: Tensor, monotone: bool) -> Tensor:
-    """(b) -> (b): cos(θ + m); past θ = π - m, where that rises, a straight line."""
-    turned = torch.cos(torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m)
+    """(b) -> (b): cos(θ + m); past θ = π - m, where that rises, a straight line.
+
+    With m < 0 an angle is not turned past 0, where it would fall again.
+    """
+    turned = torch.cos((torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m).clamp(min=0))
     if not monotone:
         return turned
     line = cosine - m * torch.sin(math.pi - m)
-    return torch.where(cosine > torch.cos(math.pi - m), turned, line)
+    return torch.where((m < 0) | (cosine > torch.cos(math.pi - m)), turned, line)

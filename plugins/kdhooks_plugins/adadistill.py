@@ -4,11 +4,14 @@ From the paper and what its code computes: a margin softmax of the student's emb
 centres that follow the teacher's embeddings of the batch, fast at first and ever more slowly.
 Differs from the code: the samples of a class in one batch are averaged, centres keep unit length,
 all ranks hold the same centres, and the margin goes on along a line past θ = π - m.
+Two additions come from a public re-run, rayyichen310/adadistill_with_adaface_loss: AdaFace's margin
+by the length of the embedding, and a margin that grows where the student lags behind the teacher.
+It has the second with AdaFace's margin alone; how it enters the other two margins is ours.
 """
 
 from dataclasses import replace
 from math import pi
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,6 @@ from kdhooks import (
     Model,
     Options,
     Scheduled,
-    Varying,
     Weight,
     hookimpl,
     option,
@@ -28,9 +30,12 @@ from kdhooks import (
 from kdhooks.classes.shards import gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._sample_margins import MarginType, SampleMargins
 from kdhooks_plugins._widths import need_teachers_width
 
 _LEAST = 1e-6  # of alpha
+_M = {"arcface": 0.45, "cosface": 0.35, "adaface": 0.4}
+_QUALITY = 0.333
 
 
 class AdaptiveCentres(nn.Module):
@@ -38,12 +43,9 @@ class AdaptiveCentres(nn.Module):
 
     centres: Tensor
 
-    def __init__(
-        self, m: Scheduled = 0.45, m2: Scheduled = 0.0, scale: float = 64.0, weighted: bool = True
-    ) -> None:
+    def __init__(self, margins: SampleMargins, scale: float = 64.0, weighted: bool = True) -> None:
         super().__init__()
-        self.m, self.m2 = Varying(m), Varying(m2)
-        self.scale, self.weighted = scale, weighted
+        self.margins, self.scale, self.weighted = margins, scale, weighted
         self.register_buffer("centres", torch.empty(0))  # (c e) from `prepare` on
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
@@ -62,10 +64,23 @@ class AdaptiveCentres(nn.Module):
         if not len(self.centres):
             self.prepare(classifier)
         rows = replace(classifier, weight=self.centres)
+        m, m2, q = self._margins(student, teacher, labels, rows)
         alpha = self._follow(student, teacher, labels, rows) if self.training else None
-        m, m2 = student.new_full((), self.m.now), self.m2.now
         loss, cosine = margin_softmax(student, labels, rows, m=m, m2=m2, scale=self.scale)
-        return loss, {"cosine": cosine, **({} if alpha is None else {"alpha": alpha})}
+        notes = {"cosine": cosine, **({"q": q.mean()} if self.margins.differ else {})}
+        return loss, notes if alpha is None else {**notes, "alpha": alpha}
+
+    @torch.no_grad()
+    def _margins(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sample's m, m2 and q, by the centres as they are before the batch moves them."""
+        fit = rows.own(teacher, labels) if self.margins.by_lag else None
+        lengths = student.norm(dim=1)
+        if rows.group is None and self.margins.lengths is not None:
+            lengths = gather(lengths, world())
+        found: tuple[Tensor, Tensor, Tensor] = self.margins(student, teacher, fit, lengths)
+        return found
 
     @torch.no_grad()
     def _follow(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard) -> Tensor:
@@ -98,10 +113,29 @@ class AdaDistill(Options):
 
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     m: Scheduled | None = option(
-        None, "The margin. The default is 0.45, and 0.35 for cosface.", least=0, most=pi, unit="rad"
+        None,
+        "The margin. The default is 0.45, 0.35 for cosface, and 0.4 for adaface.",
+        least=0,
+        most=pi,
+        unit="rad",
     )
-    margin_type: Literal["arcface", "cosface"] = option(
-        "arcface", "arcface: cos(θ + m); cosface: cos θ - m."
+    margin_type: MarginType = option(
+        "arcface",
+        "arcface: cos(θ + m); cosface: cos θ - m; adaface: cos(θ - m q) - m (1 + q), with q by "
+        "the length of the student's embedding.",
+    )
+    quality: Scheduled | None = option(
+        None,
+        "h, with adaface alone: how much a sample's length, in deviations from the mean, adds to "
+        "q. The default is 0.333.",
+        least=0,
+    )
+    geometry: Scheduled = option(
+        0.0,
+        "k: add k · max(cos(w_y, t) - cos(s, t), 0) · cos(w_y, t) to q, by which m becomes "
+        "m (1 + q), for samples whose student lags behind the teacher. The re-run uses 3, reached "
+        "over the first epoch.",
+        least=0,
     )
     scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
     weighted: bool = option(
@@ -110,11 +144,20 @@ class AdaDistill(Options):
         "α = cos(s, t).",
     )
 
+    def check(self) -> None:
+        if self.quality is not None and self.margin_type != "adaface":
+            raise self.refused(
+                "quality", f"belongs to margin_type 'adaface'; found '{self.margin_type}'"
+            )
+
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         need_teachers_width("adadistill", student, teacher, theirs="the teacher's")
-        arcface = self.margin_type == "arcface"
-        m: Scheduled = (0.45 if arcface else 0.35) if self.m is None else self.m
-        m, m2 = (m, 0.0) if arcface else (0.0, m)
-        loss = AdaptiveCentres(m, m2, scale=self.scale, weighted=self.weighted)
+        margins = SampleMargins(
+            self.margin_type,
+            _M[self.margin_type] if self.m is None else self.m,
+            _QUALITY if self.quality is None else self.quality,
+            self.geometry,
+        )
+        loss = AdaptiveCentres(margins, scale=self.scale, weighted=self.weighted)
         return ClassifierShare("adadistill", loss, self.weight)

@@ -1,5 +1,7 @@
 """AdaDistill from its equations (§5.11): one sample at a time."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,3 +44,63 @@ def loss(
     student: Matrix, labels: Labels, centres: Matrix, m: float, m2: float, scale: float
 ) -> float:
     return margin_softmax(student, labels, centres, Margin(m, m2), scale)
+
+
+def scalers(
+    student: Matrix,
+    teacher: Matrix,
+    labels: Labels,
+    centres: Matrix,
+    quality: float,
+    geometry: float,
+    mean: float = 20.0,
+    deviation: float = 100.0,
+) -> list[float]:
+    """q of each sample, by centres and estimates as they stand; quality 0: without lengths."""
+    out = []
+    for s, t, y in zip(student, teacher, labels, strict=True):
+        q = quality * (math.sqrt(dot(s, s)) - mean) / (deviation + 1e-3)
+        fit = max(dot(list(centres[y]), unit(t)), 0.0) if y >= 0 else 0.0
+        q += geometry * max(fit - dot(unit(s), unit(t)), 0.0) * fit
+        out.append(min(max(q, -1.0), 1.0))
+    return out
+
+
+def estimates(lengths: list[float], mean: float, deviation: float) -> tuple[float, float]:
+    """The running mean and deviation of the lengths, one batch later."""
+    now = sum(lengths) / len(lengths)
+    squares = sum((x - now) ** 2 for x in lengths) / max(len(lengths) - 1, 1)
+    return 0.99 * mean + 0.01 * now, 0.99 * deviation + 0.01 * math.sqrt(squares)
+
+
+def turned(cosine: float, margin_type: str, m: float, q: float) -> float:
+    """ψ of one sample's cosine; an angle that a negative margin turns stays at 0 or above."""
+    if margin_type == "arcface":
+        return Margin(min(m * (1 + q), math.pi)).psi(cosine)
+    if margin_type == "cosface":
+        return cosine - m * (1 + q)
+    if q < 0:
+        return Margin(-m * q).psi(cosine) - m * (1 + q)
+    return math.cos(max(math.acos(cosine) - m * q, 0.0)) - m * (1 + q)
+
+
+def loss_of_margins(
+    student: Matrix,
+    labels: Labels,
+    centres: Matrix,
+    margin_type: str,
+    m: float,
+    q: list[float],
+    scale: float,
+) -> float:
+    total, count = 0.0, 0
+    for s, y, own in zip(student, labels, q, strict=True):
+        if y < 0:
+            continue
+        cosines = [dot(unit(s), list(row)) for row in centres]
+        cosines[y] = turned(cosines[y], margin_type, m, own)
+        top = max(cosines)
+        total += math.log(sum(math.exp(scale * (x - top)) for x in cosines))
+        total += scale * (top - cosines[y])
+        count += 1
+    return total / max(count, 1)
