@@ -24,8 +24,8 @@ from tests.references import gkd as reference
 from tests.references.differences import central_differences
 
 
-def made(**options: float) -> GroupedScores:
-    loss = GKD(**options).classifier_share().loss  # type: ignore[arg-type]  # largest is an int
+def made(**options: Any) -> GroupedScores:
+    loss = GKD(**options).classifier_share().loss
     assert isinstance(loss, GroupedScores)
     return loss
 
@@ -44,16 +44,25 @@ def test_gives_the_golden_values() -> None:
     assert notes["group"] == 3
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.93, "largest": 4}, {"tau": 1.0}])
 @pytest.mark.parametrize("margin", [0.0, 0.35])
 @pytest.mark.parametrize("scale", [4.0, 64.0])
 @pytest.mark.parametrize(("b", "c", "d", "e"), [(1, 2, 3, 3), (5, 9, 3, 6), (4, 7, 6, 2)])
 def test_agrees_with_the_equation(
-    b: int, c: int, d: int, e: int, scale: float, margin: float, options: dict[str, Any]
+    b: int,
+    c: int,
+    d: int,
+    e: int,
+    scale: float,
+    margin: float,
+    options: dict[str, Any],
+    standardize: bool,
 ) -> None:
     student, ours = normal(1, b, d).requires_grad_(), (2 * normal(2, c, d)).requires_grad_()
     teacher, theirs, labels = normal(3, b, e), 3 * normal(4, c, e), labels_of(5, b, c)
     options = {"temperature": 2.0, "scale": scale, "margin": margin, **options}
+    options["standardize"] = standardize
     value, notes = made(**options)(student, teacher, labels, whole(theirs), whole(ours))
     value.backward()
 
@@ -192,7 +201,9 @@ def test_zero_at_equality_and_never_negative(seed: int, b: int, c: int, tau: flo
     assert other > -1e-9
 
 
-@pytest.mark.parametrize("options", [{"margin": 0.0}, {"tau": 1.0, "largest": 2, "binary": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"margin": 0.0}, {"tau": 1.0, "largest": 2, "binary": 0.0}, {"standardize": True}]
+)
 def test_conforms_with_other_options(options: dict[str, Any]) -> None:
     check_method(lambda weight=1.0: GKD(weight=weight, **options))
 
@@ -223,6 +234,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "by_probability": {"tau": 0.9, "scale": 8.0},
     "by_size": {"tau": 1.0, "largest": 5},  # more than the second rank has classes
     "no_margin": {"margin": 0.0},
+    "standardized": {"standardize": True, "tau": 0.9, "scale": 8.0},
 }
 
 

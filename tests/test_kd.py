@@ -1,5 +1,7 @@
 """Logit distillation: values and gradients against the equation; classes split over two ranks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ options_drawn = st.fixed_dictionaries(
 )
 
 
-def made(**options: float) -> nn.Module:
+def made(**options: Any) -> nn.Module:
     return KD(**options).classifier_share().loss
 
 
@@ -49,16 +51,25 @@ def test_gives_the_golden_value() -> None:
     assert_close(reference.distillation(s, t, y, w, w, margin=0.4), 118.29862214, rtol=0, atol=6e-9)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
 @pytest.mark.parametrize("scale", [8.0, 64.0])
 @pytest.mark.parametrize("margin", [0.0, 0.35])
 @pytest.mark.parametrize(("b", "c", "d", "e"), [(1, 2, 3, 3), (5, 4, 3, 6), (4, 7, 6, 2)])
 def test_agrees_with_the_equation(
-    b: int, c: int, d: int, e: int, margin: float, scale: float, temperature: float
+    b: int,
+    c: int,
+    d: int,
+    e: int,
+    margin: float,
+    scale: float,
+    temperature: float,
+    standardize: bool,
 ) -> None:
     student, ours = normal(1, b, d).requires_grad_(), (2 * normal(2, c, d)).requires_grad_()
     teacher, theirs, labels = normal(3, b, e), 3 * normal(4, c, e), labels_of(5, b, c)
-    options = {"temperature": temperature, "scale": scale, "margin": margin}
+    options: dict[str, Any] = {"temperature": temperature, "scale": scale, "margin": margin}
+    options["standardize"] = standardize
     value, _ = made(**options)(student, teacher, labels, whole(theirs), whole(ours))
     value.backward()
 
@@ -86,6 +97,41 @@ def test_is_torchs_kl_divergence_of_softened_logits() -> None:
     assert_close(value, expected)
     entropy = reference.entropy(teacher.numpy(), labels.numpy(), theirs.numpy())
     assert_close(notes["teacher_entropy"].item(), entropy)
+
+
+@pytest.mark.parametrize("factor", [0.3, 7.0])
+def test_standardized_scores_do_not_depend_on_their_scale(factor: float) -> None:
+    """Nor on that of the student's cosines: one with a seventh of their spread, in the same order,
+    costs nothing, where plain scores would have it spread.
+    """
+    student, teacher, labels = normal(1, 5, 3), normal(2, 5, 4), labels_of(3, 5, 9)
+    ours, theirs = whole(normal(4, 9, 3)), whole(normal(5, 9, 4))
+    value, _ = made(standardize=True)(student, teacher, labels, theirs, ours)
+    other, _ = made(standardize=True, scale=64 * factor)(student, teacher, labels, theirs, ours)
+    assert_close(other, value)
+    plain, _ = made(scale=64 * factor)(student, teacher, labels, theirs, ours)
+    assert plain != made()(student, teacher, labels, theirs, ours)[0]
+    flat = torch.tensor([[0.0, 0, 1]]).double()  # its cosines with these are all near 1
+    near = torch.cat([0.1 * normal(6, 9, 2), torch.ones(9, 1).double()], dim=1)
+    cosines = nn.functional.normalize(near)[:, 2]
+    spread = torch.stack([factor * (cosines - cosines.mean()), torch.ones(9)], dim=1).double()
+    spread[:, 1] = (1 - spread[:, 0].square()).sqrt()
+    one = torch.tensor([[1.0, 0]]).double()  # its cosines: the same less their mean, times factor
+    cost, _ = made(standardize=True)(flat, one, labels[:1], whole(spread), whole(near))
+    assert_close(cost.item(), 0.0, rtol=0, atol=1e-6)
+    assert made(scale=64.0)(flat, one, labels[:1], whole(spread), whole(near))[0] > 1e-3
+
+
+def test_one_class_and_equal_scores_are_finite_when_standardized() -> None:
+    student, rows = normal(1, 4, 3).requires_grad_(), normal(2, 1, 3)
+    labels = torch.zeros(4, dtype=torch.long)
+    for same in (rows, rows.expand(5, 3)):
+        value, _ = made(standardize=True)(
+            student, normal(3, 4, 3), labels, whole(same), whole(same)
+        )
+        value.backward()
+        assert_close(value.item(), 0.0, rtol=0, atol=1e-6)
+        assert gradient(student).isfinite().all()
 
 
 @drawn
@@ -171,8 +217,11 @@ def test_gradient_reaches_student_and_head_alone_and_there_is_no_state() -> None
     assert not module.state_dict()
 
 
-@pytest.mark.parametrize("options", [{"margin": 0.4}, {"temperature": 16.0, "scale": 30.0}])
-def test_conforms_with_other_options(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"margin": 0.4}, {"temperature": 16.0, "scale": 30.0}, {"standardize": True}],
+)
+def test_conforms_with_other_options(options: dict[str, Any]) -> None:
     check_method(lambda weight=1.0: KD(weight=weight, **options))
 
 
@@ -216,14 +265,15 @@ def test_an_option_out_of_range_is_refused(options: dict[str, float], message: s
 # --- two ranks against one process -----------------------------------------------------------
 
 _SPLIT, _LABELS = (4, 3), torch.tensor([0, 6, 3, 4, 2, -1, 5, 3])
-_OPTIONS: dict[str, dict[str, float]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "margin": {"margin": 0.4},
     "hot": {"temperature": 20.0, "scale": 30.0},
+    "standardized": {"standardize": True, "temperature": 2.0, "margin": 0.2},
 }
 
 
-def _scenario(options: dict[str, float]) -> Results:
+def _scenario(options: dict[str, Any]) -> Results:
     return scenario(KD(**options).classifier_share(), _SPLIT, _LABELS)
 
 

@@ -23,6 +23,7 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import GONE, scores
+from kdhooks_plugins._standard_scores import Sharpness
 
 _BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
 
@@ -39,10 +40,12 @@ class GroupedScores(nn.Module):
         temperature: Scheduled,
         scale: float,
         margin: Scheduled,
+        standardize: bool,
     ) -> None:
         super().__init__()
         self.primary, self.binary = Varying(primary), Varying(binary)
         self.tau, self.largest, self.scale = tau, largest, scale
+        self.standardize = standardize
         self.temperature, self.margin = Varying(temperature), Varying(margin)
 
     def forward(
@@ -59,21 +62,36 @@ class GroupedScores(nn.Module):
         head = head.measured()
         least, size = self.group(student, labels, head)
 
-        def compare(student: Tensor, chunk: ClassShard) -> Wanted:
+        def both(student: Tensor, chunk: ClassShard) -> tuple[Tensor, Tensor]:
             z_s = scores(student, labels, chunk, self.scale, self.margin.now)
-            z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin.now)
+            rows = classifier.part(chunk)
+            return z_s, scores(teacher, labels, rows, self.scale, self.margin.now)
+
+        sharp = Sharpness.of(both, student, head, temperature) if self.standardize else None
+
+        def compare(student: Tensor, chunk: ClassShard) -> Wanted:
+            z_s, z_t = both(student, chunk)
             rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
-            z_s, z_t = z_s / temperature, z_t / temperature
+            if sharp is None:
+                z_s, z_t = z_s / temperature, z_t / temperature
+            else:
+                z_s, z_t = z_s * sharp.student, z_t * sharp.teacher
             in_s, in_t = z_s + GONE * rest, z_t + GONE * rest
             out_s, out_t = z_s + GONE * (1 - rest), z_t + GONE * (1 - rest)
-            return Wanted(logs=[in_s, out_s, in_t, out_t], means=[(z_t - z_s, in_t)])
+            means = [(z_t - z_s, in_t)]
+            if sharp is not None:
+                means += [(z_s.detach(), z.detach()) for z in (in_t, in_s, out_s)]
+            return Wanted(logs=[in_s, out_s, in_t, out_t], means=means)
 
-        (in_s, out_s, in_t, out_t), (gap,) = head.over_classes(compare, student)
+        (in_s, out_s, in_t, out_t), (gap, *changes) = head.over_classes(compare, student)
+        if sharp is not None:  # what these change by the deviation of the student's scores
+            by_teacher, inside, outside = (mean * sharp.change for mean in changes)
+            gap, in_s, out_s = gap - by_teacher, in_s + inside, out_s + outside
         primary = gap - in_t + in_s
         log_s, log_t = _shares(in_s, out_s), _shares(in_t, out_t)
         binary = (log_t.exp() * (log_t - log_s)).sum(dim=0)
-        both = self.primary.now * primary + self.binary.now * binary
-        loss = temperature**2 * both.mean()
+        divergence = self.primary.now * primary + self.binary.now * binary
+        loss = temperature**2 * divergence.mean()
         return loss, {
             "primary": primary.detach().mean(),
             "binary": binary.detach().mean(),
@@ -173,6 +191,12 @@ class GKD(Options):
         most=2,
     )
 
+    standardize: bool = option(
+        False,
+        "Divide each sample's scores by their standard deviation over the classes before the "
+        "temperature. The groups go by the scores at scale σ all the same.",
+    )
+
     def check(self) -> None:
         if self.primary == self.binary == 0:
             raise self.refused("primary", "or binary must be above 0; found 0 twice")
@@ -187,5 +211,6 @@ class GKD(Options):
             self.temperature,
             self.scale,
             self.margin,
+            self.standardize,
         )
         return ComparedClassifiers("gkd", loss, self.weight)

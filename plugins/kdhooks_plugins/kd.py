@@ -20,17 +20,23 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import scores
+from kdhooks_plugins._standard_scores import Sharpness
 
 
 class SoftenedScores(nn.Module):
     """T² · KL(teacher ‖ student) over all classes, the mean over the batch."""
 
     def __init__(
-        self, temperature: Scheduled = 4.0, scale: float = 64.0, margin: Scheduled = 0.0
+        self,
+        temperature: Scheduled = 4.0,
+        scale: float = 64.0,
+        margin: Scheduled = 0.0,
+        *,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.temperature, self.margin = Varying(temperature), Varying(margin)
-        self.scale = scale
+        self.scale, self.standardize = scale, standardize
 
     def forward(
         self,
@@ -42,15 +48,29 @@ class SoftenedScores(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier, head -> ()."""
         teacher, temperature, margin = teacher.detach(), self.temperature.now, self.margin.now
-        scale = self.scale / temperature
+        scale = 1.0 if self.standardize else self.scale / temperature
         classifier = classifier.frozen().measured()
+        head = head.measured()
+
+        def both(student: Tensor, chunk: ClassShard) -> tuple[Tensor, Tensor]:
+            z_s = scores(student, labels, chunk, scale, margin)
+            return z_s, scores(teacher, labels, classifier.part(chunk), scale, margin)
+
+        sharp = Sharpness.of(both, student, head, temperature) if self.standardize else None
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
-            z_s = scores(student, labels, chunk, scale, margin)
-            z_t = scores(teacher, labels, classifier.part(chunk), scale, margin)
-            return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
+            z_s, z_t = both(student, chunk)
+            if sharp is None:
+                return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
+            z_s, z_t = z_s * sharp.student, z_t * sharp.teacher
+            constant = z_s.detach()
+            means = [(z_t - z_s, z_t), (z_t, z_t), (constant, constant)]
+            return Wanted(logs=[z_s, z_t], means=means)
 
-        (log_s, log_t), (gap, mean) = head.over_classes(compare, student)
+        (log_s, log_t), (gap, mean, *by_student) = head.over_classes(compare, student)
+        if sharp is not None:  # what log_s and gap change by the deviation of the student's scores
+            log_s = log_s + by_student[0] * sharp.change
+            gap = gap - (mean - gap).detach() * sharp.change
         divergence = (gap - log_t + log_s).mean()
         entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
         return temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
@@ -77,7 +97,15 @@ class KD(Options):
         most=2,
     )
 
+    standardize: bool = option(
+        False,
+        "Divide each sample's scores by their standard deviation over the classes, so that σ does "
+        "not count.",
+    )
+
     @hookimpl
     def classifier_share(self) -> ComparedClassifiers:
-        loss = SoftenedScores(self.temperature, self.scale, self.margin)
+        loss = SoftenedScores(
+            self.temperature, self.scale, self.margin, standardize=self.standardize
+        )
         return ComparedClassifiers("kd", loss, self.weight)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tests.references.kd import logits, softmax
+from tests.references.kd import logits, softmax, z_scores
 
 Matrix = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -41,6 +41,7 @@ def parts(
     temperature: float = 4.0,
     scale: float = 64.0,
     margin: float = 0.0,
+    standardize: bool = False,
 ) -> tuple[float, float, float]:
     """(b d), (b e), (b), (c d), (c e) -> primary and binary KL, mean size of a group."""
     primary = binary = size = 0.0
@@ -48,6 +49,8 @@ def parts(
         ours = logits(z_s, int(label), student_rows, scale, margin)
         theirs = logits(z_t, int(label), teacher_rows, scale, margin)
         chosen = sorted(group(ours, int(label), tau, largest))
+        if standardize:
+            ours, theirs = z_scores(ours), z_scores(theirs)
         p_s = softmax([score / temperature for score in ours])
         p_t = softmax([score / temperature for score in theirs])
         in_s, in_t = sum(p_s[c] for c in chosen), sum(p_t[c] for c in chosen)

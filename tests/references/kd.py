@@ -32,6 +32,13 @@ def log_softmax(scores: Sequence[float]) -> list[float]:
     return [score - total for score in scores]
 
 
+def z_scores(scores: Sequence[float]) -> list[float]:
+    """Less their mean, over their deviation: of the whole population of classes."""
+    mean = sum(scores) / len(scores)
+    variance = sum((score - mean) ** 2 for score in scores) / len(scores)
+    return [(score - mean) / math.sqrt(variance) for score in scores]
+
+
 def distillation(
     student: Matrix,
     teacher: Matrix,
@@ -42,12 +49,15 @@ def distillation(
     temperature: float = 4.0,
     scale: float = 64.0,
     margin: float = 0.0,
+    standardize: bool = False,
 ) -> float:
     """(b d), (b e), (b), (c d), (c e) -> T²·mean over the batch of KL(p_t ‖ p_s)."""
     total = 0.0
     for z_s, z_t, label in zip(student, teacher, labels, strict=True):
         ours = logits(z_s, int(label), student_rows, scale, margin)
         theirs = logits(z_t, int(label), teacher_rows, scale, margin)
+        if standardize:
+            ours, theirs = z_scores(ours), z_scores(theirs)
         log_s = log_softmax([score / temperature for score in ours])
         log_t = log_softmax([score / temperature for score in theirs])
         for a, b in zip(log_s, log_t, strict=True):
