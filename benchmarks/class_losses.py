@@ -29,8 +29,8 @@ from kdhooks_plugins.proxylesskd import ProxylessKD
 from kdhooks_plugins.thkd import THKD
 
 METHODS: dict[str, Any] = {
-    "kd": KD(),
-    "gkd": GKD(tau=1.0, largest=GROUP, margin=0.0),
+    "kd": KD(standardize=False),
+    "gkd": GKD(tau=1.0, largest=GROUP, margin=0.0, standardize=False),
     "thkd": THKD(),
     "proxylesskd": ProxylessKD(head="own"),
     "margindistillation": MarginDistillation(),

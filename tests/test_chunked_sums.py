@@ -30,15 +30,17 @@ from kdhooks_plugins.thkd import THKD
 
 WIDTH = 6
 METHODS: dict[str, Callable[[], Any]] = {
-    "kd": KD,
-    "kd with a margin": lambda: KD(margin=0.4),
-    "gkd": lambda: GKD(tau=0.5, largest=5),
+    "kd": lambda: KD(standardize=False),
+    "kd with a margin": lambda: KD(margin=0.4, standardize=False),
+    "kd, standardized": KD,
+    "gkd": lambda: GKD(tau=0.5, largest=5, standardize=False),
+    "gkd, standardized": lambda: GKD(tau=0.5, largest=5),
     "thkd": THKD,
     "proxylesskd": lambda: ProxylessKD(head="own"),
     "margindistillation": MarginDistillation,
     "adadistill": AdaDistill,
 }
-COMPARE = ("kd", "kd with a margin", "gkd")
+COMPARE = ("kd", "kd with a margin", "kd, standardized", "gkd", "gkd, standardized")
 
 
 @pytest.fixture(autouse=True)

@@ -290,7 +290,7 @@ def chunked(device: str, name: str, b: int, d: int = 64) -> Compared:
     if name == "kd":
         trained.append(ours.requires_grad_())
         shards = [classifier, ClassShard(ours, 0, c)]
-        loss = KD().classifier_share().loss
+        loss = KD(standardize=False).classifier_share().loss
     else:
         ours, shards = theirs, [classifier]
         loss = THKD().classifier_share(Model(None, d), Model(None, d)).loss

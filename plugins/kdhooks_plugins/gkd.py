@@ -5,6 +5,9 @@ the student finds likely, and the rest. The student follows the teacher inside o
 how much falls into it; the order among the rest is noise, and left out.
 Differs from the code: each sample has a group of its own size, as in the paper, where the code
 takes a fixed one, or one for a batch; scores are scale · cos, with the margin that the code's have.
+By default scores are divided by their standard deviation over the classes before they are softened
+(Sun et al., CVPR 2024, arXiv:2403.01731), since at scale 64 the term's gradient is 30 times that of
+the labels' loss without it; `standardize = false` leaves that out.
 The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
 """
 
@@ -23,7 +26,7 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import GONE, scores
-from kdhooks_plugins._standard_scores import Sharpness
+from kdhooks_plugins._standard_scores import Standard, centre, standard
 
 _BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
 
@@ -67,25 +70,25 @@ class GroupedScores(nn.Module):
             rows = classifier.part(chunk)
             return z_s, scores(teacher, labels, rows, self.scale, self.margin.now)
 
-        sharp = Sharpness.of(both, student, head, temperature) if self.standardize else None
+        z: Standard | None = None
+        if self.standardize:
+            centres = centre(student, head, self.scale), centre(teacher, classifier, self.scale)
+            z = standard(both, student, head, centres, temperature)
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s, z_t = both(student, chunk)
             rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
-            if sharp is None:
-                z_s, z_t = z_s / temperature, z_t / temperature
-            else:
-                z_s, z_t = z_s * sharp.student, z_t * sharp.teacher
+            z_s, z_t = z(z_s, z_t) if z else (z_s / temperature, z_t / temperature)
             in_s, in_t = z_s + GONE * rest, z_t + GONE * rest
             out_s, out_t = z_s + GONE * (1 - rest), z_t + GONE * (1 - rest)
             means = [(z_t - z_s, in_t)]
-            if sharp is not None:
-                means += [(z_s.detach(), z.detach()) for z in (in_t, in_s, out_s)]
+            if z:
+                means += [(z_s.detach(), by.detach()) for by in (in_t, in_s, out_s)]
             return Wanted(logs=[in_s, out_s, in_t, out_t], means=means)
 
         (in_s, out_s, in_t, out_t), (gap, *changes) = head.over_classes(compare, student)
-        if sharp is not None:  # what these change by the deviation of the student's scores
-            by_teacher, inside, outside = (mean * sharp.change for mean in changes)
+        if z:  # what these change by the deviation of the student's scores
+            by_teacher, inside, outside = (mean * z.change for mean in changes)
             gap, in_s, out_s = gap - by_teacher, in_s + inside, out_s + outside
         primary = gap - in_t + in_s
         log_s, log_t = _shares(in_s, out_s), _shares(in_t, out_t)
@@ -192,9 +195,9 @@ class GKD(Options):
     )
 
     standardize: bool = option(
-        False,
-        "Divide each sample's scores by their standard deviation over the classes before the "
-        "temperature. The groups go by the scores at scale σ all the same.",
+        True,
+        "Divide each sample's scores by their standard deviation over the classes before T; false: "
+        "keep them at scale σ, as in the paper. The groups go by the scores at scale σ either way.",
     )
 
     def check(self) -> None:

@@ -1,9 +1,11 @@
 """Logit distillation (KD), Hinton et al., NIPS workshop 2014, arXiv:1503.02531.
 
 The student's softmax over the classes follows the teacher's, both softened by a temperature.
-Differs from the paper: the scores are those of a face trainer, scale · cos, each side's with its
-own classifier rows. Published face recipes differ in whether a margin stays in the scores; it is
-an option, 0 by default.
+Differs from the paper: the scores are the cosines of a face trainer, each side's with its own
+classifier rows. By default they are divided by their standard deviation over the classes (logit
+standardization, Sun et al., CVPR 2024, arXiv:2403.01731) and the loss is multiplied by the scale;
+`standardize = false` multiplies the cosines by the scale instead. Published face recipes differ in
+whether a margin stays in the scores; it is an option, 0 by default.
 """
 
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import scores
-from kdhooks_plugins._standard_scores import Sharpness
+from kdhooks_plugins._standard_scores import Standard, centre, standard
 
 
 class SoftenedScores(nn.Module):
-    """T² · KL(teacher ‖ student) over all classes, the mean over the batch."""
+    """T² · KL(teacher ‖ student) over all classes, the mean over the batch; times the scale if
+    the scores are standardized.
+    """
 
     def __init__(
         self,
@@ -56,38 +60,48 @@ class SoftenedScores(nn.Module):
             z_s = scores(student, labels, chunk, scale, margin)
             return z_s, scores(teacher, labels, classifier.part(chunk), scale, margin)
 
-        sharp = Sharpness.of(both, student, head, temperature) if self.standardize else None
+        z: Standard | None = None
+        if self.standardize:
+            centres = centre(student, head, scale), centre(teacher, classifier, scale)
+            z = standard(both, student, head, centres, temperature)
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
             z_s, z_t = both(student, chunk)
-            if sharp is None:
+            if not z:
                 return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
-            z_s, z_t = z_s * sharp.student, z_t * sharp.teacher
+            z_s, z_t = z(z_s, z_t)
             constant = z_s.detach()
             means = [(z_t - z_s, z_t), (z_t, z_t), (constant, constant)]
             return Wanted(logs=[z_s, z_t], means=means)
 
         (log_s, log_t), (gap, mean, *by_student) = head.over_classes(compare, student)
-        if sharp is not None:  # what log_s and gap change by the deviation of the student's scores
-            log_s = log_s + by_student[0] * sharp.change
-            gap = gap - (mean - gap).detach() * sharp.change
+        if z:  # what log_s and gap change by the deviation of the student's scores
+            log_s = log_s + by_student[0] * z.change
+            gap = gap - (mean - gap).detach() * z.change
         divergence = (gap - log_t + log_s).mean()
         entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
-        return temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
+        factor = self.scale if self.standardize else 1.0
+        return factor * temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
 
 class KD(Options):
-    """L = T² · mean KL(softmax(σ cos_t / T) ‖ softmax(σ cos_s / T))."""
+    """L = σ · T² · mean KL(softmax(z_t / T) ‖ softmax(z_s / T)), z a side's standardized cosines.
+
+    Without `standardize`: L = T² · mean KL(softmax(σ cos_t / T) ‖ softmax(σ cos_s / T)).
+    """
 
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     temperature: Scheduled = option(
         4.0,
-        "T, which softens the scores of both sides. At scale 64 a teacher is close to one-hot "
-        "even at 4.",
+        "T, which softens the scores of both sides. The lower it is, the more the own class counts "
+        "and the less all others; see `kd/teacher_entropy`.",
         above=0,
     )
     scale: float = option(
-        64.0, "σ, the factor of the cosines of both sides; usually the trainer's scale.", above=0
+        64.0,
+        "σ, usually the trainer's scale: the factor of the cosines of both sides or, with "
+        "`standardize`, of the loss, so that the term stays in proportion to the trainer's.",
+        above=0,
     )
     margin: Scheduled = option(
         0.0,
@@ -96,11 +110,10 @@ class KD(Options):
         least=0,
         most=2,
     )
-
     standardize: bool = option(
-        False,
-        "Divide each sample's scores by their standard deviation over the classes, so that σ does "
-        "not count.",
+        True,
+        "Divide each sample's cosines by their standard deviation over the classes; false: "
+        "multiply them by σ, as in the paper.",
     )
 
     @hookimpl

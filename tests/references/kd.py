@@ -62,7 +62,7 @@ def distillation(
         log_t = log_softmax([score / temperature for score in theirs])
         for a, b in zip(log_s, log_t, strict=True):
             total += math.exp(b) * (b - a)
-    return temperature**2 * total / len(student)
+    return (scale if standardize else 1.0) * temperature**2 * total / len(student)
 
 
 def entropy(teacher: Matrix, labels: Labels, rows: Matrix, temperature: float = 4.0) -> float:
