@@ -47,7 +47,7 @@ from benchmarks.papers.results import differences, mend, read
 from benchmarks.papers.rows import LABELS, TEACHER, swept
 from benchmarks.papers.running import Course, in_processes, records
 from benchmarks.papers.settings import SETTINGS, SHORT
-from benchmarks.papers.views import drawn
+from benchmarks.papers.views import KINDS, drawn
 from benchmarks.teacher_run import compared
 from kdhooks.recipe import Recipe
 from kdhooks_demo.faces import Faces
@@ -56,7 +56,6 @@ from kdhooks_demo.training import Row
 from tests.demo_faces import made_faces
 
 Run: TypeAlias = Callable[[str, str], dict[str, bytes]]
-KINDS = ("plain", "mirror", "mild", "strong")
 CACHE = "--student 2 --teacher 4 --batch-size 4 --batches 2"
 
 
@@ -170,11 +169,11 @@ def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path: Path) -
 
 def test_every_row_is_a_recipe() -> None:
     for setting in SETTINGS.values():
-        rows = [*setting.rows, *swept(setting.rows)]
+        rows = [*setting.rows, *swept(setting.rows), *setting.study]
         for row in rows:
             if row.methods:
                 Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
-        names = [row.name for row in setting.rows]
+        names = [row.name for row in (*setting.rows, *setting.study)]
         assert len(set(names)) == len(names)
         assert set(setting.more_seeds) <= set(names)
         assert LABELS in names

@@ -20,6 +20,7 @@ from benchmarks.papers.rows import SWEPT, TEACHER, swept
 from benchmarks.papers.running import Course, Job, Record, prepare, records
 from benchmarks.papers.school import School
 from benchmarks.papers.settings import SETTINGS, SHORT, Setting
+from benchmarks.papers.views import KINDS
 from kdhooks.arguments import at_least, factor, make_folder, usable_device
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks_demo.exam import Exam
@@ -55,6 +56,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         "setting": setting.name,
         "images_seen": setting.students.images_seen,
         "batch": setting.students.batch,
+        "views": " ".join(setting.images.kinds),
         "device": options.device.type,
         **digests(faces, pairs, school.sface),
     }
@@ -101,8 +103,13 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
             parser.error(
                 f"--{option} must be at least a batch; found {found.images_seen} and {found.batch}"
             )
-    rows = swept(setting.rows, options.factors) if options.sweep else setting.rows
-    return replace(setting, students=students, taught=taught, rows=tuple(rows))
+    rows = setting.rows
+    if options.sweep:
+        rows = (*swept(setting.rows, options.factors), *setting.study)
+    images = setting.images
+    if options.views:
+        images = replace(images, kinds=tuple(options.views))
+    return replace(setting, images=images, students=students, taught=taught, rows=rows)
 
 
 def _check_rows(
@@ -155,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--images-seen", type=at_least(1), help="by each student; default: the setting's")
     add("--batch", type=at_least(1), help="images of a student's step; default: the setting's")
+    add("--views", nargs="+", choices=KINDS, help="of each photograph; default: plain mirror mild")
     add(
         "--teacher-images",
         type=at_least(1),

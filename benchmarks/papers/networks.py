@@ -175,4 +175,4 @@ class Attention(nn.Module):
 
 narrow_gated = partial(GatedFaceNet, width=16)
 wide_gated = partial(GatedFaceNet, width=48)
-wide = partial(SmallFaceNet, width=48)
+larger = partial(SmallFaceNet, width=48)

@@ -42,8 +42,9 @@ class Course:
 
     def record(self, row: Row, seed: int) -> Record:
         """Train one student and test it."""
-        settings = row.settings or self.settings
-        trained = train(self.lesson, row, settings, seed, look=self.exam.glance, looks=self.looks)
+        trained = train(
+            self.lesson, row, self.settings, seed, look=self.exam.glance, looks=self.looks
+        )
         return {**self.entry(row.name, seed, self.exam.score(trained)), "curve": trained.looks}
 
     def entry(self, row: str, seed: int, score: Score) -> Record:

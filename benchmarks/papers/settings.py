@@ -19,8 +19,9 @@ from kdhooks_demo.network import STAGES, SmallFaceNet
 from kdhooks_demo.training import Row, Settings
 
 SHORT = "short"
-_LONG = Images(("plain", "mirror", "mild", "strong", "mild", "strong"))
-_FEW = Images(("plain", "mirror", "mild"), single=False)
+_VIEWS = ("plain", "mirror", "mild")
+_ALL = Images(_VIEWS)
+_SEVERAL = Images(_VIEWS, single=False)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Setting:
     taught: Settings | None = None
     teacher_stages: tuple[str, ...] = ()
     more_seeds: tuple[str, ...] = ()
+    study: tuple[Row, ...] = ()  # rows of a sweep alone
 
 
 SETTINGS = {
@@ -50,7 +52,7 @@ SETTINGS = {
             SHORT,
             "Who learns fastest: SFace to a student of another family, 1.7 passes",
             rows.SHORT,
-            _FEW,
+            _SEVERAL,
             Settings(images_seen=30_000, batch=30),
             recorded={"maps14": "conv_12_relu", "maps7": "conv_14_relu"},
         ),
@@ -58,15 +60,16 @@ SETTINGS = {
             "A",
             "SFace to a student of another family: methods on embeddings and classes",
             rows.A,
-            _LONG,
+            _ALL,
             Settings(images_seen=150_000),
             more_seeds=(rows.LABELS, "proxylesskd", "coupleface", "eckd"),
+            study=rows.STUDY,
         ),
         Setting(
             "B",
             "SFace to a student of the same layout, at an eighth of its width: methods on features",
             rows.B,
-            _FEW,
+            _SEVERAL,
             Settings(images_seen=150_000, student=ChainNet, stages=CHAIN_STAGES),
             recorded={
                 "maps28": "conv_6_relu",
@@ -79,7 +82,7 @@ SETTINGS = {
             "C",
             "A network with learned attention to a narrow one: acsr on the gates of CBAM",
             rows.C,
-            _LONG,
+            _ALL,
             Settings(images_seen=150_000, student=narrow_gated, stages=STAGES),
             teacher_stages=STAGES,
             taught=Settings(images_seen=150_000, student=wide_gated),
@@ -89,7 +92,7 @@ SETTINGS = {
             "D",
             "A transformer to a convolutional network: cakd with prompts",
             rows.D,
-            _LONG,
+            _ALL,
             Settings(images_seen=150_000, student=SmallFaceNet, stages=STAGES[-1:]),
             taught=Settings(
                 images_seen=150_000, student=SmallViT, adamw=True, lr=1e-3, weight_decay=0.05

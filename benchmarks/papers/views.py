@@ -12,6 +12,7 @@ from kdhooks_demo.align import SIZE
 from kdhooks_demo.faces import Faces
 from kdhooks_demo.material import MILD, STRONG, random_view
 
+KINDS = ("plain", "mirror", "mild", "strong")
 GREY = 0.15  # share of the strong views that lose their colours
 BLURRED = 0.12  # of those that are sampled down to each of SMALL, and up again
 SMALL = (28, 56)  # pixels
@@ -22,7 +23,7 @@ SIDES = (16, 48)  # of that rectangle, in pixels
 def drawn(faces: Faces, kinds: tuple[str, ...], seed: int = 0) -> Faces:
     """(n) -> (n v): the views of each face one after another; a person keeps their name.
 
-    kinds: "plain", "mirror", "mild" (turned, scaled, shifted, lit) or "strong" (more of it, and
+    kinds: of KINDS: "plain", "mirror", "mild" (turned, scaled, shifted, lit) or "strong" (more of it, and
     some grey, blurred or covered). Every second random view is of the mirror image.
     """
     generator = np.random.default_rng(seed)

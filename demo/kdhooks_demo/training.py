@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Row:
     labels: float = 1.0  # the weight of the labels' loss; 0: the teacher's classifier replaces it
     part: str | None = None  # of the lesson's images; all of them if None
     live: bool = False  # True: the methods change the teacher, so that it runs in every step
-    settings: Settings | None = None  # its own; those of the table if None
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the table's settings, by name
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def train(
     the end. The shares that it returns are kept.
     """
     torch.manual_seed(seed)
-    settings = row.settings or settings
+    settings = replace(settings, **row.changes)
     device = lesson.images.device
     student = settings.student(lesson.embedding.shape[1]).train()
     student.to(memory_format=_layout(device))  # type: ignore[call-overload]
