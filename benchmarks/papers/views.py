@@ -23,8 +23,8 @@ SIDES = (16, 48)  # of that rectangle, in pixels
 def drawn(faces: Faces, kinds: tuple[str, ...], seed: int = 0) -> Faces:
     """(n) -> (n v): the views of each face one after another; a person keeps their name.
 
-    kinds: of KINDS: "plain", "mirror", "mild" (turned, scaled, shifted, lit) or "strong" (more of it, and
-    some grey, blurred or covered). Every second random view is of the mirror image.
+    kinds: of KINDS. A mild view is turned, scaled, shifted and lit; a strong one is so by more, and
+    some are also grey, blurred or covered. Every second random view is of the mirror image.
     """
     generator = np.random.default_rng(seed)
     made = []
