@@ -72,11 +72,14 @@ def test_agrees_with_the_equation(
     more = {"hidden": 5} if connector == "mlp" else {}
     loss = declared(ours, theirs, distance=distance, connector=connector, **options, **more)
     [student], [teacher] = features(1, 3, ours), features(9, 3, theirs)
-    by_loop = partial(expected, distance=distance, connector=connector, **options)
+
+    def by_loop(x: Tensor | np.ndarray, own: dict[str, np.ndarray]) -> float:
+        return expected(x, teacher, own, distance, connector, **options)
+
     found, notes = loss([student], [teacher], labels(3))
-    assert_close(found.item(), by_loop(student, teacher, weights(loss)))
+    assert_close(found.item(), by_loop(student, weights(loss)))
     assert_close(notes["pair1"], found.detach())
-    maps.check_gradients(loss, [student], [teacher], lambda x, own: by_loop(x[0], teacher, own))
+    maps.check_gradients(loss, [student], [teacher], lambda x, own: by_loop(x[0], own))
 
 
 @pytest.mark.parametrize("connector", ["linear", "1x1", "mlp"])
@@ -117,7 +120,7 @@ def test_center_takes_the_mean_over_all_images_off(distance: str) -> None:
 
 def test_pairs_are_added() -> None:
     sides = model((3, 4, 4), (2, 2, 2)), model((4, 4, 4), (2, 2, 2))
-    paths = {"student": ["s0", "s1", "s1"], "teacher": ["s1", "s1", "s0"]}
+    paths: dict[str, Any] = {"student": ["s0", "s1", "s1"], "teacher": ["s1", "s1", "s0"]}
     tap = FitNet(connector="linear", **paths).feature_tap(*sides)
     assert (tap.student, tap.teacher) == (("s0", "s1", "s1"), ("s1", "s1", "s0"))
     loss = seeded(tap.loss)
@@ -227,7 +230,7 @@ def test_the_default_is_the_last_stage_of_both_sides() -> None:
 
 def test_any_submodule_is_tapped_without_stages() -> None:
     """Its shape is probed: here the convolution inside of a stage, and a linear layer."""
-    paths = {"student": ["layer2.0", "fc"], "teacher": ["layer3.0", "fc"]}
+    paths: dict[str, Any] = {"student": ["layer2.0", "fc"], "teacher": ["layer3.0", "fc"]}
     student, kd = distil(**paths, stages={"student_stages": None, "teacher_stages": None})
     images, targets = tiny_batch()
     with kd:
@@ -277,8 +280,8 @@ def test_a_teacher_that_is_a_function_teaches_by_its_embedding() -> None:
     with kd:
         embedding = student(images)
         kd(images, targets)
-        loss = kd.losses["fitnet"]
-        first = loss.pairs[0].connector(embedding[:, :, None, None])[:, :, 0, 0]
+        connector = kd.losses["fitnet"].get_submodule("pairs.0.connector")
+        first = connector(embedding[:, :, None, None])[:, :, 0, 0]
         assert_close(kd.metrics["fitnet/pair1"], (first - network(images)).square().mean().detach())
 
 

@@ -62,13 +62,14 @@ class Hint(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The outputs of the two modules -> ()."""
         ours, theirs = to_smaller(self.ours(student), self.theirs(teacher.detach()))
-        s, t = self.connector(ours), self.mean(theirs)
+        s: Tensor = self.connector(ours)
+        t: Tensor = self.mean(theirs)
         if self.distance == "cosine":
             return cosine_distance(s, t)
         if self.distance == "kl":
             by = self.temperature.now
             log_s, log_t = (F.log_softmax(x / by, dim=1) for x in (s, t))
-            return by**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1).mean()
+            return by * by * (log_t.exp() * (log_t - log_s)).sum(dim=1).mean()
         if self.normalise:
             s, t = root_mean_square_one(s), root_mean_square_one(t)
         return (s - t).square().mean() if self.distance == "l2" else (s - t).abs().mean()

@@ -35,7 +35,7 @@ def hint(
                     p = softmax([float(y[c, i, j]) / temperature for c in range(channels)])
                     q = softmax([float(x[c, i, j]) / temperature for c in range(channels)])
                     kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-                    total += temperature**2 * kl / (height * width)
+                    total += temperature * temperature * kl / (height * width)
             continue
         s, t = values(x), values(y)
         n = len(s)
@@ -45,8 +45,8 @@ def hint(
         if normalise:
             s, t = ([math.sqrt(n) * a for a in unit(v)] for v in (s, t))
         gaps = [abs(a - b) for a, b in zip(s, t, strict=True)]
-        total += sum(gap**2 if distance == "l2" else gap for gap in gaps) / n
-    return total / b
+        total += sum(gap * gap if distance == "l2" else gap for gap in gaps) / n
+    return float(total / b)
 
 
 def as_map(x: Array) -> Array:
