@@ -39,7 +39,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def made(ours: Shape, theirs: Shape, **options: Any) -> LocalFeatures:
-    method = CAKD(**{**SMALL, "prompts": {"number": 0}, **options})
+    """Both sides are trained, unless the options say otherwise."""
+    matching = {"teacher_side": "shared", **options.pop("matching", {})}
+    method = CAKD(**{**SMALL, "prompts": {"number": 0}, "matching": matching, **options})
     loss = maps.seeded(method.feature_tap(model(ours), model(theirs)).loss)
     assert isinstance(loss, LocalFeatures)
     return loss

@@ -56,22 +56,22 @@ def routes(loss: LocalFeatures) -> dict[str, bool]:
         "msa": list(loss.msa.parameters()),
     }
     return {
-        name: all(p.grad is not None and bool(p.grad.any()) for p in tensors)
+        name: bool(tensors) and all(p.grad is not None and bool(p.grad.any()) for p in tensors)
         for name, tensors in groups.items()
     }
 
 
 @pytest.mark.parametrize(
-    ("prompted", "detached", "without"),
+    ("prompted", "teacher_side", "without"),
     [
-        (True, False, set()),
-        (False, False, {"teacher"}),
-        (True, True, {"teacher", "teacher's projection"}),
-        (False, True, {"teacher", "teacher's projection"}),
+        (True, "shared", set()),
+        (False, "shared", {"teacher"}),
+        (True, "fixed", {"teacher's projection"}),
+        (False, "fixed", {"teacher", "teacher's projection"}),
     ],
 )
-def test_who_gets_a_gradient(prompted: bool, detached: bool, without: set[str]) -> None:
-    loss = made(*SHAPES[1], matching={"detach_teacher_side": detached})
+def test_who_gets_a_gradient(prompted: bool, teacher_side: str, without: set[str]) -> None:
+    loss = made(*SHAPES[1], matching={"teacher_side": teacher_side})
     loss.prompted = prompted
     found = routes(loss)
     assert {name for name, reached in found.items() if not reached} == without
@@ -84,7 +84,10 @@ def test_constants_cost_nothing_unless_features_are_standardised() -> None:
         loss = made(*SHAPES[1], matching={"standardise": standardise})
         before = loss(student, teacher, labels(3))[1]["feature"]
         with torch.no_grad():
-            loss.get_parameter("msa.0.out.weight").mul_(0.1)
+            loss.ours.project.weight.mul_(0.01)
+            loss.theirs.project.weight.mul_(0.01)
+            loss.theirs.project.bias.copy_(loss.ours.project.bias)
+            loss.theirs.norm.load_state_dict(loss.ours.norm.state_dict())
         after = loss(student, teacher, labels(3))[1]["feature"]
         assert (after < 0.02 * before) == (not standardise)
 
@@ -193,9 +196,9 @@ def test_the_threshold_is_an_option() -> None:
 def test_the_embedding_term_is_fcds() -> None:
     tap = CAKD(embedding_weight=2.0, weight=3.0).embedding_tap(model((2, 2, 2)), model((2, 2, 2)))
     assert tap is not None
-    assert tap.weight == 6.0
+    assert tap.weight == 3.0
     student, teacher = normal(1, 3, 4), normal(2, 3, 4)
-    expected = embedding_distance(student.numpy(), teacher.numpy(), "l2")
+    expected = 2.0 * embedding_distance(student.numpy(), teacher.numpy(), "l2")
     assert_close(tap.loss(student, teacher, labels(3)).item(), expected)
     assert CAKD().embedding_tap(model(), model()) is None
 
@@ -212,7 +215,7 @@ def test_a_schedule_of_the_weight_holds_for_every_term() -> None:
     )
     distiller.set_extra_state(torch.tensor(3))
     weights = {tap.name: distiller.weight(tap) for tap in distiller.taps}
-    assert weights == {"cakd": 1.5, "cakd_embedding": 6.0}
+    assert weights == {"cakd": 1.5, "cakd_embedding": 1.5}
 
 
 def salient(map_: Tensor | str) -> dict[str, Any]:
@@ -226,7 +229,10 @@ def salient(map_: Tensor | str) -> dict[str, Any]:
     "options",
     [
         {},
-        *OPTIONS[1:4],
+        *OPTIONS[1:3],
+        {"matching": {"teacher_side": "fixed"}},
+        {"matching": {"teacher_side": "shared"}},
+        {"matching": {"teacher_side": "shared", "share_msa": False}},
         {"embedding_weight": 1.0},
         {"prompts": {"number": 0}},
         {"collapse": {"every": 1}},
@@ -294,6 +300,15 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
             {"matching": {"feature_weight": -1.0}},
             r"cakd: matching\.feature_weight must be at least 0",
         ),
+        (
+            {"matching": {"teacher_side": "own"}},
+            r"cakd: matching\.teacher_side must be one of 'anchored', 'fixed', 'detached', "
+            "'shared'; found 'own'",
+        ),
+        (
+            {"matching": {"share_msa": False}},
+            r"cakd: matching\.share_msa belongs to teacher_side 'shared'; found teacher_side 'anch",
+        ),
         ({"embedding_weight": -1.0}, "cakd: embedding_weight must be at least 0"),
         ({"teacher_cls_weight": -1.0}, "cakd: teacher_cls_weight must be at least 0"),
         ({"prompts": {"number": -1}}, r"cakd: prompts\.number must be at least 0; found -1"),
@@ -331,7 +346,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
             r"cakd: positions\.anchor\[1\] must be at least 0 and below 112 pixels; found 112\.0",
         ),
         (
-            {"prompts": {"number": 2}, "matching": {"detach_teacher_side": True}},
+            {"prompts": {"number": 2}, "matching": {"teacher_side": "detached"}},
             r"cakd: prompts would never be trained, .*; set teacher_cls_weight, or prompts = \{",
         ),
     ],

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import Model, Stage
+from kdhooks import KDHooksError, Model, Stage
 from kdhooks.testing import TinyFaceNet, tiny_batch
 from kdhooks_plugins._facial_positions import FacialPositions, piecewise_index
 from kdhooks_plugins._local_features import LocalFeatures
-from kdhooks_plugins.cakd import CAKD, PromptTokens
+from kdhooks_plugins.cakd import CAKD, Matching, PromptTokens
 from kdhooks_plugins.saliency import saliency_map
 from tests import maps
 from tests.cakd_losses import OPTIONS, SHAPES, SMALL, inputs, made, value
@@ -48,7 +48,7 @@ class Expected:
     def side(
         self, x: np.ndarray, weights: dict[str, np.ndarray], name: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """MSA(h) (b l d) and its maps (b heads l l)."""
+        """h + MSA(h) (b l d) and its maps (b heads l l)."""
         shape, module = (
             (self.ours, self.loss.ours) if name == "ours" else (self.theirs, self.loss.theirs)
         )
@@ -177,7 +177,8 @@ def test_agrees_with_the_equation(ours: Shape, theirs: Shape, options: dict[str,
 def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
     ours: Shape = (3, 2, 2)
     teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
-    method = CAKD(**SMALL, prompts=PromptTokens(number=2, in_features=True))
+    both = Matching(teacher_side="shared")
+    method = CAKD(**SMALL, matching=both, prompts=PromptTokens(number=2))
     loss = maps.seeded(method.feature_tap(model(ours), teacher).loss)
     assert isinstance(loss, LocalFeatures)
     expected = Expected(loss, ours, (18, 8))
@@ -194,38 +195,62 @@ def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
     maps.check_gradients(loss, student, tokens_of_teacher, total, directions=1)
 
 
-@pytest.mark.parametrize("share_msa", [True, False])
-def test_a_detached_teacher_side_is_a_constant(share_msa: bool) -> None:
+@pytest.mark.parametrize("teacher_side", ["fixed", "detached"])
+def test_a_fixed_teacher_side_is_a_constant(teacher_side: str) -> None:
+    """It has URFM, positions and self-attention of its own, which are saved and never trained."""
     ours, theirs = SHAPES[2]
-    loss = made(ours, theirs, matching={"detach_teacher_side": True, "share_msa": share_msa})
+    loss = made(ours, theirs, matching={"teacher_side": teacher_side})
     expected = Expected(loss, ours, theirs)
     student, teacher = inputs(ours, theirs)
-    constant = expected.side(teacher[0].numpy(), maps.weights(loss), "theirs")
+    stored = {name: tensor.numpy() for name, tensor in loss.state_dict().items()}
+    own = {name.replace("target.", "urfm."): x for name, x in stored.items() if "urfm." not in name}
+    constant = expected.side(teacher[0].numpy(), own, "theirs")
 
     def total(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
         return expected.total(expected.side(x[0], weights, "ours"), constant)
 
-    loss.zero_grad()
-    x = [student[0].clone().requires_grad_()]
-    value(loss, x, teacher).backward()
-    idle = {name for name, p in loss.named_parameters() if p.grad is None}
-    sides = {"theirs.project.weight", "theirs.project.bias", "theirs.norm.weight"}
-    sides |= {"theirs.norm.bias"}
-    own_msa = {"msa.1.qkv.weight", "msa.1.out.weight"}
-    assert idle == (sides if share_msa else sides | own_msa)
-    own = maps.weights(loss)
-    rng = np.random.default_rng(0)
-    direction = {name: rng.standard_normal(w.shape) for name, w in own.items()}
-    found = sum(
-        float((p.grad.numpy() * direction[name]).sum())
-        for name, p in loss.named_parameters()
-        if p.grad is not None
+    maps.check_gradients(loss, student, teacher, total, directions=1)
+    trained = {name.rpartition(".")[0] for name, _ in loss.named_parameters()}
+    assert not {name for name in trained if name.startswith(("theirs", "target", "msa.1"))}
+    assert {"theirs.project.weight", "target.table", "msa.1.out.weight"} <= set(stored)
+
+
+def test_the_anchor_reads_the_teachers_embedding_off_its_side_and_trains_that_alone() -> None:
+    ours, theirs = SHAPES[2]
+    loss = made(ours, theirs, matching={"teacher_side": "anchored", "anchor_weight": 2.0})
+    expected = Expected(loss, ours, theirs)
+    student, teacher = inputs(ours, theirs)
+    teacher.append(normal(5, 3, 4))
+    first = maps.weights(loss)
+
+    def side(weights: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        own = {name.replace("target.", "urfm."): x for name, x in weights.items()}
+        return expected.side(teacher[0].numpy(), own, "theirs")
+
+    def total(x: list[np.ndarray], weights: dict[str, np.ndarray]) -> float:
+        anchor = reference.anchor_term(
+            side(weights)[0], teacher[1].numpy(), weights["anchor.weight"]
+        )
+        student_side = expected.side(x[0], weights, "ours")
+        return expected.total(student_side, side(first)) + 2.0 * anchor
+
+    found, notes = loss(student, teacher, labels(3))
+    assert_close(found.item(), total([student[0].numpy()], first))
+    assert_close(
+        notes["anchor"].item(),
+        reference.anchor_term(side(first)[0], teacher[1].numpy(), first["anchor.weight"]),
     )
-    up, down = (
-        total([student[0].numpy()], {n: w + step * direction[n] for n, w in own.items()})
-        for step in (1e-6, -1e-6)
-    )
-    assert_close(found, (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
+    maps.check_gradients(loss, student, teacher, total, directions=1)
+    with pytest.raises(KDHooksError, match=r"'anchored' reads .* must be \(b 4\); found \(3, 5\)"):
+        loss(student, [teacher[0], normal(5, 3, 5)], labels(3))
+
+
+def test_both_sides_start_from_the_same_urfm_and_self_attention() -> None:
+    loss = CAKD(**SMALL).feature_tap(model((2, 2, 2)), model((3, 2, 2))).loss
+    assert isinstance(loss, LocalFeatures)
+    assert loss.target is not None
+    assert_close(loss.target.state_dict(), loss.urfm.state_dict(), rtol=0, atol=0)
+    assert_close(loss.msa[1].state_dict(), loss.msa[0].state_dict(), rtol=0, atol=0)
 
 
 # --- saliency --------------------------------------------------------------------------------

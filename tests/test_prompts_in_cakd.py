@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import ClassShard, KDHooksError, Model, Stage, Teacher
+from kdhooks import ClassShard, Distiller, KDHooksError, Model, Stage, Teacher
 from kdhooks.classes.rows import Rows
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
 from kdhooks_plugins._blocks import transformer_blocks
 from kdhooks_plugins._prompts import Prompts
+from kdhooks_plugins.at import AT
 from kdhooks_plugins.cakd import CAKD, PromptTokens
 from tests.maps import normal
 from tests.prompted import SMALL, TEACHERS, Maker, distiller_of, prompts_of, total
@@ -27,7 +28,12 @@ from tests.transformers import Block, TinySwin, TinyViT, WindowAttention, teache
 @TEACHERS
 @pytest.mark.parametrize(
     "options",
-    [{}, {"prompts": {"number": 0}}, {"prompts": {"checkpointing": True, "in_features": True}}],
+    [
+        {},
+        {"prompts": {"number": 0}},
+        {"prompts": {"in_features": False}},
+        {"prompts": {"checkpointing": True}},
+    ],
 )
 def test_conforms_with_a_transformer_teacher(
     make: Maker, stage: str, last: str, options: dict[str, Any]
@@ -49,6 +55,47 @@ def test_a_transformer_gets_eight_prompts_a_block_unless_told(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(("asked", "tokens"), [(None, 19), (True, 19), (False, 16)])
+def test_prompts_are_pixel_features_unless_told(asked: bool | None, tokens: int) -> None:
+    student = TinyFaceNet().train()
+    distiller = distiller_of(
+        TinyViT, "blocks.2", student, prompts={"number": 3, "in_features": asked}
+    )
+    seen: list[Tensor] = []
+    distiller.losses["cakd"].register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[1][0])
+    )
+    images, labels = tiny_batch()
+    student(images)
+    distiller(images, labels)
+    assert seen[0].shape == (len(images), tokens, 8)
+
+
+@TEACHERS
+def test_a_method_that_reads_the_stage_of_the_prompts_is_told(
+    make: Maker, stage: str, last: str
+) -> None:
+    """It would take the prompts for pixels; without them among the features both run."""
+    images, labels = tiny_batch()
+    for in_features in (False, None):
+        student = TinyFaceNet().train()
+        distiller = Distiller(
+            student,
+            teacher_of(make),
+            [CAKD(**SMALL, prompts=PromptTokens(number=3, in_features=in_features)), AT()],
+            student_stages=["layer4"],
+            teacher_stages=[stage],
+            head=ClassShard(torch.zeros(6, 12), 0, 6),
+            input_shape=(3, 32, 32),
+        )
+        student(images)
+        if in_features is None:
+            with pytest.raises(KDHooksError, match=r"19 tokens .* 16 when probed; if cakd's prom"):
+                distiller(images, labels)
+        else:
+            assert distiller(images, labels)["at"].isfinite()
+
+
 def test_without_prompts_the_teacher_runs_without_grad() -> None:
     student = TinyFaceNet().train()
     images, labels = tiny_batch()
@@ -65,12 +112,9 @@ def test_without_prompts_the_teacher_runs_without_grad() -> None:
 
 
 def test_what_nothing_trains_is_left_out() -> None:
-    assert distiller_of(TinyViT, "blocks.2", matching={"detach_teacher_side": True}).adapter is None
-    options: dict[str, Any] = {
-        "matching": {"detach_teacher_side": True},
-        "teacher_cls_weight": 1.0,
-    }
-    assert distiller_of(TinyViT, "blocks.2", **options).adapter is not None
+    detached: dict[str, Any] = {"matching": {"teacher_side": "detached"}}
+    assert distiller_of(TinyViT, "blocks.2", **detached).adapter is None
+    assert distiller_of(TinyViT, "blocks.2", **detached, teacher_cls_weight=1.0).adapter is not None
 
 
 @TEACHERS
@@ -115,7 +159,7 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
     teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
     tap = CAKD(teacher_cls_weight=2.0, weight=0.5).classifier_share(teacher)
     assert tap is not None
-    assert tap.weight == 1.0
+    assert tap.weight == 0.5
     assert not tap.inherits_classifier
     student, labels = normal(1, 4, 12).requires_grad_(), torch.tensor([0, 2, 1, 2])
     embedding, rows = normal(2, 4, 12).requires_grad_(), normal(3, 3, 12)
@@ -123,7 +167,7 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
     expected = margin_softmax(
         embedding.detach().numpy(), labels.numpy(), rows.numpy(), Margin(), scale=64.0
     )
-    assert_close(loss.item(), expected)
+    assert_close(loss.item(), 2.0 * expected)
     assert set(notes) == {"cosine"}
     loss.backward()
     assert student.grad is None
@@ -134,7 +178,7 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
 def test_its_classification_reaches_the_prompts_of_a_step() -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(
-        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, matching={"detach_teacher_side": True}
+        TinyViT, "blocks.2", student, teacher_cls_weight=1.0, matching={"teacher_side": "detached"}
     )
     images, labels = tiny_batch()
     student(images)
@@ -219,8 +263,8 @@ def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> No
     ],
 )
 def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stage) -> None:
-    teacher = Model(trained(make), 12, (stage,))
-    with pytest.raises(KDHooksError, match="needs a stage that ends in a transformer block; found"):
+    teacher = Model(trained(make), 12, (stage,), Rows.open(torch.rand(3, 12)))
+    with pytest.raises(KDHooksError, match="of a stage that ends in a transformer block; found"):
         CAKD(prompts=PromptTokens(number=2, in_features=True)).adapt_teacher(teacher)
 
 
@@ -230,7 +274,7 @@ def test_a_teacher_that_is_a_function_gets_none() -> None:
 
 
 def test_centres_tables_and_prompts_do_not_decay() -> None:
-    kd = distiller_of(TinyViT, "blocks.2", prompts={"in_features": True})
+    kd = distiller_of(TinyViT, "blocks.2", matching={"teacher_side": "shared"})
     spared = {id(p) for group in kd.parameter_groups(1.0)[1:] for p in group["params"]}
     names = {name for name, parameter in kd.named_parameters() if id(parameter) in spared}
     assert names == {

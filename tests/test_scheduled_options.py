@@ -15,6 +15,7 @@ from kdhooks.kinds import Bounds, Option, alternatives
 from kdhooks.options import Options, declared_options
 from kdhooks.testing import tiny_batch, tiny_teacher
 from tests.small_distiller import student
+from tests.transformers import TinyViT, teacher_of
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 STEPS = 4
@@ -28,8 +29,11 @@ WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("adadistill", "quality"): {"margin_type": "adaface"},
     ("cakd", "weight"): {"embedding_weight": 1.0},
     ("fitnet", "temperature"): {"distance": "kl"},
+    ("cakd", "teacher_cls_weight"): {"prompts": {"number": 2}},
     ("proxylesskd", "m2"): {"margin_type": "combined"},
 }
+# Options of a transformer teacher, which has one stage here.
+TRANSFORMER = {("cakd", "teacher_cls_weight")}
 Outcome: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # the terms, and all gradients
 
 
@@ -70,12 +74,13 @@ def distil(name: str, path: str, value: object, net: nn.Module, **more: Any) -> 
         table = table[group]
     table[last] = value
     rows = torch.randn(6, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    transformer = (name, path) in TRANSFORMER
     return Distiller(
         net,
-        tiny_teacher(),
+        teacher_of(TinyViT) if transformer else tiny_teacher(),
         [create(options)],
         student_stages=STAGES,
-        teacher_stages=STAGES,
+        teacher_stages=["blocks.2"] if transformer else STAGES,
         head=ClassShard(rows, 0, 6),
         input_shape=(3, 32, 32),
         **more,

@@ -70,8 +70,9 @@ def last_block(blocks: Mapping[str, nn.Module], stage: Stage) -> str:
     inside = [path for path in blocks if f"{path}.".startswith(f"{stage.path}.")]
     if not inside or width(blocks[inside[-1]]) != stage.shape[-1]:
         raise KDHooksError(
-            f"cakd: prompts.in_features needs a stage that ends in a transformer block; found "
-            f"'{stage.path}' of shape {stage.shape}; name the last block as the last stage"
+            f"cakd: prompts are pixel features of a stage that ends in a transformer block; found "
+            f"'{stage.path}' of shape {stage.shape}; name the last block as the last stage, or set "
+            "prompts = { in_features = false }"
         )
     return inside[-1]
 

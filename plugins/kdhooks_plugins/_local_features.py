@@ -1,5 +1,6 @@
 """The loss of cakd: both sides' local features, and their attention to each other, are matched."""
 
+import copy
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -26,47 +27,78 @@ class LocalFeatures(nn.Module):
         feature_weight: Scheduled = 1.0,
         standardise: bool = True,
         prompted: bool = False,
-        detach_teacher_side: bool = False,
+        fixed: bool = False,
+        anchor: nn.Linear | None = None,
+        anchor_weight: Scheduled = 1.0,
         collapse_below: float = 1e-3,
         check_every: int = 0,
     ) -> None:
-        """msa: one for both sides, or the student's and the teacher's."""
+        """
+        msa: one for both sides, or the student's and the teacher's.
+        prompted: whether gradients may leave through the teacher's features.
+        fixed: matching does not train the teacher's side, which gets URFM and self-attention of
+            its own, with the same initial weights.
+        anchor: reads the teacher's embedding, the second of its features, off y_T, which trains the
+            teacher's side; without one a fixed side keeps its initial weights.
+        """
         super().__init__()
         self.ours, self.theirs, self.urfm = ours, theirs, urfm
-        self.msa = nn.ModuleList(msa)
+        self.target = copy.deepcopy(urfm) if fixed else None
+        self.msa = nn.ModuleList([*msa, copy.deepcopy(msa[0])] if fixed else msa)
         self.attention = attention
         self.attention_weight = Varying(attention_weight)
         self.feature_weight = Varying(feature_weight)
         self.standardise = standardise
-        self.prompted, self.detach_teacher_side = prompted, detach_teacher_side
+        self.prompted = prompted
         self.collapse_below, self.check_every = collapse_below, check_every
+        self.anchor, self.anchor_weight = anchor, Varying(anchor_weight)
         self._calls = 0
+        if self.target is not None and anchor is None:
+            for module in (self.theirs, self.target, self.msa[-1]):
+                freeze(module)
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor], labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """[(b k h w)], [(b k h w)], (b) -> ()."""
-        table = self.urfm.table
-        h_s = self.urfm(*self.ours(student[0], table))
-        h_t = self.urfm(*self.theirs(teacher[0] if self.prompted else teacher[0].detach(), table))
+        h_s = self.urfm(*self.ours(student[0], self.urfm.table))
         y_s, map_s = self.msa[0](h_s)
-        y_t, map_t = self.msa[-1](h_t)
-        if self.detach_teacher_side:
-            y_t, map_t = y_t.detach(), map_t.detach()
+        urfm = self.urfm if self.target is None else self.target
+        theirs = teacher[0] if self.prompted else teacher[0].detach()
+        y_t, map_t = self.msa[-1](urfm(*self.theirs(theirs, urfm.table)))
         variance = relative_variance(y_t.detach())
         if self.training and len(y_t) > 1:
             self._refuse_collapse(variance)
         if self.standardise:
             y_s, y_t = standardised(y_s), standardised(y_t)
+        notes: dict[str, Tensor] = {}
+        if self.anchor is not None:
+            notes["anchor"] = self._distance_to_anchor(y_t, teacher[1])
+            y_t, map_t = y_t.detach(), map_t.detach()
         attention = attention_distance(map_s, map_t, self.attention)
         feature = F.mse_loss(y_s, y_t)
         total = self.attention_weight.now * attention + self.feature_weight.now * feature
+        if self.anchor is not None:
+            total = total + self.anchor_weight.now * notes["anchor"]
         return total, {
+            **notes,
             "attention": attention,
             "feature": feature,
             "token_variance": variance,
             "centre_cosine": self.urfm.similarity(),
         }
+
+    def _distance_to_anchor(self, y: Tensor, embedding: Tensor) -> Tensor:
+        """(b l d), (b e) -> (): 1 - cos of what is read off y and the teacher's embedding."""
+        assert self.anchor is not None
+        width = self.anchor.out_features
+        if embedding.shape[1:] != (width,):
+            raise KDHooksError(
+                "cakd: matching.teacher_side 'anchored' reads the teacher's embedding off its "
+                f"output, which must be (b {width}); found {tuple(embedding.shape)}; set "
+                "matching.teacher_side = 'fixed'"
+            )
+        return 1 - F.cosine_similarity(self.anchor(y.flatten(1)), embedding.detach()).mean()
 
     def _refuse_collapse(self, variance: Tensor) -> None:
         """Looked at now and then, since it waits for the device."""
@@ -78,9 +110,17 @@ class LocalFeatures(nn.Module):
                     "cakd: the teacher's local features must differ between the images of a "
                     f"batch; found a relative variance of {found:.1e}, below collapse.below = "
                     f"{self.collapse_below:.1e}: both sides agree on constants; set "
-                    "matching.standardise = true, matching.detach_teacher_side = true, or a "
-                    "smaller weight or learning rate"
+                    "matching.standardise = true, matching.teacher_side = 'fixed', or a smaller "
+                    "weight or learning rate"
                 )
+
+
+def freeze(module: nn.Module) -> None:
+    """Its parameters become buffers of the same names: saved, and never trained."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
 
 
 def relative_variance(y: Tensor) -> Tensor:

@@ -57,9 +57,16 @@ class Grid:
         """(b k h w), (b h w k), or tokens (b n k) -> (b k h w)."""
         if self.layout == "k h w":
             return x
+        h, w = self.size
+        if x.ndim == 3 and x.shape[1] > self.prefix + h * w:
+            raise KDHooksError(
+                f"{self.name} puts out {x.shape[1]} tokens in training and {self.prefix + h * w} "
+                "when probed; if cakd's prompts are among them, set prompts = { in_features = "
+                "false } in cakd, or name another stage; if not, probe with images of the size "
+                "that the training has"
+            )
         if self.layout == "h w k":
             return rearrange(x, "b h w k -> b k h w")
-        h, w = self.size
         x = x[:, self.prefix :]
         if x.shape[1] != h * w:
             raise KDHooksError(

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from kdhooks_plugins._maps import Grid
 
-_STD = 0.02  # of positions at the start: small next to the normalised features
+# Initial scales of centres and positions. With small ones every centre attends to all pixels alike,
+# so that all local features of a face are its average pixel, which hardly tells people apart.
+_CENTRES = 4.0
+_POSITIONS = 1.0
 
 
 def pixels(x: Tensor, grid: Grid) -> Tensor:
@@ -44,11 +47,11 @@ class PixelFeatures(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.register_buffer("buckets", buckets, persistent=False)
         self.prompt_positions = (
-            nn.Parameter(_STD * torch.randn(prompts, width)) if prompts else None
+            nn.Parameter(_POSITIONS * torch.randn(prompts, width)) if prompts else None
         )
 
     def no_weight_decay(self) -> set[str]:
-        return set() if self.prompt_positions is None else {"prompt_positions"}
+        return {"prompt_positions"} & set(dict(self.named_parameters()))
 
     def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's output, (m d) -> f (b n d), its positions (n d)."""
@@ -64,13 +67,13 @@ class PixelFeatures(nn.Module):
 
 
 class LocalCentres(nn.Module):
-    """l learnable centres gather the pixels: softmax(C W_q ((f + b) W_k)ᵀ / √d) f W_v W_o."""
+    """l learnable centres gather the pixels: softmax(C W_q (f W_k + b)ᵀ / √d) f W_v W_o."""
 
     def __init__(self, centres: int, width: int, heads: int, rows: int) -> None:
         super().__init__()
         self.heads = heads
-        self.centres = nn.Parameter(torch.randn(centres, width))
-        self.table = nn.Parameter(_STD * torch.randn(rows, width))
+        self.centres = nn.Parameter(_CENTRES * torch.randn(centres, width))
+        self.table = nn.Parameter(_POSITIONS * torch.randn(rows, width))
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -78,12 +81,12 @@ class LocalCentres(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)  # so that h can't vanish
 
     def no_weight_decay(self) -> set[str]:
-        return {"centres", "table"}
+        return {"centres", "table"} & set(dict(self.named_parameters()))
 
     def forward(self, f: Tensor, positions: Tensor) -> Tensor:
         """(b n d), (n d) -> h (b l d)."""
         query = repeat(self.query(self.centres), "l (h d) -> b h l d", b=len(f), h=self.heads)
-        key = rearrange(self.key(f + positions), "b n (h d) -> b h n d", h=self.heads)
+        key = rearrange(self.key(f) + positions, "b n (h d) -> b h n d", h=self.heads)
         value = rearrange(self.value(f), "b n (h d) -> b h n d", h=self.heads)
         gathered = F.scaled_dot_product_attention(query, key, value)
         h: Tensor = self.norm(self.out(rearrange(gathered, "b h l d -> b l (h d)")))
@@ -98,7 +101,10 @@ class LocalCentres(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of the local features, which shows its map."""
+    """Multi-head self-attention of the local features, which shows its map; h is added.
+
+    The attention starts close to uniform. Without h every local feature would become their mean.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -107,10 +113,10 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """(b l d) -> (b l d), log of the map (b heads l l)."""
+        """h (b l d) -> h + MSA(h) (b l d), log of the map (b heads l l)."""
         query, key, value = rearrange(
             self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.heads
         )
         log_map = (query @ key.mT / query.shape[-1] ** 0.5).log_softmax(dim=-1)
         mixed = rearrange(log_map.exp() @ value, "b h l d -> b l (h d)")
-        return self.out(mixed), log_map
+        return h + self.out(mixed), log_map

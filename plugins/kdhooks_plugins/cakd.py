@@ -2,23 +2,26 @@
 
 From the paper (abstract, and a summary with most equations): URFM, learnable centres that attend
 over the pixels of both sides with a facial positional encoding, makes local features of them;
-their attention maps and they themselves are matched; APT trains prompts in the frozen teacher.
+their attention maps and they themselves are matched; APT trains prompts in the frozen teacher,
+whose outputs are among the pixel features.
 Reconstruction: all else. The map that is matched is that of the local features' self-attention,
-the one map of equal shape on both sides. Both facial distances, anchor and γ. The piecewise index
-in half-cells, since its own defaults make but four buckets of a 7 × 7 grid. L, t, widths, weights
-and what both sides share. And what keeps the two sides, both of which are trained, from agreeing on
-constants, which the plain equation allows: LayerNorm, features standardised over the batch, a
-guard, and the teacher's classification term.
+the one map of equal shape on both sides. Both facial distances, anchor point and γ. The piecewise
+index in half-cells, since its own defaults make but four buckets of a 7 × 7 grid. L, t, widths,
+weights and what both sides share.
+Ours: a teacher's side of its own. If matching trains one URFM from both sides, as the plain
+equations say, the sides agree on what is easy and not on who a person is (docs/methods/cakd.md has
+the figures). So the teacher's URFM and the prompts learn by an anchor: its embedding must be
+readable off its local features. Ours too: initial scales with which centres look at different
+places, h added to MSA(h), LayerNorm, features standardised over the batch, and a guard.
 """
 
 import logging
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdhooks import (
     ClassifierShare,
-    ClassShard,
     EmbeddingTap,
     FeatureTap,
     KDHooksError,
@@ -30,34 +33,17 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks.schedules import times
 from kdhooks_plugins._blocks import SUPPORTED, last_block, transformer_blocks
+from kdhooks_plugins._cakd_terms import Embeddings, TeacherClasses
 from kdhooks_plugins._facial_positions import FacialPositions
 from kdhooks_plugins._local_features import LocalFeatures
 from kdhooks_plugins._maps import Grid
 from kdhooks_plugins._prompts import Prompts
 from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
-from kdhooks_plugins.fcd import EmbeddingDistance
-from kdhooks_plugins.proxylesskd import MarginSoftmax
 
 log = logging.getLogger("kdhooks")
 
 _PROMPTS = 8
-
-
-class TeacherClasses(nn.Module):
-    """The prompted teacher tells its own classes apart: ArcFace on its own rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax = MarginSoftmax(m=0.5, m2=0.0, scale=64.0)
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b d), (b e), (b), classifier -> ()."""
-        loss: tuple[Tensor, dict[str, Tensor]] = self.softmax(teacher, None, labels, classifier)
-        return loss
 
 
 class URFM(Options, subject="cakd: urfm"):
@@ -95,12 +81,28 @@ class Matching(Options, subject="cakd: matching"):
         "Bring MSA(h) to mean 0 and variance 1 over the batch before it is compared; false: the "
         "plain equation, which both sides can meet with constants.",
     )
-    share_msa: bool = option(True, "Use the same self-attention for both sides.")
-    detach_teacher_side: bool = option(
-        False,
-        "Train only the student's side to match. The teacher's projection then keeps its initial "
-        "weights, and prompts are trained by `teacher_cls_weight` alone.",
+    teacher_side: Literal["anchored", "fixed", "detached", "shared"] = option(
+        "anchored",
+        "What trains the teacher's URFM, self-attention and prompts. anchored: a linear map that "
+        "reads the teacher's embedding off its local features; fixed: matching trains the prompts, "
+        "and the rest keeps its initial weights; detached: the same, and prompts are "
+        "trained by `teacher_cls_weight` alone; shared: matching trains both sides, which share "
+        "URFM.",
     )
+    anchor_weight: Scheduled = option(
+        0.25, "λ_r, the factor of the anchor, times `weight`.", least=0
+    )
+    share_msa: bool = option(
+        True, "Use the same self-attention for both sides, if `teacher_side` is shared."
+    )
+
+    def check(self) -> None:
+        if not self.share_msa and self.teacher_side != "shared":
+            raise self.refused(
+                "share_msa",
+                f"belongs to teacher_side 'shared'; found teacher_side '{self.teacher_side}', "
+                "with which each side has a self-attention of its own",
+            )
 
 
 class PromptTokens(Options, subject="cakd: prompts"):
@@ -109,11 +111,14 @@ class PromptTokens(Options, subject="cakd: prompts"):
     number: int | None = option(
         None,
         "t, the number of prompts in each block; with 0 the teacher runs without gradients. The "
-        "default is 8 if the teacher has transformer blocks, and 0 if not.",
+        "default is 8 if the teacher has transformer blocks and something trains the prompts, and "
+        "0 if not.",
         least=0,
     )
-    in_features: bool = option(
-        False, "Use the prompts that leave the last block as pixel features too."
+    in_features: bool | None = option(
+        None,
+        "Use the prompts that leave the last block as pixel features too, with positions of their "
+        "own. The default is true if the teacher gets prompts.",
     )
     checkpointing: bool = option(
         False, "Compute the teacher's blocks again in the backward pass, to save memory."
@@ -141,18 +146,18 @@ class Collapse(Options, subject="cakd: collapse"):
 class CAKD(Options):
     """L = λ_a · d(Attn_S, Attn_T) + λ_f · MSE(MSA(h_S), MSA(h_T)), the teacher prompted."""
 
-    weight: Weight = option(1.0, "The factor of all terms together.", least=0)
+    weight: Weight = option(20.0, "The factor of all terms together.", least=0)
     urfm: URFM = option(URFM(), "The size of the local features.")
     positions: FacialPositions = option(FacialPositions(), "Where a pixel lies on the face.")
     matching: Matching = option(Matching(), "The distances between both sides.")
     prompts: PromptTokens = option(PromptTokens(), "Prompts in the teacher.")
     collapse: Collapse = option(Collapse(), "The guard against constants.")
-    embedding_weight: float = option(
+    embedding_weight: Scheduled = option(
         0.0,
         "λ_e, the factor of mean ‖s - t‖² of the embeddings at unit length, times `weight`.",
         least=0,
     )
-    teacher_cls_weight: float = option(
+    teacher_cls_weight: Scheduled = option(
         0.0,
         "λ_t, the factor of an ArcFace loss of the prompted teacher on its own classifier, times "
         "`weight`.",
@@ -163,29 +168,35 @@ class CAKD(Options):
         if self.prompts.number and self._idle:
             raise self.refused(
                 "prompts",
-                "would never be trained, since matching.detach_teacher_side leaves them to the "
+                "would never be trained, since matching.teacher_side 'detached' leaves them to the "
                 "teacher's classification; set teacher_cls_weight, or prompts = { number = 0 }",
             )
 
     @property
     def _idle(self) -> bool:
-        return self.matching.detach_teacher_side and not self.teacher_cls_weight
+        """Whether the options leave nothing that would train prompts."""
+        return self.matching.teacher_side == "detached" and not self.teacher_cls_weight
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
         ours, theirs = _last("student", student), _last("teacher", teacher)
         urfm, matching, t = self.urfm, self.matching, self._prompts_a_block(teacher)
+        anchor = None
+        if matching.teacher_side == "anchored":
+            anchor = nn.Linear(urfm.centres * urfm.width, teacher.embedding_dim, bias=False)
         loss = LocalFeatures(
             self._side(Grid.of(ours, "cakd: student")),
-            self._side(Grid.of(theirs, "cakd: teacher"), t if self.prompts.in_features else 0),
+            self._side(Grid.of(theirs, "cakd: teacher"), t if self._joined else 0),
             LocalCentres(urfm.centres, urfm.width, urfm.heads, self.positions.rows),
             [SelfAttention(urfm.width, urfm.heads) for _ in range(1 if matching.share_msa else 2)],
             attention=matching.attention,
             attention_weight=matching.attention_weight,
             feature_weight=matching.feature_weight,
             standardise=matching.standardise,
-            prompted=t > 0,
-            detach_teacher_side=matching.detach_teacher_side,
+            prompted=t > 0 and matching.teacher_side != "detached",
+            fixed=matching.teacher_side != "shared",
+            anchor=anchor,
+            anchor_weight=matching.anchor_weight,
             collapse_below=self.collapse.below,
             check_every=self.collapse.every,
         )
@@ -194,7 +205,7 @@ class CAKD(Options):
             loss,
             self.weight,
             student=(ours.path,),
-            teacher=(theirs.path,),
+            teacher=(theirs.path,) if anchor is None else (theirs.path, ""),
             needs_labels=False,
         )
 
@@ -211,8 +222,8 @@ class CAKD(Options):
                 "cakd: embedding_weight compares embeddings, which must be equally wide; found "
                 f"{d} and {e}; leave it at 0 and add the method fcd with projector = true"
             )
-        weight = times(self.weight, self.embedding_weight)
-        return EmbeddingTap("cakd_embedding", EmbeddingDistance("l2"), weight, needs_labels=False)
+        loss = Embeddings(self.embedding_weight)
+        return EmbeddingTap("cakd_embedding", loss, self.weight, needs_labels=False)
 
     @hookimpl
     def classifier_share(self, teacher: Model) -> ClassifierShare | None:
@@ -223,8 +234,7 @@ class CAKD(Options):
                 "cakd: teacher_cls_weight trains the teacher's prompts, and it has none; leave it "
                 "at 0"
             )
-        weight = times(self.weight, self.teacher_cls_weight)
-        return ClassifierShare("cakd_teacher", TeacherClasses(), weight)
+        return ClassifierShare("cakd_teacher", TeacherClasses(self.teacher_cls_weight), self.weight)
 
     @hookimpl
     def adapt_teacher(self, teacher: Model) -> Prompts | None:
@@ -239,8 +249,13 @@ class CAKD(Options):
         assert teacher.module is not None
         blocks = transformer_blocks(teacher.module)
         stage = _last("teacher", teacher)
-        joined = (stage.path, last_block(blocks, stage)) if self.prompts.in_features else None
+        joined = (stage.path, last_block(blocks, stage)) if self._joined else None
         return Prompts(blocks, t, joined=joined, checkpointing=self.prompts.checkpointing)
+
+    @property
+    def _joined(self) -> bool:
+        """Whether the prompts that the teacher gets, if any, are pixel features too."""
+        return self.prompts.in_features is not False
 
     @property
     def _number(self) -> int | None:

@@ -64,14 +64,14 @@ def local_features(
     side: str,
     heads: int,
 ) -> Array:
-    """(n k) -> h (l d): softmax_N(C W_q ((f + b) W_k)ᵀ / √d_head) f W_v W_o, normalised."""
+    """(n k) -> h (l d): softmax_N(C W_q (f W_k + b)ᵀ / √d_head) f W_v W_o, normalised."""
     positions = [weights["urfm.table"][bucket] for bucket in buckets]
     positions = [*weights.get(f"{side}.prompt_positions", []), *positions]
     keys, values = [], []
     for token, position in zip(tokens, positions, strict=True):
         f = linear(token, weights, f"{side}.project")
         f = normalised(f, weights[f"{side}.norm.weight"], weights[f"{side}.norm.bias"])
-        keys.append(linear(f + position, weights, "urfm.key"))
+        keys.append(linear(f, weights, "urfm.key") + position)
         values.append(linear(f, weights, "urfm.value"))
     out = []
     for centre in weights["urfm.centres"]:
@@ -84,14 +84,14 @@ def local_features(
 def self_attention(
     h: Array, weights: Mapping[str, Array], name: str, heads: int
 ) -> tuple[Array, Array]:
-    """(l d) -> MSA(h) (l d), its map (heads l l)."""
+    """(l d) -> h + MSA(h) (l d), its map (heads l l)."""
     d = h.shape[1]
     every = [linear(token, weights, f"{name}.qkv") for token in h]
     keys, values = [x[d : 2 * d] for x in every], [x[2 * d :] for x in every]
     out, maps = [], np.zeros((heads, len(h), len(h)))
     for i, x in enumerate(every):
         mixed, maps[:, i] = attend(x[:d], keys, values, heads)
-        out.append(linear(mixed, weights, f"{name}.out"))
+        out.append(h[i] + linear(mixed, weights, f"{name}.out"))
     return np.array(out), maps
 
 
@@ -155,6 +155,23 @@ def feature_term(ours: Array, theirs: Array, standardise: bool) -> float:
             s, t = standard(s), standard(t)
         total += sum((float(x) - float(y)) ** 2 for x, y in zip(s, t, strict=True))
     return total / ours.size
+
+
+def anchor_term(theirs: Array, embedding: Array, readout: Array) -> float:
+    """(b l d), (b e), (e l·d): the mean of 1 - cos of R std(y) and the embedding."""
+    y = np.empty_like(theirs)
+    for place in np.ndindex(theirs.shape[1:]):
+        y[(slice(None), *place)] = standard(theirs[(slice(None), *place)])
+    total = 0.0
+    for sample, target in zip(y, embedding, strict=True):
+        read = [
+            sum(float(w) * float(v) for w, v in zip(row, sample.reshape(-1), strict=True))
+            for row in readout
+        ]
+        dot = sum(r * float(t) for r, t in zip(read, target, strict=True))
+        lengths = math.sqrt(sum(r**2 for r in read)) * math.sqrt(float((target**2).sum()))
+        total += 1 - dot / lengths
+    return total / len(embedding)
 
 
 def standard(x: Array) -> Array:
