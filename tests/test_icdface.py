@@ -115,7 +115,8 @@ def test_agrees_with_the_equation_step_by_step(slots: int, valid_steps: int) -> 
         student, teacher = normal(step, 3, 4).requires_grad_(), normal(50 + step, 3, 4)
         value, notes = loss(student, teacher, torch.tensor(drawn_labels))
         value.backward()
-        at, sides = student.detach().numpy(), {"teacher": teacher.numpy(), "labels": drawn_labels}
+        at = student.detach().numpy()
+        sides: dict[str, Any] = {"teacher": teacher.numpy(), "labels": drawn_labels}
         assert_close(value.item(), expected.loss(at, **sides))
         assert_close(notes["sdc"].item(), expected.sdc(at, **sides))
         assert_close(notes["fcd"].item(), embedding_distance(at, teacher.numpy(), "l2"))

@@ -25,6 +25,7 @@ _NO_PAIR = -2.0  # below every cosine
 class SimilarityRanks(nn.Module):
     """The mean square difference of both sides' soft ranks among their own thresholds."""
 
+    one_in: Tensor
     student_thresholds: Tensor
     teacher_thresholds: Tensor
     gathered: Tensor

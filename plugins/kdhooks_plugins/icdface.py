@@ -35,6 +35,7 @@ from kdhooks.classes.shards import gather, world
 class SimilarityDistributions(nn.Module):
     """FCD / 2 + alpha · SDC over the pairs of each sample with its class in the banks."""
 
+    nodes: Tensor
     student_bank: Tensor
     teacher_bank: Tensor
     written_at: Tensor
