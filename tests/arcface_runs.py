@@ -27,6 +27,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
         "urfm": {"centres": 4, "width": 8, "heads": 2},
         "prompts": {"number": 0},
     },
+    "cc": {"name": "cc"},
     "eckd": {"name": "eckd"},
     "fitnet": {"name": "fitnet", "center": True},
     "fskd": {"name": "fskd"},

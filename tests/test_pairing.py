@@ -305,7 +305,18 @@ def test_a_backbone_that_runs_twice_needs_the_number_of_the_call(side: str) -> N
 
 # --- labels that no term needs -------------------------------------------------------------------
 
-METHODS_WITHOUT_LABELS = ["fcd", "rkd", "sp", "eckd", "at", "reviewkd", "acsr", "fitnet", "fskd"]
+METHODS_WITHOUT_LABELS = [
+    "fcd",
+    "rkd",
+    "sp",
+    "cc",
+    "eckd",
+    "at",
+    "reviewkd",
+    "acsr",
+    "fitnet",
+    "fskd",
+]
 
 
 @pytest.mark.parametrize("method", METHODS_WITHOUT_LABELS)

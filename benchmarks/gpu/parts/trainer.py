@@ -38,6 +38,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "adadistill": {},
     "at": {},
     "cakd": {"prompts": {"number": 0}},
+    "cc": {},
     "coupleface": {"k": 10},
     "eckd": {},
     "ekd": {},
