@@ -291,7 +291,7 @@ def _scenario(whole: bool = False, **options: Any) -> Results:
         loss.backward()
         found = {"loss": loss.detach(), "notes": notes, "gradients": mean_gradients(student)}
     return {
-        "same": {**found, "state": {**tap.loss.margins.state_dict()}},
+        "same": {**found, "state": tap.loss.get_submodule("margins").state_dict()},
         "centres": tap.loss.get_buffer("centres"),
     }
 

@@ -86,4 +86,5 @@ class RelativeLengths(nn.Module):
             squares = (lengths - mean).square().sum() / max(len(lengths) - 1, 1)
             self.mean.lerp_(mean.to(self.mean), 1 - _MOMENTUM)
             self.deviation.lerp_(squares.sqrt().to(self.deviation), 1 - _MOMENTUM)
-        return (student.norm(dim=1) - self.mean) / (self.deviation + _EPS)
+        relative: Tensor = (student.norm(dim=1) - self.mean) / (self.deviation + _EPS)
+        return relative

@@ -3,17 +3,14 @@
 Sun et al., CVPR 2024, arXiv:2403.01731, take such z-scores before the softmax.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks import ClassShard, Wanted
-
-Both: TypeAlias = Callable[[Tensor, ClassShard], tuple[Tensor, Tensor]]
-"""(student (b d), a chunk of the student's classes) -> its scores and the teacher's, (b k) each."""
+from kdhooks_plugins._margin import scores
 
 _LEAST = 1e-6  # of a deviation
 
@@ -35,28 +32,25 @@ class Standard(NamedTuple):
 
 
 def standard(
-    both: Both,
-    student: Tensor,
-    head: ClassShard,
-    centres: tuple[Tensor, Tensor],
+    student: tuple[Tensor, ClassShard],
+    teacher: tuple[Tensor, ClassShard],
+    labels: Tensor,
+    *,
+    scale: float,
+    margin: float,
     temperature: float,
 ) -> Standard:
-    """centres: about the means of the scores, (b 1) each, as `centre` finds them."""
-
-    def moments(student: Tensor, chunk: ClassShard) -> Wanted:
-        z_s, z_t = (z - mean for z, mean in zip(both(student, chunk), centres, strict=True))
-        alike = torch.zeros_like(z_t)  # every class counts equally
-        return Wanted(logs=[], means=[(z, alike) for z in (z_s, z_s.square(), z_t, z_t.square())])
-
-    _, (mean_s, square_s, mean_t, square_t) = head.over_classes(moments, student)
-    by_s, by_t = _deviation(mean_s, square_s), _deviation(mean_t, square_t)
+    """student, teacher: the embedding (b d) and the rows of each side."""
+    centre_s, centre_t = _centre(*student, scale), _centre(*teacher, scale)
+    by_s = _deviation(*student, labels, scale, margin, centre_s)
+    by_t = _deviation(*teacher, labels, scale, margin, centre_t)
     change = by_s.detach().log() - by_s.log()
     factor_s, factor_t = (1 / (temperature * by.detach()[:, None]) for by in (by_s, by_t))
-    return Standard(centres, (factor_s, factor_t), change)
+    return Standard((centre_s, centre_t), (factor_s, factor_t), change)
 
 
 @torch.no_grad()
-def centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
+def _centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
     """(b e), rows -> (b 1): scale times the mean cosine with the classes of all ranks."""
     total = embedding.new_zeros(embedding.shape[1])
     for chunk in rows.chunks(embedding):
@@ -65,5 +59,20 @@ def centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
     return (F.normalize(embedding) @ mean)[:, None]
 
 
-def _deviation(mean: Tensor, square: Tensor) -> Tensor:
+def _deviation(
+    embedding: Tensor,
+    rows: ClassShard,
+    labels: Tensor,
+    scale: float,
+    margin: float,
+    centre: Tensor,
+) -> Tensor:
+    """(b e), rows, (b), (b 1) near the mean -> (b): of the scores with the classes of all ranks."""
+
+    def moments(embedding: Tensor, chunk: ClassShard) -> Wanted:
+        z = scores(embedding, labels, chunk, scale, margin) - centre
+        alike = torch.zeros_like(z)  # every class counts equally
+        return Wanted(logs=[], means=[(z, alike), (z.square(), alike)])
+
+    _, (mean, square) = rows.over_classes(moments, embedding)
     return (square - mean.square()).clamp(min=_LEAST**2).sqrt()

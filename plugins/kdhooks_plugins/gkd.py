@@ -26,7 +26,7 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import GONE, scores
-from kdhooks_plugins._standard_scores import Standard, centre, standard
+from kdhooks_plugins._standard_scores import standard
 
 _BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
 
@@ -65,18 +65,20 @@ class GroupedScores(nn.Module):
         head = head.measured()
         least, size = self.group(student, labels, head)
 
-        def both(student: Tensor, chunk: ClassShard) -> tuple[Tensor, Tensor]:
-            z_s = scores(student, labels, chunk, self.scale, self.margin.now)
-            rows = classifier.part(chunk)
-            return z_s, scores(teacher, labels, rows, self.scale, self.margin.now)
-
-        z: Standard | None = None
+        z = None
         if self.standardize:
-            centres = centre(student, head, self.scale), centre(teacher, classifier, self.scale)
-            z = standard(both, student, head, centres, temperature)
+            z = standard(
+                (student, head),
+                (teacher, classifier),
+                labels,
+                scale=self.scale,
+                margin=self.margin.now,
+                temperature=temperature,
+            )
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
-            z_s, z_t = both(student, chunk)
+            z_s = scores(student, labels, chunk, self.scale, self.margin.now)
+            z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin.now)
             rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
             z_s, z_t = z(z_s, z_t) if z else (z_s / temperature, z_t / temperature)
             in_s, in_t = z_s + GONE * rest, z_t + GONE * rest

@@ -22,7 +22,7 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._margin import scores
-from kdhooks_plugins._standard_scores import Standard, centre, standard
+from kdhooks_plugins._standard_scores import standard
 
 
 class SoftenedScores(nn.Module):
@@ -56,17 +56,14 @@ class SoftenedScores(nn.Module):
         classifier = classifier.frozen().measured()
         head = head.measured()
 
-        def both(student: Tensor, chunk: ClassShard) -> tuple[Tensor, Tensor]:
-            z_s = scores(student, labels, chunk, scale, margin)
-            return z_s, scores(teacher, labels, classifier.part(chunk), scale, margin)
-
-        z: Standard | None = None
+        z = None
         if self.standardize:
-            centres = centre(student, head, scale), centre(teacher, classifier, scale)
-            z = standard(both, student, head, centres, temperature)
+            sides = (student, head), (teacher, classifier)
+            z = standard(*sides, labels, scale=scale, margin=margin, temperature=temperature)
 
         def compare(student: Tensor, chunk: ClassShard) -> Wanted:
-            z_s, z_t = both(student, chunk)
+            z_s = scores(student, labels, chunk, scale, margin)
+            z_t = scores(teacher, labels, classifier.part(chunk), scale, margin)
             if not z:
                 return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
             z_s, z_t = z(z_s, z_t)
