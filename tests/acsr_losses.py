@@ -44,40 +44,55 @@ def gates(channel: str = "", spatial: str = "", stages: Sequence[int] = (1, 2)) 
     }
 
 
-def expected_terms(
-    ours: dict[str, Arrays],
-    theirs: dict[str, list[Arrays]],
-    weights: dict[str, np.ndarray],
-    *,
-    levels: Sequence[int] = (4, 2),
-    center: bool = True,
-    momentum: float = 0.99,
-) -> dict[str, float]:
-    """By kind of attention: the student's, and the teacher's in each step so far.
+Steps = list[Arrays]  # the attention of each stage, in each step so far
 
-    -> the own and the fused distance of each stage and kind, by the names that are logged.
+
+class Expected:
+    """The terms of the last step from the equations, with the student's means held constant.
+
+    They are those of the first call: the loss does not differentiate them, so that neither may a
+    quotient of differences.
     """
-    terms = {}
-    for kind, student in ours.items():
-        attention = student
-        seen = [list(batches) for batches in zip(*theirs[kind], strict=True)]  # by stage
-        if kind == "spatial":
-            pairs = zip(attention, seen, strict=True)
-            seen = [[_sized(batch, ours) for batch in batches] for ours, batches in pairs]
-            attention = reference.sized(attention, theirs[kind][-1])
-        seen = [[reference.unit(batch) for batch in batches] for batches in seen]
-        means = [reference.mean(batches, momentum) for batches in seen]
-        if not center:
-            means = [np.zeros_like(mu) for mu in means]
-        review = reference.channel_review if kind == "channel" else reference.spatial_review
-        own, fused = review([reference.unit(a) for a in attention], weights)
-        targets = [batches[-1] for batches in seen]
-        first, second = reference.acsr(own, fused, targets, means, levels)
-        terms |= {f"{kind}{k}": x for k, x in enumerate(first, start=1)}
-        terms |= {f"{kind}{k}_fused": x for k, x in enumerate(second, start=1)}
-    return terms
 
+    def __init__(
+        self,
+        theirs: dict[str, Steps],
+        *,
+        levels: Sequence[int] = (4, 2),
+        center: bool = True,
+        momentum: float = 0.9,
+    ) -> None:
+        self.theirs, self.levels, self.center, self.momentum = theirs, levels, center, momentum
+        self.held: dict[str, Arrays] = {}
 
-def _sized(x: np.ndarray, other: np.ndarray) -> np.ndarray:
-    [found] = reference.sized([x], [other])
-    return found
+    def __call__(self, ours: dict[str, Steps], weights: dict[str, np.ndarray]) -> dict[str, float]:
+        """-> the own and the fused distance of each stage and kind, by the names of the log."""
+        terms = {}
+        for kind, steps in ours.items():
+            review = reference.channel_review if kind == "channel" else reference.spatial_review
+            targets, reviewed = [], []
+            for student, teacher in zip(steps, self.theirs[kind], strict=True):
+                x, y = student, teacher
+                if kind == "spatial":
+                    x, y = reference.sized(student, teacher), reference.sized(teacher, student)
+                targets.append([reference.unit(stage) for stage in y])
+                reviewed.append(review([reference.unit(stage) for stage in x], weights))
+            teachers = self._means(targets)
+            for place, name in enumerate(("", "_fused")):
+                found = [both[place] for both in reviewed]
+                means = self.held.setdefault(f"{kind}{name}", self._means(found))
+                distances = [
+                    reference.hccsl(a - mu, t - nu, self.levels)
+                    for a, mu, t, nu in zip(found[-1], means, targets[-1], teachers, strict=True)
+                ]
+                terms |= {f"{kind}{k}{name}": x for k, x in enumerate(distances, start=1)}
+        return terms
+
+    def mean(self, ours: dict[str, Steps], weights: dict[str, np.ndarray]) -> float:
+        terms = self(ours, weights).values()
+        return sum(terms) / len(terms)
+
+    def _means(self, steps: Steps) -> Arrays:
+        by_stage = [list(batches) for batches in zip(*steps, strict=True)]
+        means = [reference.mean(batches, self.momentum) for batches in by_stage]
+        return means if self.center else [np.zeros_like(mu) for mu in means]

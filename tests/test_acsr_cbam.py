@@ -12,7 +12,7 @@ from kdhooks import Distiller, KDHooksError, Teacher
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins.acsr import ACSR, ReviewedAttention
 from tests import maps
-from tests.acsr_losses import Arrays, expected_terms, gates, made, value
+from tests.acsr_losses import Arrays, Expected, gates, made, value
 from tests.maps import Shape, features, labels
 
 STAGES = ["layer1", "layer2"]
@@ -88,14 +88,13 @@ def test_the_logits_of_both_gates_agree_with_the_equations(center: bool, flat: b
     student = features(1, 3, (3, *ones), (4, *ones), (1, 6, 6), (1, 3, 3))
     teacher = features(9, 3, (5, *ones), (6, *ones), (1, 5, 5), (1, 4, 4))
 
-    def by_kind(gates: Arrays) -> dict[str, Arrays]:
-        return {"channel": [x.reshape(3, -1, 1, 1) for x in gates[:2]], "spatial": gates[2:]}
+    def by_kind(gates: Arrays) -> dict[str, list[Arrays]]:
+        return {"channel": [[x.reshape(3, -1, 1, 1) for x in gates[:2]]], "spatial": [gates[2:]]}
 
-    known = {kind: [found] for kind, found in by_kind([y.numpy() for y in teacher]).items()}
+    equations = Expected(by_kind([y.numpy() for y in teacher]), center=center)
 
     def expected(x: Arrays, weights: dict[str, np.ndarray]) -> float:
-        terms = expected_terms(by_kind(x), known, weights, center=center)
-        return sum(terms.values()) / len(terms)
+        return equations.mean(by_kind(x), weights)
 
     found = value(loss, student, teacher)
     assert_close(found.item(), expected([x.numpy() for x in student], maps.weights(loss)))

@@ -8,8 +8,8 @@ CBAM's gates, as in the code of A-SKD (ECCV 2022). HCCSL has the levels and weig
 (arXiv:2104.09044), less the 1 x 1, on which any two maps agree.
 Ours: AMFM is a convex combination with one gate a stage, so that no value of its weights turns the
 student's own attention away from the teacher's; the attention in front of AMFM counts as much as
-that behind it; and the teacher's mean over images is taken off both sides, because it makes up 0.9
-and more of the cosine between the attention of any two aligned faces.
+that behind it; and each side's mean over images is taken off, because it makes up 0.9 and more of
+the cosine between the attention of any two aligned faces.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,33 +62,31 @@ class AttentionReview(nn.Module):
         fusion: nn.Module,
         *,
         levels: Sequence[int] = (4, 2),
-        momentum: float | None = 0.99,
+        momentum: float | None = 0.9,
     ) -> None:
         """shapes: [(k h w)], those of the teacher's attention, at which both sides are compared.
 
-        momentum: of the teacher's mean over images; None if it is not taken off.
+        momentum: of the means over images; None if none is taken off.
         """
         super().__init__()
         self.ours, self.theirs = tuple(ours), tuple(theirs)
         self.sizes = tuple((h, w) for _, h, w in shapes)
         self.fusion, self.levels = fusion, tuple(levels)
-        self.means: nn.ModuleList | None = None
+        self.means = nn.ModuleDict()
         if momentum is not None:
-            self.means = nn.ModuleList(ImageMean(shape, momentum) for shape in shapes)
+            for name in ("teacher", "own", "fused"):
+                self.means[name] = nn.ModuleList(ImageMean(shape, momentum) for shape in shapes)
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """[(b k h w)], [(b k h w)] -> [()], [()]: ℓ_k of the own attention and of the fused one."""
         with torch.no_grad():
-            targets = self.read(self.theirs, teacher)
-            means = [torch.zeros_like(x[:1]) for x in targets]
-            if self.means is not None:
-                means = [mean(x) for mean, x in zip(self.means, targets, strict=True)]
+            targets = self.less_mean("teacher", self.read(self.theirs, teacher))
         own, fused = self.fusion(self.read(self.ours, student))
         return (
-            [self.distance(*three) for three in zip(own, targets, means, strict=True)],
-            [self.distance(*three) for three in zip(fused, targets, means, strict=True)],
+            self.distances(self.less_mean("own", own), targets),
+            self.distances(self.less_mean("fused", fused), targets),
         )
 
     def read(self, places: Sequence[Place], tapped: Sequence[Tensor]) -> list[Tensor]:
@@ -96,9 +94,17 @@ class AttentionReview(nn.Module):
         pairs = zip(places, self.sizes, strict=True)
         return [unit(pool(read(tapped[place]), size)) for (place, read), size in pairs]
 
-    def distance(self, ours: Tensor, theirs: Tensor, mean: Tensor) -> Tensor:
-        """(b k h w), (b k h w), (1 k h w) -> ()."""
-        return context_distance(ours - mean, theirs - mean, self.levels)
+    def less_mean(self, name: str, attention: list[Tensor]) -> list[Tensor]:
+        """[(b k h w)] -> [(b k h w)]: less its mean over the images, a constant."""
+        if name not in self.means:
+            return attention
+        means = self.means[name].children()
+        return [x - mean(x) for mean, x in zip(means, attention, strict=True)]
+
+    def distances(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+        """[(b k h w)], [(b k h w)] -> [()]."""
+        pairs = zip(ours, theirs, strict=True)
+        return [context_distance(a, b, self.levels) for a, b in pairs]
 
 
 def context_distance(ours: Tensor, theirs: Tensor, levels: Sequence[int]) -> Tensor:
@@ -143,13 +149,13 @@ class ACSR(Options):
     )
     center: bool = option(
         True,
-        "Take the mean of the teacher's attention over the images off both sides before they are "
-        "compared. A-SKD, which compares gates, does not: false gives its plain cosine.",
+        "Take off the attention of each side its own mean over images before the two are compared. "
+        "A-SKD, which compares gates, does not: false gives its plain cosine.",
     )
     momentum: float = option(
-        0.99,
-        "The share of the old mean in each step's new one, if `center` is true. The mean of the "
-        "first steps is that of the images so far.",
+        0.9,
+        "The share of the old mean in each step's new one, if `center` is true; the first steps "
+        "count the images so far. A student that changes fast needs a mean that follows it.",
         least=0,
         below=1,
     )

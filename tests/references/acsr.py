@@ -88,21 +88,6 @@ def mean(batches: list[Array], momentum: float) -> Array:
     return total / weights
 
 
-def acsr(
-    own: list[Array],
-    fused: list[Array],
-    targets: list[Array],
-    means: list[Array],
-    levels: Sequence[int],
-) -> tuple[list[float], list[float]]:
-    """The distances of each stage: of the own attention, and of the fused."""
-    first, second = (
-        [hccsl(a - mu, t - mu, levels) for a, t, mu in zip(attention, targets, means, strict=True)]
-        for attention in (own, fused)
-    )
-    return first, second
-
-
 def hccsl(ours: Array, theirs: Array, levels: Sequence[int] = (4, 2)) -> float:
     """(b k h w), (b k h w) -> (1/Σw)·Σ w·mean(1 - cos), w = 1, 1/2, 1/4.
 
