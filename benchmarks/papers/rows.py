@@ -22,13 +22,8 @@ COUPLEFACE: Method = {"name": "coupleface", "weight": 64.0, "k": 100}
 ECKD: Method = {"name": "eckd", "weight": 16.0}
 # In place of the labels' loss, with its scale and margin: the teacher's rows are the classifier.
 PROXYLESSKD: Method = {"name": "proxylesskd", "scale": 32.0, "m": 0.3}
-URFM: Method = {
-    "name": "cakd",
-    "weight": 1.0,
-    "urfm": {"width": 128, "heads": 4},
-    "prompts": {"number": 0},
-}
-CAKD: Method = {"name": "cakd", "weight": 1.0}
+CAKD: Method = {"name": "cakd", "weight": 20.0, "urfm": {"width": 128, "heads": 4}}
+URFM: Method = {**CAKD, "prompts": {"number": 0}}
 ACSR: Method = {"name": "acsr", "weight": 30.0}
 AT: Method = {"name": "at", "weight": 1.0}
 REVIEWKD: Method = {"name": "reviewkd", "weight": 0.25, "mid": 16}
@@ -105,7 +100,7 @@ D = (
     _BASE,
     Row("fcd", [FCD]),
     Row("cakd", [CAKD], live=True),
-    Row("cakd without prompts", [{**CAKD, "prompts": {"number": 0}}], live=True),
+    Row("cakd without prompts", [URFM], live=True),
 )
 
 
