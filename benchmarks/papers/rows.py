@@ -43,7 +43,7 @@ MARGINDISTILLATION: Method = {
     "high": 0.3,
 }
 KD: Method = {"name": "kd", "weight": 1.0, "scale": 32.0}
-GKD: Method = {"name": "gkd", "weight": 0.0625, "scale": 32.0}
+GKD: Method = {"name": "gkd", "weight": 1.0, "scale": 32.0}
 
 _BASE = Row(LABELS)
 _ON_EMBEDDINGS = (
