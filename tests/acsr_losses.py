@@ -67,7 +67,7 @@ class Expected:
 
     def __call__(self, ours: dict[str, Steps], weights: dict[str, np.ndarray]) -> dict[str, float]:
         """-> the own and the fused distance of each stage and kind, by the names of the log."""
-        terms = {}
+        terms: dict[str, float] = {}
         for kind, steps in ours.items():
             review = reference.channel_review if kind == "channel" else reference.spatial_review
             targets, reviewed = [], []

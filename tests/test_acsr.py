@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins._attention import Energy
-from kdhooks_plugins._attention_fusion import ImageMean, SpatialFusion
+from kdhooks_plugins._attention_fusion import SpatialFusion
 from kdhooks_plugins._maps import Grid
 from kdhooks_plugins.acsr import ACSR, AttentionReview, ReviewedAttention, context_distance
 from tests import maps
@@ -250,25 +250,9 @@ def test_one_map_for_all_faces_agrees_with_none_of_them_once_the_mean_is_taken_o
         assert found.max() < 0.05
 
 
-def test_the_mean_is_that_of_all_images_so_far_without_a_bias_to_zero() -> None:
-    mean, batches = ImageMean((3, 2, 2), 0.9), [normal(k, 5, 3, 2, 2).float() for k in range(4)]
-    for n, batch in enumerate(batches, start=1):
-        found = mean(batch)
-        expected = reference.mean([x.double().numpy() for x in batches[:n]], 0.9)
-        assert_close(found[0].double().numpy(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_mean_stays_as_it_is_in_eval() -> None:
-    mean, batches = ImageMean((3, 2, 2), 0.9), [normal(k, 5, 3, 2, 2).float() for k in range(2)]
-    assert not mean.eval()(batches[0]).any()
-    expected = mean.train()(batches[0])
-    assert torch.equal(mean.eval()(batches[1]), expected)
-    assert not torch.equal(mean.train()(batches[1]), expected)
-
-
 def test_without_centring_no_mean_is_kept() -> None:
     assert not list(made(ONE, center=False).buffers())
-    assert {name.split(".")[-1] for name, _ in made(ONE).named_buffers()} == {"total", "weight"}
+    assert {name.split(".")[-1] for name, _ in made(ONE).named_buffers()} == {"average", "weight"}
 
 
 # --- what the method must keep ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is left of attention without its mean over images, and AMFM, which fuses several stages."""
+"""AMFM: the attention of several stages is fused, from deep to shallow."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,6 @@ from torch import Tensor, nn
 
 from kdhooks_plugins._attention import unit
 from kdhooks_plugins.reviewkd import conv
-
-_LEAST = 1e-6  # the weight of a mean of no images, which is then zero
-
-
-class ImageMean(nn.Module):
-    """The running mean over images, without a bias towards its start at zero.
-
-    Each rank adds its own batch; after the step the ranks take the mean of their buffers, as of all
-    buffers that a loss does not keep for itself.
-    """
-
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self, shape: Sequence[int], momentum: float) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("total", torch.zeros(1, *shape))
-        self.register_buffer("weight", torch.zeros(1))
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """(b k h w) -> (1 k h w), in training with this batch among the images."""
-        if self.training:
-            batch = x.mean(dim=0, keepdim=True).to(self.total)
-            self.total = torch.lerp(batch, self.total, self.momentum)
-            self.weight = torch.lerp(torch.ones_like(self.weight), self.weight, self.momentum)
-        return (self.total / self.weight.clamp(min=_LEAST)).to(x)
 
 
 class ChannelFusion(nn.Module):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from kdhooks import FeatureTap, KDHooksError, Model, Options, Weight, hookimpl, option
 from kdhooks_plugins._attention import Energy, Logits, Squeeze, refuse_single_pixels, unit
-from kdhooks_plugins._attention_fusion import ChannelFusion, ImageMean, SpatialFusion
+from kdhooks_plugins._attention_fusion import ChannelFusion, SpatialFusion
 from kdhooks_plugins._maps import Grid, paired_grids, pool, smaller
+from kdhooks_plugins._running_mean import RunningMean
 from kdhooks_plugins.reviewkd import pyramid
 
 Kind: TypeAlias = Literal["channel", "spatial"]
@@ -75,7 +76,9 @@ class AttentionReview(nn.Module):
         self.means = nn.ModuleDict()
         if momentum is not None:
             for name in ("teacher", "own", "fused"):
-                self.means[name] = nn.ModuleList(ImageMean(shape, momentum) for shape in shapes)
+                self.means[name] = nn.ModuleList(
+                    RunningMean(*shape, momentum=momentum) for shape in shapes
+                )
 
     def forward(
         self, student: list[Tensor], teacher: list[Tensor]
@@ -99,7 +102,7 @@ class AttentionReview(nn.Module):
         if name not in self.means:
             return attention
         means = self.means[name].children()
-        return [x - mean(x) for mean, x in zip(means, attention, strict=True)]
+        return [mean(x) for mean, x in zip(means, attention, strict=True)]
 
     def distances(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
         """[(b k h w)], [(b k h w)] -> [()]."""
