@@ -8,7 +8,7 @@ the two factors.
 Differs from it: the running thresholds are divided by the weight that they have gathered, so that
 the first steps do not compare similarities with a threshold near 0 (bias_correction = false is the
 code's form); a batch without positive or negative pairs contributes nothing, where the code fails;
-a sample without a label is in no pair; and the default weight is 16 and not 1.
+a sample without a label is in no pair; and the default weight is 4 and not 1.
 The sampler of the paper, half of whose batch has several images of each person, is the trainer's.
 """
 
@@ -121,7 +121,7 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
 class EKD(Options):
     """L = positive_weight · mean_pos (r_s - r_t)² + negative_weight · mean_neg (r_s - r_t)²."""
 
-    weight: Weight = option(16.0, "The factor of both terms together.", least=0)
+    weight: Weight = option(4.0, "The factor of both terms together.", least=0)
     thresholds: tuple[int, ...] = option(
         (10, 100, 1_000, 10_000, 100_000, 1_000_000),
         "The thresholds, each as a number of negative pairs of which one passes: 10 is a false "
