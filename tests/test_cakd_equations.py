@@ -11,9 +11,10 @@ from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model, Stage
 from kdhooks.testing import TinyFaceNet, tiny_batch
+from kdhooks_plugins._cakd_options import Matching, PromptTokens
 from kdhooks_plugins._facial_positions import FacialPositions, piecewise_index
 from kdhooks_plugins._local_features import LocalFeatures
-from kdhooks_plugins.cakd import CAKD, Matching, PromptTokens
+from kdhooks_plugins.cakd import CAKD
 from kdhooks_plugins.saliency import saliency_map
 from tests import maps
 from tests.cakd_losses import OPTIONS, SHAPES, SMALL, inputs, made, value

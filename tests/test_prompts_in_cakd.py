@@ -14,9 +14,10 @@ from kdhooks.classes.rows import Rows
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch
 from kdhooks_plugins._blocks import transformer_blocks
+from kdhooks_plugins._cakd_options import PromptTokens
 from kdhooks_plugins._prompts import Prompts
 from kdhooks_plugins.at import AT
-from kdhooks_plugins.cakd import CAKD, PromptTokens
+from kdhooks_plugins.cakd import CAKD
 from tests.maps import normal
 from tests.prompted import SMALL, TEACHERS, Maker, distiller_of, prompts_of, total
 from tests.references.proxylesskd import Margin, margin_softmax

@@ -19,7 +19,8 @@ with warnings.catch_warnings():
     import_module("mmengine.runner")
 
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks
-from kdhooks_plugins.cakd import CAKD, PromptTokens
+from kdhooks_plugins._cakd_options import PromptTokens
+from kdhooks_plugins.cakd import CAKD
 from tests.maps import normal
 from tests.mmengine_shapes import EncoderLayer, ShapedSwin, ShapedSwinBlock, VisionTransformer
 from tests.prompted import SMALL, prompts_of

@@ -16,7 +16,6 @@ places, h added to MSA(h), LayerNorm, features standardised over the batch, and 
 """
 
 import logging
-from typing import Literal
 
 from torch import nn
 
@@ -34,6 +33,7 @@ from kdhooks import (
     option,
 )
 from kdhooks_plugins._blocks import SUPPORTED, last_block, transformer_blocks
+from kdhooks_plugins._cakd_options import URFM, Collapse, Matching, PromptTokens
 from kdhooks_plugins._cakd_terms import Embeddings, TeacherClasses
 from kdhooks_plugins._facial_positions import FacialPositions
 from kdhooks_plugins._local_features import LocalFeatures
@@ -44,103 +44,6 @@ from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
 log = logging.getLogger("kdhooks")
 
 _PROMPTS = 8
-
-
-class URFM(Options, subject="cakd: urfm"):
-    """The size of URFM and of the self-attention behind it."""
-
-    centres: int = option(16, "L, the number of local features of a face.", least=2)
-    width: int = option(
-        512, "d, the number of channels of a local feature; a multiple of `heads`.", least=1
-    )
-    heads: int = option(8, "The number of heads of URFM and of the self-attention.", least=1)
-
-    def check(self) -> None:
-        if self.width % self.heads:
-            raise self.refused(
-                "width", f"must be a multiple of heads; found {self.width} and {self.heads}"
-            )
-
-
-class Matching(Options, subject="cakd: matching"):
-    """The distances between both sides, and what the two share."""
-
-    attention: Literal["mse", "kl"] = option(
-        "mse",
-        "The distance of the attention maps. mse: L² times the mean squared difference; kl: "
-        "KL(teacher ‖ student) of their rows.",
-    )
-    attention_weight: Scheduled = option(
-        1.0, "λ_a, the factor of the maps' distance, times `weight`.", least=0
-    )
-    feature_weight: Scheduled = option(
-        1.0, "λ_f, the factor of the features' distance, times `weight`.", least=0
-    )
-    standardise: bool = option(
-        True,
-        "Bring MSA(h) to mean 0 and variance 1 over the batch before it is compared; false: the "
-        "plain equation, which both sides can meet with constants.",
-    )
-    teacher_side: Literal["anchored", "fixed", "detached", "shared"] = option(
-        "anchored",
-        "What trains the teacher's URFM, self-attention and prompts. anchored: a linear map that "
-        "reads the teacher's embedding off its local features; fixed: matching trains the prompts, "
-        "and the rest keeps its initial weights; detached: the same, and prompts are "
-        "trained by `teacher_cls_weight` alone; shared: matching trains both sides, which share "
-        "URFM.",
-    )
-    anchor_weight: Scheduled = option(
-        0.25, "λ_r, the factor of the anchor, times `weight`.", least=0
-    )
-    share_msa: bool = option(
-        True, "Use the same self-attention for both sides, if `teacher_side` is shared."
-    )
-
-    def check(self) -> None:
-        if not self.share_msa and self.teacher_side != "shared":
-            raise self.refused(
-                "share_msa",
-                f"belongs to teacher_side 'shared'; found teacher_side '{self.teacher_side}', "
-                "with which each side has a self-attention of its own",
-            )
-
-
-class PromptTokens(Options, subject="cakd: prompts"):
-    """APT: trained tokens in the blocks of the frozen teacher."""
-
-    number: int | None = option(
-        None,
-        "t, the number of prompts in each block; with 0 the teacher runs without gradients. The "
-        "default is 8 if the teacher has transformer blocks and something trains the prompts, and "
-        "0 if not.",
-        least=0,
-    )
-    in_features: bool | None = option(
-        None,
-        "Use the prompts that leave the last block as pixel features too, with positions of their "
-        "own. The default is true if the teacher gets prompts.",
-    )
-    checkpointing: bool = option(
-        False, "Compute the teacher's blocks again in the backward pass, to save memory."
-    )
-
-
-class Collapse(Options, subject="cakd: collapse"):
-    """The guard against two sides that agree on constants."""
-
-    below: float = option(
-        1e-3,
-        "Stop when the teacher's MSA(h) differs less than this between images. The measure is its "
-        "variance over the batch, divided by its mean square, and is at most 1.",
-        least=0,
-        most=1,
-    )
-    every: int = option(
-        100,
-        "The number of steps from one check to the next; 0 for no checks.",
-        least=0,
-        unit="steps",
-    )
 
 
 class CAKD(Options):
