@@ -315,7 +315,8 @@ class Distiller(nn.Module):
             )
         self.metrics[tap.name] = value.detach()
         for key, note in notes.items():
-            self.metrics[f"{tap.name}/{key}"] = note.detach()
+            number = note if note.is_floating_point() else note.float()  # the hosts log means
+            self.metrics[f"{tap.name}/{key}"] = number.detach()
         return value
 
     def _nothing(self, step: Step) -> dict[str, Tensor]:

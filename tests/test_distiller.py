@@ -31,6 +31,26 @@ def test_terms_are_weighted_and_named_in_the_order_of_the_methods() -> None:
     assert not kd.metrics["b"].requires_grad
 
 
+class Counted(Gap):
+    """Logs a count and a flag beside its loss."""
+
+    def forward(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b d), (b e), (b) -> ()."""
+        loss = super().forward(student, teacher, labels)
+        return loss, {"pairs": (labels >= 0).sum(), "found": (labels >= 0).any()}
+
+
+def test_counts_are_logged_as_numbers_of_which_a_host_can_take_the_mean() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Method("gap", loss=Counted()), net=net)
+    net(images)
+    kd(images, labels)
+    assert kd.metrics["gap/pairs"].mean() == len(labels)
+    assert kd.metrics["gap/found"].mean() == 1
+
+
 def test_the_plain_loop_trains_student_and_projector() -> None:
     images, labels = tiny_batch()
     net, head = student(), nn.Linear(12, 6)
