@@ -237,6 +237,7 @@ def test_one_map_for_all_faces_agrees_with_none_of_them_once_the_mean_is_taken_o
     """What all aligned faces share makes an uncentred cosine that says nothing of any face."""
     loss = made(ONE, center=center, attention="spatial")
     shared = [2 + normal(90 + k, 1, *shape).abs() for k, shape in enumerate(ONE)]
+    notes: dict[str, Tensor] = {}
     for step in range(40):
         teacher = [x + 0.2 * y for x, y in zip(shared, features(3 * step, 8, *ONE), strict=True)]
         student = [

@@ -10,4 +10,5 @@ model = dict(
 optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
-            'urfm.centres': dict(decay_mult=0.0), 'urfm.table': dict(decay_mult=0.0)}))
+            'urfm.centres': dict(decay_mult=0.0), 'urfm.table': dict(decay_mult=0.0),
+            'target.centres': dict(decay_mult=0.0), 'target.table': dict(decay_mult=0.0)}))
