@@ -214,5 +214,5 @@ def _draw_curves(axes: Axes, rows: Rows) -> None:
         axes.axhline(100 * teacher, color="k", linestyle="--", linewidth=0.8)
     axes.set(title="TAR at FAR 0.01, without mirror images", xlabel="images seen")
     axes.grid(alpha=0.3)
-    if axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, ncols=2)

@@ -1,0 +1,349 @@
+"""benchmarks.papers: who is trained on what, and what the tables say of it."""
+
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+import torch
+
+from benchmarks.papers import school
+from benchmarks.papers.__main__ import main
+from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
+from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, chosen
+from benchmarks.papers.report import (
+    END,
+    START,
+    added,
+    cells,
+    error,
+    flatness,
+    gap,
+    needed,
+    speed_table,
+    table,
+    teaches,
+    write,
+)
+from benchmarks.papers.results import differences, mend, read
+from benchmarks.papers.rows import LABELS, TEACHER, swept
+from benchmarks.papers.running import Course, in_processes, records
+from benchmarks.papers.settings import SETTINGS, SHORT
+from benchmarks.papers.views import KINDS, drawn
+from kdhooks.recipe import Recipe
+from kdhooks_demo.faces import Faces
+from kdhooks_demo.material import views
+from kdhooks_demo.training import Row
+from tests.demo_faces import made_faces
+
+
+def test_people_with_one_image_are_left_out_and_none_has_too_many() -> None:
+    names = [f"alone/{0:03d}", *(f"many/{i:03d}" for i in range(30)), "two/0", "two/1"]
+    faces = Faces(torch.zeros(len(names), 3, 2, 2, dtype=torch.uint8), tuple(names))
+    kept = (*names[1 : 1 + MOST], "two/0", "two/1")
+    assert chosen(faces, single=False).names == kept
+    assert chosen(faces, single=True).names == (names[0], *kept)
+
+
+def record(accuracy: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "tar2": 0.5, "tar3": 0.1, "eer": 0.2, "cross": 0.5, "seconds": 3}
+
+
+def test_rows_are_compared_with_labels_alone_of_the_same_seed() -> None:
+    rows = {LABELS: {0: record(0.7), 1: record(0.8)}, "fcd": {1: record(0.85), 2: record(0.9)}}
+    assert added(rows, "fcd", "accuracy") == [pytest.approx(0.05)]
+    assert added(rows, LABELS, "accuracy") == []
+    assert cells(rows)[-1][:2] == ["fcd", "87.5 ± 2.5"]
+    line = table(rows).splitlines()[-1]
+    assert line.startswith("| fcd | 87.5 ± 2.5 |")
+    assert "| +5.0 |" in line
+
+
+def tars(found: list[float]) -> dict[int, dict[str, Any]]:
+    return {seed: {**record(0.5), "tar2": tar} for seed, tar in enumerate(found)}
+
+
+def test_a_row_teaches_if_its_mean_is_more_than_two_standard_errors_above_0() -> None:
+    """0.1 ± 0.06 of two seeds does not; 0.1 ± 0.04 does."""
+    assert error([0.04, 0.16]) == pytest.approx(0.06)
+    assert not teaches([0.04, 0.16])
+    assert teaches([0.06, 0.14])
+    assert not teaches([0.5]), "one seed has no error"
+    rows = {LABELS: tars([0.2, 0.2]), "kd": tars([0.26, 0.34]), "fcd": tars([0.24, 0.36])}
+    assert cells(rows)[2][7] == "**+10.0 ± 4.0**"
+    assert cells(rows)[3][7] == "+10.0 ± 6.0"
+
+
+def test_the_gap_is_the_share_of_the_way_from_labels_alone_to_the_teacher() -> None:
+    rows = {TEACHER: tars([0.9]), LABELS: tars([0.4, 0.6]), "fcd": tars([0.6, 0.8])}
+    assert gap(rows, "fcd") == pytest.approx(0.5)
+    assert gap(rows, LABELS) is None
+    assert gap({LABELS: rows[LABELS], "fcd": rows["fcd"]}, "fcd") is None
+    assert cells(rows)[3][8] == "50"
+    assert gap({**rows, TEACHER: tars([0.5])}, "fcd") is None, "there is no gap"
+
+
+def drawn_by(*curves: list[float]) -> dict[int, dict[str, Any]]:
+    """Records with a point of the curve after each 10 images."""
+    return {
+        seed: {
+            **record(0.5),
+            "curve": [{"images_seen": 10 * (i + 1), "tar2": tar} for i, tar in enumerate(found)],
+        }
+        for seed, found in enumerate(curves)
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "images"),
+    [
+        ([0.5, 0.6, 0.7, 0.8, 0.9], 20),
+        ([0.6, 0.5, 0.7, 0.8, 0.9], 30),
+        ([0.7, 0.8, 0.9, 0.9, 0.9], 10),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], None),
+    ],
+)
+def test_a_row_needs_so_many_images_to_stay_above_the_end_of_labels_alone(
+    found: list[float], images: int | None
+) -> None:
+    rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.4, 0.5], [0.1, 0.3, 0.5, 0.8, 0.7])}
+    rows["fcd"] = drawn_by(found)
+    assert needed(rows, "fcd") == images
+    assert f"| fcd | {images or 'not reached'} |" in speed_table(rows)
+
+
+def test_what_labels_alone_gain_in_the_last_fifth_is_said() -> None:
+    rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.55, 0.6], [0.1, 0.3, 0.5, 0.65, 0.7])}
+    assert flatness(rows) == (
+        "From 40 to 50 images, labels alone gain 5.0 points of TAR at FAR 0.01."
+    )
+    assert flatness({LABELS: tars([0.1])}) == ""
+
+
+def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path: Path) -> None:
+    records = [
+        {**drawn_by([0.1, 0.2, 0.3, 0.4, tar])[0], "row": row, "seed": 0, "setting": "A"}
+        for row, tar in ((TEACHER, 0.9), (LABELS, 0.5), ("fcd", 0.7))
+    ]
+    for line in records:
+        line |= {"images_seen": 50, "versions": "torch 2"}
+    results, page = tmp_path / "papers.jsonl", tmp_path / "papers.md"
+    write(records[:2], results)
+    first = page.read_text()
+    assert first.startswith(START)
+    assert "| labels alone |" in first
+    assert "| fcd |" not in first
+    page.write_text(f"# Title\n\n{first}\nAdvice.\n")
+    write(records, results)
+    second = page.read_text()
+    assert second.startswith(f"# Title\n\n{START}\n\n## A: ")
+    assert second.endswith(f"{END}\n\nAdvice.\n")
+    assert second.count("| fcd |") == 2, "of the table, and of the images that it needs"
+    assert (tmp_path / "papers-A.png").stat().st_size > 1000
+    page.write_text("# By hand\n")
+    write(records, results)
+    assert page.read_text().startswith(f"# By hand\n\n{START}")
+
+
+def test_every_row_is_a_recipe() -> None:
+    for setting in SETTINGS.values():
+        rows = [*setting.rows, *swept(setting.rows), *setting.study]
+        for row in rows:
+            if row.methods:
+                Recipe.read({"teacher": lambda images: images, "methods": list(row.methods)})
+        names = [row.name for row in (*setting.rows, *setting.study)]
+        assert len(set(names)) == len(names)
+        assert set(setting.more_seeds) <= set(names)
+        assert LABELS in names
+        assert setting.name == SHORT or setting.students.images_seen >= 150_000
+
+
+def test_views_are_the_same_whatever_comes_after_them() -> None:
+    faces = made_faces()
+    few, more = drawn(faces, ("plain", "mirror", "mild")), drawn(faces, KINDS)
+    assert len(more) == len(KINDS) * len(faces)
+    assert more.names[: len(KINDS)] == tuple(f"{faces.names[0]}#{v}" for v in range(len(KINDS)))
+    assert torch.equal(more.images[0 :: len(KINDS)], faces.images)
+    assert torch.equal(more.images[1 :: len(KINDS)], faces.images.flip(-1))
+    assert torch.equal(more.images[2 :: len(KINDS)], few.images[2::3])
+    assert torch.equal(views(faces, 3, seed=0).images, few.images)
+    strong = more.images[3 :: len(KINDS)]
+    grey = (strong == strong[:, :1]).flatten(1).all(dim=1)
+    assert 0 < grey.sum() < len(faces)
+
+
+def test_a_row_may_learn_from_fewer_people_or_plain_views() -> None:
+    names = ("one/0", "two/0", "two/1")
+    faces = Faces(torch.zeros(3, 3, 112, 112, dtype=torch.uint8), names)
+    images = Images(("plain", "mirror", "mild"))
+    seen = images.views(faces)
+    parts = images.parts(seen)
+    assert {seen.people[row] for row in parts[SEVERAL]} == {"two"}
+    assert len(parts[SEVERAL]) == 6
+    assert [seen.names[row] for row in parts[PLAIN][:3]] == ["one/0#0", "one/0#1", "two/0#0"]
+
+
+def students(
+    material: Path, out: Path, processes: int, images_seen: int = 40
+) -> list[dict[str, object]]:
+    """The results of three rows on the made-up faces, without their seconds."""
+    arguments = f"--images-seen {images_seen} --batch 20 --seeds 1 --device cpu".split()
+    arguments += ["--setting", SHORT]
+    arguments += ["--threads", f"{processes}"]
+    arguments += ["--data", f"{material / 'faces'}", "--pairs", f"{material / 'pairs.txt'}"]
+    arguments += ["--teacher", f"{material / 'teacher.onnx'}", "--work", f"{material / 'work'}"]
+    arguments += ["--out", f"{out}", "--processes", f"{processes}", "--rows", "acsr", LABELS, "fcd"]
+    threads = torch.get_num_threads()
+    try:
+        main(arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    return [{**record, "seconds": 0, "tar3": 0} for record in read(out / "lfw.jsonl")]
+
+
+def test_a_killed_run_continues_in_two_processes_with_the_same_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TAR at FAR 0.001 is nan on so few pairs, which equals nothing."""
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    alone = students(tmp_path, tmp_path / "alone", 1)
+    assert [record["row"] for record in alone] == ["teacher", "acsr", LABELS, "fcd"]
+    (tmp_path / "killed").mkdir()
+    lines = (tmp_path / "alone" / "lfw.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "killed" / "lfw.jsonl").write_text("".join(lines[:2]) + lines[2][:50])
+    continued = students(tmp_path, tmp_path / "killed", 2)
+    assert len(continued) == 4, "the teacher's line is not written again"
+    assert {str(r["row"]): r for r in continued} == {str(r["row"]): r for r in alone}
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path / "killed", 1, images_seen=60)
+    assert "images_seen (40 there, 60 here)" in capsys.readouterr().err
+    (tmp_path / "faces" / "p0" / "p0_0001.png").rename(tmp_path / "faces" / "p0" / "p0_0099.png")
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path / "killed", 1)
+    assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
+
+
+def test_a_teacher_is_trained_once_and_read_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    options = "--setting D --rows teacher --teacher-images 120 --device cpu --threads 1 --data "
+    options += f"{tmp_path / 'faces'} --pairs {tmp_path / 'pairs.txt'} --work {tmp_path / 'work'} "
+    options += f"--teacher {tmp_path / 'teacher.onnx'} --out {tmp_path}"
+    try:
+        main(f"{options}/one".split())
+        monkeypatch.setattr(school, "train", None)
+        main(f"{options}/two".split())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (one,), (two,) = (read(tmp_path / name / "papers.jsonl") for name in ("one", "two"))
+    assert one["row"] == TEACHER
+    assert one["tar2"] == two["tar2"]
+    assert one["accuracy"] == two["accuracy"]
+    assert len(list((tmp_path / "work").glob("teacher-D-120-*.pt"))) == 1
+
+
+def test_a_setting_that_an_old_record_lacks_counts_as_equal() -> None:
+    found = [{"row": "kd", "batch": 30}, {"row": "fcd", "batch": 60, "device": "cpu"}]
+    assert differences(found, {"batch": 60, "device": "cuda"}) == [
+        "batch (30 there, 60 here)",
+        "device (cpu there, cuda here)",
+    ]
+    assert differences(found[:1], {"batch": 30, "device": "cuda"}) == []
+    old = read(Path(__file__).parents[1] / "docs" / "results" / "lfw.jsonl")
+    assert old
+    assert differences(old, {"batch": 60, "device": "cuda", "data": "0", "teacher": "0"}) == []
+
+
+def test_an_incomplete_last_line_is_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "lfw.jsonl"
+    mend(results)  # there is none yet
+    results.write_text('{"row": "kd"}\n')
+    mend(results)
+    assert capsys.readouterr().out == ""
+    results.write_text('{"row": "kd"}\n{"row": "fc')
+    assert read(results) == [{"row": "kd"}]
+    mend(results)
+    assert "lfw.jsonl: cut off an incomplete last line" in capsys.readouterr().out
+    assert results.read_text() == '{"row": "kd"}\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rows labels nosuch", "--rows: there is no row 'labels'; did you mean 'labels alone'?"),
+        ("--rows nosuch", "the rows are teacher, labels alone, fcd"),
+        ("--sweep --rows proxylesskd", "there is no row 'proxylesskd'"),
+        ("--processes 0", "--processes: must be a whole number, at least 1; found 0"),
+        ("--processes -1", "--processes: must be a whole number, at least 1; found -1"),
+        ("--images-seen 0", "--images-seen: must be"),
+        ("--batch 0", "--batch: must be"),
+        ("--seeds 0", "--seeds: must be"),
+        ("--threads 0", "--threads: must be"),
+        ("--images-seen 20", "--images-seen must be at least a batch; found 20 and 30"),
+        (
+            "--device foo",
+            "--device: must be one that this machine has",
+        ),
+        (
+            "--device meta",
+            "--device: must be one that this machine has",
+        ),
+        ("--device cuda:99", "--device: must be one that"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_runs(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as refused:
+        main(f"--setting short --data none --pairs none --out {out} {options}".split())
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+class Failing:
+    """A course in which fcd can't be learned."""
+
+    def record(self, row: Row, seed: int) -> dict[str, object]:
+        if row.name == "fcd":
+            raise ValueError("no")
+        return {"row": row.name, "seed": seed}
+
+
+def test_a_student_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [(Row(name), 0) for name in (LABELS, "sp", "fcd")]
+    found = records(jobs, cast(Course, Failing()), tmp_path, processes=1, threads=1)
+    assert [next(found)["row"], next(found)["row"]] == [LABELS, "sp"]
+    with pytest.raises(SystemExit, match=r"1 of 3 students failed: fcd 0: ValueError"):
+        next(found)
+    assert "ValueError: no" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_costs_one_student() -> None:
+    """Each student is an expression; the one that kills its process runs beside others."""
+    killed = "__import__('os').kill(__import__('os').getpid(), 9)"
+    jobs: Any = [(text, {}) for text in ("1", killed, "__import__('time').sleep(1) or 2", "3", "4")]
+    found = []
+    for (text, _), outcome in cast(Any, in_processes(cast(Any, eval), jobs, 2)):
+        if text == killed:
+            with pytest.raises(BrokenProcessPool):
+                outcome()
+        else:
+            found.append(outcome())
+    assert sorted(found) == [1, 2, 3, 4]
