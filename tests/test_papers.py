@@ -231,6 +231,26 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    options = f"--setting {name} --images-seen 40 --batch 20 --seeds 1 --teacher-images 600"
+    options += f" --device cpu --threads 1 --data {tmp_path / 'faces'} --work {tmp_path / 'work'}"
+    options += f" --pairs {tmp_path / 'pairs.txt'} --teacher {tmp_path / 'teacher.onnx'}"
+    try:
+        main(f"{options} --out {tmp_path}".split())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = read(tmp_path / ("lfw.jsonl" if name == SHORT else "papers.jsonl"))
+    assert [record["row"] for record in found] == [
+        TEACHER,
+        *(row.name for row in SETTINGS[name].rows),
+    ]
+
+
 def test_a_teacher_is_trained_once_and_read_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.papers.settings import SETTINGS, SHORT
+from benchmarks.papers.settings import SETTINGS
 
 PEOPLE = 10
 IMAGES = 6  # of each person
@@ -39,21 +39,28 @@ def write_teacher(path: Path) -> None:
     from onnx import helper, numpy_helper
 
     generator = np.random.default_rng(0)
-    shapes = {"w0": (16, 3, 8, 8), "w1": (32, 16, 3, 3), "w2": (DIM, 32 * 7 * 7)}
+    shapes = {
+        "w0": (8, 3, 4, 4),
+        "w1": (16, 8, 3, 3),
+        "w2": (32, 16, 3, 3),
+        "w3": (DIM, 32 * 7 * 7),
+    }
     weights = [
         numpy_helper.from_array(
             (generator.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32), name
         )
         for name, shape in shapes.items()
     ]
-    wide, small = SETTINGS[SHORT].recorded.values()
+    first, second, third = SETTINGS["B"].recorded.values()
     nodes = [
-        helper.make_node("Conv", ["data", "w0"], ["x0"], "conv0", strides=[8, 8]),
-        helper.make_node("Relu", ["x0"], ["x1"], wide),
+        helper.make_node("Conv", ["data", "w0"], ["x0"], "conv0", strides=[4, 4]),
+        helper.make_node("Relu", ["x0"], ["x1"], first),
         helper.make_node("Conv", ["x1", "w1"], ["x2"], "conv1", strides=[2, 2], pads=[1] * 4),
-        helper.make_node("Relu", ["x2"], ["x3"], small),
-        helper.make_node("Flatten", ["x3"], ["x4"], "flatten"),
-        helper.make_node("Gemm", ["x4", "w2"], ["embedding"], "fc", transB=1),
+        helper.make_node("Relu", ["x2"], ["x3"], second),
+        helper.make_node("Conv", ["x3", "w2"], ["x4"], "conv2", strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Relu", ["x4"], ["x5"], third),
+        helper.make_node("Flatten", ["x5"], ["x6"], "flatten"),
+        helper.make_node("Gemm", ["x6", "w3"], ["embedding"], "fc", transB=1),
     ]
     graph = helper.make_graph(
         nodes,
