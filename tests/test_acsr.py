@@ -383,6 +383,21 @@ def test_the_weight_is_the_taps() -> None:
     assert declared(*sides, weight=1).weight == 1
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_first_batch_of_one_face_teaches_next_to_nothing(copies: int) -> None:
+    """Less their mean its attention is rounding, which must not be brought to length 1."""
+    shapes: tuple[Shape, ...] = ((6, 28, 28), (9, 14, 14), (12, 7, 7))
+
+    def gradient(x: list[Tensor], y: list[Tensor]) -> float:
+        ours = [part.float().relu().requires_grad_() for part in x]
+        value(made(shapes).float(), ours, [part.float().relu() for part in y]).backward()
+        return sum(float(part.grad.norm()) for part in ours if part.grad is not None)
+
+    ours, theirs = features(1, 3, *shapes), features(9, 3, *shapes)
+    one, other = ([x[:1].repeat(copies, 1, 1, 1) for x in side] for side in (ours, theirs))
+    assert gradient(one, other) < 0.05 * gradient(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

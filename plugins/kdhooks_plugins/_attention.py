@@ -86,6 +86,6 @@ def refuse_single_pixels(grids: Sequence[Grid]) -> None:
             )
 
 
-def unit(x: Tensor) -> Tensor:
-    """(b k h w) -> (b k h w), each sample of length 1."""
-    return F.normalize(x.flatten(1), eps=_SHORTEST).view_as(x)
+def unit(x: Tensor, shortest: float = _SHORTEST) -> Tensor:
+    """(b k h w) -> (b k h w), each sample of length 1, or less if it is shorter than `shortest`."""
+    return F.normalize(x.flatten(1), eps=shortest).view_as(x)

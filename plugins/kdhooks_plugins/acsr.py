@@ -12,6 +12,7 @@ that behind it; and each side's mean over images is taken off, because it makes 
 the cosine between the attention of any two aligned faces.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -28,6 +29,7 @@ from kdhooks_plugins.reviewkd import pyramid
 Kind: TypeAlias = Literal["channel", "spatial"]
 Reader: TypeAlias = Callable[[Tensor], Tensor]
 KINDS: tuple[Kind, ...] = ("channel", "spatial")
+_SHORTEST = 1e-3  # the length of attention, of 1, that is left when its mean is taken off
 Place: TypeAlias = tuple[int, Reader]  # which of the tapped tensors, and the attention in it
 
 
@@ -111,10 +113,15 @@ class AttentionReview(nn.Module):
 
 
 def context_distance(ours: Tensor, theirs: Tensor, levels: Sequence[int]) -> Tensor:
-    """(b k h w), (b k h w) -> (): HCCSL, 1 - cos at full size and pooled."""
+    """(b k h w), (b k h w) -> (): HCCSL, 1 - cos at full size and pooled.
+
+    Attention that is nothing but its mean, as in a first batch of one image, leaves rounding, which
+    at length 1 would be a gradient of any size.
+    """
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return 1 - (unit(a) * unit(b)).flatten(1).sum(dim=1).mean()
+        shortest = _SHORTEST * math.sqrt(a[0].numel() / ours[0].numel())  # of averages of pixels
+        return 1 - (unit(a, shortest) * unit(b, shortest)).flatten(1).sum(dim=1).mean()
 
     return pyramid(distance, ours, theirs, levels)
 
