@@ -171,8 +171,32 @@ def test_a_constant_series_is_refused(terms: int) -> None:
 
 
 def test_a_kernel_without_a_width_is_refused() -> None:
-    with pytest.raises(KDHooksError, match="cc: gamma must be above 0; found 0"):
+    with pytest.raises(KDHooksError, match=r"cc: gamma must be above 0 .*; found 0"):
         CC(gamma=0.0)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "terms", "message"),
+    [
+        (20, 3, "terms must be many enough .* at gamma = 20 about 83; found 3"),
+        (5.0, 3, "at gamma = 5 about 23; found 3"),
+        (Schedule(value=20, initial=0.4, warmup=9), 3, "at gamma = 20 about 83; found 3"),
+        (Schedule(value=0.4, initial=20, warmup=9), 3, "at gamma = 20 about 83; found 3"),
+        (50, 203, "gamma must be above 0 and at most 40; found 50"),
+    ],
+)
+def test_a_series_far_below_its_kernel_is_refused(
+    gamma: Scheduled, terms: int, message: str
+) -> None:
+    with pytest.raises(KDHooksError, match=f"cc: .*{message}"):
+        CC(gamma=gamma, terms=terms)
+
+
+@pytest.mark.parametrize("gamma", [0.001, 0.4, 2.0, 10.0, 40.0])
+def test_the_advised_number_of_terms_gives_the_kernel(gamma: float) -> None:
+    x = nn.functional.normalize(golden.S)
+    found = made(gamma, math.ceil(4 * gamma + 3))._correlations(x.float())
+    assert_close(found.double(), torch.exp(-gamma * torch.cdist(x, x).square()), rtol=0, atol=1e-2)
 
 
 # --- two ranks against one process -----------------------------------------------------------

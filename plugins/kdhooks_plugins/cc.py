@@ -16,8 +16,11 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
+from kdhooks import EmbeddingTap, Options, Schedule, Scheduled, Varying, Weight, hookimpl, option
 from kdhooks.classes.shards import gather, world
+
+_SHARE = 0.01  # of the kernel; a smaller series has next to no gradient
+_ENOUGH = 200  # terms for any gamma that is allowed
 
 
 class Correlations(nn.Module):
@@ -48,11 +51,17 @@ class Correlations(nn.Module):
         return math.exp(-twice) * series
 
 
+def share(gamma: float, terms: int) -> float:
+    """The series divided by the kernel, for samples of cosine 1: from 0 to 1."""
+    powers = range(min(terms, _ENOUGH))
+    return sum(math.exp(p * math.log(2 * gamma) - 2 * gamma - math.lgamma(p + 1)) for p in powers)
+
+
 class CC(Options):
     """L = mean (K_s - K_t)², K = e^(-2γ) Σ_p (2γ cos)^p / p! of each two samples of a batch."""
 
     weight: Weight = option(400.0, "The factor of the term.", least=0)
-    gamma: Scheduled = option(0.4, "γ of the Gaussian kernel exp(-γ ‖a - b‖²).", above=0)
+    gamma: Scheduled = option(0.4, "γ of the Gaussian kernel exp(-γ ‖a - b‖²).", above=0, most=40)
     terms: int = option(
         3,
         "The number of terms of the series, the constant one included. Two terms are sp times "
@@ -63,6 +72,19 @@ class CC(Options):
         True,
         "Compare pairs across the batches of all ranks, and not within each rank's batch alone.",
     )
+
+    def check(self) -> None:
+        numbers: list[object] = [self.gamma]
+        if isinstance(self.gamma, Schedule):
+            numbers = [self.gamma.value, self.gamma.initial]
+        for gamma in numbers:
+            if isinstance(gamma, int | float) and share(gamma, self.terms) < _SHARE:
+                raise self.refused(
+                    "terms",
+                    f"must be many enough for the series to come near the kernel, at gamma = "
+                    f"{gamma:g} about {math.ceil(4 * gamma + 3)}; found {self.terms}, which is "
+                    "less than a hundredth of it for equal samples; set more, or a smaller gamma",
+                )
 
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:
