@@ -350,6 +350,18 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
             {"prompts": {"number": 2}, "matching": {"teacher_side": "detached"}},
             r"cakd: prompts would never be trained, .*; set teacher_cls_weight, or prompts = \{",
         ),
+        (
+            {"matching": {"teacher_side": "fixed", "anchor_weight": 0.5}},
+            r"cakd: matching\.anchor_weight belongs to teacher_side 'anchored'; found .* 'fixed'",
+        ),
+        (
+            {"matching": {"anchor_weight": 0}},
+            r"cakd: matching\.anchor_weight must be above 0, .*; teacher_side = 'fixed'",
+        ),
+        (
+            {"matching": {"attention_weight": 0, "feature_weight": 0}},
+            "cakd: matching would not train the student: .* are all 0; set one of them",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -49,7 +49,9 @@ class Matching(Options, subject="cakd: matching"):
         "URFM.",
     )
     anchor_weight: Scheduled = option(
-        0.25, "λ_r, the factor of the anchor, times `weight`.", least=0
+        0.25,
+        "λ_r, the factor of the anchor, times `weight`, if `teacher_side` is anchored.",
+        least=0,
     )
     share_msa: bool = option(
         True, "Use the same self-attention for both sides, if `teacher_side` is shared."
@@ -61,6 +63,17 @@ class Matching(Options, subject="cakd: matching"):
                 "share_msa",
                 f"belongs to teacher_side 'shared'; found teacher_side '{self.teacher_side}', "
                 "with which each side has a self-attention of its own",
+            )
+        if self.has("anchor_weight") and self.teacher_side != "anchored":
+            raise self.refused(
+                "anchor_weight",
+                f"belongs to teacher_side 'anchored'; found teacher_side '{self.teacher_side}'",
+            )
+        if self.anchor_weight == 0:
+            raise self.refused(
+                "anchor_weight",
+                "must be above 0, since the anchor alone trains the teacher's side; found 0; "
+                "teacher_side = 'fixed' or 'detached' does without it",
             )
 
 

@@ -75,6 +75,15 @@ class CAKD(Options):
                 "teacher's classification; set teacher_cls_weight, or prompts = { number = 0 }",
             )
 
+        if not (
+            self.matching.attention_weight or self.matching.feature_weight or self.embedding_weight
+        ):
+            raise self.refused(
+                "matching",
+                "would not train the student: attention_weight, feature_weight and the option "
+                "embedding_weight are all 0; set one of them",
+            )
+
     @property
     def _idle(self) -> bool:
         """Whether the options leave nothing that would train prompts."""
