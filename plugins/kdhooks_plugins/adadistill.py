@@ -150,6 +150,10 @@ class AdaDistill(Options):
                 "quality", f"belongs to margin_type 'adaface'; found '{self.margin_type}'"
             )
 
+        for name in ("quality", "geometry"):
+            if self.m == 0 and getattr(self, name):
+                raise self.refused(name, "changes the margin m, and this is 0; leave it out")
+
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         need_teachers_width("adadistill", student, teacher, theirs="the teacher's")
