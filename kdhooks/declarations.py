@@ -94,11 +94,7 @@ class Tap:
     """Whether the loss counts once an optimizer step, however many batches that step sums."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise KDHooksError(
-                f"{type(self).__name__}: a name is lower case letters, digits and underscores, "
-                f"since it becomes a key of logs and checkpoints; found '{self.name}'"
-            )
+        check_name(self.name, type(self).__name__)
         if not isinstance(self.loss, nn.Module):
             raise KDHooksError(
                 f"{self.name}: loss must be an nn.Module, so that its parameters are found; "
@@ -126,6 +122,20 @@ class Tap:
     def described(self) -> str:
         """For a report: "fcd on the embedding"."""
         return f"{self.name} on the embedding"
+
+
+def check_name(name: str, subject: str) -> None:
+    """Refuse what can't be the name of a term; subject: that of the error."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise KDHooksError(
+            f"{subject}: a name is lower case letters, digits and underscores, "
+            f"since it becomes a key of logs and checkpoints; found '{name}'"
+        )
+    if hasattr(nn.ModuleDict(), name):  # which holds the losses, and can't tell the two apart
+        raise KDHooksError(
+            f"{subject}: a name must not be one of torch's own for what a module has; found "
+            f"'{name}'; choose another, such as '{name}_term'"
+        )
 
 
 def check_weight(name: str, weight: float) -> None:

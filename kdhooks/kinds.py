@@ -20,6 +20,7 @@ from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.tensor_files import user_path
 
 T = TypeVar("T")
+_WHOLE = 2**63  # below which torch's whole numbers are
 
 
 class OptionError(KDHooksError):
@@ -145,7 +146,10 @@ def _boolean(kind: Any, value: object, declared: Option) -> object:
 def _whole(kind: Any, value: object, declared: Option) -> object:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise _Other
-    return _within(int(value), declared)
+    number = _within(int(value), declared)
+    if not -_WHOLE <= number < _WHOLE:
+        raise OptionError(f"must be a whole number of at most 64 bits; found {shown(number)}")
+    return number
 
 
 def _number(kind: Any, value: object, declared: Option) -> object:

@@ -154,6 +154,8 @@ def test_one_method_at_most_adapts_the_teacher() -> None:
     [
         ("Gap", 1.0, "a name is lower case letters.*found 'Gap'"),
         ("gap.x", 1.0, "found 'gap.x'"),
+        ("forward", 1.0, "EmbeddingTap: a name must not be one of torch's own .*'forward_term'"),
+        ("training", 1.0, "found 'training'"),
         ("gap", -1.0, "gap: weight must be finite and at least 0; found -1"),
         ("gap", float("nan"), "found nan"),
         ("gap", "heavy", "a function of the step, or in a recipe a table; found 'heavy'"),

@@ -305,7 +305,8 @@ def test_conforms_with_other_options(options: dict[str, object]) -> None:
         ({"alpha": -1}, "icdface: alpha must be at least 0; found -1"),
         ({"slots": 0}, "icdface: slots must be at least 1; found 0"),
         ({"valid_steps": 0}, "icdface: valid_steps must be at least 1; found 0"),
-        ({"gamma": 0}, "icdface: gamma must be above 0; found 0"),
+        ({"gamma": 0}, "icdface: gamma must be above 0 .*; found 0"),
+        ({"gamma": 1e40}, "icdface: gamma must be above 0 and at most 1e.06; found 1e.40"),
         ({"nodes": 1}, "icdface: nodes must be at least 2; found 1"),
     ],
 )

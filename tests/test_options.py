@@ -79,6 +79,7 @@ BAD: list[tuple[str, object, str]] = [
     ("flag", None, "sample: flag must be true or false; found None"),
     ("count", True, "sample: count must be a whole number; found True"),
     ("count", 2.0, "sample: count must be a whole number; found 2.0"),
+    ("count", 10**30, "sample: count must be a whole number of at most 64 bits; found 10000"),
     ("count", "8", "sample: count must be a whole number; found '8'; write 8, without quotes"),
     ("count", 0, "sample: count must be at least 1; found 0"),
     ("count", "1e3", "sample: count must be a whole number; found '1e3'$"),

@@ -24,7 +24,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks.declarations import Step
+from kdhooks.declarations import Step, check_name
 from kdhooks_plugins._hints import Connector, Distance, Features, Hint, connect
 
 
@@ -101,6 +101,7 @@ class FitNet(Options):
     )
 
     def check(self) -> None:
+        check_name(self.term, "fitnet: term")
         if self.has("temperature") and self.distance != "kl":
             raise self.refused("temperature", f"belongs to distance 'kl'; found '{self.distance}'")
         if self.normalise and self.distance not in ("l2", "l1"):

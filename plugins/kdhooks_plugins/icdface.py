@@ -167,6 +167,7 @@ class ICDFace(Options):
         50.0,
         "γ of the histograms' kernel exp(-γ (x - node)²), x a cosine. 50 is a width of 0.1.",
         above=0,
+        most=1e6,
     )
     nodes: int = option(
         101,
