@@ -336,6 +336,16 @@ def test_images_of_another_size_than_probed_are_refused_in_the_first_step() -> N
             kd(wide, targets)
 
 
+def test_a_batch_norm_of_one_number_is_refused_with_the_way_out() -> None:
+    one, [vector] = declared((3,), (3,)), features(1, 1, (3,))
+    with pytest.raises(KDHooksError, match=r"student output 's0': .* one pixel; set connector = '"):
+        value(one, [vector], [vector])
+    value(one.eval(), [vector], [vector])
+    value(declared((3,), (3,), connector="linear"), [vector], [vector])
+    wide = features(1, 1, (3, 2, 2))
+    value(declared((3, 2, 2), (3, 2, 2)), wide, wide)
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -444,7 +454,8 @@ def test_modules_that_do_not_fit_are_refused(
             r"student tap 'layer3\[0\]' must name one of several outputs; found Tensor",
         ),
         ({"student": "layer3@0"}, "student tap 'layer3@0' must name a call by its number"),
-        ({"term": "My Term"}, "a name is lower case letters, .*; found 'My Term'"),
+        ({"term": "My Term"}, "fitnet: term: a name is lower case letters, .*; found 'My Term'"),
+        ({"term": "float"}, "fitnet: term: a name must not be one of torch's own .*'float_term'"),
     ],
 )
 def test_a_path_that_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import Scheduled, Stage, Varying
+from kdhooks import KDHooksError, Scheduled, Stage, Varying
 from kdhooks_plugins._maps import Grid, to_smaller
 from kdhooks_plugins._running_mean import RunningMean
 
@@ -54,6 +54,7 @@ class Hint(nn.Module):
         super().__init__()
         self.ours, self.theirs = ours, theirs
         self.connector = connector
+        self.normed = any(isinstance(part, nn.BatchNorm2d) for part in connector.modules())
         self.distance = distance
         self.temperature = Varying(temperature)
         self.normalise = normalise
@@ -62,6 +63,12 @@ class Hint(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The outputs of the two modules -> ()."""
         ours, theirs = to_smaller(self.ours(student), self.theirs(teacher.detach()))
+        if self.normed and self.training and len(ours) * ours.shape[2:].numel() == 1:
+            raise KDHooksError(
+                f"{self.ours.name}: the batch norm of connector '1x1' needs several numbers of "
+                "each channel; found a batch of one image, of one pixel; set connector = 'linear', "
+                "or leave out a last batch of one image (drop_last of a DataLoader)"
+            )
         s: Tensor = self.connector(ours)
         t: Tensor = self.mean(theirs)
         if self.distance == "cosine":
