@@ -41,13 +41,14 @@ class SampleMargins(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, student: Tensor, teacher: Tensor, fit: Tensor | None, lengths: Tensor
+        self, student: Tensor, teacher: Tensor, fit: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(b d), (b d), (b) the teacher's cosine with the class, (n) lengths of the embeddings of
         all ranks -> m, m2 and q, (b) each.
         """
         q = student.new_zeros(len(student))
         if self.lengths is not None:
+            assert lengths is not None
             q = q + self.quality.now * self.lengths(student, lengths)
         if fit is not None:
             fit = fit.clamp(min=0)

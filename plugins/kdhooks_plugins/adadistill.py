@@ -76,9 +76,11 @@ class AdaptiveCentres(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each sample's m, m2 and q, by the centres as they are before the batch moves them."""
         fit = rows.own(teacher, labels) if self.margins.by_lag else None
-        lengths = student.norm(dim=1)
-        if rows.group is None and self.margins.lengths is not None:
-            lengths = gather(lengths, world())
+        lengths = None
+        if self.margins.lengths is not None:
+            lengths = student.norm(dim=1)
+            if rows.group is None:
+                lengths = gather(lengths, world())
         found: tuple[Tensor, Tensor, Tensor] = self.margins(student, teacher, fit, lengths)
         return found
 
@@ -149,7 +151,6 @@ class AdaDistill(Options):
             raise self.refused(
                 "quality", f"belongs to margin_type 'adaface'; found '{self.margin_type}'"
             )
-
         for name in ("quality", "geometry"):
             if self.m == 0 and getattr(self, name):
                 raise self.refused(name, "changes the margin m, and this is 0; leave it out")

@@ -32,6 +32,7 @@ from kdhooks import (
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import gather, world
 from kdhooks_plugins._batches import class_sums
+from kdhooks_plugins._widths import projection
 from kdhooks_plugins.neighbours import mined, nearest_classes
 
 log = logging.getLogger("kdhooks")
@@ -179,12 +180,7 @@ class CoupleFace(Options):
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e and not self.projector:
-            raise KDHooksError(
-                f"coupleface: student and teacher embeddings must be equally wide; found {d} and "
-                f"{e}; set projector = true, or give the student the teacher's width"
-            )
+        projector = projection("coupleface", student, teacher, self.projector)
         rows = self._prototypes(teacher)
         loss = MutualRelations(
             F.normalize(rows.slice(0, rows.total)),
@@ -193,7 +189,7 @@ class CoupleFace(Options):
             q=self.q,
             two_sided=self.two_sided,
             bank_momentum=self.bank_momentum if self.relations == "bank" else None,
-            projector=nn.Linear(d, e, bias=False) if self.projector else None,
+            projector=projector,
         )
         return EmbeddingTap("coupleface", loss, self.weight)
 

@@ -30,6 +30,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks_plugins._widths import projection
 
 Hardness: TypeAlias = Literal["none", "linear", "exponential"]
 
@@ -212,14 +213,9 @@ class ECKD(Options):
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:
         if not self.consistency_weight:
             return None
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e and not self.regressor:
-            raise KDHooksError(
-                f"eckd: student and teacher embeddings must be equally wide; found {d} and {e}; "
-                "set regressor = true, or give the student the teacher's width"
-            )
+        regressor = projection("eckd", student, teacher, self.regressor, "regressor")
         loss = HardnessAwareConsistency(
-            nn.Linear(d, e, bias=False) if self.regressor else None,
+            regressor,
             factor=self.consistency_weight,
             hardness=self.hardness,
             gamma=self.gamma,

@@ -15,7 +15,8 @@ from typing import Literal, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, KDHooksError, Model, Options, Weight, hookimpl, option
+from kdhooks import EmbeddingTap, Model, Options, Weight, hookimpl, option
+from kdhooks_plugins._widths import projection
 
 _LEAST = 1e-12  # added to a length, in squares, so that nothing is divided by 0
 Distance: TypeAlias = Literal["cosine", "cosine_squared", "l2", "mse", "raw_mse"]
@@ -67,13 +68,7 @@ class FCD(Options):
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e and not self.projector:
-            raise KDHooksError(
-                f"fcd: student and teacher embeddings must be equally wide; found {d} and {e}; "
-                "set projector = true, or give the student the teacher's width"
-            )
-        projector = nn.Linear(d, e, bias=False) if self.projector else None
+        projector = projection("fcd", student, teacher, self.projector)
         return EmbeddingTap(
             "fcd", EmbeddingDistance(self.distance, projector), self.weight, needs_labels=False
         )

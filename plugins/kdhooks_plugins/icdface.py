@@ -30,6 +30,7 @@ from kdhooks import (
     option,
 )
 from kdhooks.classes.shards import gather, world
+from kdhooks_plugins._widths import projection
 
 
 class SimilarityDistributions(nn.Module):
@@ -183,12 +184,7 @@ class ICDFace(Options):
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
-        d, e = student.embedding_dim, teacher.embedding_dim
-        if d != e and not self.projector:
-            raise KDHooksError(
-                f"icdface: student and teacher embeddings must be equally wide; found {d} and {e}; "
-                "set projector = true, or give the student the teacher's width"
-            )
+        projector = projection("icdface", student, teacher, self.projector)
         if teacher.classifier is None:
             raise KDHooksError(
                 "icdface needs the number of classes; found no teacher.classifier; set it to the "
@@ -196,12 +192,12 @@ class ICDFace(Options):
             )
         loss = SimilarityDistributions(
             teacher.classifier.total,
-            e,
+            teacher.embedding_dim,
             alpha=self.alpha,
             slots=self.slots,
             valid_steps=self.valid_steps,
             gamma=self.gamma,
             nodes=self.nodes,
-            projector=nn.Linear(d, e, bias=False) if self.projector else None,
+            projector=projector,
         )
         return EmbeddingTap("icdface", loss, self.weight)
