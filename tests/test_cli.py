@@ -133,7 +133,8 @@ def test_listing_imports_no_method() -> None:
 
 def test_an_imported_method_would_be_noticed() -> None:
     printed = python("import kdhooks_plugins.fcd" + LISTING)
-    assert printed.splitlines()[-1] == "imported: kdhooks_plugins kdhooks_plugins.fcd"
+    needed = "kdhooks_plugins kdhooks_plugins._widths kdhooks_plugins.fcd"
+    assert printed.splitlines()[-1] == f"imported: {needed}"
 
 
 def test_version(capsys: Captured) -> None:
