@@ -145,6 +145,32 @@ def test_a_student_is_looked_at_in_between_and_in_the_end() -> None:
     assert looked.losses == train(lesson(), row, settings, 0).losses
 
 
+def test_a_look_says_how_strong_the_methods_are_beside_the_labels() -> None:
+    """In the first step two students are equal, so only the weight differs."""
+    settings = Settings(images_seen=8, batch=4)
+
+    def looks(methods: list[object], labels: float = 1.0) -> list[Any]:
+        row = Row("row", methods, labels)
+        return list(train(lesson(), row, settings, 0, look=lambda student: {}, looks=2).looks)
+
+    light, heavy = (looks([{"name": "fcd", "weight": weight}])[0] for weight in (1.0, 3.0))
+    assert heavy["strength"] == pytest.approx(3 * light["strength"])
+    assert heavy["agreement"] == pytest.approx(light["agreement"])
+    assert heavy["logged"] == light["logged"]
+    assert set(light["logged"]) == {"fcd"}
+    alone = looks([{"name": "proxylesskd"}], labels=0.0)[0]
+    assert "strength" not in alone, "there is nothing to compare with"
+
+
+def test_gradients_are_compared_by_length_and_direction() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    task, terms = 3 * model.weight[0, 0], 4 * model.weight[0, 1] - 3 * model.weight[0, 0]
+    found = training._compared(task, terms, model)
+    assert found == {"strength": pytest.approx(5 / 3), "agreement": pytest.approx(-0.6)}
+
+
 def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
     settings = Settings(images_seen=32, batch=4)
     taught = replace(lesson(), parts={"few": torch.tensor([3, 5, 8, 9])})

@@ -21,11 +21,11 @@ from benchmarks.papers.report import (
     START,
     added,
     cells,
+    course_table,
     error,
     flatness,
     gap,
     needed,
-    speed_table,
     table,
     teaches,
     write,
@@ -114,7 +114,16 @@ def test_a_row_needs_so_many_images_to_stay_above_the_end_of_labels_alone(
     rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.4, 0.5], [0.1, 0.3, 0.5, 0.8, 0.7])}
     rows["fcd"] = drawn_by(found)
     assert needed(rows, "fcd") == images
-    assert f"| fcd | {images or 'not reached'} |" in speed_table(rows)
+    assert f"| fcd | {images or 'not reached'} |  |  |" in course_table(rows)
+
+
+def test_the_strength_is_given_for_both_ends_of_the_curves() -> None:
+    rows = {LABELS: drawn_by([0.1, 0.2]), "fcd": drawn_by([0.3, 0.3], [0.3, 0.3])}
+    strengths = {0: [1.0, 0.5], 1: [3.0, 0.7]}
+    for seed, found in strengths.items():
+        for point, strength in zip(rows["fcd"][seed]["curve"], found, strict=True):
+            point |= {"strength": strength, "agreement": 0.1 * strength}
+    assert course_table(rows).splitlines()[-1] == "| fcd | 10 | 2.00 to 0.60 | 0.20 to 0.06 |"
 
 
 def test_what_labels_alone_gain_in_the_last_fifth_is_said() -> None:

@@ -33,7 +33,9 @@ LEGEND = (
     "same order of the images. **Bold**: the mean is more than two standard errors above 0. *Gap* "
     "is the share of the distance in TAR at FAR 0.01 between labels alone and the teacher that the "
     "row closes. *Cross* compares the teacher's embedding of the first image with the student's of "
-    "the second."
+    "the second. *Strength* is the length of the gradient of the row's methods in the student's "
+    "parameters, divided by that of the labels' loss, and *agreement* the cosine of the two "
+    "gradients: at the first point of the curve, and at the end."
 )
 
 
@@ -64,7 +66,7 @@ def _section(name: str, records: Sequence[Record], results: Path) -> str:
     seen = f"Each student sees {last['images_seen']:,} images. {last['versions']}."
     parts = [f"## {name}: {SETTINGS[name].title}", table(rows), seen, flatness(rows)]
     if curve(rows.get(LABELS, {}))[1]:
-        parts.append(speed_table(rows))
+        parts.append(course_table(rows))
     return "\n\n".join([part for part in parts if part] + [f"![Setting {name}]({image.name})"])
 
 
@@ -161,14 +163,31 @@ def needed(rows: Rows, name: str) -> int | None:
     return images[first] if first < len(images) else None
 
 
-def speed_table(rows: Rows) -> str:
-    """How many images each row needs to reach the final TAR of labels alone, in Markdown."""
-    lines = ["| row | images to the final TAR of labels alone |", "| --- | ---: |"]
-    for name in rows:
-        if name not in (LABELS, TEACHER) and curve(rows[name])[1]:
+def course_table(rows: Rows) -> str:
+    """What the curves say of each row, in Markdown.
+
+    How many images it needs to reach the final TAR of labels alone; how strong its methods are
+    beside the labels, at the first point of the curve and at the last one.
+    """
+    lines = [
+        "| row | images to the final TAR of labels alone | strength | agreement |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, seeds in rows.items():
+        if name not in (LABELS, TEACHER) and curve(seeds)[1]:
             images = needed(rows, name)
-            lines.append(f"| {name} | {'not reached' if images is None else f'{images:,}'} |")
+            reached = "not reached" if images is None else f"{images:,}"
+            beside = [_first_and_last(seeds, key) for key in ("strength", "agreement")]
+            lines.append(f"| {' | '.join([name, reached, *beside])} |")
     return "\n".join(lines)
+
+
+def _first_and_last(seeds: Mapping[int, Record], key: str) -> str:
+    """The mean of the seeds at both ends of the curve; empty for rows without the labels' loss."""
+    curves = [record["curve"] for record in seeds.values() if record.get("curve")]
+    if not all(key in point for points in curves for point in points):
+        return ""
+    return " to ".join(f"{np.mean([points[end][key] for points in curves]):.2f}" for end in (0, -1))
 
 
 def flatness(rows: Rows) -> str:

@@ -98,9 +98,7 @@ class Trained:
     seconds: float
     losses: list[float] = field(default_factory=list)  # of the labels' loss, or of the method's
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
-    looks: list[Mapping[str, float]] = field(
-        default_factory=list
-    )  # what `look` returned, and after how many images
+    looks: list[Mapping[str, Any]] = field(default_factory=list)  # see `train`
 
 
 class Remembered(nn.Module):
@@ -200,7 +198,8 @@ def train(
     All weights are drawn on the processor, so that a seed means the same ones on every device.
     progress: called every few steps with the number of new steps and the last loss.
     look: called with the student, in eval mode, `looks` times at equal distances, the last time at
-    the end. The shares that it returns are kept.
+    the end. The shares that it returns are kept, with `images_seen`, with what the methods logged
+    in that step, and with `strength` and `agreement` of their gradient beside the labels'.
     """
     torch.manual_seed(seed)
     settings = replace(settings, **row.changes)
@@ -238,7 +237,7 @@ def train(
     )
     losses: list[Tensor] = []  # they stay on the device, which is not waited for in each step
     cosines: list[Tensor] = []
-    found: list[Mapping[str, float]] = []
+    found: list[Mapping[str, Any]] = []
     started = time.perf_counter()
     looking = 0.0  # seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
@@ -249,6 +248,13 @@ def train(
         task = head(embedding, labels) * row.labels
         terms = kd(images, labels) if kd else {}
         loss = torch.stack([task, *terms.values()]).sum()
+        done = len(losses) + 1
+        due = look and (done - 1) * looks // settings.steps < done * looks // settings.steps
+        seen: dict[str, Any] = {"images_seen": done * settings.batch}
+        if due and kd:
+            if row.labels:
+                seen |= _compared(task, loss - task, student)
+            seen["logged"] = {name: float(value) for name, value in kd.metrics.items()}
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 5.0)
@@ -260,11 +266,9 @@ def train(
         new = len(losses) % PROGRESS or PROGRESS
         if progress and (new == PROGRESS or len(losses) == settings.steps):
             progress(new, float(losses[-1]))
-        passed = [steps * looks // settings.steps for steps in (len(losses) - 1, len(losses))]
-        if look and passed[0] < passed[1]:
+        if look and due:
             paused = time.perf_counter()
-            images_seen = len(losses) * settings.batch
-            found.append({"images_seen": images_seen, **look(student.eval())})
+            found.append({**seen, **look(student.eval())})
             student.train()
             looking += time.perf_counter() - paused
     trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines), found)
@@ -274,6 +278,23 @@ def train(
         kd.remove()
     student.eval()
     return trained
+
+
+def _compared(task: Tensor, terms: Tensor, student: nn.Module) -> dict[str, float]:
+    """The methods' gradient in the student's parameters, beside that of the labels' loss.
+
+    strength: the ratio of their norms; agreement: the cosine of the two.
+    """
+    weights = list(student.parameters())
+    gradients = []
+    for loss in (task, terms):
+        parts = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    labels, theirs = gradients
+    return {
+        "strength": float(theirs.norm() / labels.norm()),
+        "agreement": float(F.cosine_similarity(theirs, labels, dim=0)),
+    }
 
 
 def _optimizer(
