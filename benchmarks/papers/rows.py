@@ -81,6 +81,16 @@ SHORT = (
     Row("eckd + coupleface", [ECKD, COUPLEFACE]),
     Row("proxylesskd + acsr", [PROXYLESSKD, ACSR], labels=0.0),
 )
+# What the choices inside of a method are worth; on the pairs of folds 7 and 8.
+SHORT_STUDY = (
+    Row("kd, plain scores", [{**KD, "standardize": False}]),
+    Row("gkd, plain scores", [{**GKD, "standardize": False}]),
+    Row("acsr, not centred", [{**ACSR, "center": False}]),
+    Row("acsr, channels alone", [{**ACSR, "attention": "channel"}]),
+    Row("acsr, pixels alone", [{**ACSR, "attention": "spatial"}]),
+    Row("coupleface, bank", [{**COUPLEFACE, "relations": "bank"}]),
+)
+
 A = (_BASE, *_ON_EMBEDDINGS, *_ON_CLASSES)
 B = (_BASE, *_ON_FEATURES)
 
@@ -101,6 +111,10 @@ D = (
     Row("fcd", [FCD]),
     Row("cakd", [CAKD], live=True),
     Row("cakd without prompts", [URFM], live=True),
+)
+D_STUDY = tuple(
+    Row(f"cakd, {side}", [{**CAKD, "matching": {"teacher_side": side}}], live=True)
+    for side in ("fixed", "shared")
 )
 
 

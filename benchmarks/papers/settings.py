@@ -55,6 +55,7 @@ SETTINGS = {
             _SEVERAL,
             Settings(images_seen=30_000, batch=30),
             recorded={"maps14": "conv_12_relu", "maps7": "conv_14_relu"},
+            study=rows.SHORT_STUDY,
         ),
         Setting(
             "A",
@@ -99,6 +100,7 @@ SETTINGS = {
             ),
             teacher_stages=("blocks.5",),
             more_seeds=(rows.LABELS, "cakd"),
+            study=rows.D_STUDY,
         ),
     )
 }
