@@ -3,6 +3,8 @@
 The teacher's outputs of fixed views are computed once, and every student sees the same images.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,33 +12,13 @@ from torch import Tensor
 
 from kdhooks_demo.align import SIZE
 from kdhooks_demo.faces import Faces
-from kdhooks_demo.material import MILD, STRONG, random_view
+from kdhooks_demo.material import STRONG, View, mild, plain, random_view, viewed
 
-KINDS = ("plain", "mirror", "mild", "strong")
 GREY = 0.15  # share of the strong views that lose their colours
 BLURRED = 0.12  # of those that are sampled down to each of SMALL, and up again
 SMALL = (28, 56)  # pixels
 COVERED = 0.25  # of those with a rectangle of one grey
 SIDES = (16, 48)  # of that rectangle, in pixels
-
-
-def drawn(faces: Faces, kinds: tuple[str, ...], seed: int = 0) -> Faces:
-    """(n) -> (n v): the views of each face one after another; a person keeps their name.
-
-    kinds: of KINDS. A mild view is turned, scaled, shifted and lit; a strong one is so by more, and
-    some are also grey, blurred or covered. Every second random view is of the mirror image.
-    """
-    generator = np.random.default_rng(seed)
-    made = []
-    for number, kind in enumerate(kinds):
-        source = faces.images.flip(-1) if kind == "mirror" or number % 2 else faces.images
-        if kind == "mild":
-            source = random_view(source, generator, MILD)
-        elif kind == "strong":
-            source = _strong(source, generator)
-        made.append(source)
-    names = tuple(f"{name}#{number}" for name in faces.names for number in range(len(kinds)))
-    return Faces(torch.stack(made, dim=1).flatten(0, 1), names)
 
 
 def _strong(images: Tensor, generator: np.random.Generator) -> Tensor:
@@ -60,3 +42,21 @@ def _sampled(images: Tensor, size: int) -> Tensor:
         return images
     small = F.interpolate(images.float(), size, mode="area")
     return F.interpolate(small, SIZE, mode="bilinear").round().clamp(0, 255).to(torch.uint8)
+
+
+_VIEWS: dict[str, View] = {"plain": plain, "mirror": plain, "mild": mild, "strong": _strong}
+KINDS = tuple(_VIEWS)
+
+
+def drawn(faces: Faces, kinds: Sequence[str], seed: int = 0) -> Faces:
+    """(n) -> (n v): the views of each face one after another; a person keeps their name.
+
+    kinds: of KINDS. A mild view is turned, scaled, shifted and lit; a strong one is so by more, and
+    some are also grey, blurred or covered. Every second view, if random, is of the mirror image.
+    """
+    mirrored = [
+        kind == "mirror" or (kind != "plain" and number % 2 == 1)
+        for number, kind in enumerate(kinds)
+    ]
+    made = [(_VIEWS[kind], flag) for kind, flag in zip(kinds, mirrored, strict=True)]
+    return viewed(faces, made, seed)

@@ -13,7 +13,6 @@ from kdhooks.arguments import at_least, make_folder, share
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
-from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
@@ -23,7 +22,7 @@ from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.packages import sface_file
 from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
 from kdhooks_demo.report import Score, picture, table
-from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, train
+from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, means_of, train
 
 ROWS = (
     Row("labels alone"),
@@ -127,9 +126,7 @@ def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: i
             session(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
         ]
     embedding = torch.cat(parts)
-    known = Teacher(lambda images: embedding)  # it does not look at the images
-    batches = [(torch.zeros(len(seen), 3, 1, 1), seen.labels)]
-    rows = class_means(known, batches, int(seen.labels.max()) + 1, flip=False)
+    rows = means_of(embedding, seen.labels)
     photographed = {"photographs": torch.arange(len(photographs))}
     return Lesson(seen.images, seen.labels, embedding, rows, photographed)
 

@@ -9,8 +9,10 @@ the same images too.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -37,13 +39,38 @@ MILD = Range(math.radians(10), 0.1, 4.0, 0.25)
 STRONG = Range(math.radians(15), 0.15, 7.0, 0.35)
 
 
+View: TypeAlias = Callable[[Tensor, np.random.Generator], Tensor]
+"""(n 3 112 112), and where to draw from -> (n 3 112 112), uint8 both."""
+
+
 def views(faces: Faces, count: int, seed: int) -> Faces:
     """(n) -> (n count): each face as it is, its mirror image, then random views of either."""
+    kinds = [plain, plain, *[mild] * count]
+    return viewed(faces, [(kinds[number], number % 2 == 1) for number in range(count)], seed)
+
+
+def viewed(faces: Faces, kinds: Sequence[tuple[View, bool]], seed: int) -> Faces:
+    """(n) -> (n v): the views of each face one after another; a person keeps their name.
+
+    kinds: the views, and whether each one is of the mirror image.
+    """
     generator = np.random.default_rng(seed)
-    made = [faces.images, faces.images.flip(-1)]
-    made += [random_view(made[number % 2], generator, MILD) for number in range(2, count)]
-    names = tuple(f"{name}#{number}" for name in faces.names for number in range(count))
-    return Faces(torch.stack(made[:count], dim=1).flatten(0, 1), names)
+    made = [
+        kind(faces.images.flip(-1) if mirrored else faces.images, generator)
+        for kind, mirrored in kinds
+    ]
+    names = tuple(f"{name}#{number}" for name in faces.names for number in range(len(kinds)))
+    return Faces(torch.stack(made, dim=1).flatten(0, 1), names)
+
+
+def plain(images: Tensor, generator: np.random.Generator) -> Tensor:
+    """The images themselves."""
+    return images
+
+
+def mild(images: Tensor, generator: np.random.Generator) -> Tensor:
+    """Turned, scaled, shifted and lit a little."""
+    return random_view(images, generator, MILD)
 
 
 def blends(faces: Faces, couples: int, seed: int) -> Faces:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
+from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.network import STAGES, SmallFaceNet
 
@@ -90,6 +91,13 @@ class Lesson:
         """
         images, labels = self.images.to(device), self.labels.to(device)
         return replace(self, images=images, labels=labels, embedding=self.embedding.to(device))
+
+
+def means_of(embedding: Tensor, labels: Tensor) -> Tensor:
+    """(n e), (n) -> (c e): the class means of a teacher's known embeddings."""
+    known = Teacher(lambda images: embedding)  # it does not look at the images
+    batches = [(torch.zeros(len(labels), 3, 1, 1), labels)]
+    return class_means(known, batches, int(labels.max()) + 1, flip=False)
 
 
 @dataclass
