@@ -240,7 +240,7 @@ def test_conforms_with_every_option(options: dict[str, Any]) -> None:
             {"margin_type": "sphere"},
             "margin_type must be one of 'arcface', 'cosface', 'adaface'; found 'sphere'",
         ),
-        ({"m": -0.1}, "m must be at least 0 and at most 3.14159 rad; found -0.1"),
+        ({"m": -0.1}, "m must be at least 0 and at most 2 rad; found -0.1"),
         ({"scale": -1.0}, "scale must be above 0; found -1.0"),
         ({"geometry": -1.0}, "geometry must be at least 0; found -1.0"),
         ({"margin_type": "adaface", "quality": -1.0}, "quality must be at least 0; found -1.0"),

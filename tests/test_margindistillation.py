@@ -124,7 +124,7 @@ def test_conforms_with_options() -> None:
         ({"low": 0.6}, "low must be at most `high`; found 0.6 and 0.5"),
         ({"high": {"value": 0.5, "warmup": 9}}, "low must be at most `high`; found 0.2 and 0.0"),
         ({"low": {"value": 0.6}}, "low must be at most `high`; found 0.6 and 0.5"),
-        ({"low": -0.1}, "low must be at least 0 and at most 3.14159 rad; found -0.1"),
+        ({"low": -0.1}, "low must be at least 0 and at most 2 rad; found -0.1"),
         ({"scale": 0.0}, "scale must be above 0; found 0"),
         ({"width": 4}, "as wide as the teacher's rows; found 4 and 6"),
     ],

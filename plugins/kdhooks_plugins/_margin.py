@@ -9,6 +9,7 @@ from torch import Tensor
 from kdhooks import ClassShard, Wanted
 
 _EPS = 1e-7  # keeps arccos differentiable at ±1
+MOST = 2  # rad, of a margin: from 2.33 on, the straight line of `_turned` would start above -1
 GONE = -1e30  # a score that leaves its class out
 
 

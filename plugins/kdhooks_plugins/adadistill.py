@@ -10,7 +10,6 @@ It has the second with AdaFace's margin alone; how it enters the other two margi
 """
 
 from dataclasses import replace
-from math import pi
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from kdhooks import (
 )
 from kdhooks.classes.shards import gather, world
 from kdhooks_plugins._batches import class_sums
-from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._sample_margins import MarginType, SampleMargins
 from kdhooks_plugins._widths import need_teachers_width
 
@@ -118,7 +117,7 @@ class AdaDistill(Options):
         None,
         "The margin. The default is 0.45, 0.35 for cosface, and 0.4 for adaface.",
         least=0,
-        most=pi,
+        most=MOST,
         unit="rad",
     )
     margin_type: MarginType = option(

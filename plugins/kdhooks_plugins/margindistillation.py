@@ -7,7 +7,6 @@ teacher does not know gives margins beyond all bounds; and the line past θ = π
 """
 
 from collections.abc import Collection
-from math import pi
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from kdhooks import (
     option,
 )
 from kdhooks.classes.shards import gather, world
-from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 
 
@@ -71,13 +70,17 @@ class MarginDistillation(Options):
 
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     low: Scheduled = option(
-        0.2, "The margin of a sample that the teacher does not know.", least=0, most=pi, unit="rad"
+        0.2,
+        "The margin of a sample that the teacher does not know.",
+        least=0,
+        most=MOST,
+        unit="rad",
     )
     high: Scheduled = option(
         0.5,
         "The margin of the sample of a batch that the teacher fits best.",
         least=0,
-        most=pi,
+        most=MOST,
         unit="rad",
     )
     scale: float = option(64.0, "σ, the factor of the cosines.", above=0)

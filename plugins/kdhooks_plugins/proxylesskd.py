@@ -7,7 +7,6 @@ different widths, the guard that keeps cos(θ + m) falling, and the optional
 embedding term. Class means stand in for the classifier of a teacher that comes without one.
 """
 
-from math import pi
 from typing import Literal
 
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks_plugins._margin import margin_softmax
+from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 
 
@@ -91,7 +90,11 @@ class ProxylessKD(Options):
         "arcface", "arcface: cos(θ + m); cosface: cos θ - m; combined: cos(θ + m) - m2."
     )
     m: Scheduled | None = option(
-        None, "The margin. The default is 0.5, and 0.35 for cosface.", least=0, most=pi, unit="rad"
+        None,
+        "The margin. The default is 0.5, and 0.35 for cosface.",
+        least=0,
+        most=MOST,
+        unit="rad",
     )
     m2: Scheduled = option(0.0, "The margin that `combined` subtracts besides.", least=0, most=2)
     scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
