@@ -33,6 +33,7 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
     "fskd": {"name": "fskd"},
     "ekd": {"name": "ekd"},
     "gkd": {"name": "gkd", "largest": 5},
+    "aird": {"name": "aird"},
     "icdface": {"name": "icdface"},
     "kd": {"name": "kd"},
     "margindistillation": {"name": "margindistillation"},

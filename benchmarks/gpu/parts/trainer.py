@@ -46,6 +46,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "fitnet": {},
     "fskd": {},
     "gkd": {"largest": 10},
+    "aird": {},
     "icdface": {},
     "kd": {},
     "margindistillation": {},

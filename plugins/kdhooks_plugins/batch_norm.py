@@ -1,0 +1,101 @@
+"""Batch normalisation that is adapted to the images of a test.
+
+A network that was trained on other images, sharp ones for example, normalises with the means and
+variances of those. AIRD (Shi, Guo, Ge, 2024, arXiv:2409.02049) takes the test's into account when
+the student is tested. A reconstruction from its abstract, after the mixture of Schneider et al.,
+NeurIPS 2020, arXiv:2006.16971.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdhooks import KDHooksError
+
+
+@torch.no_grad()
+def adapted_batch_norm(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    share: float = 0.5,
+    run: Callable[[Any, Tensor], object] | None = None,
+) -> nn.Module:
+    """A copy of the model, in eval mode, whose batch norms know the images of a test.
+
+    Each mean becomes (1 - share) · the training's + share · that of all batches, and each variance
+    likewise. While the batches pass, a layer normalises with the mixture of its own batch, so that
+    the layers behind it see what they will see later.
+
+    batches: images (b 3 h w) on the model's device, as the model takes them; no labels are needed.
+        A few hundred images are enough; with few images take a smaller share.
+    share: from 0, which changes nothing, to 1, which forgets the training's statistics.
+    run: called as run(model, images), for a model that takes more than images.
+
+    Raises:
+        KDHooksError: the share is no number from 0 to 1, the model has no batch norm with running
+            statistics, or there is no batch.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise KDHooksError(
+            f"adapted_batch_norm: share must be a number from 0 to 1; found {share!r}"
+        )
+    adapted = copy.deepcopy(model).eval()
+    layers = [
+        _Layer(module, share)
+        for module in adapted.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    if not layers:
+        raise KDHooksError(
+            "adapted_batch_norm needs a model with batch norms that keep running statistics; "
+            f"found none in {type(model).__name__}"
+        )
+    seen = 0
+    for images in batches:
+        run(adapted, images) if run else adapted(images)
+        seen += len(images)
+    for layer in layers:
+        layer.finish()
+    if not seen:
+        raise KDHooksError("adapted_batch_norm needs at least one batch of images; found none")
+    return adapted
+
+
+class _Layer:
+    """One batch norm while the batches pass: it sums up what it is given."""
+
+    def __init__(self, module: _BatchNorm, share: float) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        self._module, self._share = module, share
+        self._trained = module.running_mean.double().clone(), module.running_var.double().clone()
+        self._count = 0
+        self._sums = torch.zeros_like(torch.stack(self._trained))
+        self._handle = module.register_forward_pre_hook(partial(_Layer._look, self))
+
+    def _look(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].transpose(0, 1).flatten(1).double()  # (k n)
+        self._count += values.shape[1]
+        sums = torch.stack([values.sum(1), values.square().sum(1)])
+        self._sums = self._sums + sums
+        self._mix(values.shape[1], sums)
+
+    def _mix(self, count: int, sums: Tensor) -> None:
+        mean = sums[0] / count
+        variance = (sums[1] / count - mean.square()).clamp(min=0)
+        for name, trained, found in zip(
+            ("running_mean", "running_var"), self._trained, (mean, variance), strict=True
+        ):
+            mixed = (1 - self._share) * trained + self._share * found
+            self._module.get_buffer(name).copy_(mixed)
+
+    def finish(self) -> None:
+        """Keep the mixture with all that was seen; a layer that never ran keeps the training's."""
+        self._handle.remove()
+        if self._count:
+            self._mix(self._count, self._sums)
