@@ -23,6 +23,8 @@ from kdhooks.stages import Stage
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.views.student_view import StudentView
+from kdhooks.views.viewing import viewed
 
 __all__ = [
     "ClassShard",
@@ -40,6 +42,7 @@ __all__ = [
     "Schedule",
     "Scheduled",
     "Stage",
+    "StudentView",
     "Teacher",
     "Varying",
     "Wanted",
@@ -49,4 +52,5 @@ __all__ = [
     "hookimpl",
     "methods",
     "option",
+    "viewed",
 ]

@@ -45,6 +45,16 @@ class Declarations:
         if len(adapting) > 1:
             names = " and ".join(type(m).__name__ for m in adapting)
             raise KDHooksError(f"one method at most may adapt the teacher; found {names}")
+        self._views = [
+            type(plugin).__name__
+            for plugin in (*plugins, *self._methods)
+            if "student_view" in self._hooks_of(plugin)
+        ]
+        if len(self._views) > 1:
+            raise KDHooksError(
+                "one plugin at most may return the student's view; found "
+                f"{' and '.join(self._views)}; combine their views in one module"
+            )
 
     def _register(self, plugin: object) -> None:
         who = type(plugin).__name__
@@ -73,7 +83,7 @@ class Declarations:
         taps: list[Tap] = []
         for method in self._methods:
             declared = self._declared_by(method, student, teacher)
-            if not declared and "adapt_teacher" not in self._hooks_of(method):
+            if not declared and not {"adapt_teacher", "student_view"} & {*self._hooks_of(method)}:
                 raise KDHooksError(f"{type(method).__name__} declares nothing for these models")
             taps.extend(declared)
         names = [tap.name for tap in taps]
@@ -118,6 +128,23 @@ class Declarations:
                 "save it; take the teacher as the first argument of forward instead"
             )
         return adapter
+
+    def student_view(self, given: nn.Module | None) -> nn.Module | None:
+        """The module that was given to the run, or else the one that a plugin returns."""
+        found: object = self._manager.hook.student_view()
+        if found is None:
+            return given
+        (who,) = self._views
+        if not isinstance(found, nn.Module):
+            raise KDHooksError(
+                f"{who}.student_view must return a module or None; found {shown(found)}"
+            )
+        if given is not None:
+            raise KDHooksError(
+                f"the student's view must come from one place; found student_view and {who}; "
+                "leave one of them out, or combine both in one module"
+            )
+        return found
 
 
 @contextmanager

@@ -40,6 +40,8 @@ from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
+from kdhooks.views.entrance import Around, Entrance
+from kdhooks.views.viewing import Viewing
 
 _ARGUMENTS = {
     "student": Option(nn.Module, REQUIRED),
@@ -50,6 +52,7 @@ _ARGUMENTS = {
     "head": Option(ClassShard | None, None),
     "host_head": Option(Literal["margin"] | None, None),
     "input_shape": Option(tuple[int, int, int], REQUIRED, bounds=Bounds(least=1)),
+    "student_view": Option(nn.Module | None, None),
     "plugins": Option(Sequence[object], ()),
     "seed": Option(int, 0, bounds=Bounds(least=0, most=2**63 - 1)),
 }
@@ -80,6 +83,7 @@ class Distiller(nn.Module):
         head: ClassShard | None = None,
         host_head: Literal["margin"] | None = None,
         input_shape: tuple[int, int, int] = (3, 112, 112),
+        student_view: nn.Module | None = None,
         plugins: Sequence[object] = (),
         steps_per_epoch: int | None = None,
         seed: int = 0,
@@ -93,9 +97,12 @@ class Distiller(nn.Module):
             the teacher's rows are split in the same way.
         host_head: "margin" if the host's own head is a margin softmax that can take the teacher's
             rows over. A term that inherits the classifier is then left to it; see `inherited`.
-        plugins: objects that answer `model_stages`.
+        student_view: a module (b 3 h w) -> (b 3 h w), such as `StudentView`: what the student sees
+            in training in place of the trainer's images, which the teacher sees.
+        plugins: objects that answer `model_stages` or `student_view`.
         steps_per_epoch: batches in an epoch, for schedules that count epochs.
-        seed: of the losses' initial weights; the global generators are left as they were.
+        seed: of the losses' initial weights and of the student's views; the global generators are
+            left as they were.
         nonfinite: the reaction to a term or a teacher's embedding that is not finite. "raise": the
             next step raises, so that the device need not be waited for; "skip": the step goes on
             without any term, on all ranks, and waits for the device.
@@ -112,6 +119,7 @@ class Distiller(nn.Module):
             head=head,
             host_head=host_head,
             input_shape=input_shape,
+            student_view=student_view,
             plugins=plugins,
             seed=seed,
         )
@@ -140,6 +148,8 @@ class Distiller(nn.Module):
             # Drawn on the processor, so that a seed gives the same losses on every device.
             images = (torch.rand(2, *input_shape, dtype=first.dtype) * 2 - 1).to(first.device)
             asked = Declarations(methods, plugins)
+            self.student_view = asked.student_view(student_view)
+            self._entrance = self._entrance_for(images, seed)
             stages = asked.stages(student, student_stages)
             ours = probe_student(student, student_embedding, stages, images, run_student)
             theirs = probe_teacher(teacher, asked.stages(teacher.module, teacher_stages), images)
@@ -180,7 +190,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
 
-        images: those that the student saw, RGB, (pixel - 127.5) / 127.5.
+        images: those that the student was given, RGB, (pixel - 127.5) / 127.5.
         labels: class numbers; None if no term needs them.
         teacher_images: another view of the same samples for the teacher; by default `images`.
         """
@@ -388,6 +398,11 @@ class Distiller(nn.Module):
         """For a host: a sentence for errors about terms that are not trained."""
         self._guard.host_advice = f"; {advice}"
 
+    def view_by(self, around: Around) -> None:
+        """For a host whose students are given other images than a recipe's; see `Around`."""
+        if self._entrance is not None:
+            self._entrance.around = around
+
     def check_finite(self) -> None:
         """Raise if the last step was not finite: before the next one, and before a save."""
         self._finite.check()
@@ -400,6 +415,7 @@ class Distiller(nn.Module):
         theirs = [path for tap in self.taps for path in tap.teacher_paths]
         with ExitStack() as undo:
             self._student = StudentTaps(student, [self._embedding, *ours])
+            self._student.view = self._entrance
             undo.callback(self._student.remove)
             self._session = TeacherSession(teacher, theirs, self.adapter, like=images)
             undo.callback(self._session.close)
@@ -411,6 +427,14 @@ class Distiller(nn.Module):
                 self._replicas = self._new_replicas()
             undo.pop_all()
 
+    def _entrance_for(self, images: Tensor, seed: int) -> Entrance | None:
+        """The student's view, tried on images (b 3 h w) like the trainer's."""
+        if self.student_view is None:
+            return None
+        viewing = Viewing(self.student_view.to(images.device), seed)
+        viewing(images)
+        return Entrance(viewing, lambda: (self.step, self.accumulation))
+
     def _new_replicas(self) -> Replicas:
         declared = [
             f"{type(tap).__name__} {tap.name} {type(tap.loss).__qualname__} "
@@ -421,6 +445,8 @@ class Distiller(nn.Module):
         teacher = self._session.teacher
         digest = weights_of(teacher.module or teacher.forward)
         declared.append(f"a teacher with weights of SHA-256 {digest}")
+        if self._entrance is not None:
+            declared.append(self._entrance.described())
         sharded = self._head is not None and self._head.group is not None
         return Replicas(self, declared, sharded)
 

@@ -41,6 +41,10 @@ class Specs:
     def model_stages(self, model: nn.Module) -> Sequence[str] | None:
         """Return the paths of a known backbone's stages, shallow to deep. First result."""
 
+    @hookspec(firstresult=True)
+    def student_view(self) -> nn.Module | None:
+        """Return a module (b 3 h w) -> (b 3 h w): what the student sees in training. First."""
+
 
 HOOKS = tuple(name for name in vars(Specs) if not name.startswith("_"))
 """Their names, in this order."""

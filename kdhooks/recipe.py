@@ -24,6 +24,7 @@ from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
+from kdhooks.views.student_view import StudentView, ViewTable
 
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -58,7 +59,12 @@ class Recipe(Options):
     input_shape: tuple[int, int, int] = option(
         (3, 112, 112), "Channels, height and width of the training images.", least=1
     )
-    seed: int = option(0, "Of the losses' initial weights.", least=0, most=2**63 - 1)
+    student_view: ViewTable | nn.Module | None = option(
+        None, "What the student sees in training in place of the trainer's images."
+    )
+    seed: int = option(
+        0, "Of the losses' initial weights and of the student's views.", least=0, most=2**63 - 1
+    )
     nonfinite: Literal["raise", "skip"] = option(
         "raise", "The reaction to a term that is not finite: raise, or skip the step's terms."
     )
@@ -127,6 +133,7 @@ def build(
         head=head,
         host_head=host_head,
         input_shape=recipe.input_shape,
+        student_view=_as_module(recipe.student_view),
         plugins=plugins,
         steps_per_epoch=steps_per_epoch,
         seed=recipe.seed,
@@ -181,6 +188,10 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         micro_batch=spec.micro_batch,
         cache=spec.cache,
     )
+
+
+def _as_module(view: ViewTable | nn.Module | None) -> nn.Module | None:
+    return StudentView.of(view) if isinstance(view, ViewTable) else view
 
 
 def _average(numbers: Channels | None) -> float:

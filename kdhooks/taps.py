@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import ref
 
 import torch
@@ -228,6 +228,12 @@ def _disarmed() -> Taps:
     return Taps(nn.Identity(), (), "copy")
 
 
+Entrance: TypeAlias = Callable[
+    [tuple[Any, ...], dict[str, Any], Tensor | None], tuple[tuple[Any, ...], dict[str, Any]] | None
+]
+"""Called with the arguments of a forward and their images; returns other arguments, or None."""
+
+
 class StudentTaps:
     """Taps of a model in training, which record each forward that has gradients.
 
@@ -245,6 +251,7 @@ class StudentTaps:
         self.on_enter: Callable[[Tensor], object] | None = None  # called with the images
         self.on_failure: Callable[[], object] | None = None  # called if the forward raises
         self.wrapper: ref[nn.parallel.DistributedDataParallel] | None = None
+        self.view: Entrance | None = None  # what the model sees in place of its arguments
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -256,13 +263,20 @@ class StudentTaps:
         """Whether any tap ever ran in training."""
         return self._taps.fired
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # In a backward, it is activation checkpointing that runs the model again.
         backward = torch._C._current_graph_task_id() != -1
         if self.paused or not self._handles or not model.training or backward:
-            return
+            if backward and self.view is not None and self._handles and model.training:
+                raise KDHooksError(
+                    "the student as a whole ran again in a backward, by activation checkpointing "
+                    "around it, where its view would be another one; checkpoint its blocks instead"
+                )
+            return None
         if not torch.is_grad_enabled():
-            return
+            return None
         if self.waiting:
             self.discard()
             raise KDHooksError(
@@ -281,6 +295,7 @@ class StudentTaps:
                     images = value
         if not tensors:
             images = _images_inside((*args, *kwargs.values()))
+        changed = None if self.view is None else self._viewed(args, kwargs, images)
         if images is not None:
             if self.on_enter is not None and images.is_floating_point():
                 self.on_enter(images)
@@ -289,6 +304,16 @@ class StudentTaps:
             self._note_wrapper()
         self.images, self.inputs = images, tensors
         self._taps.open()
+        return changed
+
+    def _viewed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], images: Tensor | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        view: Any = self.view
+        if torch.compiler.is_compiling():
+            view = torch.compiler.disable(view)  # its step is no constant of the graph
+        changed: tuple[tuple[Any, ...], dict[str, Any]] | None = view(args, kwargs, images)
+        return changed
 
     def _note_wrapper(self) -> None:
         """Of the DistributedDataParallel whose forward this is, if there is one."""
@@ -326,7 +351,7 @@ class StudentTaps:
         self._taps.discard()
 
     def remove(self) -> None:
-        self.on_enter = self.on_failure = None
+        self.on_enter = self.on_failure = self.view = None
         self.discard()
         self._taps.remove()
         for handle in self._handles:

@@ -13,6 +13,7 @@ from kdhooks.copies import IdleCopy
 from kdhooks.errors import KDHooksError, in_one_line, listed
 from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
+from kdhooks.views.entrance import Look
 from kdhooks_integrations.mmengine.checkpoints import readable
 from kdhooks_integrations.mmengine.epochs import length, running_loop
 from kdhooks_integrations.mmengine.forward import Arguments, Forward, mixing_augments
@@ -60,6 +61,7 @@ class Distillation(nn.Module):
         except BaseException:
             self.distiller.remove()
             raise
+        self.distiller.view_by(self._viewed)
         self.distiller.advise(
             "in MMEngine, train_step must call the model itself, in training mode and with "
             "mode='loss', and parse_losses must train the sum of all keys with 'loss' in their "
@@ -104,12 +106,14 @@ class Distillation(nn.Module):
         if not self.ran:
             self._set_first_step()
             self._set_epoch()
-        images = self.forward_of.images(arguments)
+        images = self._given(arguments)
         labels = None
         if self.distiller.labelled:
             labels = self.forward_of.labels(arguments, len(images), first=not self.ran)
             labels = labels.to(images.device)
         seen_by_teacher = self._as_recipe_says(images)
+        if not self.ran:
+            _check_range(seen_by_teacher)
         terms = self.distiller(images, labels, teacher_images=seen_by_teacher)
         self.ran = True
         ours = {f"{TERM}{name}": term for name, term in terms.items()}
@@ -158,9 +162,40 @@ class Distillation(nn.Module):
             images = images * self.scale + self.shift
         if self.bgr:
             images = images.flip(1)
-        if not self.ran:
-            _check_range(images)
         return images
+
+    def _as_student_sees(self, images: Tensor) -> Tensor:
+        """The inverse of `_as_recipe_says`."""
+        if self.bgr:
+            images = images.flip(1)
+        if self.scale is not None and self.shift is not None:
+            images = (images - self.shift) / self.scale
+        return images
+
+    # --- the student's view --------------------------------------------------------------------
+
+    def _viewed(
+        self, look: Look, images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """In mode 'loss' alone, and of images as a recipe has them."""
+        arguments = self.forward_of.named(args, kwargs)
+        if arguments.get("mode") != "loss":
+            return None
+        if self.forward_of.images(arguments) is not images:
+            raise KDHooksError(
+                "mmengine: student_view needs the images in front of all other tensors (b 3 h w) of "
+                f"the student's forward; found tensors {tuple(images.shape)} in front of them; "
+                "change the order of its arguments"
+            )
+        if not self.ran:
+            self._set_first_step()  # the draws depend on it
+        seen = look(self._as_recipe_says(images))
+        return self._as_student_sees(seen).to(images.dtype)
+
+    def _given(self, arguments: Arguments) -> Tensor:
+        """The trainer's images; with a view, the arguments hold the view."""
+        images = None if self.distiller.student_view is None else self.distiller.pending
+        return self.forward_of.images(arguments) if images is None else images
 
     def _run(self, student: nn.Module, images: Tensor) -> None:
         """Mode 'tensor', or 'predict' where there is no such mode."""

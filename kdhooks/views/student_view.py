@@ -1,0 +1,87 @@
+"""The built-in views, each with a probability, in the order in which a camera meets them."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.kinds import OptionError
+from kdhooks.options import Options, option
+from kdhooks.views.blocks import Blocks
+from kdhooks.views.blur import Blur
+from kdhooks.views.draws import Draws
+from kdhooks.views.grey import Grey
+from kdhooks.views.low_resolution import LowResolution
+from kdhooks.views.mask import Mask
+
+
+class ViewTable(Options, subject="student_view"):
+    """What the student sees in training; what is given is applied in the order of this table."""
+
+    mask: Mask | None = option(None, "A mask over nose, mouth and chin.")
+    grey: Grey | None = option(None, "No colour.")
+    blur: Blur | None = option(None, "A Gaussian blur.")
+    low_resolution: LowResolution | None = option(None, "Fewer pixels, then the input size again.")
+    blocks: Blocks | None = option(None, "Compression in blocks, as of JPEG.")
+
+    rules = {"minProperties": 1}  # noqa: RUF012 # a ClassVar in the base
+
+    def check(self) -> None:
+        if not self.parts():
+            raise OptionError(
+                f"must name at least one view ({', '.join(_KINDS)}); found an empty table",
+                subject=type(self).subject,
+            )
+
+    def parts(self) -> dict[str, "Part"]:
+        """Those that are given, by name, in their order."""
+        found = {name: getattr(self, name) for name in _KINDS}
+        return {name: part for name, part in found.items() if part is not None}
+
+
+Part = Mask | Grey | Blur | LowResolution | Blocks
+_KINDS: dict[str, type[Part]] = {
+    "mask": Mask,
+    "grey": Grey,
+    "blur": Blur,
+    "low_resolution": LowResolution,
+    "blocks": Blocks,
+}
+
+
+class StudentView(nn.Module):
+    """Views of faces as cameras see them: masked, grey, blurred, small, compressed.
+
+        view = StudentView(low_resolution={"sizes": [14, 28]}, mask={"p": 0.5})
+
+    Each image is drawn for by itself, and each view has random numbers of its own, so that one
+    more view does not change the draws of the others.
+    """
+
+    def __init__(self, **options: object) -> None:
+        """options: the tables of `[student_view]` in a recipe, by name."""
+        super().__init__()
+        self.table = ViewTable.read(options)
+        self.parts = nn.ModuleDict(
+            {name: part.module() for name, part in self.table.parts().items()}
+        )
+
+    @classmethod
+    def of(cls, table: ViewTable) -> Self:
+        return cls(**table.parts())
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
+        numbers = draws.uniform(sum(kind.numbers for kind in _KINDS.values()))
+        seen = images.to(torch.promote_types(images.dtype, torch.float32))
+        end = 0
+        for name, kind in _KINDS.items():
+            start, end = end, end + kind.numbers
+            if name in self.parts:
+                changed = self.parts[name](seen, numbers[:, start + 1 : end])
+                drawn = numbers[:, start, None, None, None] < self.table.parts()[name].p
+                seen = torch.where(drawn, changed, seen)
+        return seen.to(images.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.table.parts().values()))

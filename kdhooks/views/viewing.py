@@ -1,0 +1,75 @@
+"""Runs a view on a batch, reproducibly, and leaves torch's generators as they were."""
+
+import inspect
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from kdhooks.errors import KDHooksError
+from kdhooks.generators import undisturbed_generators
+from kdhooks.views.draws import Draws
+
+
+class Viewing:
+    """A view (b 3 h w) -> (b 3 h w), run without gradients and outside of autocast.
+
+    The view's forward takes the images, and may take `draws`, of class `Draws`. Without, torch's
+    generators start in each step from a number that follows from seed, step and position.
+    """
+
+    def __init__(self, view: nn.Module, seed: int = 0) -> None:
+        self.view, self.seed = view, seed
+        for name, parameter in view.named_parameters():
+            if parameter.requires_grad:
+                raise KDHooksError(
+                    "student_view must train nothing, since it runs without gradients; found the "
+                    f"trainable parameter '{name}'; call requires_grad_(False) on the view"
+                )
+        self._takes_draws = "draws" in inspect.signature(view.forward).parameters
+
+    def __call__(self, images: Tensor, step: int = 0, first: int = 0) -> Tensor:
+        """first: the position of the first image in the step's batch of all ranks."""
+        if images.ndim != 4 or not images.is_floating_point():
+            raise KDHooksError(
+                "student_view needs floating-point images (b 3 h w), (pixel - 127.5) / 127.5; "
+                f"found {images.dtype} {tuple(images.shape)}; scale the images before the student"
+            )
+        version = None if images.is_inference() else images._version
+        kind = images.device.type
+        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            draws = Draws(self.seed, step, first, images.shape[0], images.device)
+            seen: object = self._run(images, draws)
+        if not isinstance(seen, Tensor) or (seen.shape, seen.dtype) != (images.shape, images.dtype):
+            found = type(seen).__name__
+            if isinstance(seen, Tensor):
+                found = f"{seen.dtype} {tuple(seen.shape)}"
+            raise KDHooksError(
+                "student_view must return images of the shape and dtype that it is given, "
+                f"{images.dtype} {tuple(images.shape)}; found {found}"
+            )
+        if version is not None and version != images._version:
+            raise KDHooksError(
+                "student_view wrote into the trainer's images in place, which the teacher would "
+                "see as well; let it work on a clone"
+            )
+        return seen
+
+    def _run(self, images: Tensor, draws: Draws) -> object:
+        if self._takes_draws:
+            return self.view(images, draws)
+        with undisturbed_generators(draws.generator_seed(), images.device):
+            return self.view(images)
+
+
+def viewed(
+    view: nn.Module, images: Tensor, *, seed: int = 0, step: int = 0, first: int = 0
+) -> Tensor:
+    """(b 3 h w) -> (b 3 h w): the view, always the same for the same numbers.
+
+    seed, step: as in a Distiller, whose student sees `viewed(kd.student_view, images, …)`.
+    first: the number of the first image in its set; an image then has the same view in every batch
+        size.
+    """
+    return Viewing(view, seed)(images, step, first)

@@ -1,0 +1,576 @@
+"""What the student sees in place of the trainer's images, in a loop of one's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from kdhooks import Distiller, KDHooksError, StudentView, Teacher, build, hookimpl, viewed
+from kdhooks.teacher.cache import CacheOptions
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks.views.draws import Draws
+from tests.ranks import Results, here, mine, on_two_ranks
+from tests.small_distiller import Method, distil, student
+
+STEPS = 4
+EVERY: dict[str, Any] = {
+    "mask": {"p": 0.5},
+    "grey": {"p": 0.5},
+    "blur": {"p": 0.5},
+    "low_resolution": {"sizes": [4, 8], "p": 0.7},
+    "blocks": {"p": 0.5},
+}
+
+
+def view() -> StudentView:
+    return StudentView(**EVERY)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    images, labels = tiny_batch()
+    return [(images.roll(step, 3), labels) for step in range(STEPS)]
+
+
+def task(embedding: Tensor) -> Tensor:
+    return embedding.square().mean()
+
+
+def trained(
+    net: nn.Module,
+    kd: Distiller | None,
+    look: Callable[[Tensor, int], Tensor] = lambda images, step: images,
+) -> list[Tensor]:
+    """The parameters after some steps of one loop."""
+    optimizer = SGD([*net.parameters(), *(kd.parameters() if kd else ())], lr=0.1)
+    for step, (images, labels) in enumerate(batches()):
+        loss = task(net(look(images, step)))
+        if kd is not None:
+            loss = sum(kd(images, labels).values(), start=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in net.parameters()]
+
+
+def seen_by(net: nn.Module) -> list[Tensor]:
+    """What the first layer is given, forward by forward."""
+    found: list[Tensor] = []
+    layer: nn.Module = net.layer1  # type: ignore[assignment]
+    layer.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    return found
+
+
+# --- it does no harm -----------------------------------------------------------------------------
+
+
+def test_weight_0_with_a_view_equals_the_plain_run_on_the_viewed_images() -> None:
+    plain, net = student(), student()
+    expected = trained(plain, None, lambda images, step: viewed(view(), images, seed=5, step=step))
+    with distil(Method(weight=0.0), net=net, student_view=view(), seed=5) as kd:
+        assert_close(trained(net, kd), expected, rtol=0, atol=0)
+    other = student()
+    with distil(Method(weight=0.0), net=other, student_view=view(), seed=6) as kd:
+        assert any(
+            not torch.equal(one, two) for one, two in zip(trained(other, kd), expected, strict=True)
+        ), "another seed gives another run"
+
+
+class Random(nn.Module):
+    """A view of somebody else's, with random numbers of torch's global generator."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b 3 h w)."""
+        return images + 0.1 * torch.rand_like(images)
+
+
+@pytest.mark.parametrize("make", [view, Random])
+def test_the_global_generators_are_left_alone(make: Callable[[], nn.Module]) -> None:
+    net, (images, labels) = student(), tiny_batch()
+    before = torch.get_rng_state()
+    with distil(Method(), net=net, student_view=make()) as kd:
+        net(images)
+        kd(images, labels)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_numbers_of_a_foreign_view_follow_from_seed_and_step() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=Random(), seed=3) as kd:
+        seen = seen_by(net)
+        for _ in range(2):
+            net(images)
+            kd(images, labels)
+            torch.rand(5)  # the trainer's own numbers are not the view's
+    assert not torch.equal(seen[0], seen[1])
+    for step, found in enumerate(seen):
+        assert torch.equal(found, viewed(Random(), images, seed=3, step=step))
+
+
+# --- where it is on ------------------------------------------------------------------------------
+
+
+def test_only_forwards_in_training_that_count_are_viewed() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Method(), net=net, student_view=view())
+    seen = seen_by(net)
+    net.eval()(images)
+    net.train()
+    with torch.no_grad():
+        net(images)
+    with kd.paused():
+        net(images)
+    assert all(found is images for found in seen)
+    net(images)
+    assert torch.equal(seen[-1], viewed(view(), images))
+    assert kd.pending is images, "kd and the teacher have the trainer's images"
+    kd(images, labels)
+    kd.remove()
+    net(images)
+    assert seen[-1] is images, "the view ends with the distillation"
+
+
+def test_the_teacher_and_its_cache_see_the_trainers_images(tmp_path: Path) -> None:
+    values = []
+    for cache in (None, CacheOptions(path=tmp_path)):
+        teacher = tiny_teacher()
+        module = teacher.module
+        assert module is not None
+        taught: list[Tensor] = []
+        module.register_forward_pre_hook(lambda module, args, taught=taught: taught.append(args[0]))
+        net, (images, labels) = student(), tiny_batch()
+        kd = distil(
+            Method(), net=net, teacher=Teacher(module, cache=cache), student_view=view(), seed=1
+        )
+        terms = []
+        taught.clear()
+        for _ in range(STEPS):
+            net(images)
+            terms.append(kd(images, labels)["gap"].detach())
+        kd.remove()
+        values.append(torch.stack(terms))
+        assert torch.equal(taught[-1], images)
+        found = kd._session.cache
+        if found is None:
+            assert all(torch.equal(given, images) for given in taught)
+        else:
+            assert found.hits == (STEPS - 1) * len(images), "each step but the first"
+    assert_close(values[1], values[0], rtol=1e-3, atol=1e-3)  # float16 in the cache
+    assert values[0].unique().numel() == STEPS, "the student's view is another one in each step"
+
+
+def test_other_images_than_the_trainers_are_still_refused() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        seen = seen_by(net)
+        net(images)
+        with pytest.raises(KDHooksError, match="must be those of the student's last forward"):
+            kd(seen[0], labels)
+        net(images)
+        images.mul_(0.5)
+        with pytest.raises(KDHooksError, match="written to in place after the student's forward"):
+            kd(images, labels)
+
+
+def test_teacher_images_may_be_given_besides() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        net(images)
+        kd(images, labels, teacher_images=images * 0.9)
+
+
+def test_a_forward_that_is_discarded_takes_no_draws() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        seen = seen_by(net)
+        net(images)
+        kd.discard()
+        net(images)
+        kd(images, labels)
+        net(images)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"images": x}, lambda x: [1, (x,)]])
+def test_images_inside_of_an_argument_are_replaced(wrap: Callable[[Tensor], Any]) -> None:
+    class Wrapped(TinyFaceNet):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch["images"] if isinstance(batch, dict) else batch[1][0])
+
+    net, (images, labels) = Wrapped().train(), tiny_batch()
+    given = wrap(images)
+    run = lambda images: net(wrap(images))  # noqa: E731
+    with distil(Method(), net=net, student_view=view(), run_student=run) as kd:
+        seen = seen_by(net)
+        net(given)
+        kd(images, labels)
+    assert torch.equal(seen[0], viewed(view(), images))
+    assert given == wrap(images) or (given["images"] is images), "the trainer's own is left alone"
+
+
+# --- accumulation, ranks, resumption -------------------------------------------------------------
+
+
+def test_accumulated_batches_are_viewed_as_one_large_batch_is() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        seen = seen_by(net)
+        kd.accumulation = 3
+        for _ in range(2):
+            for part, of_part in zip(images.chunk(3), labels.chunk(3), strict=True):
+                net(part)
+                kd(part, of_part)
+    for step in range(2):
+        together = torch.cat(seen[3 * step : 3 * step + 3])
+        assert_close(together, viewed(view(), images, step=step))
+
+
+def flat() -> nn.Module:
+    """Without statistics of a batch, so that two ranks equal one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(64, 12))
+
+
+PROJECTED: dict[str, Any] = {"name": "fcd", "projector": True}
+
+
+def loop(net: nn.Module, kd: Distiller, optimizer: SGD, steps: range) -> None:
+    for step in steps:
+        images, labels = (mine(part) for part in batches()[step])
+        loss = sum(kd_terms(net, kd, images, labels), start=torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def kd_terms(net: nn.Module, kd: Distiller, images: Tensor, labels: Tensor) -> list[Tensor]:
+    return [task(net(images)), *kd(images, labels).values()]
+
+
+def resumed_and_straight() -> dict[str, Results]:
+    """A straight run of four steps, and one that was killed after two."""
+    _, size = here()
+    found: dict[str, Results] = {}
+    for name, make in (("built-in", view), ("foreign", Random)):
+
+        def started(
+            make: Callable[[], nn.Module] = make,
+        ) -> tuple[nn.Module, nn.Module, Distiller, SGD]:
+            net = flat()
+            kd = Distiller(net, tiny_teacher(), [PROJECTED], input_shape=(3, 32, 32),
+                           student_view=make())  # fmt: skip
+            outside = nn.parallel.DistributedDataParallel(net) if size > 1 else net
+            return net, outside, kd, SGD([*net.parameters(), *kd.parameters()], 0.01, momentum=0.9)
+
+        net, outside, kd, optimizer = started()
+        loop(outside, kd, optimizer, range(2))
+        saved = [x.state_dict() for x in (net, kd, optimizer)]
+        saved = torch.load(_kept(saved))
+        loop(outside, kd, optimizer, range(2, STEPS))
+        straight = {key: value.clone() for key, value in net.state_dict().items()}
+        kd.remove()
+        net, outside, kd, optimizer = started()
+        for part, state in zip((net, kd, optimizer), saved, strict=True):
+            part.load_state_dict(state)
+        loop(outside, kd, optimizer, range(2, STEPS))
+        found[name] = {"straight": straight, "resumed": dict(net.state_dict())}
+        kd.remove()
+    return found
+
+
+def _kept(content: object) -> Any:
+    import io
+
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
+
+
+def test_resume_equals_the_straight_run_and_two_ranks_equal_one(tmp_path: Path) -> None:
+    ranks, one = on_two_ranks(resumed_and_straight, tmp_path), resumed_and_straight()
+    for found in (*ranks, one):
+        for name in ("built-in", "foreign"):
+            assert_close(found[name]["resumed"], found[name]["straight"], rtol=0, atol=0)
+    for found in ranks:
+        assert_close(found["built-in"]["straight"], one["built-in"]["straight"])
+
+
+def views_that_differ() -> dict[str, Results]:
+    rank, _ = here()
+    said = ""
+    try:
+        distil(Method(), student_view=StudentView(mask={"p": 0.5 + 0.1 * rank}))
+    except KDHooksError as error:
+        said = str(error)
+    return {"said": {"text": torch.tensor(list(said.encode()))}}
+
+
+def test_ranks_with_different_views_are_refused(tmp_path: Path) -> None:
+    for found in on_two_ranks(views_that_differ, tmp_path):
+        said = bytes(found["said"]["text"].tolist()).decode()
+        assert "all ranks must declare the same terms" in said
+        assert "only rank 1: a student's view StudentView( Mask(p=0.6)" in said
+
+
+# --- checkpointing and compilation ---------------------------------------------------------------
+
+
+def test_checkpointed_blocks_are_recomputed_on_the_same_view() -> None:
+    class Checkpointed(TinyFaceNet):
+        def forward(self, images: Tensor) -> Tensor:
+            x = images
+            for name in ("layer1", "layer2", "layer3", "layer4"):
+                x = checkpoint(self.get_submodule(name), x, use_reentrant=False)
+            embedding: Tensor = self.features(self.fc(x.flatten(1)))
+            return embedding
+
+    outcomes = []
+    for made in (TinyFaceNet, Checkpointed):
+        torch.manual_seed(0)
+        net = made().train()
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 0.0  # a recomputation would count its statistics twice
+        with distil(Method(), net=net, student_view=view()) as kd:
+            outcomes.append(trained(net, kd))
+    assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)
+
+
+def test_a_checkpoint_around_the_student_is_refused() -> None:
+    """Its recomputation would pass the entrance again."""
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        embedding = checkpoint(net, images, use_reentrant=False)
+        loss = task(embedding) + kd(images, labels)["gap"]
+        with pytest.raises(KDHooksError, match="ran again in a backward, by activation checkpoi"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_student_sees_the_view_of_each_step(backend: str) -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        compiled = torch.compile(net, backend=backend)
+        found = []
+        for _ in range(STEPS):
+            compiled(images)
+            found.append(kd(images, labels)["gap"].detach())
+        compiled.eval()(images)
+    plain = student()
+    with distil(Method(), net=plain, student_view=view()) as kd:
+        expected = []
+        for _ in range(STEPS):
+            plain(images)
+            expected.append(kd(images, labels)["gap"].detach())
+    assert_close(torch.stack(found), torch.stack(expected))
+
+
+# --- where it comes from -------------------------------------------------------------------------
+
+
+class Viewer:
+    """A plugin of somebody else's."""
+
+    def __init__(self, found: object) -> None:
+        self.found = found
+
+    @hookimpl
+    def student_view(self) -> object:
+        return self.found
+
+
+def test_a_method_that_only_returns_a_view_stands_among_the_methods() -> None:
+    net, (images, labels) = student(), tiny_batch()
+    with distil(Method(), Viewer(view()), net=net) as kd:
+        seen = seen_by(net)
+        net(images)
+        assert list(kd(images, labels)) == ["gap"]
+    assert torch.equal(seen[-1], viewed(view(), images))
+    with distil(Viewer(view()), net=net) as kd:
+        net(images)
+        assert kd(images, labels) == {}
+
+
+def test_a_recipe_gives_the_view() -> None:
+    recipe = {
+        "teacher": tiny_teacher().module,
+        "methods": ["fcd"],
+        "input_shape": [3, 32, 32],
+        "seed": 4,
+    }
+    (images, labels) = tiny_batch()
+    for given in (EVERY, view()):
+        net = student()
+        with build({**recipe, "student_view": given}, net) as kd:
+            seen = seen_by(net)
+            net(images)
+            kd(images, labels)
+        assert torch.equal(seen[-1], viewed(view(), images, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "methods", "match"),
+    [
+        ({"student_view": EVERY}, (), "Distiller: student_view must be a module; found {"),
+        ({"student_view": StudentView}, (), "student_view must be a module; found the class Stu"),
+        ({}, (Viewer(3),), "Viewer.student_view must return a module or None; found 3"),
+        ({}, (Viewer(view()), Viewer(None)), "one plugin at most may return the student's view"),
+        (
+            {"student_view": view()},
+            (Viewer(view()),),
+            "the student's view must come from one place; found student_view and Viewer; leave",
+        ),
+        (
+            {"student_view": nn.Conv2d(3, 3, 1)},
+            (),
+            r"must train nothing, .*'weight'; call requires_grad_\(False\) on the view",
+        ),
+        (
+            {"student_view": nn.Flatten()},
+            (),
+            r"the shape and dtype .* \(2, 3, 32, 32\); found torch.float32 \(2, 3072\)",
+        ),
+        (
+            {"student_view": nn.ReLU(inplace=True)},
+            (),
+            "student_view wrote into the trainer's images in place, which the teacher would see",
+        ),
+        (
+            {"student_view": StudentView(low_resolution={"sizes": [14, 64]})},
+            (),
+            "sizes must be at most the shorter side of the images, 32 pixels; found 64; leave it",
+        ),
+    ],
+)
+def test_a_view_that_cannot_work_is_refused_at_the_start(
+    options: dict[str, Any], methods: tuple[object, ...], match: str
+) -> None:
+    net = student()
+    with pytest.raises(KDHooksError, match=match):
+        distil(Method(), *methods, net=net, **options)
+    assert not net._forward_pre_hooks, "nothing is left behind"
+
+
+def test_images_that_cannot_be_viewed_are_refused() -> None:
+    class Pixels(TinyFaceNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images if images.is_floating_point() else images / 127.5 - 1)
+
+    net, (images, _) = Pixels().train(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()):
+        with pytest.raises(KDHooksError, match=r"needs floating-point images .* found torch\.uint8"):
+            net((images * 127.5 + 127.5).to(torch.uint8))
+        net(images)
+
+
+def test_images_out_of_sight_are_refused() -> None:
+    class Batch:
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+    class Named(tuple[Any, ...]):
+        pass
+
+    class Wrapped(TinyFaceNet):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch[0] if isinstance(batch, tuple) else batch.images)
+
+    net, (images, _) = Wrapped().train(), tiny_batch()
+    run = lambda images: net((images,))  # noqa: E731
+    with distil(Method(), net=net, student_view=view(), run_student=run):
+        with pytest.raises(KDHooksError, match="needs images .* among the arguments of the stude"):
+            net(Batch(images))
+        with pytest.raises(KDHooksError, match="found them in another container; take the images"):
+            net(Named((images,)))
+        net((images,))
+
+
+def test_half_precision_and_autocast_do_not_change_the_view() -> None:
+    images, _ = tiny_batch()
+    sharp = StudentView(mask={"p": 0.5}, low_resolution={"sizes": [8]}, blur={"p": 0.5})
+    expected = viewed(sharp, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(viewed(sharp, images), expected)
+    assert_close(viewed(sharp, images.double()), expected.double(), rtol=1e-5, atol=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        low = images.to(dtype)
+        assert torch.equal(viewed(sharp, low), viewed(sharp, low.float()).to(dtype))
+        module = view().to(dtype)
+        assert torch.equal(viewed(module, images), viewed(view(), images)), "of a converted module"
+
+
+# --- the draws -----------------------------------------------------------------------------------
+
+
+def draws(seed: int = 0, step: int = 0, first: int = 0, count: int = 8) -> Draws:
+    return Draws(seed, step, first, count, torch.device("cpu"))
+
+
+def splitmix(state: int) -> int:
+    """One number of the generator, by Python's whole numbers; state: after its increment."""
+    whole = 2**64 - 1
+    z = state & whole
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & whole
+    return z ^ (z >> 31)
+
+
+def test_draws_are_those_of_splitmix64() -> None:
+    assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # its first number for the seed 0
+    found = draws(seed=2**62, step=9, first=10**6, count=3).uniform(5)
+    key = Draws._key(2**62, 9)
+    expected = [
+        [
+            (splitmix(key + ((10**6 + row) * 2**16 + column) * 0x9E3779B97F4A7C15) >> 40) / 2**24
+            for column in range(1, 6)
+        ]
+        for row in range(3)
+    ]
+    assert torch.equal(found, torch.tensor(expected))
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    found = draws(count=4096).uniform(4).double()
+    assert (found >= 0).all() and (found < 1).all()
+    assert_close(found.mean(0), torch.full((4,), 0.5).double(), rtol=0, atol=0.02)
+    assert_close(found.var(0), torch.full((4,), 1 / 12).double(), rtol=0, atol=0.004)
+    assert (torch.corrcoef(found.T) - torch.eye(4)).abs().max() < 0.06
+    assert abs(float(torch.corrcoef(torch.stack([found[1:, 0], found[:-1, 0]]))[0, 1])) < 0.06
+
+
+def test_a_samples_draws_depend_on_its_position_alone() -> None:
+    whole = draws().uniform(3)
+    assert torch.equal(draws(first=4, count=4).uniform(3), whole[4:])
+    assert torch.equal(draws().uniform(7)[:, :3], whole)
+    for other in (draws(seed=1), draws(step=1), draws(first=8)):
+        assert not torch.equal(other.uniform(3), whole)
+    assert draws(first=0).generator_seed() != draws(first=8).generator_seed()
+
+
+@pytest.mark.parametrize("numbers", [0, 2**16 + 1])
+def test_too_many_draws_are_refused(numbers: int) -> None:
+    with pytest.raises(KDHooksError, match=f"1 to 65536 numbers for each sample; found {numbers}"):
+        draws().uniform(numbers)
+
+
+def test_one_more_view_leaves_the_draws_of_the_others() -> None:
+    images = torch.rand(64, 3, 32, 32) * 2 - 1
+    grey = viewed(StudentView(grey={"p": 0.5}), images)
+    both = viewed(StudentView(grey={"p": 0.5}, blur={"p": 0.5, "sigma": [2, 2]}), images)
+
+    def is_grey(x: Tensor) -> Tensor:
+        return (x[:, 0] - x[:, 1]).abs().amax((1, 2)) < 1e-6
+
+    assert torch.equal(is_grey(grey), is_grey(both))
+    assert 20 < int(is_grey(grey).sum()) < 44
+    assert not torch.equal(grey, both)
+
+
