@@ -39,14 +39,30 @@ def read_size(file: IO[bytes], turn: bool = True) -> tuple[int, int]:
         return image.size
 
 
-@contextmanager
-def _opened(file: IO[bytes], turn: bool) -> "Iterator[Image]":
+def encode(pixels: Pixels) -> bytes:
+    """The content of a PNG file."""
+    _check_pillow()
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "png")
+    return content.getvalue()
+
+
+def _check_pillow() -> None:
     try:
-        from PIL import Image, UnidentifiedImageError
+        import PIL.Image  # noqa: F401
     except ModuleNotFoundError as error:
         raise KDHooksError(
-            "pictures can't be decoded without Pillow; pip install pillow"
+            "pictures can't be decoded or written without Pillow; pip install pillow"
         ) from error
+
+
+@contextmanager
+def _opened(file: IO[bytes], turn: bool) -> "Iterator[Image]":
+    _check_pillow()
+    from PIL import Image, UnidentifiedImageError
+
     if not file.read(1):
         raise Unreadable("is empty; fetch it again, or remove it")
     file.seek(0)

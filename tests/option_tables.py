@@ -19,6 +19,7 @@ from kdhooks.options import REQUIRED, opened
 from kdhooks.recipe import Recipe
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.table import TeacherTable
+from kdhooks.views.student_view import KINDS, ViewTable
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
@@ -92,7 +93,7 @@ def pages() -> dict[Path, Sequence[type]]:
     own = {info.name: load(info.name) for info in methods() if info.package.startswith("kdhooks ")}
     return {
         ROOT / "README.md": [Schedule],
-        ROOT / "docs/recipe.md": [Recipe, TeacherTable, CacheOptions],
+        ROOT / "docs/recipe.md": [Recipe, TeacherTable, CacheOptions, ViewTable, *KINDS.values()],
         **{ROOT / "docs/methods" / f"{name}.md": [made] for name, made in own.items()},
     }
 

@@ -11,8 +11,9 @@ from torch import nn
 pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png, write_records
-from kdhooks import EmbeddingTap, KDHooksError, hookimpl
+from kdhooks import EmbeddingTap, KDHooksError, StudentView, hookimpl, viewed
 from kdhooks.cli import main
+from kdhooks.pictures import decode
 from kdhooks_integrations.arcface_torch.commands.cost import held, kept_for_backward
 from kdhooks_integrations.arcface_torch.commands.faces import read_batch
 from kdhooks_integrations.arcface_torch.commands.trial import Trial
@@ -20,8 +21,8 @@ from tests.trainer_folder import CLASSES, imports_undone, write_teacher, write_t
 
 Captured = pytest.CaptureFixture[str]
 CHECKS = (
-    "settings", "recipe", "student", "images", "teacher", "classes", "class order", "taps", "step",
-    "gradients", "cost",
+    "settings", "recipe", "student", "images", "teacher", "classes", "class order", "taps", "view",
+    "step", "gradients", "cost",
 )  # fmt: skip
 TEACHER = '[teacher]\nnetwork = "tiny"\ncheckpoint = "model.pt"\n'
 ROWS = 'classifier = "rows.pt"\n'
@@ -65,7 +66,8 @@ def doctor(
 def test_a_good_recipe_passes(capsys: Captured) -> None:
     found = doctor(capsys, f'methods = ["fcd", "at"]\n{TEACHER}')
     unchecked = {name for name, (status, _) in found.items() if status != "ok"}
-    assert unchecked == {"classes", "class order"}
+    assert unchecked == {"classes", "class order", "view"}
+    assert not Path("student_view.png").exists()
     assert found["settings"][1] == (
         "from the command line: network wide, embedding_size 16; assumed: batch_size 8, "
         "fp16 False, sample_rate 1.0, margin_list (1.0, 0.5, 0.0), "
@@ -90,7 +92,7 @@ def test_the_class_order_is_checked_on_the_data_of_the_training(
     recipe = f'methods = ["proxylesskd"]\n{TEACHER}{ROWS}'
     options = (*STUDENT, "--data", data, "--batch-size", "24", "--num-classes", str(CLASSES))
     found = doctor(capsys, recipe, *options)
-    assert {status for status, _ in found.values()} == {"ok"}
+    assert [name for name, (status, _) in found.items() if status != "ok"] == ["view"]
     assert found["classes"][1] == "6 of the teacher, of width 16, as many as in the training"
     assert found["images"][1] == f"24 of {data}, of {CLASSES} people"
     assert found["class order"][1] == "24 of 24 images are nearest to their own class"
@@ -114,6 +116,36 @@ def test_without_data_the_class_order_is_said_to_be_open(capsys: Captured) -> No
         "give --config or --num-classes of the training to compare them"
     )
     assert found["step"][0] == "ok"
+
+
+@pytest.mark.parametrize("options", [(), ("--picture", "both.png")])
+def test_a_view_is_shown_beside_what_the_teacher_sees(
+    options: tuple[str, ...], capsys: Captured
+) -> None:
+    view = "seed = 3\n[student_view]\nlow_resolution = { sizes = [14] }\nmask = { p = 1.0 }\n"
+    recipe = f'methods = ["fcd"]\n{view}{TEACHER}'
+    found = doctor(capsys, recipe, *STUDENT, "--data", "folders", "--batch-size", "6", *options)
+    file = Path(options[-1] if options else "student_view.png")
+    assert found["view"][0] == "ok"
+    assert found["view"][1].startswith(f"'{file}' shows above what the teacher sees and below wha")
+    assert "the view changes 6 of 6 images, by " in found["view"][1]
+    pixels = torch.from_numpy(decode(file.read_bytes())).permute(2, 0, 1)
+    assert pixels.shape == (3, 224, 672)
+    images, _, _ = read_batch("folders", 6, None, SHAPE)
+    table = {"low_resolution": {"sizes": [14]}, "mask": {"p": 1.0}}
+    seen = viewed(StudentView(**table), images, seed=3)
+    for row, side in ((0, images), (112, seen)):
+        shown = pixels[:, row : row + 112].unflatten(2, (6, 112)).permute(2, 0, 1, 3)
+        expected = (side * 127.5 + 127.5).clamp(0, 255)
+        assert (shown.float() - expected).abs().max() <= 0.51
+    file.unlink()
+
+
+def test_a_picture_that_cannot_be_written_is_a_fault(capsys: Captured) -> None:
+    recipe = f'methods = ["fcd"]\n[student_view]\ngrey = {{}}\n{TEACHER}'
+    found = doctor(capsys, recipe, *STUDENT, "--picture", "absent/a.png", status=1)
+    said = "--picture 'absent/a.png' can't be written: No such file or directory; name another file"
+    assert found["view"] == ("FAULT", said)
 
 
 class NoGradient:

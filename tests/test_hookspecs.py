@@ -139,6 +139,31 @@ def test_hook_model_stages() -> None:
     assert [[stage.path for stage in stages] for stages in seen] == [["layer1", "layer3"]] * 2
 
 
+def test_hook_student_view() -> None:
+    class Mirrored(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            """(b 3 h w) -> (b 3 h w)."""
+            return images.flip(3)
+
+    seen = []
+
+    class Method:
+        @hookimpl
+        def student_view(self) -> nn.Module:
+            return Mirrored()
+
+        @hookimpl
+        def embedding_tap(self) -> EmbeddingTap:
+            return EmbeddingTap("gap", Gap())
+
+    student, (images, labels) = TinyFaceNet().train(), tiny_batch()
+    with Distiller(student, tiny_teacher(), [Method()], input_shape=(3, 32, 32)) as kd:
+        student.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        student(images)
+        kd(images, labels)
+    assert torch.equal(seen[0], images.flip(3))
+
+
 def test_every_hook_has_its_test() -> None:
     hooks = {f"test_hook_{name}" for name in vars(Specs) if not name.startswith("_")}
     assert hooks == {name for name in globals() if name.startswith("test_hook_")}

@@ -43,7 +43,8 @@ FOR_PLUGINS = {
     *(f"classes.{name}" for name in CLASSES),
 }
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
-    "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks_plugins",
+    "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks.views",
+    "kdhooks_plugins",
     "kdhooks_integrations",
 }  # fmt: skip
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")

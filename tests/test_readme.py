@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks import Distiller, build, methods
+from kdhooks import Distiller, StudentView, build, methods
 from kdhooks.cli import main
 from kdhooks.discovery import create, load
 from kdhooks.hookspecs import Specs
@@ -270,6 +270,13 @@ def test_block_teacher_cache(folder: Path) -> None:
     cache = kd._session.cache
     assert cache is not None
     assert (cache.folder, cache.hits) == (Path("teacher/cache"), CLASSES)
+
+
+def test_block_student_view(folder: Path) -> None:
+    (folder / "kd.toml").write_text(BLOCKS["student-view"][1])
+    kd = build("kd.toml", Network().train(), network=lambda name, state: get_model(name))
+    assert isinstance(kd.student_view, StudentView)
+    assert list(kd.student_view.parts) == ["mask", "low_resolution"]
 
 
 def test_block_class_means(onnx_file: Path) -> None:

@@ -25,6 +25,8 @@ GOOD = [
     'methods = [{ name = "cakd", urfm = { centres = 4 }, positions = { anchor = [3.0, 4] } }]',
     'methods = ["at"]\ninput_shape = [3, 64, 64]\n[taps]\nstudent.stages = ["a", "b"]',
     'methods = [{ name = "coupleface", max_neighbour_sim = 0.7, neighbours = "mined" }]',
+    'methods = ["fcd"]\nstudent_view = { mask = {}, low_resolution = { sizes = [14], p = 1 } }',
+    'methods = ["fcd"]\nstudent_view.blur = { sigma = [1, 2.5] }\nstudent_view.grey.p = 0.5',
 ]
 BAD = [
     "methods = []",
@@ -44,6 +46,12 @@ BAD = [
     'methods = ["fcd"]\nseed = -1',
     'methods = ["fcd"]\ninput_shape = [3, 0, 112]',
     'methods = ["fcd"]\nmetods = []',
+    'methods = ["fcd"]\nstudent_view = {}',
+    'methods = ["fcd"]\nstudent_view = "mask"',
+    'methods = ["fcd"]\nstudent_view.masks = {}',
+    'methods = ["fcd"]\nstudent_view.mask.p = 1.5',
+    'methods = ["fcd"]\nstudent_view.blur.sigma = [1, 2, 3]',
+    'methods = ["fcd"]\nstudent_view.low_resolution.up = "area"',
     'methods = ["at"]\n[taps]\nstudent.stages = "layer3"',
 ]
 

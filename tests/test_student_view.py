@@ -276,8 +276,9 @@ def resumed_and_straight() -> dict[str, Results]:
         straight = {key: value.clone() for key, value in net.state_dict().items()}
         kd.remove()
         net, outside, kd, optimizer = started()
-        for part, state in zip((net, kd, optimizer), saved, strict=True):
-            part.load_state_dict(state)
+        net.load_state_dict(saved[0])
+        kd.load_state_dict(saved[1])
+        optimizer.load_state_dict(saved[2])
         loop(outside, kd, optimizer, range(2, STEPS))
         found[name] = {"straight": straight, "resumed": dict(net.state_dict())}
         kd.remove()
@@ -358,7 +359,7 @@ def test_a_checkpoint_around_the_student_is_refused() -> None:
 def test_a_compiled_student_sees_the_view_of_each_step(backend: str) -> None:
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), net=net, student_view=view()) as kd:
-        compiled = torch.compile(net, backend=backend)
+        compiled: Any = torch.compile(net, backend=backend)
         found = []
         for _ in range(STEPS):
             compiled(images)
@@ -466,7 +467,9 @@ def test_images_that_cannot_be_viewed_are_refused() -> None:
 
     net, (images, _) = Pixels().train(), tiny_batch()
     with distil(Method(), net=net, student_view=view()):
-        with pytest.raises(KDHooksError, match=r"needs floating-point images .* found torch\.uint8"):
+        with pytest.raises(
+            KDHooksError, match=r"needs floating-point images .* found torch\.uint8"
+        ):
             net((images * 127.5 + 127.5).to(torch.uint8))
         net(images)
 
@@ -486,7 +489,7 @@ def test_images_out_of_sight_are_refused() -> None:
     net, (images, _) = Wrapped().train(), tiny_batch()
     run = lambda images: net((images,))  # noqa: E731
     with distil(Method(), net=net, student_view=view(), run_student=run):
-        with pytest.raises(KDHooksError, match="needs images .* among the arguments of the stude"):
+        with pytest.raises(KDHooksError, match=r"needs images .* among the arguments of the stud"):
             net(Batch(images))
         with pytest.raises(KDHooksError, match="found them in another container; take the images"):
             net(Named((images,)))
@@ -539,7 +542,8 @@ def test_draws_are_those_of_splitmix64() -> None:
 
 def test_draws_are_uniform_and_independent() -> None:
     found = draws(count=4096).uniform(4).double()
-    assert (found >= 0).all() and (found < 1).all()
+    assert (found >= 0).all()
+    assert (found < 1).all()
     assert_close(found.mean(0), torch.full((4,), 0.5).double(), rtol=0, atol=0.02)
     assert_close(found.var(0), torch.full((4,), 1 / 12).double(), rtol=0, atol=0.004)
     assert (torch.corrcoef(found.T) - torch.eye(4)).abs().max() < 0.06
@@ -572,5 +576,3 @@ def test_one_more_view_leaves_the_draws_of_the_others() -> None:
     assert torch.equal(is_grey(grey), is_grey(both))
     assert 20 < int(is_grey(grey).sum()) < 44
     assert not torch.equal(grey, both)
-
-

@@ -70,15 +70,17 @@ class Compress(nn.Module):
     def _steps(self, quality: Tensor) -> Tensor:
         """(b) -> (b 3 1 1 8 8): the quantisation tables, scaled as libjpeg does."""
         scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
-        steps = (self.tables * scale[:, None, None, None] + 50).div(100).floor().clamp(1, 255)
-        return steps[:, :, None, None]
+        scaled = (self.tables * scale[:, None, None, None] + 50).div(100).floor()
+        steps: Tensor = scaled.clamp(1, 255)[:, :, None, None]
+        return steps
 
 
 def _cosines(like: Tensor) -> Tensor:
     """(8 8), orthonormal; row i is the cosine of frequency i."""
     place = torch.arange(_SIDE, dtype=like.dtype, device=like.device)
     cosines = torch.cos((2 * place + 1) * place[:, None] * (math.pi / (2 * _SIDE)))
-    return cosines * torch.where(place == 0, math.sqrt(1 / _SIDE), math.sqrt(2 / _SIDE))[:, None]
+    squares = (2 - (place == 0).to(like.dtype)) / _SIDE  # of the lengths
+    return cosines * squares.sqrt()[:, None]
 
 
 def _split(images: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Entrance(NotCopied):
 
     def described(self) -> str:
         """One line that is the same on every rank with the same view."""
-        return f"a student's view {' '.join(repr(self._viewing.view).split())}, seed {self._viewing.seed}"
+        view = " ".join(repr(self._viewing.view).split())
+        return f"a student's view {view}, seed {self._viewing.seed}"
 
     def _look(self, count: int, images: Tensor) -> Tensor:
         batches, accumulation = self._clock()

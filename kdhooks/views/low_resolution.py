@@ -66,7 +66,9 @@ class Resample(nn.Module):
         found = []
         for size in self.sizes:
             small = max(1, round(length * size / shorter))
-            few = F.interpolate(unit, (small, length), mode=self.down, antialias=self.down != "area")
+            few = F.interpolate(
+                unit, (small, length), mode=self.down, antialias=self.down != "area"
+            )
             found.append(
                 F.interpolate(
                     few, (length, length), mode=self.up, align_corners=False if smooth else None

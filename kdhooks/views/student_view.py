@@ -1,6 +1,7 @@
 """The built-in views, each with a probability, in the order in which a camera meets them."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +25,23 @@ class ViewTable(Options, subject="student_view"):
     low_resolution: LowResolution | None = option(None, "Fewer pixels, then the input size again.")
     blocks: Blocks | None = option(None, "Compression in blocks, as of JPEG.")
 
-    rules = {"minProperties": 1}  # noqa: RUF012 # a ClassVar in the base
+    rules: ClassVar[Mapping[str, Any]] = {"minProperties": 1}
 
     def check(self) -> None:
         if not self.parts():
             raise OptionError(
-                f"must name at least one view ({', '.join(_KINDS)}); found an empty table",
+                f"must name at least one view ({', '.join(KINDS)}); found an empty table",
                 subject=type(self).subject,
             )
 
     def parts(self) -> dict[str, "Part"]:
         """Those that are given, by name, in their order."""
-        found = {name: getattr(self, name) for name in _KINDS}
+        found = {name: getattr(self, name) for name in KINDS}
         return {name: part for name, part in found.items() if part is not None}
 
 
 Part = Mask | Grey | Blur | LowResolution | Blocks
-_KINDS: dict[str, type[Part]] = {
+KINDS: dict[str, type[Part]] = {
     "mask": Mask,
     "grey": Grey,
     "blur": Blur,
@@ -72,10 +73,10 @@ class StudentView(nn.Module):
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
-        numbers = draws.uniform(sum(kind.numbers for kind in _KINDS.values()))
+        numbers = draws.uniform(sum(kind.numbers for kind in KINDS.values()))
         seen = images.to(torch.promote_types(images.dtype, torch.float32))
         end = 0
-        for name, kind in _KINDS.items():
+        for name, kind in KINDS.items():
             start, end = end, end + kind.numbers
             if name in self.parts:
                 changed = self.parts[name](seen, numbers[:, start + 1 : end])

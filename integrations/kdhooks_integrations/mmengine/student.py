@@ -183,9 +183,9 @@ class Distillation(nn.Module):
             return None
         if self.forward_of.images(arguments) is not images:
             raise KDHooksError(
-                "mmengine: student_view needs the images in front of all other tensors (b 3 h w) of "
-                f"the student's forward; found tensors {tuple(images.shape)} in front of them; "
-                "change the order of its arguments"
+                "mmengine: student_view needs the images in front of all other tensors (b 3 h w) "
+                f"among the arguments of the student's forward; found {tuple(images.shape)} in "
+                "front of them; change the order of the arguments"
             )
         if not self.ran:
             self._set_first_step()  # the draws depend on it

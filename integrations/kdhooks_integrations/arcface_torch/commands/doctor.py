@@ -88,7 +88,9 @@ def _examination(options: argparse.Namespace) -> Examination:
         written, recipes = read_config(options.config, options.trainer)
     given = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
     settings = settle(written, options.config, given)
-    return Examination(settings, recipes, options.recipe, options.data, options.device)
+    return Examination(
+        settings, recipes, options.recipe, options.data, options.device, options.picture
+    )
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
@@ -160,6 +162,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder that the trainer trains on, config.rec, which the order of the classes is "
         "checked with (default: made-up faces)",
+    )
+    add(
+        "--picture",
+        type=path,
+        default="student_view.png",
+        metavar="FILE",
+        help="PNG file that shows what teacher and student see, if the recipe has a student_view "
+        "(default: student_view.png in the working directory)",
     )
     add_trainer(parser)
     add_device(parser)

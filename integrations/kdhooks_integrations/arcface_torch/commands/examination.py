@@ -1,6 +1,7 @@
 """The checks of `kdhooks doctor`, in the order in which one needs the other."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from kdhooks.first_step import check_class_order, check_teacher
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.views.viewing import viewed
 from kdhooks_integrations.arcface_torch import attach
 from kdhooks_integrations.arcface_torch.commands import networks
 from kdhooks_integrations.arcface_torch.commands.cost import held, measure
 from kdhooks_integrations.arcface_torch.commands.faces import made_up, read_batch
 from kdhooks_integrations.arcface_torch.commands.settings import Settings
+from kdhooks_integrations.arcface_torch.commands.sides import write_sides
 from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
@@ -54,10 +57,14 @@ class Examination:
         recipe: Path,
         data: str | None,
         device: torch.device,
+        picture: Path,
     ) -> None:
-        """installs: recipes that the config itself names."""
+        """
+        installs: recipes that the config itself names.
+        picture: a file for what teacher and student see.
+        """
         self.settings, self.installs = settings, installs
-        self.path, self.data, self.device = recipe, data, device
+        self.path, self.data, self.device, self.picture = recipe, data, device, picture
         sources = settings.sources
         self.facts: dict[str, Any] = {  # for a report in JSON
             "settings": {
@@ -78,6 +85,7 @@ class Examination:
             ("classes", self.compare_classes),
             ("class order", self.compare_order),
             ("taps", self.attach),
+            ("view", self.show_view),
             ("step", self.take_step),
             ("gradients", self.compare_gradients),
             ("cost", self.weigh),
@@ -198,6 +206,16 @@ class Examination:
         if not head.weight.requires_grad:
             taps.append("the head holds the teacher's rows, frozen")
         return "; ".join(taps)
+
+    def show_view(self) -> str:
+        view = self.trial.attachment.distiller.student_view
+        if view is None:
+            raise Unchecked("the student sees the trainer's images, as the teacher does")
+        if find_spec("PIL") is None:
+            raise Unchecked("the picture needs Pillow; pip install pillow")
+        return write_sides(
+            self.picture, self.images, viewed(view, self.images, seed=self.recipe.seed)
+        )
 
     def take_step(self) -> str:
         loss = self.trial.step()
