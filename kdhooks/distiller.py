@@ -431,7 +431,7 @@ class Distiller(nn.Module):
         """The student's view, tried on images (b 3 h w) like the trainer's."""
         if self.student_view is None:
             return None
-        viewing = Viewing(self.student_view.to(images.device), seed)
+        viewing = Viewing(self.student_view, seed)
         viewing(images)
         return Entrance(viewing, lambda: (self.step, self.accumulation))
 

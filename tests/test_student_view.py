@@ -474,6 +474,15 @@ def test_images_that_cannot_be_viewed_are_refused() -> None:
         net(images)
 
 
+def test_images_that_need_a_gradient_are_refused() -> None:
+    net, (images, _) = student(), tiny_batch()
+    with distil(Method(), net=net, student_view=view()) as kd:
+        with pytest.raises(KDHooksError, match="runs without gradients, and the images require"):
+            net(images.clone().requires_grad_())
+        with kd.paused():
+            net(images.clone().requires_grad_())
+
+
 def test_images_out_of_sight_are_refused() -> None:
     class Batch:
         def __init__(self, images: Tensor) -> None:

@@ -47,6 +47,7 @@ def test_low_resolution_is_torchs_interpolation_of_each_image(down: Any, up: Any
         smooth = {} if up == "nearest" else {"align_corners": False}
         again = F.interpolate(small, (112, 112), mode=up, **smooth)
         assert_close(one[None], again.clamp(-1, 1), rtol=0, atol=1e-12)
+    assert found.abs().max() <= 1
 
 
 def test_the_shorter_side_has_the_size_and_the_other_its_proportion() -> None:

@@ -79,7 +79,7 @@ def _cosines(like: Tensor) -> Tensor:
     """(8 8), orthonormal; row i is the cosine of frequency i."""
     place = torch.arange(_SIDE, dtype=like.dtype, device=like.device)
     cosines = torch.cos((2 * place + 1) * place[:, None] * (math.pi / (2 * _SIDE)))
-    squares = (2 - (place == 0).to(like.dtype)) / _SIDE  # of the lengths
+    squares: Tensor = (2 - (place == 0).to(like.dtype)) / _SIDE  # of the lengths
     return cosines * squares.sqrt()[:, None]
 
 

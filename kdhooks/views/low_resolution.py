@@ -57,7 +57,9 @@ class Resample(nn.Module):
         rows = self._matrices(h, min(h, w), images)
         columns = rows if w == h else self._matrices(w, min(h, w), images)
         rows, columns = rows[which, None], columns[which, None]
-        return (rows @ images @ columns.mT).clamp(-1, 1)  # bicubic exceeds the range
+        changed = rows @ images @ columns.mT
+        overshoots = "bicubic" in (self.down, self.up)
+        return changed.clamp(-1, 1) if overshoots else changed
 
     def _matrices(self, length: int, shorter: int, like: Tensor) -> Tensor:
         """(n l l), one for each size: torch's own resampling of the unit vectors."""

@@ -73,14 +73,15 @@ class StudentView(nn.Module):
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
+        parts = self.table.parts()
         numbers = draws.uniform(sum(kind.numbers for kind in KINDS.values()))
         seen = images.to(torch.promote_types(images.dtype, torch.float32))
         end = 0
         for name, kind in KINDS.items():
             start, end = end, end + kind.numbers
-            if name in self.parts:
+            if name in parts:
                 changed = self.parts[name](seen, numbers[:, start + 1 : end])
-                drawn = numbers[:, start, None, None, None] < self.table.parts()[name].p
+                drawn = numbers[:, start, None, None, None] < parts[name].p
                 seen = torch.where(drawn, changed, seen)
         return seen.to(images.dtype)
 

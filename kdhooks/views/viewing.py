@@ -26,6 +26,7 @@ class Viewing:
                     "student_view must train nothing, since it runs without gradients; found the "
                     f"trainable parameter '{name}'; call requires_grad_(False) on the view"
                 )
+        self._device: torch.device | None = None  # where the view is
         self._takes_draws = "draws" in inspect.signature(view.forward).parameters
 
     def __call__(self, images: Tensor, step: int = 0, first: int = 0) -> Tensor:
@@ -35,6 +36,14 @@ class Viewing:
                 "student_view needs floating-point images (b 3 h w), (pixel - 127.5) / 127.5; "
                 f"found {images.dtype} {tuple(images.shape)}; scale the images before the student"
             )
+        if images.requires_grad:
+            raise KDHooksError(
+                "student_view runs without gradients, and the images require one; give the student "
+                "images.detach(), or run this forward inside `with kd.paused():`"
+            )
+        if self._device != images.device:
+            self._device = images.device
+            self.view.to(images.device)
         version = None if images.is_inference() else images._version
         kind = images.device.type
         autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
