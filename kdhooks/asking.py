@@ -14,6 +14,7 @@ from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
 from kdhooks.kinds import shown
+from kdhooks.points import Points
 from kdhooks.stages import Stage
 from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.session import TeacherSession
@@ -72,11 +73,11 @@ class Declarations:
     def _hooks_of(self, plugin: object) -> list[str]:
         return [caller.name for caller in self._manager.get_hookcallers(plugin) or ()]
 
-    def stages(self, model: nn.Module | None, paths: Sequence[str] | None) -> tuple[str, ...]:
-        """The paths given, or what a plugin knows of this backbone."""
-        if paths is None and model is not None:
-            paths = self._manager.hook.model_stages(model=model)
-        return tuple(paths or ())
+    def points(self, model: nn.Module | None, embedding: str) -> Points | None:
+        """The names of a model's submodules, by what a plugin knows of this backbone."""
+        if model is None:
+            return None
+        return Points.of(model, self._manager.hook.model_stages(model=model), embedding)
 
     def taps(self, student: Model, teacher: Model, head: ClassShard | None) -> tuple[Tap, ...]:
         """Every method's taps, in the order of the methods, checked against both models."""
@@ -85,7 +86,7 @@ class Declarations:
             declared = self._declared_by(method, student, teacher)
             if not declared and not {"adapt_teacher", "student_view"} & {*self._hooks_of(method)}:
                 raise KDHooksError(f"{type(method).__name__} declares nothing for these models")
-            taps.extend(declared)
+            taps.extend(tap.resolved(student, teacher) for tap in declared)
         names = [tap.name for tap in taps]
         for name in names:
             if names.count(name) > 1:
@@ -147,6 +148,13 @@ class Declarations:
         return found
 
 
+def chosen_stages(points: Points | None, paths: Sequence[str] | None, side: str) -> tuple[str, ...]:
+    """Of the paths, names and patterns given, or those that are known of this backbone."""
+    if points is None:
+        return tuple(paths or ())
+    return points.stages if paths is None else points.several(paths, side)
+
+
 @contextmanager
 def _runs(side: str, images: Tensor) -> Iterator[None]:
     """Name the model and the setting if the first forward raises an error of torch's."""
@@ -168,6 +176,7 @@ def probe_student(
     stages: Sequence[str],
     images: Tensor,
     run: Callable[[Tensor], object] | None = None,
+    points: Points | None = None,
 ) -> Model:
     """Forwards in eval mode without grad, which leave no trace in the module."""
 
@@ -187,10 +196,12 @@ def probe_student(
             f"student embedding '{embedding or 'output'}' must be (b d); found shape "
             f"{tuple(found.shape)}; name the submodule that puts it out as taps.student.embedding"
         )
-    return Model(module, found.shape[1], probed, probe=_prober(module, observe))
+    return Model(module, found.shape[1], probed, probe=_prober(module, observe), points=points)
 
 
-def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Model:
+def probe_teacher(
+    teacher: Teacher, stages: Sequence[str], images: Tensor, points: Points | None = None
+) -> Model:
     """In a session of its own."""
 
     def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
@@ -212,7 +223,8 @@ def probe_teacher(teacher: Teacher, stages: Sequence[str], images: Tensor) -> Mo
             f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "
             "they are of different networks"
         )
-    return Model(teacher.module, dim, probed, rows, probe=_prober(teacher.module, observe))
+    prober = _prober(teacher.module, observe)
+    return Model(teacher.module, dim, probed, rows, probe=prober, points=points)
 
 
 def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:

@@ -8,7 +8,7 @@ A new kind of tap is therefore one class here.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import ClassVar, TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, gather
 from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.points import Points
 from kdhooks.schedules import Scheduled
 from kdhooks.stages import Stage
 from kdhooks.taps import find
@@ -35,12 +36,22 @@ class Model:
     classifier: Rows | None = None  # the teacher's rows (c e); None on the student's side
     probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
     probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
+    points: Points | None = field(default=None, repr=False, compare=False)
+
+    def path(self, name: str, owner: str) -> str:
+        """The one submodule that a path, a name such as `stage3`, or a pattern stands for."""
+        return name if self.points is None else self.points.one(name, owner)
+
+    def paths(self, names: Sequence[str], owner: str) -> tuple[str, ...]:
+        """All submodules that paths, names and patterns such as `blocks.*` stand for."""
+        return tuple(names) if self.points is None else self.points.several(names, owner)
 
     def stage(self, path: str, owner: str) -> Stage:
         """The output of any submodule, which a forward probes unless it is one of the stages.
 
-        owner: for errors, such as "fitnet: student".
+        path: or a name, as for `path`. owner: for errors, such as "fitnet: student".
         """
+        path = self.path(path, owner)
         for stage in (*self.stages, *self.probed.values()):
             if stage.path == path:
                 return stage
@@ -116,6 +127,10 @@ class Tap:
         """The arguments that the loss is called with."""
         raise AssertionError("a tap is of one of the kinds below")
 
+    def resolved(self, student: Model, teacher: Model) -> "Tap":
+        """The same tap with the paths of submodules in place of their names."""
+        return self
+
     def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
         """Refuse models that this tap does not fit. head: the student's own classifier."""
 
@@ -163,7 +178,8 @@ class EmbeddingTap(Tap):
 class FeatureTap(Tap):
     """loss(student [(b k h w)], teacher [(b k h w)], labels (b)), one entry a path.
 
-    student, teacher: paths of submodules; `path@2` is the output of a submodule's second call.
+    student, teacher: a path or a name of one submodule each; `path@2` is the output of its second
+        call, and `path:in` its input.
     """
 
     student: tuple[str, ...] = field(kw_only=True)
@@ -183,6 +199,13 @@ class FeatureTap(Tap):
         ours = [step.student_features[path] for path in self.student]
         theirs = [step.teacher_features[path] for path in self.teacher]
         return ours, theirs, step.labels
+
+    def resolved(self, student: Model, teacher: Model) -> Tap:
+        ours = tuple(student.path(path, f"{self.name}: student") for path in self.student)
+        theirs = tuple(teacher.path(path, f"{self.name}: teacher") for path in self.teacher)
+        if (ours, theirs) == (tuple(self.student), tuple(self.teacher)):
+            return self
+        return replace(self, student=ours, teacher=theirs)
 
     def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
         sides = (

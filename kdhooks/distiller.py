@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdhooks.asking import Declarations, probe_student, probe_teacher
+from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teacher
 from kdhooks.classes.shards import ClassShard, world
 from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
@@ -150,9 +150,12 @@ class Distiller(nn.Module):
             asked = Declarations(methods, plugins)
             self.student_view = asked.student_view(student_view)
             self._entrance = self._entrance_for(images, seed)
-            stages = asked.stages(student, student_stages)
-            ours = probe_student(student, student_embedding, stages, images, run_student)
-            theirs = probe_teacher(teacher, asked.stages(teacher.module, teacher_stages), images)
+            points = asked.points(student, student_embedding)
+            stages = chosen_stages(points, student_stages, "student")
+            ours = probe_student(student, student_embedding, stages, images, run_student, points)
+            points = asked.points(teacher.module, teacher.embedding)
+            stages = chosen_stages(points, teacher_stages, "teacher")
+            theirs = probe_teacher(teacher, stages, images, points)
             self.taps = asked.taps(ours, theirs, head)
             self.adapter = asked.teacher_adapter(theirs)
         tapped = {path for tap in self.taps for path in tap.student_paths}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import ref
 
 import torch
@@ -16,6 +16,7 @@ from kdhooks.errors import KDHooksError, listed, near_miss
 HALF = (torch.float16, torch.bfloat16)
 # The children of DDP, DataParallel, torch.compile and Fabric that hold the model itself.
 _WRAPPERS = ("module", "_orig_mod", "_original_module", "_forward_module")
+_SUFFIX = re.compile(r"(.*)(:in|\[-?\d+\]|@[^@:\[]*)")
 
 
 class Removable(Protocol):
@@ -41,51 +42,70 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
     """The submodule at a path, whatever wrappers stand in front of it or in between.
 
-    `path@2` and `path[-1]` name the same submodule as `path`.
+    `path@2`, `path[-1]` and `path:in` name the same submodule as `path`.
     """
-    path, *_ = split_path(path, side)
+    path = split_path(path, side).name
     if path == "":
         return model
-    known: dict[str, nn.Module] = {
-        _without_wrappers(name): module for name, module in model.named_modules() if name
-    }
-    module = known.get(_without_wrappers(path))
+    known = submodules(model)
+    module = known.get(without_wrappers(path))
     if module is None:
-        children = [_without_wrappers(name) for name, _ in model.named_children()]
         raise KDHooksError(
             f"{side} has no submodule '{path}'; {near_miss(path, known)}"
-            f"its children are: {listed(children)}"
+            f"its children are: {listed(children_of(model))}"
         )
     return module
 
 
-def split_path(path: str, side: str) -> tuple[str, int | None, int]:
-    """`path[-1]@2` -> ("path", -1, 2): the last of the outputs of the submodule's second call.
+def submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """All but the model itself, by their paths without wrappers."""
+    return {without_wrappers(name): module for name, module in model.named_modules() if name}
 
-    Without [], all that it puts out; without @, call 0.
-    """
-    path, at, call = path.partition("@")
-    if at and not (call.isdecimal() and int(call) > 0):
+
+def children_of(model: nn.Module) -> list[str]:
+    """Their names without wrappers."""
+    return [without_wrappers(name) for name, _ in model.named_children()]
+
+
+class TapPath(NamedTuple):
+    """`path:in[-1]@2`, taken apart: the last of the inputs of the submodule's second call."""
+
+    name: str  # of the submodule; "" is the model itself
+    place: int | None = None  # in []; without it, the one tensor
+    call: int = 0  # behind @; without it, 0
+    inner: bool = False  # whether `:in` asks for the input, not for the output
+
+
+def split_path(path: str, side: str) -> TapPath:
+    """`:in`, [n] and @n may stand in any order, each of them once."""
+    found: dict[str, str] = {}
+    name = path
+    while (match := _SUFFIX.fullmatch(name)) and match[2][0] not in found:
+        name = match[1]
+        found[match[2][0]] = match[2][1:].removesuffix("]")
+    call = found.get("@")
+    if call is not None and not (call.isdecimal() and int(call) > 0):
+        raise KDHooksError(f"{side} tap '{path}' must name a call by its number, as in '{name}@2'")
+    if ":" in found and not name:
         raise KDHooksError(
-            f"{side} tap '{path}@{call}' must name a call by its number, as in '{path}@2'"
+            f"{side} tap '{path}' must name a submodule in front of ':in', since the input of the "
+            "whole network is the images"
         )
-    numbered = re.fullmatch(r"(.*)\[(-?\d+)\]", path)
-    if numbered is None:
-        return path, None, int(call or 0)
-    return numbered[1], int(numbered[2]), int(call or 0)
+    place = int(found["["]) if "[" in found else None
+    return TapPath(name, place, int(call or 0), ":" in found)
 
 
-def _without_wrappers(path: str) -> str:
+def without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or path
 
 
 class Taps:
-    """Keeps the outputs of named modules between `open` and `close`, until they are taken."""
+    """Keeps outputs and inputs of named modules between `open` and `close`, until taken."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
         """
-        paths: `path@2` names a call of a module that runs several times in one forward, and
-            `path[-1]` one of several tensors that it puts out.
+        paths: `path@2` names a call of a module that runs several times in one forward, `path[-1]`
+            one of several tensors that it puts out, and `path:in` its input.
         """
         self._side = side
         self.recording = False
@@ -95,10 +115,14 @@ class Taps:
         found = [(path, find(model, path, side)) for path in self._paths]
         self._none_called = dict.fromkeys(self._paths, 0)
         self._calls = dict(self._none_called)  # of each path, in this forward
-        self._handles: list[Removable] = [
-            module.register_forward_hook(partial(self._record, path, *split_path(path, side)[1:]))
-            for path, module in found
-        ]
+        self._handles: list[Removable] = [self._watch(path, module) for path, module in found]
+
+    def _watch(self, path: str, module: nn.Module) -> Removable:
+        _, place, call, inner = split_path(path, self._side)
+        if inner:
+            record = partial(self._record_input, path, place, call)
+            return module.register_forward_pre_hook(record, with_kwargs=True)
+        return module.register_forward_hook(partial(self._record, path, place, call))
 
     def open(self) -> None:
         self._records.clear()
@@ -133,7 +157,7 @@ class Taps:
         if path in self._records:
             raise KDHooksError(
                 f"{self._side} tap '{path or 'output'}' ran twice in one forward; name the call "
-                f"whose output is meant: '{path}@1' or '{path}@2'"
+                f"that is meant: '{path}@1' or '{path}@2'"
             )
         if place is not None or not isinstance(output, Tensor):  # a call in each step is dear
             output = self._chosen(output, path, place)
@@ -142,26 +166,47 @@ class Taps:
         version = -1 if output.is_inference() else output._version
         self._records[path] = output, version
 
+    def _record_input(
+        self,
+        path: str,
+        place: int | None,
+        wanted: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """As an output: the tensor that the module gets, or all of its arguments."""
+        given: Any = (*args, *kwargs.values())
+        if len(given) == 1:
+            (given,) = given
+        elif place is None and sum(isinstance(one, Tensor) for one in given) == 1:
+            given = next(one for one in given if isinstance(one, Tensor))
+        self._record(path, place, wanted, module, args, given)
+
     def _chosen(self, output: object, path: str, place: int | None) -> Tensor:
-        """The tensor that a module put out, or the one of them that is meant."""
+        """The tensor that a module put out or got, or the one of them that is meant."""
+        inner = split_path(path, self._side).inner
+        puts_out, returns, each = (
+            ("get", "gets", "inputs") if inner else ("put out", "returns", "outputs")
+        )
         several = list(output) if isinstance(output, tuple | list) else None
         kind = type(output).__name__ + ("" if several is None else f" of {len(several)}")
         if several is None and place is not None:
             raise KDHooksError(
-                f"{self._side} tap '{path}' must name one of several outputs; found {kind}; leave "
+                f"{self._side} tap '{path}' must name one of several {each}; found {kind}; leave "
                 f"'[{place}]' away"
             )
         if several is not None and (place is not None or len(several) == 1):
             place = place or 0  # one alone, as of mmpretrain's backbones and necks
             if not -len(several) <= place < len(several):
                 raise KDHooksError(
-                    f"{self._side} tap '{path}' must name one of several outputs; found {kind}"
+                    f"{self._side} tap '{path}' must name one of several {each}; found {kind}"
                 )
             output = several[place]
         if not isinstance(output, Tensor):
             raise KDHooksError(
-                f"{self._side} tap '{path or 'output'}' must put out a tensor; "
-                f"found {kind}; name a submodule that returns one tensor"
+                f"{self._side} tap '{path or 'output'}' must {puts_out} a tensor; "
+                f"found {kind}; name a submodule that {returns} one tensor"
                 f"{f', or one of these: {path}[-1] is the last' if several else ''}"
             )
         return output

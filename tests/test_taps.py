@@ -379,3 +379,145 @@ def test_evaluating_puts_every_submodules_mode_back() -> None:
         assert not any(module.training for module in net.modules())
     assert net.training
     assert not net.layer2.training
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def test_the_input_of_a_module_is_tapped() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["conv", "bn:in", "block:in"])
+    net(images())
+    taken = taps.take()
+    assert taken["bn:in"] is taken["conv"]
+    assert taken["block:in"].requires_grad
+    assert (taken["block:in"] >= 0).all(), "behind the ReLU"
+    taps.remove()
+    assert not net.bn._forward_pre_hooks
+
+
+def test_the_input_of_a_call_is_named_by_its_number_in_either_order() -> None:
+    net = Twice()
+    taps = StudentTaps(net, ["conv@1", "conv:in@2", "conv@2:in"])
+    for _ in range(2):
+        net(images())
+        taken = taps.take()
+        assert taken["conv:in@2"] is taken["conv@2:in"] is taken["conv@1"]
+
+
+class Several(nn.Module):
+    """Takes two tensors, or a tuple of them; an argument by keyword."""
+
+    def forward(
+        self, x: Tensor | tuple[Tensor, ...], other: Tensor | None = None, *, third: object = None
+    ) -> Tensor:
+        first = x if isinstance(x, Tensor) else x[0]
+        return first if other is None else first + other
+
+
+class Caller(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.inner, self.way = nn.Conv2d(3, 4, 1), Several(), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.way == "alone":
+            return self.inner(x, None)  # type: ignore[no-any-return]
+        if self.way == "keyword":
+            return self.inner(x, third=x + 2)  # type: ignore[no-any-return]
+        if self.way == "tuple":
+            return self.inner((x, x + 1, x + 2))  # type: ignore[no-any-return]
+        return self.inner(x, x + 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("way", "path", "added"),
+    [
+        ("alone", "inner:in", 0),
+        ("alone", "inner:in[0]", 0),
+        ("two", "inner:in[1]", 1),
+        ("two", "inner[-1]:in@1", 1),
+        ("tuple", "inner:in[-1]", 2),
+        ("keyword", "inner:in[1]", 2),
+    ],
+)
+def test_one_of_several_inputs_is_named_by_its_place(way: str, path: str, added: int) -> None:
+    net = Caller(way)
+    taps = StudentTaps(net, ["conv", path])
+    net(images())
+    taken = taps.take()
+    assert torch.equal(taken[path], taken["conv"] + added)
+
+
+@pytest.mark.parametrize(
+    ("way", "path", "match"),
+    [
+        ("two", "inner:in", r"'inner:in' must get a tensor; found tuple of 2; name a submodule tha"
+         r"t gets one tensor, or one of these: inner:in\[-1\] is the last"),
+        ("two", "inner:in[2]", r"'inner:in\[2\]' must name one of several inputs; found tuple of"),
+        ("alone", "conv:in[0]", r"'conv:in\[0\]' must name one of several inputs; found Tensor; "
+         r"leave '\[0\]' away"),
+        ("alone", "inner:in[1]", r"'inner:in\[1\]' must get a tensor; found tuple of 2"),
+    ],
+)  # fmt: skip
+def test_an_input_that_is_no_tensor_is_refused(way: str, path: str, match: str) -> None:
+    net = Caller(way)
+    StudentTaps(net, [path])
+    with pytest.raises(KDHooksError, match=match):
+        net(images())
+
+
+def test_an_input_without_a_gradient_is_refused() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["conv:in"])
+    net(images())
+    with pytest.raises(KDHooksError, match="student tap 'conv:in' carries no gradient"):
+        taps.take()
+
+
+def test_an_input_that_its_module_overwrites_is_refused() -> None:
+    net = InPlace()
+    taps = StudentTaps(net, ["relu:in"])
+    net(images())
+    with pytest.raises(KDHooksError, match="student tap 'relu:in' was overwritten in place"):
+        taps.take()
+
+
+def test_an_input_that_is_used_twice_needs_the_number_of_the_call() -> None:
+    net = Twice()
+    StudentTaps(net, ["conv:in"])
+    with pytest.raises(KDHooksError, match=r"'conv:in' ran twice in one forward; .*'conv:in@1' or"):
+        net(images())
+
+
+def test_the_networks_own_input_is_no_tap() -> None:
+    with pytest.raises(
+        KDHooksError, match="tap ':in' must name a submodule in front of ':in', sin"
+    ):
+        StudentTaps(InPlace(), [":in"])
+
+
+@_dynamo_reads_grad
+def test_inputs_are_tapped_in_a_compiled_model() -> None:
+    net = InPlace()
+    fast = compiled(net)
+    taps = StudentTaps(unwrap(fast), ["conv", "bn:in"])
+    fast(images())
+    taken = taps.take()
+    torch.testing.assert_close(taken["bn:in"], taken["conv"])
+
+
+def test_recomputation_in_backward_records_no_input() -> None:
+    net = InPlace(reentrant=False)
+    taps = StudentTaps(net, ["block.1:in"])
+    out = net(images())
+    (out.sum() + taps.take()["block.1:in"].sum()).backward()
+    with pytest.raises(KDHooksError, match="recorded nothing"):
+        taps.take()
+
+
+@pytest.mark.parametrize("path", ["conv@1@2", "conv:in:in", "conv[0][1]"])
+def test_each_addition_stands_once(path: str) -> None:
+    with pytest.raises(KDHooksError, match="student has no submodule 'conv"):
+        find(Twice(), path, "student")

@@ -1,5 +1,6 @@
 """`kdhooks taps`: every point that a recipe can name, with what it puts out."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_the_stages_and_the_embedding_are_marked(capsys: Captured) -> None:
     assert head == ["path", "shape"]
     points = dict(rows)
     assert points["conv1"] == "(8, 28, 28)"
-    assert points["layer3"] == "(16, 4, 4)   stage 3"
+    assert points["layer3"] == "(16, 4, 4)   stage3"
     assert points["(output)"].startswith("(512,)")
     assert points["(output)"].endswith("embedding")
     assert "layer3.conv1" not in points
@@ -124,6 +125,24 @@ def test_elsewhere_than_in_the_trainers_folder(trainer: Path, capsys: Captured) 
     (trainer / "backbones.py").unlink()
     assert main(["taps", "tiny"]) == 2
     assert "run in the trainer's folder, or give --trainer FOLDER" in capsys.readouterr().err
+
+
+def test_the_names_that_a_recipe_may_write_are_listed() -> None:
+    class IResNet(nn.Sequential):
+        pass
+
+    blocks = (nn.Linear(4, 4) for _ in range(4))
+    network = IResNet(OrderedDict((f"layer{n}", block) for n, block in enumerate(blocks, 1)))
+    names = {point.path: point.names for point in listing(network, 1, (4,))}
+    assert names == {
+        "layer1": ["stage1"], "layer2": ["stage2"], "layer3": ["stage3"], "layer4": ["stage4"],
+        "": ["embedding"],
+    }  # fmt: skip
+    network.append(nn.Identity())
+    network.add_module("stage1", nn.Identity())  # is what the name means now
+    names = {point.path: point.names for point in listing(network, 1, (4,))}
+    assert names["layer1"] == []
+    assert names["layer2"] == ["stage2"]
 
 
 def test_listing_leaves_no_hook() -> None:

@@ -64,7 +64,7 @@ class FitNet(Options):
     student: str | Sequence[str] | None = option(
         None,
         "The path of a submodule of the student, or a list of paths. The default is its last "
-        'stage; "" is its output.',
+        'stage; "" is its output. A pattern in a list stands for all that it matches.',
     )
     teacher: str | Sequence[str] | None = option(
         None, "The same of the teacher. The first path is paired with the first, and so on."
@@ -141,10 +141,11 @@ class FitNet(Options):
             )
         if given is None:
             return (model.stages[-1].path,)
-        paths = (given,) if isinstance(given, str) else tuple(given)
-        if not paths:
+        if isinstance(given, str):
+            return (model.path(given, f"{self.term}: {side}"),)
+        if not given:
             raise self.refused(side, "must name at least one submodule; found []")
-        return paths
+        return model.paths(given, f"{self.term}: {side}")
 
     def _target(self, teacher: Model, path: str) -> Stage:
         if path == "" and teacher.module is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdhooks.backbones import known_stages
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe
@@ -12,24 +13,11 @@ from kdhooks.teacher.table import NetworkFactory
 
 
 class Backbones:
-    """The stages of arcface_torch's backbones, at 1/2, 1/4, 1/8 and 1/16 of the input.
-
-    A vision transformer keeps one size throughout; its stages are the quarters of its depth.
-    """
+    """The stages of arcface_torch's backbones, and of others that kdhooks knows."""
 
     @hookimpl
     def model_stages(self, model: nn.Module) -> list[str] | None:
-        kind = type(model).__name__
-        if kind == "IResNet":
-            return ["layer1", "layer2", "layer3", "layer4"]
-        if kind == "MobileFaceNet":
-            return ["layers.1", "layers.3", "layers.5", "conv_sep"]
-        blocks = getattr(model, "blocks", None)  # other packages have classes of this name
-        if kind == "VisionTransformer" and isinstance(blocks, nn.ModuleList | nn.Sequential):
-            depth = len(blocks)
-            if depth >= 4:
-                return [f"blocks.{depth * quarter // 4 - 1}" for quarter in (1, 2, 3, 4)]
-        return None
+        return known_stages(model)
 
 
 def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) -> NetworkFactory:

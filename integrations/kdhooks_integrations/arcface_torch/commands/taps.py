@@ -6,6 +6,8 @@
 
 It creates the network with random weights and runs it once in evaluation and once in training.
 Shapes are without the batch. If a submodule can't be tapped in training, a note says why.
+A recipe may write the names in the last column, such as stage3 and embedding, in place of the path.
+path:in is a submodule's input, and a pattern such as layer[1-4] or blocks.* all that it matches.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
+from kdhooks.points import Points
 from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.arcface_torch.commands.networks import (
@@ -96,17 +99,17 @@ class Point:
     path: str  # "" is the network's output
     shape: tuple[int, ...]  # without the batch
     stage: int | None  # counted from 1
+    names: list[str]  # that a recipe may write in place of the path
     notes: list[str]  # what is different in training
 
     def described(self) -> str:
-        marks = ["embedding"] if self.path == "" else []
-        marks += [f"stage {self.stage}"] if self.stage else []
-        return "; ".join([*marks, *self.notes])
+        return "; ".join([*self.names, *self.notes])
 
 
 def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> list[Point]:
     """Each point, in the order in which they run."""
-    stages = Backbones().model_stages(network) or []
+    known = Points.of(network, Backbones().model_stages(network), "")
+    stages = known.stages
     paths = [
         name
         for name, _ in network.named_modules()
@@ -128,6 +131,7 @@ def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> lis
             path,
             seen.shape,
             stages.index(path) + 1 if path in stages else None,
+            known.names_of(path),
             _notes(seen, trained.get(path)),
         )
         for path, seen in evaluated.items()
