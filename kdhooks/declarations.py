@@ -146,6 +146,11 @@ def check_name(name: str, subject: str) -> None:
             f"{subject}: a name is lower case letters, digits and underscores, "
             f"since it becomes a key of logs and checkpoints; found '{name}'"
         )
+    if name in ("task", "teacher"):
+        raise KDHooksError(
+            f"{subject}: a name must not be one of kdhooks' own in the log; found '{name}'; choose "
+            f"another, such as '{name}_term'"
+        )
     if hasattr(nn.ModuleDict(), name):  # which holds the losses, and can't tell the two apart
         raise KDHooksError(
             f"{subject}: a name must not be one of torch's own for what a module has; found "

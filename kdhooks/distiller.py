@@ -28,14 +28,16 @@ from kdhooks.guards import (
     check_range,
     check_same_images,
     checked_labels,
+    refuse_labelled,
 )
 from kdhooks.kinds import Bounds, Option
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
 from kdhooks.replicas import Replicas, options_of, own_buffers, shown_number
-from kdhooks.schedules import Varying, counts_epochs, number_at
+from kdhooks.schedules import Scheduled, Varying, counts_epochs, number_at
 from kdhooks.taps import StudentTaps, unwrap
+from kdhooks.task_weight import TaskWeight
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput, TeacherSession
 from kdhooks.teacher.teacher import Teacher
@@ -54,8 +56,12 @@ _ARGUMENTS = {
     "input_shape": Option(tuple[int, int, int], REQUIRED, bounds=Bounds(least=1)),
     "student_view": Option(nn.Module | None, None),
     "plugins": Option(Sequence[object], ()),
+    "labels": Option(bool, True),
+    "task_weight": Option(Scheduled, 1.0, bounds=Bounds(least=0)),
+    "log_teacher_accuracy": Option(int, 100, bounds=Bounds(least=0)),
     "seed": Option(int, 0, bounds=Bounds(least=0, most=2**63 - 1)),
 }
+_ACCURACY = "teacher/accuracy"
 
 
 class Distiller(nn.Module):
@@ -85,6 +91,9 @@ class Distiller(nn.Module):
         input_shape: tuple[int, int, int] = (3, 112, 112),
         student_view: nn.Module | None = None,
         plugins: Sequence[object] = (),
+        labels: bool = True,
+        task_weight: Scheduled = 1.0,
+        log_teacher_accuracy: int = 100,
         steps_per_epoch: int | None = None,
         seed: int = 0,
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -100,6 +109,11 @@ class Distiller(nn.Module):
         student_view: a module (b 3 h w) -> (b 3 h w), such as `StudentView`: what the student sees
             in training in place of the trainer's images, which the teacher sees.
         plugins: objects that answer `model_stages` or `student_view`.
+        labels: False if there are none; any that `kd` is given all the same are ignored.
+        task_weight: the factor of the trainer's own loss, which the loop multiplies by
+            `kd.task_weight`: a number, a schedule, or a function from the step to a number.
+        log_teacher_accuracy: every how many steps `metrics` holds the teacher's accuracy on the
+            batch, "teacher/accuracy", if a term uses the class rows; 0 for never.
         steps_per_epoch: batches in an epoch, for schedules that count epochs.
         seed: of the losses' initial weights and of the student's views; the global generators are
             left as they were.
@@ -108,7 +122,7 @@ class Distiller(nn.Module):
             without any term, on all ranks, and waits for the device.
         """
         super().__init__()
-        check_arguments(
+        given = check_arguments(
             "Distiller",
             _ARGUMENTS,
             student=student,
@@ -121,6 +135,9 @@ class Distiller(nn.Module):
             input_shape=input_shape,
             student_view=student_view,
             plugins=plugins,
+            labels=labels,
+            task_weight=task_weight,
+            log_teacher_accuracy=log_teacher_accuracy,
             seed=seed,
         )
         student = unwrap(student)
@@ -157,24 +174,31 @@ class Distiller(nn.Module):
             stages = chosen_stages(points, teacher_stages, "teacher")
             theirs = probe_teacher(teacher, stages, images, points)
             self.taps = asked.taps(ours, theirs, head)
+            if not labels:
+                refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
             self.adapter = asked.teacher_adapter(theirs)
         tapped = {path for tap in self.taps for path in tap.student_paths}
         known = (*ours.stages, *ours.probed.values())
         self._stages = {stage.path: stage.shape for stage in known if stage.path in tapped}
         self.teacher_rows: TeacherRows | None = None  # if a term needs them
-        classes = number_of_classes(theirs.classifier, head)
+        shares_rows = any(tap.needs_classifier for tap in self.taps)
+        classes = number_of_classes(theirs.classifier, head) if labels or shares_rows else 0
         if host_head is not None:
             self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
+        self._task_weight = TaskWeight(given["task_weight"], self.inherited)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
         numbers = [inner for inner in self.losses.modules() if isinstance(inner, Varying)]
         self._varying = [number for number in numbers if number.changes]
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
+        self._ignores_labels = not labels
         self._classes = classes if self._needs_labels else 0  # 0: any label is one of them
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
             self.teacher_rows = TeacherRows(theirs.classifier, head, self._dtype)
             self.teacher_rows.prepare(self.losses.values())
+        measured = labels and self.teacher_rows is not None and self._needs_teacher
+        self._measured = log_teacher_accuracy if measured else 0  # every so many steps
         self.to(first.device)
         parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
         self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
@@ -222,6 +246,8 @@ class Distiller(nn.Module):
         self._finite.check()
         theirs = images if teacher_images is None else teacher_images
         check_images(theirs)
+        if self._ignores_labels:
+            labels = None
         labels = checked_labels(labels, images, self._needs_labels)
         questions: list[Question] = []
         if question := check_same_images(seen, inputs, version, images):
@@ -315,7 +341,16 @@ class Distiller(nn.Module):
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
                 weighted[tap.name] = self._value(tap, loss, step) * self.weight(tap)
                 untouched.check(tap.name)
+            if self._measured:
+                self.metrics.pop(_ACCURACY, None)  # of an earlier step
+                if self.step % self._measured == 0:
+                    self._measure_teacher(step)
         return weighted
+
+    def _measure_teacher(self, step: Step) -> None:
+        if self.teacher_rows is None or step.teacher is None or step.labels is None:
+            return
+        self.metrics[_ACCURACY] = self.teacher_rows.accuracy(step.teacher, step.labels)
 
     def _value(self, tap: Tap, loss: nn.Module, step: Step) -> Tensor:
         result = loss(*tap.arguments(step))
@@ -358,14 +393,24 @@ class Distiller(nn.Module):
         return self._student.images
 
     @property
+    def task_weight(self) -> float:
+        """The factor of the trainer's own loss on the student's last forward in training.
+
+        It is the same before and after `kd` computes the terms of that forward.
+        """
+        step = self.step if self._student.waiting else max(self.step - 1, 0)
+        return self._task_weight.at(step, self.steps_per_epoch)
+
+    @property
     def labelled(self) -> Sequence[str]:
         """The terms that need labels."""
         return self._needs_labels
 
     @property
     def in_epochs(self) -> list[str]:
-        """The terms with a number that counts epochs."""
-        return [
+        """The terms with a number that counts epochs, and "task_weight", if it does."""
+        task = ["task_weight"] if self._task_weight.in_epochs else []
+        return task + [
             tap.name
             for tap, loss in zip(self.taps, self.losses.values(), strict=True)
             if counts_epochs(tap.weight)
@@ -425,6 +470,7 @@ class Distiller(nn.Module):
             trains_head = any(tap.needs_head for tap in self.taps)
             rows = self._head.weight if trains_head and self._head is not None else None
             self._guard = OptimizerGuard(student, self, self._student, rows)
+            self._guard.more = self._task_weight.check_asked
             undo.callback(self._guard.remove)
             if world() is not None:  # otherwise in the first step, if the ranks meet later
                 self._replicas = self._new_replicas()
@@ -445,6 +491,8 @@ class Distiller(nn.Module):
             f"{shown_number(tap.weight)} {options_of(tap.loss)}"
             for tap in self.taps
         ]
+        declared.append(f"task_weight {shown_number(self._task_weight.value)}")
+        declared.append(f"teacher/accuracy every {self._measured} steps")
         teacher = self._session.teacher
         digest = weights_of(teacher.module or teacher.forward)
         declared.append(f"a teacher with weights of SHA-256 {digest}")

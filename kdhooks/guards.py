@@ -11,6 +11,10 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.finite import Question, refuse
 
 _VERSION = attrgetter("_version")
+WITHOUT_LABELS = (
+    "acsr", "at", "cakd", "cc", "eckd", "fcd", "fitnet", "fskd", "reviewkd", "rkd", "sp",
+)  # fmt: skip
+"""The methods of this package that need no labels with the defaults of their options."""
 
 
 def check_models(student: nn.Module, teacher: object) -> None:
@@ -87,7 +91,12 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
     if labels is None and not needed_by:
         return None
     if not isinstance(labels, Tensor):
-        needs = f"; {listed(needed_by)} cannot do without" if needed_by else ""
+        needs = (
+            f"; {listed(needed_by)} cannot do without; methods that need none are: "
+            f"{listed(WITHOUT_LABELS)}"
+            if needed_by
+            else ""
+        )
         raise KDHooksError(
             f"labels must be a tensor (b) of class numbers; found {type(labels).__name__}{needs}"
         )
@@ -109,6 +118,15 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
         )
     labels = labels.long()  # others are no index, or are taken for a mask
     return labels.clone() if labels.is_inference() else labels  # such a tensor has no version
+
+
+def refuse_labelled(terms: Sequence[str]) -> None:
+    """terms: the names of those that need labels, if there are none."""
+    if terms:
+        raise KDHooksError(
+            f"labels = false: {listed(terms)} need the class of each image; leave them out, or use "
+            f"methods that need none: {listed(WITHOUT_LABELS)}"
+        )
 
 
 def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None:

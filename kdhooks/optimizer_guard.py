@@ -1,7 +1,7 @@
 """Rules for the steps of the student's optimizers, whatever the training loop is."""
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize, ref
@@ -31,6 +31,7 @@ class OptimizerGuard(NotCopied):
         """head: the student's classifier rows, if a term trains them as well."""
         self.noting = True  # until a backward pass has reached every term
         self.host_advice = ""  # added to errors about terms that are not trained
+        self.more: Callable[[], None] | None = None  # one more rule, looked at once
         self._computed = False  # whether kd has ever computed the terms
         self._student, self._distiller, self._taps = ref(student), ref(distiller), ref(taps)
         self._head = head
@@ -98,6 +99,8 @@ class OptimizerGuard(NotCopied):
                 "kd.parameter_groups(weight_decay) returns them; requires_grad_(False) keeps one "
                 "as it is"
             )
+        if self.more is not None:
+            self.more()
 
     def _in_no_optimizer(self) -> list[str]:
         distiller = self._distiller()

@@ -20,6 +20,7 @@ from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
+from kdhooks.schedules import Scheduled
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
 from kdhooks.teacher.teacher import Teacher
@@ -37,7 +38,9 @@ class SideTaps(Options, subject="recipe: taps"):
         "The submodule that returns the embedding; by default the model, or what the host finds.",
     )
     stages: tuple[str, ...] | None = option(
-        None, "The ends of the stages, shallow to deep; by default those of a known backbone."
+        None,
+        "The ends of the stages, shallow to deep: paths, names such as stage3, or patterns such as "
+        "layer[1-4]; by default those of a known backbone.",
     )
 
 
@@ -61,6 +64,17 @@ class Recipe(Options):
     )
     student_view: ViewTable | nn.Module | None = option(
         None, "What the student sees in training in place of the trainer's images."
+    )
+    labels: bool = option(
+        True, "Whether there are labels. If not, methods that need them are refused."
+    )
+    task_weight: Scheduled = option(1.0, "The factor of the trainer's own loss.", least=0)
+    log_teacher_accuracy: int = option(
+        100,
+        "Every how many steps the log shows the teacher's accuracy on the batch, if a term uses "
+        "its class rows; 0: never.",
+        least=0,
+        unit="steps",
     )
     seed: int = option(
         0, "Of the losses' initial weights and of the student's views.", least=0, most=2**63 - 1
@@ -135,6 +149,9 @@ def build(
         input_shape=recipe.input_shape,
         student_view=_as_module(recipe.student_view),
         plugins=plugins,
+        labels=recipe.labels,
+        task_weight=recipe.task_weight,
+        log_teacher_accuracy=recipe.log_teacher_accuracy,
         steps_per_epoch=steps_per_epoch,
         seed=recipe.seed,
         nonfinite=recipe.nonfinite,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import ClassShard
+from kdhooks.classes.shards import ClassShard, gather
 from kdhooks.declarations import InheritedClassifier, Tap
 from kdhooks.errors import KDHooksError
 
@@ -26,6 +26,17 @@ class TeacherRows(nn.Module):
 
     def shard(self) -> ClassShard:
         return ClassShard(self.rows, *self._split)
+
+    @torch.no_grad()
+    def accuracy(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        """(b e), (b) -> (): of all ranks' samples, the share that is nearest to its own class.
+
+        Samples without a class, whose labels are below 0, do not count; 0 if there are no others.
+        """
+        shard = self.shard()
+        labels = gather(labels, shard.group)
+        hits = shard.nearest(gather(embedding, shard.group)) == labels
+        return hits.sum() / (labels >= 0).sum().clamp(min=1)
 
     def prepare(self, losses: Iterable[nn.Module]) -> None:
         """Show them once to the losses that keep something of each class."""

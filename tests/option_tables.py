@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,14 +25,18 @@ from kdhooks.views.student_view import KINDS, ViewTable
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
 MARK = "†"
+README = "../../README.md"  # from a method's page
 FOOTNOTE = (
-    f"{MARK} A number, or a [schedule](../../README.md#schedules) such as "
+    f"{MARK} A number, or a [schedule]({README}#schedules) such as "
     "`{ value = 1.0, warmup = 1000 }`.\n"
 )
 
 
-def table(made: type) -> str:
-    """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`."""
+def table(made: type, readme: str = README) -> str:
+    """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`.
+
+    readme: the way from the page to README.md.
+    """
     every = opened(made).items()
     rows = [
         (
@@ -45,7 +50,7 @@ def table(made: type) -> str:
     head = ("option", "default", "range", "meaning")
     lines = [_row(head), "|---" * len(head) + "|", *(_row(row) for row in rows)]
     marked = any(Schedule in alternatives(option.kind) for _, option in every)
-    return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE}" if marked else "")
+    return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE.replace(README, readme)}" if marked else "")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -98,9 +103,15 @@ def pages() -> dict[Path, Sequence[type]]:
     }
 
 
+def tables(page: Path) -> list[str]:
+    """Those of a page, in their order."""
+    readme = os.path.relpath(ROOT / "README.md", page.parent)
+    return [table(made, readme) for made in pages()[page]]
+
+
 def main() -> None:
-    for page, classes in pages().items():
-        page.write_text(_rewritten(page.read_text("utf-8"), map(table, classes)), "utf-8")
+    for page in pages():
+        page.write_text(_rewritten(page.read_text("utf-8"), iter(tables(page))), "utf-8")
 
 
 def _rewritten(text: str, tables: Iterator[str]) -> str:

@@ -143,6 +143,23 @@ class ClassShard:
         cosine = (F.normalize(embedding) * F.normalize(rows.to(embedding.dtype))).sum(dim=1)
         return self.sum(cosine * mine)
 
+    def nearest(self, embedding: Tensor) -> Tensor:
+        """(b e) -> (b): the class, of those of all ranks, with the largest cosine; the first one
+        of several.
+        """
+        best = embedding.new_full((len(embedding),), -torch.inf)
+        winner = torch.zeros_like(best, dtype=torch.long)
+        for chunk in self.chunks(embedding):
+            cosine, index = chunk.cosines(embedding).max(dim=1)
+            winner = torch.where(cosine > best, index + chunk.offset, winner)
+            best = torch.maximum(best, cosine)
+        if self.group is not None:
+            peak = best.clone()
+            dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
+            winner = torch.where(best == peak, winner, self.total)
+            dist.all_reduce(winner, dist.ReduceOp.MIN, self.group)
+        return winner
+
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
         """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
         return values.scatter_add(1, *self._at_own(values, labels, amount))
