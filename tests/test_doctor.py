@@ -108,6 +108,18 @@ def test_another_class_order_is_a_fault(capsys: Captured) -> None:
     assert found["taps"] == ("--", "not checked: the fault above comes first")
 
 
+def test_without_labels_no_classes_are_compared(capsys: Captured) -> None:
+    """The head has another number of classes than the teacher."""
+    options = (*STUDENT, "--num-classes", str(CLASSES + 1))
+    table = f"{TEACHER}{ROWS}"
+    found = doctor(capsys, f'methods = ["fcd"]\nlabels = false\n{table}', *options)
+    for check in ("classes", "class order"):
+        assert found[check][0] == "--"
+        assert "labels = false, and no class is compared" in found[check][1]
+    found = doctor(capsys, f'methods = ["fcd"]\n{table}', *options, status=1)
+    assert found["classes"][0] == "FAULT"
+
+
 def test_without_data_the_class_order_is_said_to_be_open(capsys: Captured) -> None:
     found = doctor(capsys, f'methods = ["proxylesskd"]\n{TEACHER}{ROWS}')
     assert found["class order"][0] == "--"

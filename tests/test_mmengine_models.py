@@ -122,3 +122,17 @@ def test_labels_are_found(path: str, value: dict[str, Any]) -> None:
     arguments = forward.named((torch.zeros(2, 3, 8, 8),), {**value, "mode": "loss"})
     assert forward.labels(arguments, 2).tolist() == [1, 2]
     assert forward.images(arguments).shape == (2, 3, 8, 8)
+
+
+def test_stages_and_the_embedding_are_known_by_name() -> None:
+    ours = ["stage2:in", "img_backbone.layer[3-4]", "embedding"]
+    theirs = ["layer1", "layer3", "layer4", "embedding"]
+    model: Any = mmengine.Distill(
+        {"type": "Classifier"},
+        teacher={"module": {"type": "Taught"}},
+        methods=[{"name": "fitnet", "student": ours, "teacher": theirs}],
+        input_shape=[3, 32, 32],
+    )
+    (tap,) = model.kdhooks.distiller.taps
+    layers = [f"img_backbone.layer{n}" for n in (2, 3, 4)]
+    assert tap.student_paths == (f"{layers[0]}:in", *layers[1:], "neck")

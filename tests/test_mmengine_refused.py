@@ -90,7 +90,11 @@ class Wordy(Recogniser):
         ({"student": None}, "student must be a model's config, dict.*found None"),
         ({"backbone": {}}, "no key 'backbone'; a model's line over .* needs _delete_=True.*recipe"),
         ({"images": 3}, "images must be a path like 'inputs'; found 3"),
-        ({"labels": ["x"]}, r"labels must be a path like 'data_samples.gt_label'; found \['x'\]"),
+        (
+            {"labels": ["x"]},
+            r"labels must be a path like 'data_samples.gt_label', or False if there are none; "
+            r"found \['x'\]",
+        ),
         ({"classifier": None}, "classifier must be a path like 'head.weight'; found None"),
         ({"classifier": "head"}, "no such parameter; inside of it are: head.weight"),
         (

@@ -60,9 +60,9 @@ class Attachment:
             "in arcface_torch, each batch must go through all attached heads in their order, by "
             "calls that run the hooks of the backbone and of the heads"
         )
-        self.task_weight = 1.0
         self._images: Tensor | None = None  # of the batch that some heads have not seen yet
         self._labels: list[Tensor] = []  # of this batch, from the heads that have run so far
+        self._losses: list[Tensor] = []  # of these heads
         self._handles: list[Removable] = []
         self._interval = Interval()
         self._start: int | None = None  # the schedule's last_epoch at the first batch
@@ -117,10 +117,15 @@ class Attachment:
         first = head.register_forward_pre_hook(hold_once)
         self._handles += [first, head.register_load_state_dict_post_hook(hold)]
         hold()
-        self.task_weight = inherited.weight
         log.info("%s: the head holds the teacher's %d rows, frozen", inherited.name, len(weight))
 
     # --- one step ----------------------------------------------------------------------------
+
+    @property
+    def task_weight(self) -> float:
+        """The factor of the head's loss on the batch at hand."""
+        inherited = self.distiller.inherited
+        return inherited.weight if inherited else self.distiller.task_weight
 
     def add_terms(self, head: nn.Module, loss: Tensor, labels: Tensor) -> Tensor | None:
         """The loss of a head, and, with the last head of the batch, the terms of all methods."""
@@ -129,16 +134,19 @@ class Attachment:
             if head.training and torch.is_grad_enabled():
                 self._undistilled()
             return None
-        task = loss * self.task_weight
-        if (together := self._all_labels(images, labels)) is None:
+        task_weight = self.task_weight
+        task = loss * task_weight
+        if (batch := self._whole_batch(images, labels, loss.detach())) is None:
             return task
+        together, whole = batch
         if self._start is None:
             self._start = self._joined.schedule.last_epoch
         terms = self.distiller(images, together)
         if self.distiller.metrics or not terms:  # else this step goes on without them
             inherited = self.distiller.inherited
-            own = {inherited.name: loss.detach()} if inherited else {}
-            weighted = {inherited.name: task.detach()} if inherited else {}
+            name = inherited.name if inherited else "" if task_weight == 1 else "task"
+            own = {name: whole} if name else {}
+            weighted = {name: whole * task_weight} if name else {}
             self._interval.add({**own, **self.distiller.metrics}, {**weighted, **terms})
         return sum(terms.values(), start=task)
 
@@ -156,16 +164,19 @@ class Attachment:
                 "eval mode, or a head ran twice for one batch"
             )
 
-    def _all_labels(self, images: Tensor, labels: Tensor) -> Tensor | None:
-        """The labels of the whole batch, once all heads have seen their parts of it."""
+    def _whole_batch(
+        self, images: Tensor, labels: Tensor, loss: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """All labels and the sum of the losses, once all heads have seen their parts."""
         if self._images is not images:  # the batch before ended in an error, or was discarded
-            self._images, self._labels = images, []
+            self._images, self._labels, self._losses = images, [], []
         self._labels.append(labels)
+        self._losses.append(loss)
         if sum(map(len, self._labels)) < len(images):
             return None
-        together = torch.cat(self._labels)
-        self._images, self._labels = None, []
-        return together
+        together, losses = torch.cat(self._labels), self._losses
+        self._images, self._labels, self._losses = None, [], []
+        return together, losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     # --- the log -----------------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ class Forward:
         raise KDHooksError(
             f"mmengine: labels must be one class number for each of {count} images, at "
             f"{self._labels or 'one of ' + ', '.join(LABELS)}; found {_described(arguments)}; "
-            "name their place as labels = 'argument.field'"
+            "name their place as labels = 'argument.field', or, if there are none, set labels = "
+            "False, which leaves the methods that need none"
         )
 
 

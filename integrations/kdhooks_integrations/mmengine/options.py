@@ -37,17 +37,22 @@ class Options:
         known = [field.name for field in fields(Recipe)]
         for key in table:
             if key not in (*known, *own, "input"):
-                every = ["recipe", *known, *own, "input"]
+                every = ["recipe", *dict.fromkeys((*known, *own)), "input"]
                 raise KDHooksError(
                     f"mmengine: there is no key '{key}'; {near_miss(key, every) or hint}the keys "
                     f"are: {listed(every)}"
                 )
+        given = {key: table[key] for key in known if key in table}
+        if isinstance(table.get("labels"), str):  # a path, and not the recipe's key
+            del given["labels"]
+        elif isinstance(table.get("labels"), bool):
+            table = {key: value for key, value in table.items() if key != "labels"}
         for key, like in zip(own, _LIKE, strict=True):
             if not isinstance(table.get(key, ""), str):
+                or_none = ", or False if there are none" if key == "labels" else ""
                 raise KDHooksError(
-                    f"mmengine: {key} must be a path like '{like}'; found {table[key]!r}"
+                    f"mmengine: {key} must be a path like '{like}'{or_none}; found {table[key]!r}"
                 )
-        given = {key: table[key] for key in known if key in table}
         if recipe is not None and given:
             raise KDHooksError(
                 f"mmengine: a recipe comes from a file or from keys; found '{recipe}' and "

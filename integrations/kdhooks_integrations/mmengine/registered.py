@@ -34,7 +34,7 @@ def Distill(
 ) -> nn.Module:
     """The student itself, built by its config, with the losses of the methods among its own.
 
-    recipe: a TOML file; or its keys are given here: teacher, methods, taps, input_shape, seed.
+    recipe: a TOML file; or its keys are given here: teacher, methods, taps, input_shape, seed, …
     data_preprocessor: the student's, if its config has none; MMEngine's runners put that of the
         config's top level here. A student that is built already has its own.
     The other keys are those of `Options`.

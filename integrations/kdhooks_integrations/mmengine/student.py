@@ -111,6 +111,7 @@ class Distillation(nn.Module):
         if self.distiller.labelled:
             labels = self.forward_of.labels(arguments, len(images), first=not self.ran)
             labels = labels.to(images.device)
+        task = _times(losses, self.distiller.task_weight)
         seen_by_teacher = self._as_recipe_says(images)
         if not self.ran:
             _check_range(seen_by_teacher)
@@ -124,7 +125,7 @@ class Distillation(nn.Module):
                     f"mmengine: the student's losses have the key '{key}' already; it is one of "
                     "kdhooks' own; rename it"
                 )
-        return {**losses, **ours}
+        return {**task, **ours}
 
     def _set_first_step(self) -> None:
         """A runner that loads a checkpoint, and resumes none, is at 0."""
@@ -230,6 +231,19 @@ class Distillation(nn.Module):
             else "",
         )
         state.update(self.state_dict(prefix=prefix))
+
+
+def _times(losses: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The losses that MMEngine adds up, times a factor; a loss is a tensor or a list of tensors."""
+    if factor == 1:
+        return losses
+    scaled = dict(losses)
+    for key, value in losses.items():
+        if "loss" in key and isinstance(value, Tensor):
+            scaled[key] = value * factor
+        elif "loss" in key and isinstance(value, list | tuple):
+            scaled[key] = [one * factor for one in value]
+    return scaled
 
 
 def _check_range(images: Tensor) -> None:

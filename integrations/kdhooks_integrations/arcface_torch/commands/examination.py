@@ -25,6 +25,7 @@ from kdhooks_integrations.arcface_torch.commands.sides import write_sides
 from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial
 from kdhooks_integrations.arcface_torch.networks import teacher_factory
 
+_NO_LABELS = "labels = false, and no class is compared"
 _DEFAULT_CLASSES = 1000
 _GIB = 2**30
 
@@ -154,6 +155,9 @@ class Examination:
         if rows is None:
             self.classes = self.classes or _DEFAULT_CLASSES
             raise Unchecked("the teacher comes without a classifier, and no class is compared")
+        if not self.recipe.labels:
+            self.classes = self.classes or _DEFAULT_CLASSES
+            raise Unchecked(_NO_LABELS)
         if self.classes not in (0, rows.total):
             raise KDHooksError(
                 f"teacher classifier has {rows.total} classes, the training {self.classes}; they "
@@ -172,6 +176,8 @@ class Examination:
         rows = self.teacher.classifier
         if rows is None:
             raise Unchecked("there is no classifier")
+        if not self.recipe.labels:
+            raise Unchecked(_NO_LABELS)
         embedding = self.embedding
         if self.labels is None:
             # The first step compares as well: made-up faces are of whom the teacher takes them for.
