@@ -87,7 +87,8 @@ def _split(images: Tensor) -> Tensor:
     """(b 3 h w) -> (b 3 rows columns 8 8); the last rows and columns are repeated if needed."""
     h, w = images.shape[2:]
     padded = F.pad(images, (0, -w % _SIDE, 0, -h % _SIDE), mode="replicate")
-    return padded.unflatten(3, (-1, _SIDE)).unflatten(2, (-1, _SIDE)).transpose(3, 4)
+    blocks: Tensor = padded.unflatten(3, (-1, _SIDE)).unflatten(2, (-1, _SIDE))
+    return blocks.transpose(3, 4)
 
 
 def _joined(blocks: Tensor, like: Tensor) -> Tensor:

@@ -38,9 +38,10 @@ class Options:
         for key in table:
             if key not in (*known, *own, "input"):
                 every = ["recipe", *dict.fromkeys((*known, *own)), "input"]
+                # A whole student in the wrong place is no misspelt student_view.
+                why = (hint if key == "student" else "") or near_miss(key, every) or hint
                 raise KDHooksError(
-                    f"mmengine: there is no key '{key}'; {near_miss(key, every) or hint}the keys "
-                    f"are: {listed(every)}"
+                    f"mmengine: there is no key '{key}'; {why}the keys are: {listed(every)}"
                 )
         given = {key: table[key] for key in known if key in table}
         if isinstance(table.get("labels"), str):  # a path, and not the recipe's key
