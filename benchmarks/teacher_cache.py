@@ -101,8 +101,7 @@ class Measurement:
                 variant.step()
         cached = self.variants["with a filled cache"].kd
         assert cached is not None
-        assert cached._session.cache is not None
-        self.cache = cached._session.cache
+        (self.cache,) = cached._session.caches
         self._missed = self._misses()
 
     def _misses(self) -> int:

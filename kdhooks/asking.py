@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 import pluggy
@@ -18,6 +19,7 @@ from kdhooks.points import Points
 from kdhooks.stages import Stage
 from kdhooks.taps import Taps, evaluating, find
 from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.several import Teachers, numbered
 from kdhooks.teacher.teacher import Teacher
 
 Observe: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -79,6 +81,19 @@ class Declarations:
             return None
         return Points.of(model, self._manager.hook.model_stages(model=model), embedding)
 
+    def points_of(self, teacher: Teacher | Teachers) -> Points | None:
+        """The same of the teacher; of several, each name starts with the teacher's number."""
+        if isinstance(teacher, Teacher):
+            return self.points(teacher.module, teacher.embedding)
+        names = {"embedding": ""}
+        for number, one in enumerate(teacher.members):
+            if (points := self.points(one.module, one.embedding)) is not None:
+                names |= {
+                    f"{number}.{name}": f"{number}.{path}" if path else str(number)
+                    for name, path in points.names.items()
+                }
+        return Points(teacher.module, (), names)  # nothing says whose stages are paired
+
     def taps(self, student: Model, teacher: Model, head: ClassShard | None) -> tuple[Tap, ...]:
         """Every method's taps, in the order of the methods, checked against both models."""
         taps: list[Tap] = []
@@ -122,6 +137,12 @@ class Declarations:
         adapter: nn.Module | None = self._manager.hook.adapt_teacher(teacher=teacher)
         if adapter is None or teacher.module is None:
             return None
+        if teacher.joins > 1:
+            raise KDHooksError(
+                f"{type(adapter).__name__} would adapt {teacher.joins} teachers, and can adapt one "
+                "alone; distil from one teacher, or switch it off (in cakd: prompts = { number = 0 "
+                "})"
+            )
         frozen = {id(parameter) for parameter in teacher.module.parameters()}
         if any(id(parameter) in frozen for parameter in adapter.parameters()):
             raise KDHooksError(
@@ -225,6 +246,51 @@ def probe_teacher(
         )
     prober = _prober(teacher.module, observe)
     return Model(teacher.module, dim, probed, rows, probe=prober, points=points)
+
+
+def probe_teachers(
+    teacher: Teacher | Teachers,
+    stages: Sequence[str],
+    images: Tensor,
+    points: Points | None = None,
+) -> Model:
+    """One teacher; or several as one model, each of which is probed by itself."""
+    if isinstance(teacher, Teacher):
+        return probe_teacher(teacher, stages, images, points)
+    models: list[Model] = []
+    found: dict[str, Stage] = {}
+    for number, paths in enumerate(teacher.split(stages)):
+        with numbered(number):
+            models.append(probe_teacher(teacher.members[number], list(paths), images))
+        known = zip(models[number].stages, paths.values(), strict=False)  # none of a function
+        found.update({path: _renamed(stage, path, number) for stage, path in known})
+    dim = sum(model.embedding_dim for model in models)
+
+    def probe(path: str) -> Stage:
+        if path == "":
+            return Stage("", (dim,))
+        number, inner = teacher.place(path)
+        with numbered(number):
+            return _renamed(models[number].stage(inner, "teacher"), path, number)
+
+    return Model(
+        teacher.module,
+        dim,
+        tuple(found[path] for path in stages if path in found),
+        teacher.classifier,
+        without_rows="".join(f" for teacher {number}" for number in teacher.without_rows),
+        joins=len(models),
+        probe=probe,
+        points=points,
+    )
+
+
+def _renamed(stage: Stage, path: str, number: int) -> Stage:
+    """A stage of one of several teachers."""
+    fault = stage.probed
+    if isinstance(fault, KDHooksError):
+        fault = KDHooksError(f"teacher {number}: {fault}")
+    return replace(stage, path=path, probed=fault)
 
 
 def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:

@@ -34,6 +34,8 @@ class Model:
     embedding_dim: int
     stages: tuple[Stage, ...] = ()
     classifier: Rows | None = None  # the teacher's rows (c e); None on the student's side
+    without_rows: str = ""  # of several teachers, those without rows beside others with them
+    joins: int = 1  # how many teachers it joins; paths then start with the number of one
     probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
     probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
     points: Points | None = field(default=None, repr=False, compare=False)
@@ -255,9 +257,9 @@ class ClassifierShare(Tap):
     def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
         if teacher.classifier is None:
             raise KDHooksError(
-                f"{self.name} shares the teacher's classifier, and none is given; set "
-                "teacher.classifier to checkpoint_gpu_*.pt shards, a tensor file (c e), or class "
-                "means made with kdhooks.class_means"
+                f"{self.name} shares the teacher's classifier, and none is given"
+                f"{teacher.without_rows}; set teacher.classifier to checkpoint_gpu_*.pt shards, a "
+                "tensor file (c e), or class means made with kdhooks.class_means"
             )
 
     def described(self) -> str:

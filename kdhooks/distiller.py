@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teacher
+from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teachers
 from kdhooks.classes.shards import ClassShard, world
 from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
@@ -39,7 +39,9 @@ from kdhooks.schedules import Scheduled, Varying, counts_epochs, number_at
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.task_weight import TaskWeight
 from kdhooks.teacher.fingerprints import weights_of
-from kdhooks.teacher.session import TeacherOutput, TeacherSession
+from kdhooks.teacher.session import TeacherOutput
+from kdhooks.teacher.sessions import open_session
+from kdhooks.teacher.several import Teachers, listed_teachers, one_or_several
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
 from kdhooks.views.entrance import Around, Entrance
@@ -79,7 +81,10 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | Callable[[Tensor], Tensor],
+        teacher: Teacher
+        | nn.Module
+        | Callable[[Tensor], Tensor]
+        | Sequence[Teacher | nn.Module | Callable[[Tensor], Tensor]],
         methods: Sequence[object],
         *,
         student_embedding: str = "",
@@ -99,6 +104,8 @@ class Distiller(nn.Module):
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         """
+        teacher: a frozen model or function; or a list of several, whose cosines the methods then
+            see as means. A tap names one of these by its number: `0.layer3`.
         methods: names, tables {"name": …, options} or objects; their terms keep this order.
         student_embedding: path of the submodule that returns (b d); "" is the model's output.
         run_student: a forward on images (b 3 h w) alone, if `student(images)` is not one.
@@ -142,8 +149,9 @@ class Distiller(nn.Module):
         )
         student = unwrap(student)
         # Before a Teacher freezes its module.
-        check_models(student, teacher.module if isinstance(teacher, Teacher) else teacher)
-        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        for one in listed_teachers(teacher):
+            check_models(student, one.module if isinstance(one, Teacher) else one)
+        taught_by = one_or_several(teacher)
         if steps_per_epoch is not None and not (
             type(steps_per_epoch) is int and steps_per_epoch > 0
         ):
@@ -170,9 +178,9 @@ class Distiller(nn.Module):
             points = asked.points(student, student_embedding)
             stages = chosen_stages(points, student_stages, "student")
             ours = probe_student(student, student_embedding, stages, images, run_student, points)
-            points = asked.points(teacher.module, teacher.embedding)
+            points = asked.points_of(taught_by)
             stages = chosen_stages(points, teacher_stages, "teacher")
-            theirs = probe_teacher(teacher, stages, images, points)
+            theirs = probe_teachers(taught_by, stages, images, points)
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
@@ -204,7 +212,7 @@ class Distiller(nn.Module):
         self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
         # DistributedDataParallel's name for what it must not make equal.
         self._ddp_params_and_buffers_to_ignore = sorted(own_buffers(self))
-        self._connect(student, teacher, images)
+        self._connect(student, taught_by, images)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -288,10 +296,11 @@ class Distiller(nn.Module):
         if output.embedding.dtype != self._dtype:
             output = output.each(lambda tensor: tensor.to(self._dtype))
         if not self._first_step_over:
-            check_teacher(output, images)
-            rows = self._session.teacher.classifier
-            if rows is not None and labels is not None and (self._needs_labels or self.inherited):
-                check_class_order(rows, output.embedding, labels)
+            ordered = labels if self._needs_labels or self.inherited else None
+            for who, teacher, part in self._session.of_each(output):
+                check_teacher(part, images, who)
+                if ordered is not None and teacher.classifier is not None:
+                    check_class_order(teacher.classifier, part.embedding, ordered, who)
         return output
 
     def _check_first(self, features: Mapping[str, Tensor]) -> None:
@@ -457,7 +466,7 @@ class Distiller(nn.Module):
 
     # --- set-up and end ----------------------------------------------------------------------
 
-    def _connect(self, student: nn.Module, teacher: Teacher, images: Tensor) -> None:
+    def _connect(self, student: nn.Module, teacher: Teacher | Teachers, images: Tensor) -> None:
         """Register all that `remove` takes away. If one part raises, the others are taken back."""
         ours = [path for tap in self.taps for path in tap.student_paths]
         theirs = [path for tap in self.taps for path in tap.teacher_paths]
@@ -465,7 +474,7 @@ class Distiller(nn.Module):
             self._student = StudentTaps(student, [self._embedding, *ours])
             self._student.view = self._entrance
             undo.callback(self._student.remove)
-            self._session = TeacherSession(teacher, theirs, self.adapter, like=images)
+            self._session = open_session(teacher, theirs, self.adapter, like=images)
             undo.callback(self._session.close)
             trains_head = any(tap.needs_head for tap in self.taps)
             rows = self._head.weight if trains_head and self._head is not None else None
@@ -493,9 +502,9 @@ class Distiller(nn.Module):
         ]
         declared.append(f"task_weight {shown_number(self._task_weight.value)}")
         declared.append(f"teacher/accuracy every {self._measured} steps")
-        teacher = self._session.teacher
-        digest = weights_of(teacher.module or teacher.forward)
-        declared.append(f"a teacher with weights of SHA-256 {digest}")
+        for who, teacher in self._session.named:
+            digest = weights_of(teacher.module or teacher.forward)
+            declared.append(f"a {who} with weights of SHA-256 {digest}")
         if self._entrance is not None:
             declared.append(self._entrance.described())
         sharded = self._head is not None and self._head.group is not None

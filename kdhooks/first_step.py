@@ -31,24 +31,24 @@ def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int,
             )
 
 
-def check_teacher(output: TeacherOutput, images: Tensor) -> None:
-    """Finite taps, and different embeddings for different images."""
+def check_teacher(output: TeacherOutput, images: Tensor, who: str = "teacher") -> None:
+    """Finite taps, and different embeddings for different images. who: its name in errors."""
     named = {"embedding": output.embedding, **output.features}
     for name, tensor in named.items():
         if not torch.isfinite(tensor).all():
             raise KDHooksError(
-                f"teacher tap '{name}' is not finite on the first batch; an untrained network or "
+                f"{who} tap '{name}' is not finite on the first batch; an untrained network or "
                 "a wrong input range does that (the trainer's images are RGB in [-1, 1])"
             )
     if not output.embedding.any():
         raise KDHooksError(
-            "teacher gives all images of the first batch an embedding of zeros, which has no "
+            f"{who} gives all images of the first batch an embedding of zeros, which has no "
             "direction to learn; look at its weights, and at its input transform (teacher.input)"
         )
     same = _mean_cosine(output.embedding)
     if same > _SAME and (images[1:] != images[:1]).any():
         raise KDHooksError(
-            "teacher gives all images of the first batch the same embedding (mean cosine "
+            f"{who} gives all images of the first batch the same embedding (mean cosine "
             f"{same:.5f}): it is untrained, or its input transform is wrong; set teacher.input"
         )
 
@@ -62,7 +62,7 @@ def _mean_cosine(embedding: Tensor) -> float:
     return float((unit.sum(dim=0).square().sum() - b) / (b * (b - 1)))
 
 
-def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> str:
+def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor, who: str = "teacher") -> str:
     """The teacher's embeddings must find their own rows, else the classes are ordered otherwise.
 
     A warning is logged, and returned, if they find too few of them for a classifier of their own.
@@ -76,7 +76,7 @@ def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> str:
     top1 = int(hits.sum()) / len(hits)
     if top1 < _TOP1:
         raise KDHooksError(
-            "teacher classifier: its classes must be in the order of the training labels; the "
+            f"{who} classifier: its classes must be in the order of the training labels; the "
             f"teacher's embeddings of the first batch find their own row in {top1:.0%} of "
             f"{len(hits)} samples (at least {_TOP1:.0%} wanted); use the classifier of this very "
             "teacher and data set, or class means made with kdhooks.class_means"
@@ -88,7 +88,7 @@ def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor) -> str:
         f"{len(hits)} samples only (about 95% and more are usual); its classifier may be of "
         "another run or epoch, or teacher.input wrong"
     )
-    log.warning("teacher classifier: %s", warning)
+    log.warning("%s classifier: %s", who, warning)
     return warning
 
 

@@ -22,6 +22,7 @@ from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
 from kdhooks.schedules import Scheduled
 from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.several import numbered
 from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
@@ -54,7 +55,9 @@ class TapsTable(Options, subject="recipe: taps"):
 class Recipe(Options):
     """A recipe, checked as far as it can be without the models."""
 
-    teacher: TeacherTable = option(REQUIRED, "The frozen network that is learnt from.")
+    teacher: TeacherTable | tuple[TeacherTable, ...] = option(
+        REQUIRED, "The frozen network that is learnt from; a list of tables for several of them."
+    )
     methods: Sequence[object] = option(
         REQUIRED, 'The methods: "name", or { name = "…", weight = …, and its options }.'
     )
@@ -87,6 +90,31 @@ class Recipe(Options):
         if not self.methods:
             raise self.refused("methods", "must be a list of at least one; found []")
         object.__setattr__(self, "methods", [create(method) for method in self.methods])
+        if not self.teachers:
+            raise self.refused("teacher", "must be at least one table; found []")
+        if len(self.teachers) == 1:
+            object.__setattr__(self, "teacher", self.teachers[0])
+        if self.taps.teacher.embedding is not None:
+            self._check_embedding()
+
+    def _check_embedding(self) -> None:
+        """Of the teacher, it is named in one place."""
+        if len(self.teachers) > 1:
+            raise self.refused(
+                "taps.teacher.embedding",
+                f"names a submodule of one teacher; found {len(self.teachers)} teachers; set "
+                "embedding in the table of each teacher that needs it",
+            )
+        if self.teachers[0].embedding is not None:
+            raise self.refused(
+                "taps.teacher.embedding",
+                "means the same as teacher.embedding; found both; leave one of them out",
+            )
+
+    @property
+    def teachers(self) -> tuple[TeacherTable, ...]:
+        """The tables of all teachers, of which there is mostly one."""
+        return (self.teacher,) if isinstance(self.teacher, TeacherTable) else self.teacher
 
     @classmethod
     def read(  # type: ignore[override]
@@ -99,28 +127,35 @@ class Recipe(Options):
             path = user_path(source, "recipe")
             source = _in_folder(_read_toml(path), path.parent)
         if isinstance(source, Mapping):
-            source = {**source, **_teacher_as_table(source)}
+            source = {**source, **_teachers_as_tables(source)}
         return read(cls, source, subject)
 
 
-def _teacher_as_table(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `teacher` of a recipe in Python may be the module itself."""
+def _teachers_as_tables(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `teacher` of a recipe in Python may be the module itself, or a list with modules."""
     teacher = recipe.get("teacher", {})
-    if isinstance(teacher, Mapping):
-        return {}
+    if isinstance(teacher, list | tuple):
+        named = [(f"teacher[{place}]", one) for place, one in enumerate(teacher)]
+        return {"teacher": [_as_table(one, name) for name, one in named]}
+    return {"teacher": _as_table(teacher, "teacher")} if "teacher" in recipe else {}
+
+
+def _as_table(teacher: object, name: str) -> object:
+    if isinstance(teacher, Mapping | TeacherTable):
+        return teacher
     if isinstance(teacher, type) or not callable(teacher):
         raise KDHooksError(
-            'recipe: teacher must be a table, such as { network = "r100", checkpoint = "…" } or '
+            f'recipe: {name} must be a table, such as {{ network = "r100", checkpoint = "…" }} or '
             f'{{ onnx = "…" }}, or in Python a module or a function; found {shown(teacher)}'
         )
-    return {"teacher": {"module": teacher}}
+    return {"module": teacher}
 
 
 def build(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     student: nn.Module,
     *,
-    network: NetworkFactory | None = None,
+    network: NetworkFactory | Sequence[NetworkFactory] | None = None,
     head: ClassShard | None = None,
     host_head: Literal["margin"] | None = None,
     plugins: Sequence[object] = (),
@@ -129,16 +164,17 @@ def build(
 ) -> Distiller:
     """The Distiller that a recipe describes.
 
-    network: the host's factory for `teacher.network`; the rest: see `Distiller`.
+    network: the host's factory for `teacher.network`, or one for each teacher; the rest: see
+        `Distiller`.
     """
     recipe = Recipe.read(recipe)
     check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, student=student)
     first = next(student.parameters(), torch.empty(0))  # a student without is refused below
     with undisturbed_generators(recipe.seed, first.device):
-        teacher = build_teacher(recipe, network)
+        teachers = build_teachers(recipe, network)
     return Distiller(
         student,
-        teacher,
+        teachers,
         recipe.methods,
         student_embedding=recipe.taps.student.embedding or "",
         run_student=run_student,
@@ -158,9 +194,36 @@ def build(
     )
 
 
-def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teacher:
+def build_teacher(
+    recipe: Recipe, network: NetworkFactory | Sequence[NetworkFactory] | None = None
+) -> Teacher:
     """The teacher alone, as `kdhooks.class_means` takes it."""
-    spec = with_module(recipe.teacher, network)
+    if len(recipe.teachers) > 1:
+        raise KDHooksError(
+            f"recipe: build_teacher builds a single teacher; found {len(recipe.teachers)}; "
+            "build_teachers returns a list of them, and kdhooks.class_means takes one at a time"
+        )
+    return build_teachers(recipe, network)[0]
+
+
+def build_teachers(
+    recipe: Recipe, network: NetworkFactory | Sequence[NetworkFactory] | None = None
+) -> list[Teacher]:
+    """All teachers of a recipe, in its order. network: as for `build`."""
+    tables = recipe.teachers
+    factories = list(network) if isinstance(network, Sequence) else [network] * len(tables)
+    if len(tables) == 1:
+        return [_built(tables[0], recipe.taps.teacher.embedding, factories[0])]
+    made = []
+    for number, (table, factory) in enumerate(zip(tables, factories, strict=True)):
+        with numbered(number):
+            made.append(_built(table, None, factory))
+    return made
+
+
+def _built(table: TeacherTable, embedding: str | None, network: NetworkFactory | None) -> Teacher:
+    """embedding: what `taps` names, if the table names none."""
+    spec = with_module(table, network)
     transform = InputTransform()
     model: Any
     if spec.module is not None:
@@ -197,7 +260,7 @@ def build_teacher(recipe: Recipe, network: NetworkFactory | None = None) -> Teac
         model,
         transform=replace(transform, **spec.input.given()),
         classifier=spec.classifier,
-        embedding=recipe.taps.teacher.embedding or "",
+        embedding=spec.embedding or embedding or "",
         dtype=_DTYPES[spec.dtype],
         channels_last=spec.channels_last,
         compile=spec.compile,
@@ -239,10 +302,17 @@ def _paths_in_folder(
     placed = dict(table)
     for name, declared in declared_options(made).items():
         value, kinds = table.get(name), alternatives(declared.kind)
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Options)), None)
         if isinstance(value, Mapping):
-            for kind in kinds:
-                if isinstance(kind, type) and issubclass(kind, Options):
-                    placed[name] = _paths_in_folder(kind, value, folder, f"{start}{name}.")
+            if inner is not None:
+                placed[name] = _paths_in_folder(inner, value, folder, f"{start}{name}.")
+        elif isinstance(value, list) and inner is not None:  # of tables, as [[teacher]] writes them
+            placed[name] = [
+                _paths_in_folder(inner, one, folder, f"{start}{name}[{place}].")
+                if isinstance(one, Mapping)
+                else one
+                for place, one in enumerate(value)
+            ]
         elif isinstance(value, str) and value.strip() and Path in kinds and str not in kinds:
             placed[name] = str(folder / user_path(value, f"{start}{name}"))
     return placed

@@ -58,8 +58,9 @@ def find(model: nn.Module, path: str, side: str) -> nn.Module:
 
 
 def submodules(model: nn.Module) -> dict[str, nn.Module]:
-    """All but the model itself, by their paths without wrappers."""
-    return {without_wrappers(name): module for name, module in model.named_modules() if name}
+    """All but the model itself, by each of their paths, without wrappers."""
+    named = model.named_modules(remove_duplicate=False)
+    return {without_wrappers(name): module for name, module in named if name}
 
 
 def children_of(model: nn.Module) -> list[str]:

@@ -76,7 +76,7 @@ def test_a_recipe_is_read(block: str, tmp_path: Path) -> None:
     (teacher / "model.pt").write_text("weights")
     (tmp_path / "kd.toml").write_text(BLOCKS[block])
     recipe = Recipe.read(tmp_path / "kd.toml")
-    assert recipe.teacher.network == "r100"
+    assert recipe.teachers[0].network == "r100"
     stages = ("layer2", "layer3") if block == "named-taps" else None
     assert recipe.taps.student.stages == recipe.taps.teacher.stages == stages
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
-from kdhooks_integrations.arcface_torch.networks import embedding_width, teacher_factory
+from kdhooks_integrations.arcface_torch.networks import embedding_width, teacher_factories
 from tests.trainer_folder import WIDTH, imports_undone, settled, write_trainer
 
 
@@ -26,7 +26,7 @@ def loaded(folder: Path, content: Any, network: str = "tiny") -> dict[str, Tenso
     torch.save(content, folder / "model.pt")
     spec = {"network": network, "checkpoint": folder / "model.pt"}
     recipe = Recipe.read({"teacher": spec, "methods": ["fcd"]})
-    module = build_teacher(recipe, teacher_factory(None, recipe)).module
+    module = build_teacher(recipe, teacher_factories(None, recipe)).module
     assert module is not None
     return module.state_dict()
 

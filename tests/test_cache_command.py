@@ -24,7 +24,7 @@ from kdhooks.teacher.fingerprints import HEADER
 from kdhooks.teacher.session import TeacherSession
 from kdhooks_integrations.arcface_torch.commands.networks import enter_trainer
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
-from kdhooks_integrations.arcface_torch.networks import teacher_factory
+from kdhooks_integrations.arcface_torch.networks import teacher_factories
 from tests.trainer_folder import CLASSES, WIDTH, faces, imports_undone, write_teacher, write_trainer
 
 Captured = pytest.CaptureFixture[str]
@@ -68,7 +68,7 @@ def cache(*argv: str, status: int = 0) -> None:
 
 def teacher() -> TeacherSession:
     recipe = Recipe.read("kd.toml")
-    made = build_teacher(recipe, teacher_factory(None, recipe))
+    made = build_teacher(recipe, teacher_factories(None, recipe))
     return TeacherSession(made, like=faces()[0])
 
 

@@ -186,6 +186,7 @@ def distilled(device: str, side_stream: bool) -> list[Tensor]:
             total.backward()
             optimizer.step()
             seen.append(total)
+        assert isinstance(kd._session, TeacherSession)
         assert (kd._session._stream is not None) == (side_stream and device == "cuda")
     return [tensor.detach().cpu() for tensor in (*seen, *student.parameters())]
 

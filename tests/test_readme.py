@@ -146,7 +146,7 @@ def terms_of_distiller(distiller: Distiller) -> list[str]:
 
 def test_block_recipe(folder: Path) -> None:
     recipe = Recipe.read(folder / "kd.toml")
-    assert recipe.teacher.checkpoint == folder / "teacher" / "model.pt"
+    assert recipe.teachers[0].checkpoint == folder / "teacher" / "model.pt"
     assert len(recipe.methods) == 2
 
 
@@ -267,8 +267,7 @@ def test_block_teacher_cache(folder: Path) -> None:
     for _ in range(2):
         student(images)
         kd(images, labels)
-    cache = kd._session.cache
-    assert cache is not None
+    (cache,) = kd._session.caches
     assert (cache.folder, cache.hits) == (Path("teacher/cache"), CLASSES)
 
 

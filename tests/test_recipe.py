@@ -320,7 +320,7 @@ TEXT = '# r\u00e9sum\u00e9\nteacher.onnx = "teacher.onnx"\nmethods = ["fcd"]\n'
 def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "teacher.onnx").write_bytes(b"onnx")
     (tmp_path / "kd.toml").write_bytes(TEXT.encode("utf-8-sig"))
-    assert Recipe.read(tmp_path / "kd.toml").teacher.onnx == tmp_path / "teacher.onnx"
+    assert Recipe.read(tmp_path / "kd.toml").teachers[0].onnx == tmp_path / "teacher.onnx"
 
 
 @pytest.mark.parametrize(

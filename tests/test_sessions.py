@@ -108,8 +108,7 @@ def test_closing_one_leaves_the_hooks_and_the_cache_of_the_other(tmp_path: Path)
     terms(two, second)
     found = terms(two, second)
     assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    cache = two._session.cache
-    assert cache is not None
+    (cache,) = two._session.caches
     assert cache.hits > 0
 
 

@@ -89,8 +89,7 @@ def test_the_teacher_sees_what_it_is_given_whatever_the_student_saw(
             teacher_images=given,
         )
         assert_close(method.seen, Counting()(given).half().float())
-        cache = kd._session.cache
-        assert cache is not None
+        (cache,) = kd._session.caches
         cache.flush()
         assert cache.look_up(cache.keys(given))[0].all()
 
@@ -154,7 +153,7 @@ def test_a_recipe_names_a_folder_beside_it(table: object, tmp_path: Path) -> Non
         f'methods = ["fcd"]\nteacher = {{ onnx = "teacher.onnx", cache = {text} }}'
     )
     bound = None if isinstance(table, str) else 0.5
-    options = Recipe.read(tmp_path / "kd.toml").teacher.cache
+    options = Recipe.read(tmp_path / "kd.toml").teachers[0].cache
     assert isinstance(options, CacheOptions)
     assert (options.path, options.max_gb) == (tmp_path / "cache", bound)
 

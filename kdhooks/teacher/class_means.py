@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import check_target, read_tensors, user_path, write_tensors
 
@@ -47,6 +48,11 @@ def class_means(
     save: a file for the sums so far, written every 100 batches and at the end. A later call with
     the same teacher and the same batches, in the same order, goes on from it.
     """
+    if isinstance(teacher, Teachers | list | tuple):
+        raise KDHooksError(
+            f"{_SUBJECT}: teacher must be a single kdhooks.Teacher; found several; make class "
+            "means of each of them, as kdhooks.recipe.build_teachers(recipe) lists them"
+        )
     if not isinstance(teacher, Teacher):
         raise KDHooksError(
             f"{_SUBJECT}: teacher must be a kdhooks.Teacher, as Teacher(module) or "

@@ -73,6 +73,7 @@ class TeacherSession(NotCopied):
         like: images (b 3 h w) like the trainer's; they open the teacher's cache, if it has one.
         """
         self.teacher, self.adapter = teacher, adapter
+        self.named = [("teacher", teacher)]
         self.cache: TeacherCache | None = None
         self._tapped = tuple(taps)
         self._micro_batch = teacher.micro_batch
@@ -101,6 +102,15 @@ class TeacherSession(NotCopied):
             self._unused -= 1
             return ahead.output.get()
         return self._forward(images) if self.cache is None else _LookedUp(self, images).get()
+
+    @property
+    def caches(self) -> list[TeacherCache]:
+        """The caches of all its teachers."""
+        return [] if self.cache is None else [self.cache]
+
+    def of_each(self, output: TeacherOutput) -> list[tuple[str, Teacher, TeacherOutput]]:
+        """What each teacher, by name, put out in the last call: here there is one."""
+        return [("teacher", self.teacher, output)]
 
     def run_ahead(self, images: Tensor) -> None:
         """Start on these images (b 3 h w); the next call with the same images takes the output.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdhooks.classes.rows import Rows
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.factories import factory_named, is_factory_name, made_by
+from kdhooks.kinds import OptionError
 from kdhooks.options import Options, option
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
@@ -88,6 +89,11 @@ class TeacherTable(Options, subject="recipe: teacher"):
         "The class rows (c e): a file, a pattern of checkpoint_gpu_*.pt shards, or the name of a "
         "weight of the teacher.",
     )
+    embedding: str | None = option(
+        None,
+        "The submodule that returns the embedding, as taps.teacher.embedding names it for a single "
+        "teacher.",
+    )
     input: InputTable = option(InputTable(), "The images that the teacher expects.")
     dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "The precision of an autocast around the teacher."
@@ -116,14 +122,14 @@ class TeacherTable(Options, subject="recipe: teacher"):
     def check(self) -> None:
         sources = [key for key in _SOURCES if self.has(key)]
         if len(sources) != 1:
-            raise KDHooksError(
-                f"recipe: teacher needs exactly one of {', '.join(_SOURCES)}; found "
-                f"{listed(sources)}"
+            raise self._refused_whole(
+                f"needs exactly one of {', '.join(_SOURCES)}; found {listed(sources)}"
             )
         if sources[0] in ("network", "config") and not self.has("checkpoint"):
-            raise KDHooksError(
-                f"recipe: teacher.{sources[0]} needs teacher.checkpoint, since a network without "
-                f"weights knows nothing; found {listed(self.given())}"
+            raise self.refused(
+                sources[0],
+                "needs teacher.checkpoint, since a network without weights knows nothing; found "
+                f"{listed(self.given())}",
             )
         for key, owners in _BELONGS.items():
             if self.has(key) and sources[0] not in owners:
@@ -144,6 +150,9 @@ class TeacherTable(Options, subject="recipe: teacher"):
             object.__setattr__(
                 self, "cache", CacheOptions.read({"path": self.cache}, "recipe: teacher.cache")
             )
+
+    def _refused_whole(self, rule: str) -> OptionError:
+        return OptionError(rule, subject=type(self).subject)
 
 
 def with_module(

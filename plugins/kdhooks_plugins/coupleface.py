@@ -197,8 +197,9 @@ class CoupleFace(Options):
         rows = teacher.classifier if self.prototypes is None else Rows.open(self.prototypes)
         if rows is None:
             raise KDHooksError(
-                "coupleface needs a prototype a class; set teacher.classifier to the teacher's "
-                "classifier, or to class means made with kdhooks.class_means"
+                f"coupleface needs a prototype a class; found none{teacher.without_rows}; set "
+                "teacher.classifier to the teacher's classifier, or to class means made with "
+                "kdhooks.class_means"
             )
         if rows.dim != teacher.embedding_dim:
             raise KDHooksError(

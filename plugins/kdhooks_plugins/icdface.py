@@ -187,8 +187,9 @@ class ICDFace(Options):
         projector = projection("icdface", student, teacher, self.projector)
         if teacher.classifier is None:
             raise KDHooksError(
-                "icdface needs the number of classes; found no teacher.classifier; set it to the "
-                "teacher's classifier, or to class means made with kdhooks.class_means"
+                "icdface needs the number of classes; found no teacher.classifier"
+                f"{teacher.without_rows}; set it to the teacher's classifier, or to class means "
+                "made with kdhooks.class_means"
             )
         loss = SimilarityDistributions(
             teacher.classifier.total,

@@ -26,7 +26,7 @@ from kdhooks_integrations.arcface_torch.arguments import (
 from kdhooks_integrations.arcface_torch.heads import refuse_other_split, shard_of, weight_of
 from kdhooks_integrations.arcface_torch.interval import Interval, ScalarWriter
 from kdhooks_integrations.arcface_torch.joining import Joined
-from kdhooks_integrations.arcface_torch.networks import Backbones, teacher_factory
+from kdhooks_integrations.arcface_torch.networks import Backbones, teacher_factories
 
 log = logging.getLogger("kdhooks")
 
@@ -49,7 +49,7 @@ class Attachment:
         self.distiller = build(
             recipe,
             backbone,
-            network=teacher_factory(get_model, recipe),
+            network=teacher_factories(get_model, recipe),
             head=shards[0] if len(shards) == 1 else None,
             host_head="margin",
             plugins=[Backbones()],

@@ -1,6 +1,7 @@
 """The trainer's backbones: where their stages end, and the teacher's, made by their factory."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,29 +21,35 @@ class Backbones:
         return known_stages(model)
 
 
-def teacher_factory(get_model: Callable[..., nn.Module] | None, recipe: Recipe) -> NetworkFactory:
-    """The trainer's own get_model, with the embedding width that the checkpoint has."""
+def teacher_factories(
+    get_model: Callable[..., nn.Module] | None, recipe: Recipe
+) -> list[NetworkFactory]:
+    """For each teacher, the trainer's own get_model with the width that the checkpoint has."""
+    return [partial(_make, get_model, teacher.dtype) for teacher in recipe.teachers]
 
-    def make(network: Any, state: Mapping[str, Tensor]) -> nn.Module:
-        factory = get_model or _trainers_get_model()
-        width = embedding_width(state)
-        dtype = recipe.teacher.dtype
-        if dtype == "bfloat16":
-            raise KDHooksError(
-                "arcface_torch: teacher.dtype must be 'float16' or 'float32' for the trainer's own "
-                "networks, whose forward sets an autocast of its own on a GPU, so that 'bfloat16' "
-                "would have no effect; found 'bfloat16'; take dtype = 'float16'"
-            )
-        half = dtype == "float16"
-        try:
-            return factory(network, dropout=0.0, fp16=half, num_features=width or 512)
-        except ValueError as error:
-            raise KDHooksError(
-                f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
-                f"takes names like r50, r100, mbf, vit_b ({error})"
-            ) from error
 
-    return make
+def _make(
+    get_model: Callable[..., nn.Module] | None,
+    dtype: str,
+    network: Any,
+    state: Mapping[str, Tensor],
+) -> nn.Module:
+    factory = get_model or _trainers_get_model()
+    width = embedding_width(state)
+    if dtype == "bfloat16":
+        raise KDHooksError(
+            "arcface_torch: teacher.dtype must be 'float16' or 'float32' for the trainer's own "
+            "networks, whose forward sets an autocast of its own on a GPU, so that 'bfloat16' "
+            "would have no effect; found 'bfloat16'; take dtype = 'float16'"
+        )
+    half = dtype == "float16"
+    try:
+        return factory(network, dropout=0.0, fp16=half, num_features=width or 512)
+    except ValueError as error:
+        raise KDHooksError(
+            f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
+            f"takes names like r50, r100, mbf, vit_b ({error})"
+        ) from error
 
 
 def embedding_width(state: Mapping[str, Tensor]) -> int | None:

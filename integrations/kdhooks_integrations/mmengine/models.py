@@ -16,7 +16,8 @@ from kdhooks.errors import KDHooksError, in_one_line, listed, near_miss
 from kdhooks.hookspecs import hookimpl
 from kdhooks.recipe import Recipe
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
-from kdhooks.teacher.table import InputTable, with_module
+from kdhooks.teacher.several import numbered
+from kdhooks.teacher.table import InputTable, TeacherTable, with_module
 from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.mmengine.checkpoints import readable
 from kdhooks_integrations.mmengine.images import Seen, check_order, teachers_input
@@ -148,11 +149,22 @@ def _check_rows(path: str, rows: Tensor, owner: nn.Module, what: str) -> None:
 
 
 def with_teacher(recipe: Recipe, student: Seen) -> Recipe:
-    """A teacher of MMEngine's kind: built, given what it expects, its embedding named.
+    """Teachers of MMEngine's kind: built, given what they expect, their embeddings named.
 
-    Its embedding is looked for where the student's is; `embedding=''` is what its forward returns.
+    An embedding is looked for where the student's is; `embedding=''` is what the forward returns.
     """
-    teacher, taps, named = recipe.teacher, recipe.taps, recipe.teacher.classifier
+    if len(recipe.teachers) == 1:
+        named = recipe.taps.teacher.embedding is not None
+        return replace(recipe, teacher=_completed(recipe.teachers[0], student, named))
+    made = []
+    for number, teacher in enumerate(recipe.teachers):
+        with numbered(number):
+            made.append(_completed(teacher, student))
+    return replace(recipe, teacher=tuple(made))
+
+
+def _completed(teacher: TeacherTable, student: Seen, embedding_named: bool = False) -> TeacherTable:
+    named = teacher.classifier
     if teacher.config is not None:
         teacher = replace(teacher, config=None, network=network_of(teacher.config))
     # Beside state_dict, EMAHook keeps those weights that are not the ones to be used.
@@ -160,15 +172,14 @@ def with_teacher(recipe: Recipe, student: Seen) -> Recipe:
     model = teacher.module
     check_order(student, model, teacher.input.given())
     if not isinstance(model, nn.Module):
-        return replace(recipe, teacher=teacher)
+        return teacher
     seen = teachers_input(student, model, teacher.input.given())
     teacher = replace(teacher, input=InputTable.read(seen))
     if isinstance(named, Path) and (rows := _rows_of(model, named)) is not None:
         teacher = replace(teacher, classifier=rows)
-    if isinstance(model, BaseModel) and taps.teacher.embedding is None:
-        embedding = _embedding_of(model) or ""
-        taps = replace(taps, teacher=replace(taps.teacher, embedding=embedding))
-    return replace(recipe, teacher=teacher, taps=taps)
+    if isinstance(model, BaseModel) and teacher.embedding is None and not embedding_named:
+        teacher = replace(teacher, embedding=_embedding_of(model) or "")
+    return teacher
 
 
 def _network(config: object, _: object) -> nn.Module:

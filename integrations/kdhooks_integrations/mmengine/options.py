@@ -88,6 +88,12 @@ def _lazy(methods: object) -> list[object]:
 def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
     """teacher.module may be a model's config; its init_cfg then says where its weights are."""
     teacher = table.get("teacher")
+    if isinstance(teacher, list | tuple):
+        return {**table, "teacher": [_with_module(one) for one in teacher]}
+    return {**table, "teacher": _with_module(teacher)} if "teacher" in table else table
+
+
+def _with_module(teacher: object) -> object:
     if isinstance(teacher, Mapping) and "type" in teacher:
         raise KDHooksError(
             f"mmengine: teacher is a table around the model's config; found type = "
@@ -95,7 +101,7 @@ def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
             "checkpoint=…), or dict(module=dict(type=…)) if its init_cfg names its weights"
         )
     if not isinstance(teacher, Mapping) or not isinstance(teacher.get("module"), Mapping):
-        return table
+        return teacher
     with undisturbed_generators(0, torch.device("cpu")):
         module = initialised(teacher["module"])
-    return {**table, "teacher": {**teacher, "module": module}}
+    return {**teacher, "module": module}

@@ -15,6 +15,7 @@ build, or if a record is damaged or was lost, and 2 if the command itself is wro
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import torch
 
 from kdhooks.arguments import at_least
 from kdhooks.errors import KDHooksError
-from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher.cache import CacheOptions
+from kdhooks.recipe import Recipe, build_teacher, build_teachers
+from kdhooks.teacher.cache import CacheOptions, TeacherCache
 from kdhooks.teacher.cache_files import Keys, Parts
 from kdhooks.teacher.fingerprints import IDENTITY, check_same, read_header
 from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.table import TeacherTable
+from kdhooks.teacher.teacher import Teacher
 from kdhooks_integrations.arcface_torch.commands.networks import add_trainer, enter_trainer
 from kdhooks_integrations.arcface_torch.commands.parsing import (
     add_device,
@@ -38,7 +41,7 @@ from kdhooks_integrations.arcface_torch.commands.parsing import (
     print_json,
 )
 from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
-from kdhooks_integrations.arcface_torch.networks import teacher_factory
+from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _SAMPLE = 100  # pictures
 """Names in the header that say which teacher filled the cache."""
@@ -52,35 +55,45 @@ def main(argv: Sequence[str]) -> int:
 
 def build(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    if recipe.teacher.cache is None:
+    if all(teacher.cache is None for teacher in recipe.teachers):
         raise KDHooksError(
             f"cache build: the recipe must name a folder; '{options.recipe}' has no teacher.cache; "
             'add cache = "cache" below [teacher]'
         )
-    teacher = build_teacher(recipe, teacher_factory(None, recipe))
+    teachers = build_teachers(recipe, teacher_factories(None, recipe))
     pictures = Pictures(options.data)
     done = 0
     like = torch.zeros(1, *recipe.input_shape, device=options.device)
-    with TeacherSession(teacher, like=like) as session:
-        cache = session.cache
-        assert cache is not None
+    with ExitStack() as opened:
+        caches: list[tuple[TeacherSession, TeacherCache]] = []
+        for number, teacher in enumerate(teachers):
+            if teacher.cache is None:
+                print(f"teacher {number} has no cache, and is left out", file=sys.stderr)
+                continue
+            session = opened.enter_context(TeacherSession(teacher, like=like))
+            assert session.cache is not None
+            caches.append((session, session.cache))
         try:
             for images in pictures.batches(pictures.names, options.batch_size, recipe.input_shape):
                 images = images.to(options.device)
-                session(images)
-                session(images.flip(-1))
+                for session, cache in caches:
+                    if cache.writing:
+                        session(images)
+                        session(images.flip(-1))
                 done += len(images)
                 text = f"\r{done} of {len(pictures.names)} pictures"
                 print(text, end="", file=sys.stderr, flush=True)
-                if not cache.writing:
+                if not any(cache.writing for _, cache in caches):
                     break
         finally:
             if done:  # an error begins its own line
                 print(file=sys.stderr)
-    print(
-        f"{cache.folder}: {cache.asked} views of {done} pictures, of which {cache.hits} were there"
-    )
-    return 0 if cache.writing else 1
+    for _, cache in caches:
+        print(
+            f"{cache.folder}: {cache.asked} views of {done} pictures, of which {cache.hits} were "
+            "there"
+        )
+    return 0 if all(cache.writing for _, cache in caches) else 1
 
 
 def info(options: argparse.Namespace) -> int:
@@ -142,9 +155,7 @@ def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
 def _compare(options: argparse.Namespace) -> None:
     """Raises if the teacher's present embeddings are others."""
     recipe = _recipe(options)
-    folder = CacheOptions(path=options.folder)
-    recipe = replace(recipe, teacher=replace(recipe.teacher, cache=folder))
-    teacher = build_teacher(recipe, teacher_factory(None, recipe))
+    teacher = _teacher_of(recipe, options.folder)
     pictures = Pictures(options.data)
     count = len(pictures.names)
     sample = _SAMPLE if options.sample is None else options.sample
@@ -169,6 +180,27 @@ def _compare(options: argparse.Namespace) -> None:
             check_same(cache.folder, kept, embedding[here], "the rows of these pictures")
         hits += len(here)
     print(f"{hits} of {sum(map(len, batches))} pictures are there, as the teacher embeds them")
+
+
+def _teacher_of(recipe: Recipe, folder: Path) -> Teacher:
+    """The recipe's teacher, with this cache; of several, the one whose cache it is."""
+    chosen = list(range(len(recipe.teachers)))
+    if len(chosen) > 1:
+        chosen = [n for n in chosen if _has_cache(recipe.teachers[n], folder)]
+    if not chosen:
+        raise KDHooksError(
+            f"cache verify: the folder must be the cache of one of the recipe's "
+            f"{len(recipe.teachers)} teachers; found '{folder}', which is none of them"
+        )
+    number = chosen[0]
+    table = replace(recipe.teachers[number], cache=CacheOptions(path=folder))
+    factory = teacher_factories(None, recipe)[number]
+    return build_teacher(replace(recipe, teacher=table), factory)
+
+
+def _has_cache(teacher: TeacherTable, folder: Path) -> bool:
+    cache = teacher.cache
+    return isinstance(cache, CacheOptions) and cache.path.resolve() == folder.resolve()
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from kdhooks.asking import probe_student
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.first_step import check_class_order, check_teacher
-from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.teacher.session import TeacherSession
+from kdhooks.recipe import Recipe, build_teachers
+from kdhooks.teacher.session import TeacherOutput
+from kdhooks.teacher.sessions import open_session
+from kdhooks.teacher.several import Teachers, one_or_several
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.views.viewing import viewed
 from kdhooks_integrations.arcface_torch import attach
@@ -23,7 +25,7 @@ from kdhooks_integrations.arcface_torch.commands.faces import made_up, read_batc
 from kdhooks_integrations.arcface_torch.commands.settings import Settings
 from kdhooks_integrations.arcface_torch.commands.sides import write_sides
 from kdhooks_integrations.arcface_torch.commands.trial import Head, Trial
-from kdhooks_integrations.arcface_torch.networks import teacher_factory
+from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _NO_LABELS = "labels = false, and no class is compared"
 _DEFAULT_CLASSES = 1000
@@ -44,10 +46,11 @@ class Examination:
     recipe: Recipe
     student: nn.Module
     width: int
-    teacher: Teacher
-    embedding: Tensor  # the teacher's, of the images
+    teacher: Teacher | Teachers
+    outputs: list[tuple[str, Teacher, TeacherOutput]]  # of each teacher by name, of the images
     images: Tensor
     labels: Tensor | None
+    disputed: bool = False  # whether each of several teachers would find other labels
     classes: int
     trial: Trial
 
@@ -142,19 +145,26 @@ class Examination:
         return text
 
     def load_teacher(self) -> str:
-        self.teacher = build_teacher(self.recipe, teacher_factory(None, self.recipe))
-        with TeacherSession(self.teacher) as session:
-            output = session(self.images)
-        self.embedding = output.embedding
-        check_teacher(output, self.images)
-        size = f"{_millions(self.teacher.module)}, " if self.teacher.module else ""
-        return f"{size}embedding {output.embedding.shape[1]}, finite, and its images differ"
+        factories = teacher_factories(None, self.recipe)
+        self.teacher = one_or_several(build_teachers(self.recipe, factories))
+        with open_session(self.teacher) as session:
+            self.outputs = session.of_each(session(self.images))
+        found = []
+        for who, teacher, output in self.outputs:
+            check_teacher(output, self.images, who)
+            size = f"{_millions(teacher.module)}, " if teacher.module else ""
+            start = f"{who}: " if len(self.outputs) > 1 else ""
+            width = output.embedding.shape[1]
+            found.append(f"{start}{size}embedding {width}, finite, and its images differ")
+        return "; ".join(found)
 
     def compare_classes(self) -> str:
         rows = self.teacher.classifier
         if rows is None:
             self.classes = self.classes or _DEFAULT_CLASSES
-            raise Unchecked("the teacher comes without a classifier, and no class is compared")
+            without = self.teacher.without_rows if isinstance(self.teacher, Teachers) else []
+            who = f"teacher {listed(map(str, without))}" if without else "the teacher"
+            raise Unchecked(f"{who} comes without a classifier, and no class is compared")
         if not self.recipe.labels:
             self.classes = self.classes or _DEFAULT_CLASSES
             raise Unchecked(_NO_LABELS)
@@ -173,20 +183,29 @@ class Examination:
         return f"{checked}, as many as in the training"
 
     def compare_order(self) -> str:
-        rows = self.teacher.classifier
-        if rows is None:
+        with_rows = [
+            (who, teacher.classifier, output.embedding)
+            for who, teacher, output in self.outputs
+            if teacher.classifier is not None
+        ]
+        if not with_rows:
             raise Unchecked("there is no classifier")
         if not self.recipe.labels:
             raise Unchecked(_NO_LABELS)
-        embedding = self.embedding
         if self.labels is None:
             # The first step compares as well: made-up faces are of whom the teacher takes them for.
+            _, rows, embedding = with_rows[0]
             self.labels = rows.nearest(embedding)
+            self.disputed = len(with_rows) > 1
             raise Unchecked("made-up faces are nobody's; give --data FOLDER of the training")
-        warning = check_class_order(rows, embedding, self.labels)
-        hits = int((rows.nearest(embedding) == self.labels).sum())
-        text = f"{hits} of {len(self.labels)} images are nearest to their own class"
-        return f"{text}; {warning}" if warning else text
+        found = []
+        for who, rows, embedding in with_rows:
+            warning = check_class_order(rows, embedding, self.labels, who)
+            hits = int((rows.nearest(embedding) == self.labels).sum())
+            start = f"{who}: " if len(self.outputs) > 1 else ""
+            text = f"{start}{hits} of {len(self.labels)} images are nearest to their own class"
+            found.append(f"{text}; {warning}" if warning else text)
+        return "; ".join(found)
 
     def attach(self) -> str:
         if self.labels is None:
@@ -207,6 +226,12 @@ class Examination:
             self.recipe,
             accumulation=given.gradient_acc,
         )
+        if self.disputed and (attachment.distiller.labelled or attachment.distiller.inherited):
+            attachment.remove()
+            raise KDHooksError(
+                "--data is needed if several teachers have class rows, since each of them takes "
+                "made-up faces for other people; give the folder of the training"
+            )
         self.trial = Trial(self.student, head, attachment, self.images, self.labels, given.fp16)
         taps = [tap.described() for tap in attachment.distiller.taps]
         if not head.weight.requires_grad:
