@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.recordio_files import people, png, write_records
 from kdhooks import KDHooksError
 from kdhooks.cli import main
-from kdhooks.recipe import Recipe, build_teacher
+from kdhooks.recipe import Recipe, build_teacher, build_teachers
 from kdhooks.teacher.cache_files import Parts
 from kdhooks.teacher.fingerprints import HEADER
 from kdhooks.teacher.session import TeacherSession
@@ -305,3 +305,58 @@ def test_recipe_and_data_go_together(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     cache("verify", "cache", "--data", "folders", status=2)
     assert "--recipe and --data go together; found one of them" in capsys.readouterr().err
+
+
+# --- several teachers ----------------------------------------------------------------------------
+
+TABLE = '[[teacher]]\nnetwork = "tiny"\ncheckpoint = "model.pt"\n'
+SECOND = f'{TABLE}input = {{ order = "bgr" }}\n'
+
+
+def write_several(first: str = 'cache = "cache"\n', second: str = 'cache = "other"\n') -> None:
+    Path("kd.toml").write_text(f'methods = ["sp"]\n{TABLE}{first}{SECOND}{second}')
+
+
+def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
+    write_several()
+    cache(*BUILD, "folders")
+    said = f"{VIEWS} views of 24 pictures, of which 0 were there\n"
+    assert capsys.readouterr().out == f"cache: {said}other: {said}"
+    recipe = Recipe.read("kd.toml")
+    images = faces()[0]
+    for made in build_teachers(recipe, teacher_factories(None, recipe)):
+        with TeacherSession(made, like=images) as found:
+            found(images)
+            assert found.cache is not None
+            assert found.cache.hits == len(images)
+    for folder in ("cache", "other"):
+        cache("verify", folder, "--recipe", "kd.toml", "--data", "records")
+        assert "24 of 24 pictures are there" in capsys.readouterr().out
+
+
+def test_build_says_which_teacher_has_no_cache(capsys: Captured) -> None:
+    write_several(first="")
+    cache(*BUILD, "folders")
+    printed = capsys.readouterr()
+    assert "teacher 0 has no cache, and is left out" in printed.err
+    assert printed.out.startswith("other: ")
+    write_several(first="", second="")
+    cache(*BUILD, "folders", status=2)
+    assert 'has no teacher.cache; add cache = "cache"' in capsys.readouterr().err
+
+
+def test_build_goes_on_for_one_teacher_when_the_cache_of_another_is_full(
+    capsys: Captured,
+) -> None:
+    write_several(first='cache = { path = "cache", max_gb = 1e-6 }\n')
+    cache(*BUILD, "folders", status=1)
+    assert f"other: {VIEWS} views of 24 pictures" in capsys.readouterr().out
+
+
+def test_verify_compares_with_the_teacher_whose_cache_it_is(capsys: Captured) -> None:
+    write_several()
+    cache(*BUILD, "folders")
+    Path("cache").rename("moved")
+    cache("verify", "moved", "--recipe", "kd.toml", "--data", "records", status=2)
+    said = capsys.readouterr().err
+    assert "one of the recipe's 2 teachers; found 'moved', which is none of them" in said

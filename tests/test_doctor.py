@@ -342,3 +342,42 @@ def test_weights_count_with_gradient_and_momentum() -> None:
     network.bias.requires_grad_(False)
     statistics = 4 * (8 + 8) + 8
     assert held([network, network], 3) == 4 * (3 * 8 + 8) + statistics
+
+
+# --- several teachers ----------------------------------------------------------------------------
+
+SEVERAL = TEACHER.replace("[teacher]", "[[teacher]]")
+
+
+def test_each_of_several_teachers_is_examined(capsys: Captured) -> None:
+    recipe = f'methods = ["kd"]\n{SEVERAL}{ROWS}{SEVERAL}{ROWS}input = {{ order = "bgr" }}\n'
+    found = doctor(capsys, recipe, *STUDENT, "--data", "folders", "--num-classes", str(CLASSES))
+    assert re.fullmatch(
+        r"teacher 0: \S+ million weights, embedding 16, finite, and its images differ; "
+        r"teacher 1: \S+ million weights, embedding 16, finite, and its images differ",
+        found["teacher"][1],
+    )
+    assert found["classes"][1] == "6 of the teacher, of width 32, as many as in the training"
+    assert found["class order"][1].startswith("teacher 0: 8 of 8 images are nearest")
+    assert "; teacher 1: " in found["class order"][1]
+    assert found["step"][0] == "ok"
+
+
+def test_the_one_of_several_teachers_that_is_at_fault_is_named(capsys: Captured) -> None:
+    torch.save(torch.load("rows.pt").roll(1, 0), "rolled.pt")
+    recipe = f'methods = ["kd"]\n{SEVERAL}{ROWS}{SEVERAL}classifier = "rolled.pt"\n'
+    found = doctor(capsys, recipe, *STUDENT, "--data", "folders", status=1)
+    assert found["class order"][0] == "FAULT"
+    assert found["class order"][1].startswith("teacher 1 classifier: its classes must be in the")
+    found = doctor(capsys, f'methods = ["sp"]\n{SEVERAL}{ROWS}{SEVERAL}')
+    said = "not checked: teacher 1 comes without a classifier, and no class is compared"
+    assert found["classes"] == ("--", said)
+    assert found["step"][0] == "ok"
+
+
+def test_made_up_faces_have_no_class_that_several_teachers_agree_on(capsys: Captured) -> None:
+    recipe = f'methods = ["METHOD"]\n{SEVERAL}{ROWS}{SEVERAL}{ROWS}'
+    found = doctor(capsys, recipe.replace("METHOD", "kd"), status=1)
+    assert found["taps"][0] == "FAULT"
+    assert found["taps"][1].startswith("--data is needed if several teachers have class rows")
+    assert doctor(capsys, recipe.replace("METHOD", "sp"))["step"][0] == "ok"
