@@ -230,8 +230,12 @@ def probe_teacher(
             output = session(images)
         return {**output.features, teacher.embedding: output.embedding}
 
-    outputs, probed = _probed(teacher.module, stages, "teacher", observe)
-    dim = outputs[teacher.embedding].shape[1]
+    if teacher.stored is not None and not stages:  # which has no embedding of random images
+        teacher.stored.check_shape(tuple(images.shape[1:]))
+        dim, probed = teacher.stored.dim, ()
+    else:
+        outputs, probed = _probed(teacher.module, stages, "teacher", observe)
+        dim = outputs[teacher.embedding].shape[1]
     rows = teacher.classifier
     if rows is not None and rows.dim != dim == rows.total:
         raise KDHooksError(

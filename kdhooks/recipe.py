@@ -21,6 +21,7 @@ from kdhooks.onnx.session import OnnxModel, insightface_model
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
 from kdhooks.schedules import Scheduled
+from kdhooks.teacher.cache import CachedEmbeddings
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.several import numbered
 from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
@@ -105,11 +106,13 @@ class Recipe(Options):
                 f"names a submodule of one teacher; found {len(self.teachers)} teachers; set "
                 "embedding in the table of each teacher that needs it",
             )
-        if self.teachers[0].embedding is not None:
-            raise self.refused(
-                "taps.teacher.embedding",
-                "means the same as teacher.embedding; found both; leave one of them out",
-            )
+        for key in ("embedding", "embeddings"):
+            if getattr(self.teachers[0], key) is not None:
+                raise self.refused(
+                    "taps.teacher.embedding",
+                    f"names the embedding, as teacher.{key} does; found both; leave one of them "
+                    "out",
+                )
 
     @property
     def teachers(self) -> tuple[TeacherTable, ...]:
@@ -228,6 +231,8 @@ def _built(table: TeacherTable, embedding: str | None, network: NetworkFactory |
     model: Any
     if spec.module is not None:
         model = spec.module
+    elif spec.embeddings is not None:
+        return Teacher(CachedEmbeddings(spec.embeddings), classifier=spec.classifier)
     elif spec.config is not None:
         raise KDHooksError(
             f"recipe: teacher.config is a config file of MMEngine, and '{spec.config}' is not read "

@@ -127,3 +127,22 @@ def test_the_teacher_whose_classes_are_in_another_order_is_named(
     (report,) = one.run(install(several(teacher, rolled), {"name": "kd"}), sample_rate=1.0)
     assert report["error"] == "KDHooksError"
     assert report["message"].startswith("teacher 1 classifier: its classes must be in the order")
+
+
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_a_cache_stands_for_the_teacher(
+    request: pytest.FixtureRequest, teacher: Table, tmp_path: Path, ranks: str
+) -> None:
+    """To the last bit."""
+    trainer: Trainer = request.getfixturevalue(ranks)
+    method = {"name": "fcd", "weight": 8.0}
+    filled = install({**teacher, "cache": str(tmp_path / "cache")}, method)
+    ask = {"closed": "installed.attachment.remove()"}  # writes the last batch
+    filling = trainer.run(below_imports=filled, ask=ask)
+    alone = install({"embeddings": str(tmp_path / "cache")}, method)
+    assert [outcome(one) for one in trainer.run(alone)] == [outcome(one) for one in filling]
+    for path in (tmp_path / "cache").glob("*.keys"):
+        path.unlink()
+    for report in trainer.run(alone, fresh=True):
+        assert "12 of 12 images of this batch are missing" in report["message"]
+        assert "kdhooks cache build" in report["message"]

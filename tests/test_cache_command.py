@@ -360,3 +360,21 @@ def test_verify_compares_with_the_teacher_whose_cache_it_is(capsys: Captured) ->
     cache("verify", "moved", "--recipe", "kd.toml", "--data", "records", status=2)
     said = capsys.readouterr().err
     assert "one of the recipe's 2 teachers; found 'moved', which is none of them" in said
+
+
+# --- in place of the teacher ---------------------------------------------------------------------
+
+
+def test_what_build_embeds_stands_for_the_teacher(capsys: Captured) -> None:
+    cache(*BUILD, "folders")
+    expected, images = teacher(), faces()[0]
+    wanted = [expected(seen).embedding for seen in (images, images.flip(-1))]
+    Path("model.pt").unlink()
+    Path("kd.toml").write_text('methods = ["fcd"]\nteacher = { embeddings = "cache" }\n')
+    with TeacherSession(build_teacher(Recipe.read("kd.toml"))) as found:
+        for seen, embedding in zip((images, images.flip(-1)), wanted, strict=True):
+            assert torch.equal(found(seen).embedding, embedding)
+        with pytest.raises(KDHooksError, match="24 of 24 images of this batch are missing"):
+            found(images.flip(-2))
+    cache(*BUILD, "folders", status=2)
+    assert "has no teacher.cache" in capsys.readouterr().err

@@ -381,3 +381,16 @@ def test_made_up_faces_have_no_class_that_several_teachers_agree_on(capsys: Capt
     assert found["taps"][0] == "FAULT"
     assert found["taps"][1].startswith("--data is needed if several teachers have class rows")
     assert doctor(capsys, recipe.replace("METHOD", "sp"))["step"][0] == "ok"
+
+
+def test_a_cache_that_stands_for_the_teacher_is_tried_on_the_training(capsys: Captured) -> None:
+    Path("kd.toml").write_text(f'methods = ["fcd"]\n{TEACHER}cache = "cache"\n')
+    assert main(["cache", "build", "--recipe", "kd.toml", "--data", "folders"]) == 0
+    capsys.readouterr()
+    recipe = 'methods = ["fcd"]\nteacher = { embeddings = "cache" }\n'
+    found = doctor(capsys, recipe, *STUDENT, "--data", "folders")
+    assert found["teacher"] == ("ok", "embedding 16, finite, and its images differ")
+    assert found["step"][0] == "ok"
+    found = doctor(capsys, recipe, status=1)
+    assert found["teacher"][0] == "FAULT"
+    assert found["teacher"][1].startswith("--data is needed if a cache stands for the teacher")

@@ -96,3 +96,17 @@ def test_a_fault_names_the_teacher(teachers: list[dict[str, Any]]) -> None:
         MODELS.build(distilled(teacher=teachers))
     with pytest.raises(KDHooksError, match="teacher is a table around the model's config"):
         MODELS.build(distilled(teacher=[teachers[0], {"type": "Taught"}]))
+
+
+@each_door
+def test_a_cache_stands_for_the_teacher(door: str, tmp_path: Path) -> None:
+    cached = {"module": {"type": "Taught"}, "cache": str(tmp_path / "cache")}
+    filling = train(tmp_path / "filling", **both(door, teacher=cached))
+    alone = {"embeddings": str(tmp_path / "cache")}
+    repeating = train(tmp_path / "repeating", **both(door, teacher=alone))
+    assert repeating.logs == filling.logs
+    assert same(repeating.state, filling.state)
+    for path in (tmp_path / "cache").glob("*.keys"):
+        path.unlink()
+    with pytest.raises(KDHooksError, match="8 of 8 images of this batch are missing"):
+        train(tmp_path / "empty", **both(door, teacher=alone))

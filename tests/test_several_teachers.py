@@ -596,7 +596,7 @@ def test_the_embedding_of_a_teacher_is_named_in_its_table(where: str) -> None:
         Recipe.read(given)
     given["teacher"] = first
     with pytest.raises(
-        KDHooksError, match=r"embedding means the same as teacher\.embedding; found"
+        KDHooksError, match=r"names the embedding, as teacher\.embedding does; found"
     ):
         Recipe.read(given)
 

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdhooks.errors import KDHooksError
 from kdhooks.later import Later, Sent
 from kdhooks.options import REQUIRED, Options, option
 from kdhooks.teacher.cache_files import Embeddings, Index, Keys, Parts
-from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same
+from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check_same, read_header
 
 log = logging.getLogger("kdhooks")
 
@@ -38,6 +39,40 @@ class CacheOptions(Options, subject="teacher.cache"):
             raise self.refused("path", f"must be a folder; '{self.path}' is a file")
 
 
+class CachedEmbeddings:
+    """A folder of embeddings in place of a teacher, as `kdhooks cache build` fills it.
+
+    Give it to `Teacher` as the model. No network is loaded, so that nothing but the embedding is
+    known, and a view that is not in the folder is refused.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.options = CacheOptions.read({"path": folder}, "teacher.embeddings")
+        header = read_header(self.options.path)
+        self.dim: int = header["dim"]
+        self.images = tuple(header["images"])  # (3, h, w)
+        self.sha256: str | None = header["weights"]  # of the teacher that filled the folder
+        self.probe = torch.tensor(header["probe"])[:1]
+        """(1 e), the teacher's embedding of a fixed image."""
+
+    def check_shape(self, images: tuple[int, ...]) -> None:
+        """Refuse a training on images of another shape, (3, h, w)."""
+        if images != self.images:
+            raise KDHooksError(
+                f"teacher.embeddings: '{self.options.path}' was filled with images of the shape "
+                f"{self.images}; found a training on {images}; set input_shape, or fill another "
+                "folder by kdhooks cache build"
+            )
+
+    def open(self) -> "TeacherCache":
+        """A reader for one run."""
+        return TeacherCache(self.options)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(b 3 h w) -> (b e)."""
+        return self.open().start(images, self).get()[0]
+
+
 class TeacherCache:
     """Looks each view up, and runs the teacher on those alone that are not there.
 
@@ -50,16 +85,26 @@ class TeacherCache:
     the device can work meanwhile. New embeddings are written in the call after that.
     """
 
-    def __init__(self, options: CacheOptions, teacher: Identity, probe: Tensor) -> None:
-        """teacher, probe (2 e): what the folder must have been filled with."""
+    def __init__(
+        self, options: CacheOptions, teacher: Identity | None = None, probe: Tensor | None = None
+    ) -> None:
+        """
+        teacher, probe (2 e): what the folder must have been filled with. Without them there is no
+            teacher to embed what is missing, which is then refused.
+        """
         self.folder, self._max_gb = options.path, options.max_gb
-        check_header(self.folder, teacher, probe)
+        self._alone = teacher is None or probe is None
+        if teacher is None or probe is None:
+            dim: int = read_header(self.folder)["dim"]
+        else:
+            check_header(self.folder, teacher, probe)
+            dim = probe.shape[1]
         self._hash = ViewKeys()
         self._index = Index()
-        self._parts = Parts(self.folder, probe.shape[1])
+        self._parts = Parts(self.folder, dim)
         self._pending: tuple[Keys, Sent] | None = None
-        self.writing = True
-        self._proved = False
+        self.writing = not self._alone
+        self._proved = self._alone
         self._read_at = 0.0
         self.asked = self.hits = 0  # views
         self._read_on()
@@ -93,6 +138,14 @@ class TeacherCache:
             found, _ = self.look_up(keys, rows.numpy())
         hits = int(np.count_nonzero(found))
         self.asked, self.hits = self.asked + len(keys), self.hits + hits
+        if self._alone and hits < len(keys):
+            raise KDHooksError(
+                f"teacher.embeddings: '{self.folder}' must hold every view, since no network is "
+                f"loaded; {len(keys) - hits} of {len(keys)} images of this batch are missing; fill "
+                "it by kdhooks cache build, which embeds each picture and its mirror image, and "
+                "train without other augmentations; or give the network, with this folder as its "
+                "cache"
+            )
         result = rows.to(images.device, non_blocking=True)
         if hits and not self._proved:
             self._prove(result, images, found, embed)

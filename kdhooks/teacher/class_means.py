@@ -159,8 +159,10 @@ def _fresh_or_saved(
     """Nothing yet, or what an earlier pass of the same teacher left."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *images.shape[1:], generator=generator) * 2 - 1
+    stored = session.teacher.stored
     try:
-        probe = session(image.to(images)).embedding.double().cpu()
+        embedding = session(image.to(images)).embedding if stored is None else stored.probe
+        probe = embedding.double().cpu()
     except (KDHooksError, torch.OutOfMemoryError):
         raise
     except Exception as error:

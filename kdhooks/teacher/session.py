@@ -83,11 +83,18 @@ class TeacherSession(NotCopied):
         self._device: torch.device | None = None
         paths = [*taps, *([teacher.embedding] if teacher.embedding else [])]
         if paths and teacher.module is None:
+            if teacher.stored is not None:
+                raise KDHooksError(
+                    f"teacher has no submodules to tap ({', '.join(paths)}): its embeddings are "
+                    "stored, and no network is loaded; give the network itself"
+                )
             raise KDHooksError(
                 f"teacher has no submodules to tap ({', '.join(paths)}): it is a function or an "
                 "ONNX session; kdhooks.onnx.to_torch turns an ONNX file into a module"
             )
         self._taps = Taps(teacher.module or nn.Identity(), paths, "teacher")
+        if teacher.stored is not None:
+            self.cache = teacher.stored.open()
         if like is not None and teacher.cache is not None:
             try:
                 self.cache = self._open_cache(like)
@@ -120,8 +127,8 @@ class TeacherSession(NotCopied):
         self._ahead = None
         if torch.compiler.is_compiling() or images.is_inference() or self._unused > _PATIENCE:
             return
-        if self._device != images.device:  # only a call moves the teacher
-            return
+        if self._device != images.device and self.teacher.stored is None:
+            return  # only a call moves the teacher
         self._unused += 1  # until it is used
         if self._unused > _PATIENCE:
             log.info("the teacher runs after the student: no call used the outputs started ahead")

@@ -22,7 +22,8 @@ NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
 
 Channels: TypeAlias = float | tuple[float] | tuple[float, float, float]
 
-_SOURCES = ("module", "network", "config", "onnx", "insightface")
+_SOURCES = ("module", "network", "config", "onnx", "insightface", "embeddings")
+_RUN = _SOURCES[:-1]  # those whose teacher is a network that runs
 FILES = ("checkpoint", "config", "onnx")
 _BELONGS: Mapping[
     str, tuple[str, ...]
@@ -32,7 +33,16 @@ _BELONGS: Mapping[
     "convert": ("onnx", "insightface"),
     "output": ("onnx", "insightface"),
     "root": ("insightface",),
+    "embedding": _RUN,
+    "input": _RUN,
+    "dtype": _RUN,
+    "channels_last": _RUN,
+    "compile": _RUN,
+    "side_stream": _RUN,
+    "micro_batch": _RUN,
+    "cache": _RUN,
 }
+_OFF = (False, "", "float32")  # what such an option is if it is written, and changes nothing
 
 
 def _given(source: str) -> Mapping[str, Any]:
@@ -71,6 +81,11 @@ class TeacherTable(Options, subject="recipe: teacher"):
     )
     onnx: Path | None = option(None, "An ONNX file.")
     insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
+    embeddings: Path | None = option(
+        None,
+        "A folder that kdhooks cache build has filled, in place of a network, which is then not "
+        "loaded.",
+    )
     checkpoint: Path | None = option(None, "The file of the network's weights.")
     weights: str = option(
         "", "The place of the weights in the checkpoint, if several sets fit, such as ema."
@@ -114,7 +129,7 @@ class TeacherTable(Options, subject="recipe: teacher"):
         "oneOf": [_given(source) for source in _SOURCES if source != "module"],
         "dependentRequired": {"network": ["checkpoint"], "config": ["checkpoint"]},
         "dependentSchemas": {
-            key: {"anyOf": [{"properties": {key: {"enum": [False, ""]}}}, *map(_given, owners)]}
+            key: {"anyOf": [{"properties": {key: {"enum": list(_OFF)}}}, *map(_given, owners)]}
             for key, owners in _BELONGS.items()
         },
     }

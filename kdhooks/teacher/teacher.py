@@ -15,7 +15,7 @@ from kdhooks.errors import KDHooksError, listed
 from kdhooks.kinds import Option, shown
 from kdhooks.options import check_arguments
 from kdhooks.taps import unwrap
-from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.cache import CachedEmbeddings, CacheOptions
 from kdhooks.teacher.checkpoints import refuse_untrained
 from kdhooks.teacher.input_transform import InputTransform
 
@@ -57,7 +57,8 @@ class Teacher:
         cache: CacheOptions | str | Path | None = None,
     ) -> None:
         """
-        model: a module, a ScriptModule, an exported program, or a function (b 3 h w) -> (b e).
+        model: a module, a ScriptModule, an exported program, a function (b 3 h w) -> (b e), or
+            `CachedEmbeddings`.
         run: called as run(model, images), for a model that takes more than images; by default
             model(images).
         transform: from the trainer's images to the model's input; see `InputTransform`.
@@ -111,6 +112,19 @@ class Teacher:
                 "teacher is a method of a module, which nobody would freeze; give the module "
                 "itself, and run=lambda model, images: … to call another method than forward"
             )
+        self.stored = model if isinstance(model, CachedEmbeddings) else None
+        if self.stored is not None:
+            changed = {
+                "run": run, "transform": transform, "embedding": embedding, "dtype": dtype,
+                "channels_last": channels_last, "compile": compile, "side_stream": side_stream,
+                "micro_batch": micro_batch, "cache": cache,
+            }  # fmt: skip
+            if given := [name for name, value in changed.items() if value]:
+                raise KDHooksError(
+                    "teacher: embeddings that are stored are read as they are, without a network; "
+                    f"found the arguments {listed(given)}, which change how one runs; leave them "
+                    "out"
+                )
         self.module = unwrap(model) if isinstance(model, nn.Module) else None
         if self.module is None and (compile or channels_last):
             raise KDHooksError(

@@ -147,6 +147,12 @@ class Examination:
     def load_teacher(self) -> str:
         factories = teacher_factories(None, self.recipe)
         self.teacher = one_or_several(build_teachers(self.recipe, factories))
+        members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
+        if self.data is None and any(one.stored is not None for one in members):
+            raise KDHooksError(
+                "--data is needed if a cache stands for the teacher, since it holds no made-up "
+                "faces; give the folder of the training"
+            )
         with open_session(self.teacher) as session:
             self.outputs = session.of_each(session(self.images))
         found = []
