@@ -230,9 +230,10 @@ def probe_teacher(
             output = session(images)
         return {**output.features, teacher.embedding: output.embedding}
 
+    probed: tuple[Stage, ...] = ()
     if teacher.stored is not None and not stages:  # which has no embedding of random images
         teacher.stored.check_shape(tuple(images.shape[1:]))
-        dim, probed = teacher.stored.dim, ()
+        dim = teacher.stored.dim
     else:
         outputs, probed = _probed(teacher.module, stages, "teacher", observe)
         dim = outputs[teacher.embedding].shape[1]

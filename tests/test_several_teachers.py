@@ -138,7 +138,7 @@ def test_two_equal_teachers_are_one(method: str) -> None:
     spec = {"name": method, **BY_COSINES[method]}
     one, net, _ = trained(teacher(), spec)
     two, other, _ = trained([teacher(), teacher()], spec)
-    close = {"rtol": 1e-6, "atol": 1e-6}  # of rows that are kept in float32
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # of rows that are kept in float32
     assert_close(two, one, **close)
     assert_close(dict(other.named_parameters()), dict(net.named_parameters()), **close)
 
@@ -338,7 +338,10 @@ def test_a_tap_of_no_teacher_is_refused(path: str, words: str) -> None:
 
 
 def test_stages_of_several_teachers_are_paired_with_the_students() -> None:
-    stages = {"student_stages": ["layer2", "layer2"], "teacher_stages": ["0.layer2", "1.layer2"]}
+    stages: dict[str, Any] = {
+        "student_stages": ["layer2", "layer2"],
+        "teacher_stages": ["0.layer2", "1.layer2"],
+    }
     found, *_ = trained([network(1), network(2)], "at", steps=1, **stages)
     apart = [
         trained(network(seed), "at", steps=1, student_stages=["layer2"], teacher_stages=["layer2"])[
