@@ -222,12 +222,14 @@ class Distiller(nn.Module):
         labels: Tensor | None = None,
         *,
         teacher_images: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
 
         images: those that the student was given, RGB, (pixel - 127.5) / 127.5.
         labels: class numbers; None if no term needs them.
         teacher_images: another view of the same samples for the teacher; by default `images`.
+        indices: (b) places of the samples in the training set, if a table stands for the teacher.
         """
         if self._session is None:
             raise KDHooksError(
@@ -235,14 +237,18 @@ class Distiller(nn.Module):
                 "copied student, and load the state dict of the first one"
             )
         try:
-            step, questions = self._inputs(images, labels, teacher_images)
+            step, questions = self._inputs(images, labels, teacher_images, indices)
             return self._terms(step, questions)
         except BaseException:
             self._session.drop_ahead()
             raise
 
     def _inputs(
-        self, images: Tensor, labels: Tensor | None, teacher_images: Tensor | None
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        teacher_images: Tensor | None,
+        indices: Tensor | None,
     ) -> tuple[Step, list[Question]]:
         """The inputs of the losses, and the questions about them that a device is to answer.
 
@@ -268,7 +274,7 @@ class Distiller(nn.Module):
             questions.append(question)
         if not self._first_step_over:
             self._check_first(features)
-        teacher = self._teach(theirs, labels)
+        teacher = self._teach(theirs, labels, indices)
         check_batch(images, features[self._embedding], teacher.embedding if teacher else None)
         if not self._first_step_over and self._needs_teacher and seen is theirs:
             # From now on, since the teacher is on its device and sees the student's own images.
@@ -288,11 +294,13 @@ class Distiller(nn.Module):
         )
         return step, questions
 
-    def _teach(self, images: Tensor, labels: Tensor | None) -> TeacherOutput | None:
+    def _teach(
+        self, images: Tensor, labels: Tensor | None, indices: Tensor | None
+    ) -> TeacherOutput | None:
         """The teacher's output in the dtype of the losses; None if no term needs it."""
         if self._first_step_over and not self._needs_teacher:
             return None
-        output = self._session(images)
+        output = self._session(images, indices)
         if output.embedding.dtype != self._dtype:
             output = output.each(lambda tensor: tensor.to(self._dtype))
         if not self._first_step_over:

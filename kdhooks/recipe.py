@@ -22,6 +22,7 @@ from kdhooks.onnx.to_torch import to_torch
 from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
 from kdhooks.schedules import Scheduled
 from kdhooks.teacher.cache import CachedEmbeddings
+from kdhooks.teacher.embedding_table import EmbeddingTable
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.several import numbered
 from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
@@ -133,6 +134,16 @@ class Recipe(Options):
             source = {**source, **_teachers_as_tables(source)}
         return read(cls, source, subject)
 
+    def refuse_tables(self, host: str) -> None:
+        """For a host whose loop gives no indices: refuse a table of embeddings by index."""
+        for table in self.teachers:
+            if table.embeddings is not None and table.embeddings.is_file():
+                raise KDHooksError(
+                    f"{host}: teacher.embeddings must be a folder here, since the trainer gives no "
+                    f"indices; found the file '{table.embeddings}'; fill a folder by kdhooks cache "
+                    "build, or use kd(images, labels, indices=…) in a loop of your own"
+                )
+
 
 def _teachers_as_tables(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `teacher` of a recipe in Python may be the module itself, or a list with modules."""
@@ -232,7 +243,8 @@ def _built(table: TeacherTable, embedding: str | None, network: NetworkFactory |
     if spec.module is not None:
         model = spec.module
     elif spec.embeddings is not None:
-        return Teacher(CachedEmbeddings(spec.embeddings), classifier=spec.classifier)
+        made = EmbeddingTable if spec.embeddings.is_file() else CachedEmbeddings
+        return Teacher(made(spec.embeddings), classifier=spec.classifier)
     elif spec.config is not None:
         raise KDHooksError(
             f"recipe: teacher.config is a config file of MMEngine, and '{spec.config}' is not read "

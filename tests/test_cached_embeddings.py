@@ -217,9 +217,12 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
-    recipe = {"teacher": {"embeddings": str(tmp_path / "absent")}, "methods": ["fcd"]}
+    table = {"embeddings": str(tmp_path / "absent")}
+    with pytest.raises(KDHooksError, match=r"must be a folder that .*absent', which does not"):
+        Recipe.read({"teacher": table, "methods": ["fcd"]})
+    (tmp_path / "absent").mkdir()
     with pytest.raises(KDHooksError, match=r"absent' holds no teacher\.json; name the folder of a"):
-        build_teacher(Recipe.read(recipe))
+        build_teacher(Recipe.read({"teacher": table, "methods": ["fcd"]}))
 
 
 def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:

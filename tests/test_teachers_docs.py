@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,15 @@ def test_the_recipe_with_a_cache_trains(tmp_path: Path, monkeypatch: pytest.Monk
     kd = build("kd.toml", net)
     net(images()[0])
     assert kd(*images())["fcd"].isfinite()
+
+
+def test_the_table_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", rows_of(trained(1)).numpy())
+    seen, labels = images()
+    names: dict[str, Any] = {"student": student(), "loader": [(seen, labels, torch.arange(12))]}
+    exec(compile(BLOCKS["table"], "teachers-and-views.md", "exec"), names)
+    assert set(names["terms"]) == {"fcd"}
 
 
 def test_the_command_is_one(capsys: pytest.CaptureFixture[str]) -> None:

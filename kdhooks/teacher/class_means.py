@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed
+from kdhooks.teacher.embedding_table import EmbeddingTable
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
@@ -57,6 +58,11 @@ def class_means(
         raise KDHooksError(
             f"{_SUBJECT}: teacher must be a kdhooks.Teacher, as Teacher(module) or "
             f"build_teacher(recipe) makes one; found {type(teacher).__name__}"
+        )
+    if isinstance(teacher.stored, EmbeddingTable):
+        raise KDHooksError(
+            f"{_SUBJECT}: teacher must embed images; found a table of embeddings by index; average "
+            "its unit rows by class, and save the result"
         )
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise KDHooksError(
@@ -160,6 +166,7 @@ def _fresh_or_saved(
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *images.shape[1:], generator=generator) * 2 - 1
     stored = session.teacher.stored
+    assert not isinstance(stored, EmbeddingTable)
     try:
         embedding = session(image.to(images)).embedding if stored is None else stored.probe
         probe = embedding.double().cpu()

@@ -13,7 +13,8 @@ from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError
 from kdhooks.later import Later, Ready, SideStream
 from kdhooks.taps import HALF, Taps
-from kdhooks.teacher.cache import TeacherCache
+from kdhooks.teacher.cache import CachedEmbeddings, TeacherCache
+from kdhooks.teacher.embedding_table import EmbeddingTable
 from kdhooks.teacher.fingerprints import probe_images, weights_of
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.teacher import Teacher, set_eval
@@ -93,7 +94,8 @@ class TeacherSession(NotCopied):
                 "ONNX session; kdhooks.onnx.to_torch turns an ONNX file into a module"
             )
         self._taps = Taps(teacher.module or nn.Identity(), paths, "teacher")
-        if teacher.stored is not None:
+        self._table = teacher.stored if isinstance(teacher.stored, EmbeddingTable) else None
+        if isinstance(teacher.stored, CachedEmbeddings):
             self.cache = teacher.stored.open()
         if like is not None and teacher.cache is not None:
             try:
@@ -102,8 +104,10 @@ class TeacherSession(NotCopied):
                 self.close()
                 raise
 
-    def __call__(self, images: Tensor) -> TeacherOutput:
-        """(b 3 h w), the trainer's images."""
+    def __call__(self, images: Tensor, indices: Tensor | None = None) -> TeacherOutput:
+        """(b 3 h w), the trainer's images; (b), their places in the training set, for a table."""
+        if self._table is not None:
+            return TeacherOutput(self._table(images, indices), {})
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.images is images and ahead.version == images._version:
             self._unused -= 1
@@ -125,6 +129,8 @@ class TeacherSession(NotCopied):
         After _PATIENCE outputs that no call took, running ahead is switched off.
         """
         self._ahead = None
+        if self._table is not None:  # it waits for the indices
+            return
         if torch.compiler.is_compiling() or images.is_inference() or self._unused > _PATIENCE:
             return
         if self._device != images.device and self.teacher.stored is None:

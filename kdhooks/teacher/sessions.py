@@ -36,12 +36,12 @@ class TeacherSessions(NotCopied):
                 self._sessions.append(session)
             undo.pop_all()
 
-    def __call__(self, images: Tensor) -> TeacherOutput:
-        """(b 3 h w), the trainer's images."""
+    def __call__(self, images: Tensor, indices: Tensor | None = None) -> TeacherOutput:
+        """(b 3 h w), (b), as of one session."""
         outputs = []
         for number, session in enumerate(self._sessions):
             with numbered(number):
-                outputs.append(session(images))
+                outputs.append(session(images, indices))
         self._widths = [output.embedding.shape[1] for output in outputs]
         features = {
             path: output.features[inner]

@@ -83,8 +83,8 @@ class TeacherTable(Options, subject="recipe: teacher"):
     insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
     embeddings: Path | None = option(
         None,
-        "A folder that kdhooks cache build has filled, in place of a network, which is then not "
-        "loaded.",
+        "In place of a network, which is then not loaded: a folder that kdhooks cache build has "
+        "filled; or a file with one row for each sample, if the loop gives indices.",
     )
     checkpoint: Path | None = option(None, "The file of the network's weights.")
     weights: str = option(
@@ -156,6 +156,12 @@ class TeacherTable(Options, subject="recipe: teacher"):
                 "dtype",
                 "is of a torch module, and onnxruntime computes in the file's own precision; set "
                 f"convert = true, or leave it out; found '{self.dtype}'",
+            )
+        if self.embeddings is not None and not self.embeddings.exists():
+            raise self.refused(
+                "embeddings",
+                "must be a folder that kdhooks cache build has filled, or a file with one row for "
+                f"each sample; found '{self.embeddings}', which does not exist",
             )
         for key in FILES:
             path = getattr(self, key)

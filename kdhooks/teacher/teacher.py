@@ -17,6 +17,7 @@ from kdhooks.options import check_arguments
 from kdhooks.taps import unwrap
 from kdhooks.teacher.cache import CachedEmbeddings, CacheOptions
 from kdhooks.teacher.checkpoints import refuse_untrained
+from kdhooks.teacher.embedding_table import EmbeddingTable
 from kdhooks.teacher.input_transform import InputTransform
 
 log = logging.getLogger("kdhooks")
@@ -58,7 +59,7 @@ class Teacher:
     ) -> None:
         """
         model: a module, a ScriptModule, an exported program, a function (b 3 h w) -> (b e), or
-            `CachedEmbeddings`.
+            `CachedEmbeddings`, or an `EmbeddingTable`.
         run: called as run(model, images), for a model that takes more than images; by default
             model(images).
         transform: from the trainer's images to the model's input; see `InputTransform`.
@@ -112,7 +113,7 @@ class Teacher:
                 "teacher is a method of a module, which nobody would freeze; give the module "
                 "itself, and run=lambda model, images: … to call another method than forward"
             )
-        self.stored = model if isinstance(model, CachedEmbeddings) else None
+        self.stored = model if isinstance(model, CachedEmbeddings | EmbeddingTable) else None
         if self.stored is not None:
             changed = {
                 "run": run, "transform": transform, "embedding": embedding, "dtype": dtype,

@@ -283,12 +283,14 @@ def attach(
     if any(isinstance(hook, _Terms) for one in heads for hook in one._forward_hooks.values()):
         raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
     refuse_late(backbone, optimizer, schedule)
+    recipe = Recipe.read(recipe)
+    recipe.refuse_tables("arcface_torch")
     return Attachment(
         backbone,
         heads,
         optimizer,
         schedule,
-        Recipe.read(recipe),
+        recipe,
         get_model,
         accumulation,
         steps_per_epoch,

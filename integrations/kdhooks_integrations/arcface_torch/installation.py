@@ -124,6 +124,7 @@ def install(
     namespace: the script's globals, found by themselves where it runs as the main program.
     """
     checked = Recipe.read(recipe)
+    checked.refuse_tables("arcface_torch")
     if namespace is not None and not isinstance(namespace, dict):
         raise KDHooksError(
             "arcface_torch: namespace must be the globals of train_v2.py, a dict; found "

@@ -65,6 +65,7 @@ class Options:
                 "the name, as kdhooks methods lists it, or dict(name=…) with its options"
             )
         checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
+        checked.refuse_tables("mmengine")
         transform = table.get("input", {})
         if not isinstance(transform, Mapping):
             raise KDHooksError(

@@ -107,6 +107,7 @@ class Examination:
 
     def read_recipe(self) -> str:
         self.recipe = Recipe.read(self.path)
+        self.recipe.refuse_tables("arcface_torch")
         names = [type(method).__name__ for method in self.recipe.methods]
         return f"{', '.join(names)}; images of {self.recipe.input_shape}"
 
