@@ -226,6 +226,11 @@ def build_teachers(
     """All teachers of a recipe, in its order. network: as for `build`."""
     tables = recipe.teachers
     factories = list(network) if isinstance(network, Sequence) else [network] * len(tables)
+    if len(factories) != len(tables):
+        raise KDHooksError(
+            f"recipe: network must be one factory, or one for each of {len(tables)} teachers; "
+            f"found {len(factories)}"
+        )
     if len(tables) == 1:
         return [_built(tables[0], recipe.taps.teacher.embedding, factories[0])]
     made = []

@@ -557,6 +557,8 @@ def test_a_recipe_lists_teachers_with_paths_beside_the_file(folder: Path) -> Non
     ]
     first, second = build_teachers(recipe, made)
     assert (first.dtype, second.dtype) == (None, torch.bfloat16)
+    with pytest.raises(KDHooksError, match="one for each of 2 teachers; found 1"):
+        build_teachers(recipe, [made])
     rows = torch.randn(6, 12).requires_grad_()
     net = student()
     kd = build(recipe, net, network=made, head=ClassShard(rows, 0, 6))
