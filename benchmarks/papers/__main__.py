@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.papers.material import digests
+from benchmarks.papers.probes import ProbeExam
 from benchmarks.papers.report import write
 from benchmarks.papers.results import append, differences, mend, read
 from benchmarks.papers.rows import SWEPT, TEACHER, swept
@@ -200,7 +201,12 @@ def _course(school: School, split: Split, common: Record, options: argparse.Name
         left_out = set(split.test.people)
     lesson = school.lesson(left_out)
     print(f"{len(lesson.labels)} views of {len(lesson.rows)} people", flush=True)
-    exam = Exam(split, school.teacher, options.device)
+    view = school.setting.probes
+    exam = (
+        Exam(split, school.teacher, options.device)
+        if view is None
+        else ProbeExam(split, school.teacher, options.device, view)
+    )
     return Course(lesson.to(options.device), exam, school.setting.students, common, LOOKS)
 
 

@@ -22,6 +22,12 @@ MEASURES = {
     "tar3": "TAR at FAR 0.001",
     "cross": "cross",
 }
+MORE = {
+    "mixed": "sharp gallery",
+    "mixed2": "sharp gallery, TAR at FAR 0.01",
+    "adapted2": "adapted, TAR at FAR 0.01",
+}
+"""Of settings whose probes are poorer than the images; see `probes`."""
 MAIN = "tar2"
 """The measure by which a row is judged: it varies less between seeds than the accuracy does."""
 
@@ -35,7 +41,9 @@ LEGEND = (
     "row closes. *Cross* compares the teacher's embedding of the first image with the student's of "
     "the second. *Strength* is the length of the gradient of the row's methods in the student's "
     "parameters, divided by that of the labels' loss, and *agreement* the cosine of the two "
-    "gradients: at the first point of the curve, and at the end."
+    "gradients: at the first point of the curve, and at the end. *Sharp gallery* compares the "
+    "student's embedding of the first image as it is with that of the second one's probe. "
+    "*Adapted* compares probes with probes, by batch norms that know the test's images."
 )
 
 
@@ -87,9 +95,14 @@ def table(rows: Rows) -> str:
 
 def cells(rows: Rows) -> list[list[str]]:
     """The head, and a line for each row."""
-    lines = [["", *MEASURES.values(), "accuracy added", "TAR added", "gap", "seeds", "seconds"]]
+    records = [record for seeds in rows.values() for record in seeds.values()]
+    shown = {**MEASURES}
+    shown |= {key: head for key, head in MORE.items() if any(key in one for one in records)}
+    lines = [["", *shown.values(), "accuracy added", "TAR added", "gap", "seeds", "seconds"]]
     for name, seeds in rows.items():
-        shares = [_spread([record[key] for record in seeds.values()]) for key in MEASURES]
+        shares = [
+            _spread([record[key] for record in seeds.values() if key in record]) for key in shown
+        ]
         more = [_difference(added(rows, name, key)) for key in ("accuracy", MAIN)]
         closed = gap(rows, name)
         seconds = np.mean([record["seconds"] for record in seeds.values()])
@@ -130,6 +143,8 @@ def error(values: Sequence[float]) -> float:
 
 
 def _spread(shares: Sequence[float]) -> str:
+    if not shares:
+        return ""
     mean = f"{100 * np.mean(shares):.1f}"
     return f"{mean} ± {100 * error(shares):.1f}" if len(shares) > 1 else mean
 

@@ -31,6 +31,7 @@ RKD: Method = {"name": "rkd", "weight": 1.0}
 SP: Method = {"name": "sp", "weight": 50.0}
 CC: Method = {"name": "cc", "weight": 400.0}
 EKD: Method = {"name": "ekd", "weight": 4.0}
+AIRD: Method = {"name": "aird", "weight": 512.0}
 ICDFACE: Method = {"name": "icdface", "weight": 32.0}
 FITNET: Method = {"name": "fitnet", "weight": 30.0}
 FSKD: Method = {"name": "fskd", "weight": 20.0}
@@ -116,6 +117,14 @@ D_STUDY = tuple(
     Row(f"cakd, {side}", [{**CAKD, "matching": {"teacher_side": side}}], live=True)
     for side in ("fixed", "shared")
 )
+E = (
+    _BASE,
+    Row("fcd", [FCD]),
+    Row("coupleface", [COUPLEFACE]),
+    Row("aird", [AIRD]),
+    Row("proxylesskd", [PROXYLESSKD], labels=0.0),
+)
+M = (_BASE, Row("fcd", [FCD]), Row("coupleface", [COUPLEFACE]))
 
 
 # What makes the lead of a method hold in a long training; on the pairs of folds 7 and 8.

@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.report import Score
 from kdhooks_demo.training import Lesson, Row, Settings, train
@@ -45,7 +46,10 @@ class Course:
         trained = train(
             self.lesson, row, self.settings, seed, look=self.exam.glance, looks=self.looks
         )
-        return {**self.entry(row.name, seed, self.exam.score(trained)), "curve": trained.looks}
+        found = self.entry(row.name, seed, self.exam.score(trained))
+        if isinstance(self.exam, ProbeExam):
+            found |= self.exam.more(trained.student)
+        return {**found, "curve": trained.looks}
 
     def entry(self, row: str, seed: int, score: Score) -> Record:
         """The figures of one student, as a line of the results holds them."""

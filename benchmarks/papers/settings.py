@@ -6,6 +6,8 @@ All students of a setting see the same images in the same order, from the same i
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from benchmarks.papers import rows
 from benchmarks.papers.material import Images
 from benchmarks.papers.networks import (
@@ -15,6 +17,7 @@ from benchmarks.papers.networks import (
     narrow_gated,
     wide_gated,
 )
+from kdhooks import StudentView
 from kdhooks_demo.network import STAGES, SmallFaceNet
 from kdhooks_demo.training import Row, Settings
 
@@ -43,7 +46,10 @@ class Setting:
     teacher_stages: tuple[str, ...] = ()
     more_seeds: tuple[str, ...] = ()
     study: tuple[Row, ...] = ()  # rows of a sweep alone
+    probes: nn.Module | None = None  # the view of the test's images that students are given
 
+
+_LOW = StudentView(low_resolution={"sizes": [14, 20, 28]})
 
 SETTINGS = {
     setting.name: setting
@@ -101,6 +107,23 @@ SETTINGS = {
             teacher_stages=("blocks.5",),
             more_seeds=(rows.LABELS, "cakd"),
             study=rows.D_STUDY,
+        ),
+        Setting(
+            "E",
+            "Faces of 14 to 28 pixels: the teacher sees all of 112",
+            rows.E,
+            _ALL,
+            Settings(images_seen=150_000, view=_LOW),
+            more_seeds=(rows.LABELS,),
+            probes=_LOW,
+        ),
+        Setting(
+            "M",
+            "Masked faces: half of the student's training, and every probe",
+            rows.M,
+            _ALL,
+            Settings(images_seen=150_000, view=StudentView(mask={"p": 0.5})),
+            probes=StudentView(mask={"p": 1.0}),
         ),
     )
 }

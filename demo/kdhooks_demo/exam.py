@@ -34,10 +34,20 @@ class Exam:
     of different people, and the ROC are of all pairs of the test's images.
     """
 
-    def __init__(self, split: Split, teacher: Teacher, device: torch.device = CPU) -> None:
-        """device: the one on which the teacher and the students run."""
+    def __init__(
+        self,
+        split: Split,
+        teacher: Teacher,
+        device: torch.device = CPU,
+        probes: Tensor | None = None,
+    ) -> None:
+        """
+        device: the one on which the teacher and the students run.
+        probes: what the students see in place of the test's images (n 3 112 112).
+        """
         self._device = device
-        self._images = split.test.images
+        self._sharp = split.test.images
+        self._probes = self._sharp if probes is None else probes
         self._same = split.pairs.same
         self._folds = split.pairs.folds
         self._pairs = split.pairs.rows(split.test)
@@ -47,17 +57,17 @@ class Exam:
         started = time.perf_counter()
         with TeacherSession(teacher) as session:
             self._teacher = self._embedded(
-                lambda images: session(images).embedding, teacher_chunk(device)
+                lambda images: session(images).embedding, self._sharp, teacher_chunk(device)
             )
         self.teachers_score = self._score(self._teacher, time.perf_counter() - started)
 
     def score(self, trained: Trained) -> Score:
-        embedded = self._embedded(trained.student)
+        embedded = self._embedded(trained.student, self._probes)
         return self._score(embedded, trained.seconds, trained.losses, trained.cosines)
 
     def glance(self, student: nn.Module) -> dict[str, float]:
         """Accuracy and TAR at FAR 0.01 from the upright images alone, at half the cost."""
-        embedded = unit(embed(student, self._images, device=self._device))
+        embedded = unit(embed(student, self._probes, device=self._device))
         own = pair_scores(embedded, self._pairs)
         every = pair_scores(embedded, self._all)
         return {
@@ -65,10 +75,12 @@ class Exam:
             "tar2": tar_at_far(every, self._all_same, FARS[0]),
         }
 
-    def _embedded(self, model: Callable[[Tensor], Tensor], chunk: int = 128) -> Floats:
-        """(n d): of each image and its mirror image together."""
-        upright = embed(model, self._images, chunk, self._device)
-        return flip_summed(upright, embed(model, self._images.flip(-1), chunk, self._device))
+    def _embedded(
+        self, model: Callable[[Tensor], Tensor], images: Tensor, chunk: int = 128
+    ) -> Floats:
+        """(n 3 112 112) -> (n d): of each image and its mirror image together."""
+        upright = embed(model, images, chunk, self._device)
+        return flip_summed(upright, embed(model, images.flip(-1), chunk, self._device))
 
     def _score(
         self,

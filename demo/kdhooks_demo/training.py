@@ -17,6 +17,7 @@ from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.views.viewing import viewed
 from kdhooks_demo.network import STAGES, SmallFaceNet
 
 CHUNK = 128
@@ -53,6 +54,7 @@ class Settings:
     adamw: bool = False  # for transformers; SGD with Nesterov's momentum if not
     student: Callable[[int], nn.Module] = SmallFaceNet
     stages: Sequence[str] = STAGES
+    view: nn.Module | None = None  # what the students see in place of the images; the teacher not
 
     @property
     def steps(self) -> int:
@@ -251,10 +253,13 @@ def train(
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
     for rows in _batches(part, settings.batch, settings.steps, seed, device):
         remembered.rows = rows
-        images, labels = as_input(lesson.images[rows]), lesson.labels[rows]
+        sharp, labels = as_input(lesson.images[rows]), lesson.labels[rows]
+        images = sharp
+        if settings.view is not None:
+            images = viewed(settings.view, sharp, seed=seed, step=len(losses))
         embedding = student(images)
         task = head(embedding, labels) * row.labels
-        terms = kd(images, labels) if kd else {}
+        terms = kd(images, labels, teacher_images=sharp) if kd else {}
         loss = torch.stack([task, *terms.values()]).sum()
         done = len(losses) + 1
         due = look and (done - 1) * looks // settings.steps < done * looks // settings.steps

@@ -1,6 +1,6 @@
 """Adaptable Instance-Relation Distillation (AIRD), Shi, Guo, Ge, 2024, arXiv:2409.02049.
 
-A reconstruction: only the abstract could be read. From it: the teacher sees a face at high
+Reconstruction: only the abstract could be read. From it: the teacher sees a face at high
 resolution and the student at low resolution; the student learns each instance, and the relations
 between instances of the two resolutions; its batch normalisation is adapted when it is tested
 (`kdhooks_plugins.batch_norm`).
