@@ -12,7 +12,7 @@ from kdhooks.finite import Question, refuse
 
 _VERSION = attrgetter("_version")
 WITHOUT_LABELS = (
-    "acsr", "at", "cakd", "cc", "eckd", "fcd", "fitnet", "fskd", "reviewkd", "rkd", "sp",
+    "acsr", "aird", "at", "cakd", "cc", "eckd", "fcd", "fitnet", "fskd", "reviewkd", "rkd", "sp",
 )  # fmt: skip
 """The methods of this package that need no labels with the defaults of their options."""
 

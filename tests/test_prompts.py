@@ -40,7 +40,7 @@ def test_a_vits_prompts_are_tokens_of_each_block_fresh_in_every_one() -> None:
     for block, tokens in zip(
         network.get_submodule("blocks").children(), prompts.prompts, strict=True
     ):
-        x = block(torch.cat([torch.stack([tokens] * len(x)), x], dim=1))[:, 3:]
+        x = block(torch.cat([torch.stack([0.02 * tokens] * len(x)), x], dim=1))[:, 3:]
     expected = network.get_submodule("feature")(network.get_submodule("norm")(x).flatten(1))
     assert_close(prompts(network, images), expected)
 

@@ -101,7 +101,7 @@ class Collapse(Options, subject="cakd: collapse"):
     """The guard against two sides that agree on constants."""
 
     below: float = option(
-        1e-3,
+        1e-5,
         "Stop when the teacher's MSA(h) differs less than this between images. The measure is its "
         "variance over the batch, divided by its mean square, and is at most 1.",
         least=0,

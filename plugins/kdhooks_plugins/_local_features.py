@@ -30,7 +30,7 @@ class LocalFeatures(nn.Module):
         fixed: bool = False,
         anchor: nn.Linear | None = None,
         anchor_weight: Scheduled = 1.0,
-        collapse_below: float = 1e-3,
+        collapse_below: float = 1e-5,
         check_every: int = 0,
     ) -> None:
         """

@@ -14,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kdhooks_plugins._blocks import replaced_forward, run_prompted, width
 
-_STD = 0.02  # as of the tokens that a ViT learns from scratch
+# The tokens that a ViT learns from scratch start with this deviation. It is a factor of parameters
+# that start with 1, so that an optimizer's step changes a prompt by little of its length: with a
+# learning rate of 0.1 prompts would otherwise leave the range of the teacher's tokens.
+_STD = 0.02
 
 
 class Prompts(nn.Module):
@@ -37,7 +40,7 @@ class Prompts(nn.Module):
         super().__init__()
         self.paths = tuple(blocks)
         self.prompts = nn.ParameterList(
-            nn.Parameter(_STD * torch.randn(count, width(block))) for block in blocks.values()
+            nn.Parameter(torch.randn(count, width(block))) for block in blocks.values()
         )
         self.joined = joined
         self.checkpointing = checkpointing
@@ -51,7 +54,7 @@ class Prompts(nn.Module):
         with ExitStack() as changed:
             for path, prompts in zip(self.paths, self.prompts, strict=True):
                 block = teacher.get_submodule(path)
-                run = partial(run_prompted, block, block.forward, prompts)
+                run = partial(run_prompted, block, block.forward, _STD * prompts)
                 prompted = partial(self._run, path, run, ends)
                 changed.enter_context(replaced_forward(block, prompted))
             if self.joined is not None:

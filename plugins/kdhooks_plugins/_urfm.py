@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from kdhooks_plugins._maps import Grid
 
-# Initial scales of centres and positions. With small ones every centre attends to all pixels alike,
-# so that all local features of a face are its average pixel, which hardly tells people apart.
-_CENTRES = 4.0
+# Queries and keys have unit root mean square, so that attention stays bounded in any learning rate;
+# this is the factor of their product. With a small one every centre attends to all pixels alike,
+# and all local features of a face are its average pixel, which hardly tells people apart.
+_SHARPNESS = 3.0
 _POSITIONS = 1.0
+_LEAST = 1e-6  # added to a mean square
 
 
 def pixels(x: Tensor, grid: Grid) -> Tensor:
@@ -31,6 +33,11 @@ def _keep_layout(x: Tensor) -> Tensor:
         x = x.view_as(x)
         x.register_hook(partial(torch.Tensor.contiguous, memory_format=layout))
     return x
+
+
+def unit(x: Tensor) -> Tensor:
+    """(… d) -> (… d), with a root mean square of 1."""
+    return F.rms_norm(x, x.shape[-1:], eps=_LEAST)
 
 
 class PixelFeatures(nn.Module):
@@ -72,7 +79,7 @@ class LocalCentres(nn.Module):
     def __init__(self, centres: int, width: int, heads: int, rows: int) -> None:
         super().__init__()
         self.heads = heads
-        self.centres = nn.Parameter(_CENTRES * torch.randn(centres, width))
+        self.centres = nn.Parameter(torch.randn(centres, width))
         self.table = nn.Parameter(_POSITIONS * torch.randn(rows, width))
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -88,16 +95,16 @@ class LocalCentres(nn.Module):
         query = repeat(self.query(self.centres), "l (h d) -> b h l d", b=len(f), h=self.heads)
         key = rearrange(self.key(f) + positions, "b n (h d) -> b h n d", h=self.heads)
         value = rearrange(self.value(f), "b n (h d) -> b h n d", h=self.heads)
-        gathered = F.scaled_dot_product_attention(query, key, value)
+        gathered = F.scaled_dot_product_attention(_SHARPNESS * unit(query), unit(key), value)
         h: Tensor = self.norm(self.out(rearrange(gathered, "b h l d -> b l (h d)")))
         return h
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
         """() -> (): the mean |cos| of two different centres."""
-        unit = F.normalize(self.centres)
-        n = len(unit)
-        return ((unit @ unit.T).abs().sum() - n) / (n * (n - 1))
+        centres = F.normalize(self.centres)
+        n = len(centres)
+        return ((centres @ centres.T).abs().sum() - n) / (n * (n - 1))
 
 
 class SelfAttention(nn.Module):
@@ -117,6 +124,6 @@ class SelfAttention(nn.Module):
         query, key, value = rearrange(
             self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.heads
         )
-        log_map = (query @ key.mT / query.shape[-1] ** 0.5).log_softmax(dim=-1)
+        log_map = (unit(query) @ unit(key).mT / query.shape[-1] ** 0.5).log_softmax(dim=-1)
         mixed = rearrange(log_map.exp() @ value, "b h l d -> b l (h d)")
         return h + self.out(mixed), log_map

@@ -9,10 +9,10 @@ the one map of equal shape on both sides. Both facial distances, anchor point an
 index in half-cells, since its own defaults make but four buckets of a 7 × 7 grid. L, t, widths,
 weights and what both sides share.
 Ours: a teacher's side of its own. If matching trains one URFM from both sides, as the plain
-equations say, the sides agree on what is easy and not on who a person is (docs/methods/cakd.md has
-the figures). So the teacher's URFM and the prompts learn by an anchor: its embedding must be
-readable off its local features. Ours too: initial scales with which centres look at different
-places, h added to MSA(h), LayerNorm, features standardised over the batch, and a guard.
+equations say, the sides agree on what is easy and not on who a person is. So the teacher's URFM and
+the prompts learn by an anchor: its embedding must be readable off its local features. Ours too:
+queries and keys of a fixed size, h added to MSA(h), LayerNorm, features standardised over the
+batch, and a guard.
 """
 
 import logging

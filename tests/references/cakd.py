@@ -64,7 +64,7 @@ def local_features(
     side: str,
     heads: int,
 ) -> Array:
-    """(n k) -> h (l d): softmax_N(C W_q (f W_k + b)ᵀ / √d_head) f W_v W_o, normalised."""
+    """(n k) -> h (l d): softmax_N(3 n(C W_q) n(f W_k + b)ᵀ / √d_head) f W_v W_o, normalised."""
     positions = [weights["urfm.table"][bucket] for bucket in buckets]
     positions = [*weights.get(f"{side}.prompt_positions", []), *positions]
     keys, values = [], []
@@ -76,7 +76,7 @@ def local_features(
     out = []
     for centre in weights["urfm.centres"]:
         query = linear(centre, weights, "urfm.query")
-        mixed, _ = attend(query, keys, values, heads)
+        mixed, _ = attend(query, keys, values, heads, sharpness=3.0)
         out.append(normalised(linear(mixed, weights, "urfm.out")))
     return np.array(out)
 
@@ -95,21 +95,27 @@ def self_attention(
     return np.array(out), maps
 
 
-def attend(query: Array, keys: list[Array], values: list[Array], heads: int) -> tuple[Array, Array]:
-    """(d), [(d)], [(d)] -> (d), its attention (heads n)."""
+def attend(
+    query: Array, keys: list[Array], values: list[Array], heads: int, sharpness: float = 1.0
+) -> tuple[Array, Array]:
+    """(d), [(d)], [(d)] -> (d), its attention (heads n); n(x) has a root mean square of 1."""
     part = len(query) // heads
     out, attention = np.zeros(len(query)), np.zeros((heads, len(keys)))
     for head in range(heads):
-        own = range(head * part, (head + 1) * part)
+        own = slice(head * part, (head + 1) * part)
+        asked = of_unit_size(query[own])
         scores = [
-            math.exp(sum(float(query[c]) * float(key[c]) for c in own) / math.sqrt(part))
+            math.exp(sharpness * float(asked @ of_unit_size(key[own])) / math.sqrt(part))
             for key in keys
         ]
         for n, score in enumerate(scores):
             attention[head, n] = score / sum(scores)
-            for c in own:
-                out[c] += attention[head, n] * float(values[n][c])
+            out[own] += attention[head, n] * values[n][own]
     return out, attention
+
+
+def of_unit_size(x: Array) -> Array:
+    return x / math.sqrt(float(x @ x) / len(x) + 1e-6)
 
 
 def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
