@@ -204,8 +204,13 @@ def test_taps_prints_its_points_as_json(capsys: Captured) -> None:
     assert list(found) == ["network", "input_shape", "points"]
     assert (found["network"], found["input_shape"]) == ("tiny", [3, 112, 112])
     points = {point.pop("path"): point for point in found["points"]}
-    assert points["layer3"] == {"shape": [16, 4, 4], "stage": 3, "notes": []}
-    assert points[""] == {"shape": [8], "stage": None, "notes": []}
+    assert points["layer3"] == {
+        "shape": [16, 4, 4],
+        "stage": 3,
+        "names": ["stage3"],
+        "notes": [],
+    }
+    assert points[""] == {"shape": [8], "stage": None, "names": ["embedding"], "notes": []}
 
 
 def test_cache_info_prints_json(capsys: Captured) -> None:

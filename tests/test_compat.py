@@ -215,5 +215,7 @@ def test_a_picture_that_is_none_has_words() -> None:
 
 def test_pictures_need_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(KDHooksError, match="can't be decoded without Pillow; pip install pillow"):
+    with pytest.raises(
+        KDHooksError, match="can't be decoded or written without Pillow; pip install pillow"
+    ):
         recordio.imdecode(b"")

@@ -69,14 +69,14 @@ class Unlabelled(Recogniser):
         return super().forward(inputs, mode=mode)
 
 
-def Faces() -> list[dict[str, Any]]:
+def UnlabelledFaces() -> list[dict[str, Any]]:
     images, _ = tiny_batch(copies=4)
     return [{"inputs": image, "data_samples": BaseDataElement()} for image in images]
 
 
-DATASETS.register_module("Faces", module=Faces)  # pyright: ignore[reportArgumentType]
+DATASETS.register_module("UnlabelledFaces", module=UnlabelledFaces)  # pyright: ignore[reportArgumentType]
 LOADER = {
-    "dataset": {"type": "Faces"},
+    "dataset": {"type": "UnlabelledFaces"},
     "batch_size": 8,
     "sampler": {"type": "DefaultSampler", "shuffle": True},
     "collate_fn": {"type": "pseudo_collate"},
