@@ -101,14 +101,15 @@ class Recipe(Options):
 
     def _check_embedding(self) -> None:
         """Of the teacher, it is named in one place."""
-        if len(self.teachers) > 1:
+        first, *others = self.teachers
+        if others:
             raise self.refused(
                 "taps.teacher.embedding",
                 f"names a submodule of one teacher; found {len(self.teachers)} teachers; set "
                 "embedding in the table of each teacher that needs it",
             )
         for key in ("embedding", "embeddings"):
-            if getattr(self.teachers[0], key) is not None:
+            if getattr(first, key) is not None:
                 raise self.refused(
                     "taps.teacher.embedding",
                     f"names the embedding, as teacher.{key} does; found both; leave one of them "

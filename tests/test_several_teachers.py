@@ -87,7 +87,7 @@ def trained(
         task = net(images).square().mean()
         terms = kd(images, labels)
         optimizer.zero_grad()
-        sum(terms.values(), start=task).backward()
+        torch.stack([task, *terms.values()]).sum().backward()
         optimizer.step()
         seen.append({name: term.detach() for name, term in terms.items()})
     return seen, net, kd
@@ -303,7 +303,11 @@ def tapped(*paths: str, teachers: Any = None) -> list[Tensor]:
 def outputs(net: nn.Module, path: str) -> Tensor:
     """What a submodule puts out; "" is the whole."""
     seen: list[Tensor] = []
-    hook = net.get_submodule(path).register_forward_hook(lambda m, a, out: seen.append(out))
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    hook = net.get_submodule(path).register_forward_hook(record)
     with torch.no_grad():
         net(images_and_labels()[0])
     hook.remove()

@@ -1,6 +1,7 @@
 """What the student sees in place of the trainer's images, in a loop of one's own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ def test_only_forwards_in_training_that_count_are_viewed() -> None:
     assert seen[-1] is images, "the view ends with the distillation"
 
 
+def _note(seen: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen.append(args[0])
+
+
 def test_the_teacher_and_its_cache_see_the_trainers_images(tmp_path: Path) -> None:
     values = []
     for cache in (None, CacheOptions(path=tmp_path)):
@@ -141,7 +146,7 @@ def test_the_teacher_and_its_cache_see_the_trainers_images(tmp_path: Path) -> No
         module = teacher.module
         assert module is not None
         taught: list[Tensor] = []
-        module.register_forward_pre_hook(lambda module, args, taught=taught: taught.append(args[0]))
+        module.register_forward_pre_hook(partial(_note, taught))
         net, (images, labels) = student(), tiny_batch()
         kd = distil(
             Method(), net=net, teacher=Teacher(module, cache=cache), student_view=view(), seed=1
@@ -199,7 +204,7 @@ def test_a_forward_that_is_discarded_takes_no_draws() -> None:
 @pytest.mark.parametrize("wrap", [lambda x: {"images": x}, lambda x: [1, (x,)]])
 def test_images_inside_of_an_argument_are_replaced(wrap: Callable[[Tensor], Any]) -> None:
     class Wrapped(TinyFaceNet):
-        def forward(self, batch: Any) -> Tensor:
+        def forward(self, batch: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(batch["images"] if isinstance(batch, dict) else batch[1][0])
 
     net, (images, labels) = Wrapped().train(), tiny_batch()
@@ -491,7 +496,7 @@ def test_images_out_of_sight_are_refused() -> None:
         pass
 
     class Wrapped(TinyFaceNet):
-        def forward(self, batch: Any) -> Tensor:
+        def forward(self, batch: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(batch[0] if isinstance(batch, tuple) else batch.images)
 
     net, (images, _) = Wrapped().train(), tiny_batch()
