@@ -99,9 +99,9 @@ def check_gradients(
                 [x.numpy() + step * v for x, v in zip(student, towards, strict=True)],
                 {name: w + step * of_weights[name] for name, w in own.items()},
             )
-            for step in (1e-6, -1e-6)
+            for step in (2e-7, -2e-7)
         )
-        assert_close(found, (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
+        assert_close(found, (up - down) / 4e-7, rtol=1e-5, atol=1e-7)
 
 
 def _inner(x: Tensor, direction: np.ndarray) -> float:

@@ -61,7 +61,7 @@ class Expected:
                 msa,
                 2,
             )
-            for sample in tokens(x, shape)
+            for sample in reference.pixel_features(tokens(x, shape), weights, name)
         ]
         return np.stack([y for y, _ in every]), np.stack([m for _, m in every])
 

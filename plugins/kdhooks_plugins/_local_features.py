@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError, Scheduled, Varying
-from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention
+from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention, standardised
 
-_EPS = 1e-5  # added to a variance
+_LEAST = 1e-10  # of a mean square that divides
 
 
 class LocalFeatures(nn.Module):
@@ -125,13 +125,7 @@ def freeze(module: nn.Module) -> None:
 
 def relative_variance(y: Tensor) -> Tensor:
     """(b l d) -> (): over the batch, by the mean square; 0 where all samples are the same."""
-    return y.var(dim=0, correction=0).mean() / y.square().mean().clamp(min=_EPS**2)
-
-
-def standardised(y: Tensor) -> Tensor:
-    """(b l d) -> (b l d): mean 0 and variance 1 over the batch, each number of each token."""
-    centred = y - y.mean(dim=0)
-    return centred * (centred.square().mean(dim=0) + _EPS).rsqrt()
+    return y.var(dim=0, correction=0).mean() / y.square().mean().clamp(min=_LEAST)
 
 
 def attention_distance(ours: Tensor, theirs: Tensor, kind: str) -> Tensor:

@@ -15,6 +15,7 @@ from kdhooks_plugins._maps import Grid
 _SHARPNESS = 3.0
 _POSITIONS = 1.0
 _LEAST = 1e-6  # added to a mean square
+_EPS = 1e-5  # added to a variance
 
 
 def pixels(x: Tensor, grid: Grid) -> Tensor:
@@ -40,8 +41,18 @@ def unit(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=_LEAST)
 
 
+def standardised(x: Tensor) -> Tensor:
+    """(b n d) -> (b n d): mean 0 and variance 1 over the batch, each number of each token."""
+    centred = x - x.mean(dim=0)
+    return centred * (centred.square().mean(dim=0) + _EPS).rsqrt()
+
+
 class PixelFeatures(nn.Module):
-    """One side's pixels at the common width, normalised, with the bucket of each one's place."""
+    """One side's pixels at the common width, with the bucket of each one's place.
+
+    What all faces of the batch have in common is taken off each pixel. Otherwise it grows, in
+    prompts above all, until nothing that is matched says whose face it is.
+    """
 
     buckets: Tensor
 
@@ -50,8 +61,7 @@ class PixelFeatures(nn.Module):
         super().__init__()
         self.grid = grid
         self.prompts = prompts
-        self.project = nn.Linear(grid.channels, width)
-        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(grid.channels, width, bias=False)
         self.register_buffer("buckets", buckets, persistent=False)
         self.prompt_positions = (
             nn.Parameter(_POSITIONS * torch.randn(prompts, width)) if prompts else None
@@ -70,7 +80,7 @@ class PixelFeatures(nn.Module):
             own = self.prompts + self.grid.prefix
             x = torch.cat([x[:, : self.prompts], x[:, own:]], dim=1)
             positions = torch.cat([self.prompt_positions, positions])
-        return self.norm(self.project(x)), positions
+        return standardised(self.project(x)), positions
 
 
 class LocalCentres(nn.Module):

@@ -11,8 +11,8 @@ weights and what both sides share.
 Ours: a teacher's side of its own. If matching trains one URFM from both sides, as the plain
 equations say, the sides agree on what is easy and not on who a person is. So the teacher's URFM and
 the prompts learn by an anchor: its embedding must be readable off its local features. Ours too:
-queries and keys of a fixed size, h added to MSA(h), LayerNorm, features standardised over the
-batch, and a guard.
+queries and keys of a fixed size, h added to MSA(h), LayerNorm, pixels and local features
+standardised over the batch, and a guard.
 """
 
 import logging

@@ -57,20 +57,26 @@ def distances(
 # --- attention -------------------------------------------------------------------------------
 
 
+def pixel_features(tokens: Array, weights: Mapping[str, Array], side: str) -> Array:
+    """(b n k) -> f (b n d): each number of each token standardised over the batch."""
+    f = np.array([[linear(x, weights, f"{side}.project") for x in sample] for sample in tokens])
+    for place in np.ndindex(f.shape[1:]):
+        f[(slice(None), *place)] = standard(f[(slice(None), *place)])
+    return f
+
+
 def local_features(
-    tokens: Array,
+    pixels: Array,
     buckets: Sequence[int],
     weights: Mapping[str, Array],
     side: str,
     heads: int,
 ) -> Array:
-    """(n k) -> h (l d): softmax_N(3 n(C W_q) n(f W_k + b)ᵀ / √d_head) f W_v W_o, normalised."""
+    """f (n d) -> h (l d): softmax_N(3 n(C W_q) n(f W_k + b)ᵀ / √d_head) f W_v W_o, normalised."""
     positions = [weights["urfm.table"][bucket] for bucket in buckets]
     positions = [*weights.get(f"{side}.prompt_positions", []), *positions]
     keys, values = [], []
-    for token, position in zip(tokens, positions, strict=True):
-        f = linear(token, weights, f"{side}.project")
-        f = normalised(f, weights[f"{side}.norm.weight"], weights[f"{side}.norm.bias"])
+    for f, position in zip(pixels, positions, strict=True):
         keys.append(linear(f, weights, "urfm.key") + position)
         values.append(linear(f, weights, "urfm.value"))
     out = []
@@ -129,14 +135,10 @@ def linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
     )
 
 
-def normalised(x: Array, gain: Array | None = None, bias: Array | None = None) -> Array:
-    """LayerNorm."""
-    mean = sum(float(v) for v in x) / len(x)
+def normalised(x: Array) -> Array:
+    mean = float(x.sum()) / len(x)
     variance = sum((float(v) - mean) ** 2 for v in x) / len(x)
-    out = np.array([(float(v) - mean) / math.sqrt(variance + 1e-5) for v in x])
-    if gain is not None:
-        out = out * gain
-    return out if bias is None else out + bias
+    return np.array([(float(v) - mean) / math.sqrt(variance + 1e-5) for v in x])
 
 
 # --- losses ----------------------------------------------------------------------------------
