@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from kdhooks import Distiller, KDHooksError, Model
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins._cakd_options import PromptTokens
-from kdhooks_plugins._local_features import LocalFeatures, standardised
+from kdhooks_plugins._local_features import LocalFeatures
+from kdhooks_plugins._urfm import standardised
 from kdhooks_plugins.cakd import CAKD
 from kdhooks_plugins.saliency import saliency_map
 from tests.cakd_losses import OPTIONS, SHAPES, SMALL, inputs, made, value
