@@ -1,11 +1,13 @@
 """What tests of several files need."""
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 from tests.arcface_runs import described, trained
+from tests.second_device import CUDA, FAR, in_a_process
 from tests.standin import Trainer
 
 
@@ -44,3 +46,17 @@ def teacher(one: Trainer) -> dict[str, str]:
 def wide(one: Trainer) -> dict[str, str]:
     """A teacher of another network and another width."""
     return described(trained(one, network="wide", embedding_size=24), "wide")
+
+
+@pytest.fixture(scope="module", params=[FAR, CUDA])
+def place(request: pytest.FixtureRequest) -> str:
+    """The device that is compared with the processor."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def process(place: str) -> Iterator[ProcessPoolExecutor]:
+    """A process that may use this device, for the tests of one file."""
+    with in_a_process(place) as pool:
+        yield pool

@@ -37,6 +37,8 @@ def _has_cuda() -> bool:
 needs_cuda = pytest.mark.skipif(not _has_cuda(), reason="there is no CUDA device")
 aten = torch.ops.aten
 NAME = "far"
+FAR = pytest.param(NAME, marks=python_devices)
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

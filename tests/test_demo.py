@@ -1,6 +1,5 @@
 """The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -45,12 +44,8 @@ from kdhooks_demo.training import (
     train,
 )
 from tests.demo_faces import made_faces, written
-from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
+from tests.second_device import NAME, device_at
 from tests.test_recipe import export
-
-FAR = pytest.param(NAME, marks=python_devices)
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
-
 
 # --- alignment -------------------------------------------------------------------------------
 
@@ -275,18 +270,6 @@ def taught(place: str, row: Row) -> tuple[list[float], Floats]:
             trained = train(there, row, Settings(images_seen=24, batch=8), 3)
             embedded = embed(trained.student, faces.images, device=torch.device(place))
             return trained.losses, embedded.numpy()
-
-
-@pytest.fixture(scope="module", params=[FAR, CUDA])
-def place(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def process(place: str) -> Iterator[ProcessPoolExecutor]:
-    with in_a_process(place) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Each test runs on a device that is written in Python, which needs no GPU, and on
 there is a GPU: see `second_device`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -23,11 +23,9 @@ from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests import second_streams
-from tests.second_device import NAME, Device, device_at, in_a_process, needs_cuda, python_devices
+from tests.second_device import FAR, NAME, Device, device_at
 from tests.transformers import TinyViT, teacher_of
 
-FAR = pytest.param(NAME, marks=python_devices)
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 only_far = pytest.mark.parametrize("place", [FAR], indirect=True)
 WAITED = {NAME: "the host waits for the device: aten.", "cuda": "called a synchronizing CUDA "}
 MIXED = {NAME: r"on one device; aten.mul.Tensor found far:0 and", "cuda": "on the same device"}
@@ -37,19 +35,6 @@ BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 STEPS = 4
 NAMES = [info.name for info in methods()]
 WARM_UP = {"value": 0.5, "warmup": 2}
-
-
-@pytest.fixture(scope="module", params=[FAR, CUDA])
-def place(request: pytest.FixtureRequest) -> str:
-    """The device that is compared with the processor."""
-    found: str = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def process(place: str) -> Iterator[ProcessPoolExecutor]:
-    with in_a_process(place) as pool:
-        yield pool
 
 
 def run(teacher: Teacher, **options: Any) -> Teacher:

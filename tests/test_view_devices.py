@@ -1,6 +1,5 @@
 """The student's views on a device that is not the processor: the same, and never waited for."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -12,10 +11,8 @@ from torch.testing import assert_close
 
 from kdhooks import Distiller, StudentView
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
-from tests.second_device import NAME, device_at, in_a_process, needs_cuda, python_devices
+from tests.second_device import CUDA, NAME, device_at
 
-FAR = pytest.param(NAME, marks=python_devices)
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 STEPS = 4
 VIEWS: dict[str, Any] = {
     "mask": {"p": 0.5},
@@ -24,18 +21,6 @@ VIEWS: dict[str, Any] = {
     "low_resolution": {"sizes": [4, 8], "p": 0.5, "up": "bicubic"},
     "blocks": {"p": 0.5},
 }
-
-
-@pytest.fixture(scope="module", params=[FAR, CUDA])
-def place(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def process(place: str) -> Iterator[ProcessPoolExecutor]:
-    with in_a_process(place) as pool:
-        yield pool
 
 
 class Waits(nn.Module):

@@ -36,7 +36,7 @@ def _keep_layout(x: Tensor) -> Tensor:
     return x
 
 
-def unit(x: Tensor) -> Tensor:
+def of_unit_size(x: Tensor) -> Tensor:
     """(… d) -> (… d), with a root mean square of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=_LEAST)
 
@@ -105,7 +105,9 @@ class LocalCentres(nn.Module):
         query = repeat(self.query(self.centres), "l (h d) -> b h l d", b=len(f), h=self.heads)
         key = rearrange(self.key(f) + positions, "b n (h d) -> b h n d", h=self.heads)
         value = rearrange(self.value(f), "b n (h d) -> b h n d", h=self.heads)
-        gathered = F.scaled_dot_product_attention(_SHARPNESS * unit(query), unit(key), value)
+        gathered = F.scaled_dot_product_attention(
+            _SHARPNESS * of_unit_size(query), of_unit_size(key), value
+        )
         h: Tensor = self.norm(self.out(rearrange(gathered, "b h l d -> b l (h d)")))
         return h
 
@@ -134,6 +136,8 @@ class SelfAttention(nn.Module):
         query, key, value = rearrange(
             self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.heads
         )
-        log_map = (unit(query) @ unit(key).mT / query.shape[-1] ** 0.5).log_softmax(dim=-1)
+        log_map = (of_unit_size(query) @ of_unit_size(key).mT / query.shape[-1] ** 0.5).log_softmax(
+            dim=-1
+        )
         mixed = rearrange(log_map.exp() @ value, "b h l d -> b l (h d)")
         return h + self.out(mixed), log_map

@@ -36,6 +36,7 @@ PLAIN, AGAIN, ZERO = "plain", "plain, again", "weight 0"
 METHODS: Mapping[str, Mapping[str, object]] = {
     "acsr": {},
     "adadistill": {},
+    "aird": {},
     "at": {},
     "cakd": {"prompts": {"number": 0}},
     "cc": {},
@@ -46,7 +47,6 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "fitnet": {},
     "fskd": {},
     "gkd": {"largest": 10},
-    "aird": {},
     "icdface": {},
     "kd": {},
     "margindistillation": {},

@@ -11,6 +11,7 @@ from mmengine.model import BaseModel, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from kdhooks.backbones import known_stages
 from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, in_one_line, listed, near_miss
 from kdhooks.hookspecs import hookimpl
@@ -18,7 +19,6 @@ from kdhooks.recipe import Recipe
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.teacher.several import numbered
 from kdhooks.teacher.table import InputTable, TeacherTable, with_module
-from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.mmengine.checkpoints import readable
 from kdhooks_integrations.mmengine.images import Seen, check_order, teachers_input
 from kdhooks_integrations.mmengine.stages import stages_of
@@ -84,7 +84,7 @@ class Conventions:
         children = dict(model.named_children())
         name = next((name for name in _BACKBONES if name in children), "")
         backbone = children.get(name, model)
-        known = Backbones().model_stages(backbone)
+        known = known_stages(backbone)
         if known is None or not set(known) <= {path for path, _ in backbone.named_modules()}:
             known = stages_of(backbone)
         return None if known is None else [f"{name}.{stage}".lstrip(".") for stage in known]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.arguments import at_least
+from kdhooks.backbones import known_stages
 from kdhooks.errors import KDHooksError
 from kdhooks.points import Points
 from kdhooks.taps import evaluating
-from kdhooks_integrations.arcface_torch import Backbones
 from kdhooks_integrations.arcface_torch.commands.networks import (
     add_network,
     add_trainer,
@@ -108,7 +108,7 @@ class Point:
 
 def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> list[Point]:
     """Each point, in the order in which they run."""
-    known = Points.of(network, Backbones().model_stages(network), "")
+    known = Points.of(network, known_stages(network), "")
     stages = known.stages
     paths = [
         name
