@@ -43,11 +43,30 @@ def test_low_resolution_is_torchs_interpolation_of_each_image(down: Any, up: Any
     sizes = (14, 28, 20, 112)
     found = Resample(sizes, down, up)(given, column(0.1, 0.3, 0.6, 0.9))
     for image, size, one in zip(given, sizes, found, strict=True):
-        small = F.interpolate(image[None], (size, size), mode=down, antialias=down != "area")
-        smooth = {} if up == "nearest" else {"align_corners": False}
-        again = F.interpolate(small, (112, 112), mode=up, **smooth)
+        if down == "area":
+            small = means_over_regions(image, size)
+        else:
+            small = F.interpolate(image[None], (size, size), mode=down, antialias=True)
+        if up == "nearest":
+            again = F.interpolate(small, (112, 112), mode="nearest-exact")
+        else:
+            again = F.interpolate(small, (112, 112), mode=up, align_corners=False)
         assert_close(one[None], again.clamp(-1, 1), rtol=0, atol=1e-12)
     assert found.abs().max() <= 1
+
+
+def means_over_regions(image: Tensor, size: int) -> Tensor:
+    """(3 s s) -> (1 3 n n): each pixel in size² equal parts, of which each region has s²."""
+    parts = image.repeat_interleave(size, 1).repeat_interleave(size, 2)
+    return F.avg_pool2d(parts[None], image.shape[1])
+
+
+@pytest.mark.parametrize("up", ["bilinear", "nearest"])
+def test_few_pixels_do_not_move_the_face(up: Any) -> None:
+    """A mirrored image has the mirror image of its view, for sizes that divide nothing as well."""
+    view = StudentView(low_resolution={"sizes": [20], "up": up})
+    given = images(1)
+    assert_close(viewed(view, given.flip(3)), viewed(view, given).flip(3), rtol=0, atol=1e-6)
 
 
 def test_the_shorter_side_has_the_size_and_the_other_its_proportion() -> None:

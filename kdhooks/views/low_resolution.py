@@ -25,7 +25,9 @@ class LowResolution(Options, subject="student_view: low_resolution"):
     )  # fmt: skip
     p: float = option(1.0, "The probability for each image.", least=0, most=1)
     down: Down = option(
-        "area", "How it is made smaller; area is the mean over each region, the others antialias."
+        "area",
+        "How it is made smaller; area is the mean over each region, with parts of pixels at its "
+        "edges; the others antialias.",
     )
     up: Up = option("bilinear", "How it is brought back to the input size.")
 
@@ -62,18 +64,24 @@ class Resample(nn.Module):
         return changed.clamp(-1, 1) if overshoots else changed
 
     def _matrices(self, length: int, shorter: int, like: Tensor) -> Tensor:
-        """(n l l), one for each size: torch's own resampling of the unit vectors."""
-        unit = torch.eye(length, dtype=like.dtype, device=like.device)[None, None]
-        smooth = self.up != "nearest"
+        """(n l l), one for each size: the two resamplings of the unit vectors."""
+        # Torch's "nearest" takes the pixel to the upper left, which moves the face.
+        mode, smooth = ("nearest-exact", None) if self.up == "nearest" else (self.up, False)
         found = []
         for size in self.sizes:
-            small = max(1, round(length * size / shorter))
-            few = F.interpolate(
-                unit, (small, length), mode=self.down, antialias=self.down != "area"
-            )
+            few = self._smaller(length, max(1, round(length * size / shorter)), like)
             found.append(
-                F.interpolate(
-                    few, (length, length), mode=self.up, align_corners=False if smooth else None
-                )[0, 0]
+                F.interpolate(few[None, None], (length, length), mode=mode, align_corners=smooth)
             )
-        return torch.stack(found)
+        return torch.cat(found).squeeze(1)
+
+    def _smaller(self, length: int, small: int, like: Tensor) -> Tensor:
+        """(s l): row i holds the weights of the pixels for small pixel i; each sums to 1."""
+        if self.down == "area":  # in parts of a pixel, where torch's "area" takes whole ones
+            edges = torch.arange(small + 1, device=like.device)[:, None] * length
+            pixels = torch.arange(length, device=like.device) * small
+            ends = torch.minimum(edges[1:], pixels + small)
+            starts = torch.maximum(edges[:-1], pixels)
+            return (ends - starts).clamp(min=0).to(like.dtype) / length
+        unit = torch.eye(length, dtype=like.dtype, device=like.device)[None, None]
+        return F.interpolate(unit, (small, length), mode=self.down, antialias=True)[0, 0]
