@@ -351,3 +351,12 @@ def test_a_view_is_a_table_or_a_module() -> None:
         KDHooksError, match="student_view must be a table or a module; found 'mask'"
     ):
         Recipe.read(recipe)
+
+
+def test_viewed_names_what_is_no_view_and_what_is_no_rgb() -> None:
+    with pytest.raises(KDHooksError, match=r"student_view must be a module .*; found dict"):
+        viewed({"mask": {}}, images(1))  # type: ignore[arg-type]
+    for channels in (1, 4):
+        given = torch.zeros(2, channels, 32, 32)
+        with pytest.raises(KDHooksError, match=rf"needs RGB images .* \(2, {channels}, 32, 32\)"):
+            viewed(StudentView(mask={}), given)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from kdhooks.errors import KDHooksError
 from kdhooks.kinds import OptionError
 from kdhooks.options import Options, option
 from kdhooks.views.blocks import Blocks
@@ -73,6 +74,11 @@ class StudentView(nn.Module):
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
+        if images.shape[1] != 3:
+            raise KDHooksError(
+                "student_view needs RGB images (b 3 h w) for its own views; found the shape "
+                f"{tuple(images.shape)}; give a view of your own as student_view"
+            )
         parts = self.table.parts()
         numbers = draws.uniform(sum(kind.numbers for kind in KINDS.values()))
         seen = images.to(torch.promote_types(images.dtype, torch.float32))

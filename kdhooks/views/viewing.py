@@ -19,6 +19,11 @@ class Viewing:
     """
 
     def __init__(self, view: nn.Module, seed: int = 0) -> None:
+        if not isinstance(view, nn.Module):
+            raise KDHooksError(
+                "student_view must be a module (b 3 h w) -> (b 3 h w), such as "
+                f"StudentView(mask={{'p': 0.5}}); found {type(view).__name__}"
+            )
         self.view, self.seed = view, seed
         for name, parameter in view.named_parameters():
             if parameter.requires_grad:
