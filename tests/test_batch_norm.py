@@ -109,3 +109,28 @@ def test_a_model_without_running_statistics_is_refused() -> None:
 def test_no_batch_is_refused() -> None:
     with pytest.raises(KDHooksError, match="at least one batch of images; found none"):
         adapted_batch_norm(network(), [])
+
+
+def test_one_tensor_is_one_batch() -> None:
+    model, images = network(), probes()
+    one, several = adapted_batch_norm(model, images), adapted_batch_norm(model, [images])
+    for name, value in several.state_dict().items():
+        assert torch.equal(one.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_batches_that_are_no_images_are_refused(labelled: bool) -> None:
+    images = probes()
+    batch: object = (images, torch.zeros(len(images))) if labelled else images.byte()
+    found = "found tuple" if labelled else "found torch.uint8"
+    with pytest.raises(KDHooksError, match=f"floating-point images .*; {found}.*labels in loader"):
+        adapted_batch_norm(network(), [batch])  # type: ignore[list-item]
+    with pytest.raises(KDHooksError, match=r"found torch\.float64 \(0, "):
+        adapted_batch_norm(network(), [images[:0]])
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    images = probes()
+    images[0, 0] = torch.nan
+    with pytest.raises(KDHooksError, match="must be finite; found others at a batch norm"):
+        adapted_batch_norm(network(), [images])

@@ -31,14 +31,15 @@ def adapted_batch_norm(
     likewise. While the batches pass, a layer normalises with the mixture of its own batch, so that
     the layers behind it see what they will see later.
 
-    batches: images (b 3 h w) on the model's device, as the model takes them; no labels are needed.
+    batches: images (b 3 h w), several or one, on the model's device and as the model takes them; no
+        labels are needed.
         A few hundred images are enough; with few images take a smaller share.
     share: from 0, which changes nothing, to 1, which forgets the training's statistics.
     run: called as run(model, images), for a model that takes more than images.
 
     Raises:
         KDHooksError: the share is no number from 0 to 1, the model has no batch norm with running
-            statistics, or there is no batch.
+            statistics, there is no batch, one is no tensor (b …), or a number is not finite.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise KDHooksError(
@@ -56,7 +57,8 @@ def adapted_batch_norm(
             f"found none in {type(model).__name__}"
         )
     seen = 0
-    for images in batches:
+    for images in [batches] if isinstance(batches, Tensor) else batches:
+        _check_batch(images)
         run(adapted, images) if run else adapted(images)
         seen += len(images)
     for layer in layers:
@@ -64,6 +66,24 @@ def adapted_batch_norm(
     if not seen:
         raise KDHooksError("adapted_batch_norm needs at least one batch of images; found none")
     return adapted
+
+
+def _check_batch(images: object) -> None:
+    if (
+        isinstance(images, Tensor)
+        and images.ndim > 1
+        and images.is_floating_point()
+        and len(images)
+    ):
+        return
+    found = type(images).__name__
+    if isinstance(images, Tensor):
+        found = f"{images.dtype} {tuple(images.shape)}"
+    raise KDHooksError(
+        "adapted_batch_norm: batches must be an iterable of floating-point images (b 3 h w), as "
+        f"the model takes them; found {found}; of a loader with labels give (images for images, "
+        "labels in loader)"
+    )
 
 
 class _Layer:
@@ -88,6 +108,12 @@ class _Layer:
     def _mix(self, count: int, sums: Tensor) -> None:
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0)
+        if not torch.isfinite(variance).all():  # a mean that is not finite makes it so
+            raise KDHooksError(
+                "adapted_batch_norm: the images, and what the model makes of them, must be finite; "
+                "found others at a batch norm; look at the images, or run half-precision models in "
+                "float32"
+            )
         for name, trained, found in zip(
             ("running_mean", "running_var"), self._trained, (mean, variance), strict=True
         ):
