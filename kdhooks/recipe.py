@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
 from kdhooks.views.student_view import StudentView, ViewTable
 
+_UNNAMED = {  # in JSON Schema: a teacher's table without its embedding
+    "not": {"type": "object", "anyOf": [{"required": ["embedding"]}, {"required": ["embeddings"]}]}
+}
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -87,6 +90,22 @@ class Recipe(Options):
     nonfinite: Literal["raise", "skip"] = option(
         "raise", "The reaction to a term that is not finite: raise, or skip the step's terms."
     )
+
+    rules: ClassVar[Mapping[str, Any]] = {
+        # The teacher's embedding is named in one place.
+        "if": {
+            "required": ["taps"],
+            "properties": {
+                "taps": {
+                    "required": ["teacher"],
+                    "properties": {"teacher": {"required": ["embedding"]}},
+                }
+            },
+        },
+        "then": {
+            "properties": {"teacher": {"maxItems": 1, "items": _UNNAMED, **_UNNAMED}},
+        },
+    }
 
     def check(self) -> None:
         if not self.methods:

@@ -52,6 +52,7 @@ BAD = [
     'methods = ["fcd"]\nstudent_view.mask.p = 1.5',
     'methods = ["fcd"]\nstudent_view.blur.sigma = [1, 2, 3]',
     'methods = ["fcd"]\nstudent_view.low_resolution.up = "area"',
+    'methods = ["fcd"]\nstudent_view.low_resolution.sizes = []',
     'methods = ["at"]\n[taps]\nstudent.stages = "layer3"',
 ]
 
@@ -114,6 +115,28 @@ def test_what_a_recipe_refuses_does_not_fit(recipe: str, tmp_path: Path, validat
 )
 def test_the_teachers_table(teacher: Any, fits: bool, validator: Any) -> None:
     assert validator.is_valid({"teacher": teacher, "methods": ["fcd"]}) is fits
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_teachers_embedding_is_named_in_one_place(
+    several: bool, tmp_path: Path, validator: Any
+) -> None:
+    file = tmp_path / "t.onnx"
+    file.write_bytes(b"onnx")
+    named = {"onnx": str(file), "embedding": "fc"}
+    for tables, fits in ([named], False), ([{"onnx": str(file)}], True), ([named, named], False):
+        if several or len(tables) == 1:
+            teacher = tables if several else tables[0]
+            recipe: dict[str, Any] = {"teacher": teacher, "methods": ["fcd"]}
+            Recipe.read(recipe)
+            validator.validate(recipe)
+            recipe["taps"] = {"teacher": {"embedding": "fc"}}
+            assert validator.is_valid(recipe) is fits
+            if fits:
+                Recipe.read(recipe)
+            else:
+                with pytest.raises(KDHooksError, match=r"taps\.teacher\.embedding names"):
+                    Recipe.read(recipe)
 
 
 def test_every_method_with_its_name_alone_fits(validator: Any) -> None:

@@ -1,6 +1,7 @@
 """Faces of few pixels, resampled to the student's input size."""
 
-from typing import ClassVar, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ class LowResolution(Options, subject="student_view: low_resolution"):
         "edges; the others antialias.",
     )
     up: Up = option("bilinear", "How it is brought back to the input size.")
+
+    rules: ClassVar[Mapping[str, Any]] = {"allOf": [{"properties": {"sizes": {"minItems": 1}}}]}
 
     def check(self) -> None:
         if not self.sizes:
