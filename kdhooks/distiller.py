@@ -424,6 +424,11 @@ class Distiller(nn.Module):
         return self._needs_labels
 
     @property
+    def by_index(self) -> bool:
+        """Whether kd needs `indices`, since a table stands for a teacher."""
+        return self._session is not None and self._session.by_index
+
+    @property
     def in_epochs(self) -> list[str]:
         """The terms with a number that counts epochs, and "task_weight", if it does."""
         task = ["task_weight"] if self._task_weight.in_epochs else []

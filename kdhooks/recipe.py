@@ -157,11 +157,13 @@ class Recipe(Options):
     def refuse_tables(self, host: str) -> None:
         """For a host whose loop gives no indices: refuse a table of embeddings by index."""
         for table in self.teachers:
-            if table.embeddings is not None and table.embeddings.is_file():
+            is_file = table.embeddings is not None and table.embeddings.is_file()
+            if is_file or isinstance(table.module, EmbeddingTable):
+                found = f"the file '{table.embeddings}'" if is_file else "an EmbeddingTable"
                 raise KDHooksError(
                     f"{host}: teacher.embeddings must be a folder here, since the trainer gives no "
-                    f"indices; found the file '{table.embeddings}'; fill a folder by kdhooks cache "
-                    "build, or use kd(images, labels, indices=…) in a loop of your own"
+                    f"indices; found {found}; fill a folder by kdhooks cache build, or use "
+                    "kd(images, labels, indices=…) in a loop of your own"
                 )
 
 
@@ -298,9 +300,11 @@ def _built(table: TeacherTable, embedding: str | None, network: NetworkFactory |
         opened = (to_torch if spec.convert else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
         model = opened
+    changes = spec.input.given()
+    stored = isinstance(model, CachedEmbeddings | EmbeddingTable)
     return Teacher(
         model,
-        transform=replace(transform, **spec.input.given()),
+        transform=None if stored and not changes else replace(transform, **changes),
         classifier=spec.classifier,
         embedding=spec.embedding or embedding or "",
         dtype=_DTYPES[spec.dtype],

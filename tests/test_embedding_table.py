@@ -172,9 +172,23 @@ def test_a_file_with_more_than_the_table_is_refused(tmp_path: Path) -> None:
         EmbeddingTable(tmp_path / "objects.npy")
 
 
-def test_hosts_without_indices_refuse_it(tmp_path: Path) -> None:
+def test_a_recipe_in_python_takes_the_object_itself() -> None:
+    images, labels, rows = data()
+    net = student()
+    kd = build({"teacher": EmbeddingTable(rows), "methods": ["fcd"], "input_shape": SMALL}, net)
+    assert kd.by_index
+    net(images)
+    assert kd(images, labels, indices=torch.arange(len(images)))["fcd"].isfinite()
+    turned = {"module": EmbeddingTable(rows), "input": {"order": "bgr"}}
+    with pytest.raises(KDHooksError, match="found the arguments transform, which change how"):
+        build({"teacher": turned, "methods": ["fcd"], "input_shape": SMALL}, net)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_hosts_without_indices_refuse_it(by_name: bool, tmp_path: Path) -> None:
     _, _, rows = data()
-    table = {"embeddings": str(written(tmp_path, "npy", rows))}
+    file = {"embeddings": str(written(tmp_path, "npy", rows))}
+    table = file if by_name else {"module": EmbeddingTable(rows)}
     recipe = Recipe.read({"teacher": table, "methods": ["fcd"]})
     said = r"arcface_torch: teacher\.embeddings must be a folder here, .*kdhooks cache build"
     with pytest.raises(KDHooksError, match=said):

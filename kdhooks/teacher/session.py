@@ -115,6 +115,11 @@ class TeacherSession(NotCopied):
         return self._forward(images) if self.cache is None else _LookedUp(self, images).get()
 
     @property
+    def by_index(self) -> bool:
+        """Whether a call needs the places of the samples in the training set."""
+        return self._table is not None
+
+    @property
     def caches(self) -> list[TeacherCache]:
         """The caches of all its teachers."""
         return [] if self.cache is None else [self.cache]

@@ -54,6 +54,11 @@ class TeacherSessions(NotCopied):
         return TeacherOutput(embedding, features, all(output.finite for output in outputs))
 
     @property
+    def by_index(self) -> bool:
+        """Whether a call needs the places of the samples in the training set."""
+        return any(session.by_index for session in self._sessions)
+
+    @property
     def caches(self) -> list[TeacherCache]:
         """The caches of those teachers that have one."""
         return [cache for session in self._sessions for cache in session.caches]
