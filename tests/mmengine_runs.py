@@ -145,6 +145,11 @@ def trained_teacher() -> nn.Module:
     return model
 
 
+def _element(number: int, label: Tensor) -> BaseDataElement:
+    """As mmpretrain packs it: the number that BaseDataset gives each sample, and its label."""
+    return BaseDataElement(metainfo={"sample_idx": number}, gt_label=label.reshape(1))
+
+
 def samples(kind: str) -> list[Any]:
     images, labels = tiny_batch(copies=4)
     if kind == "tuple":
@@ -152,8 +157,8 @@ def samples(kind: str) -> list[Any]:
     if kind == "sample":
         pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round()
         return [
-            {"inputs": image, "data_samples": BaseDataElement(gt_label=label.reshape(1))}
-            for image, label in zip(pixels, labels, strict=True)
+            {"inputs": image, "data_samples": _element(number, label)}
+            for number, (image, label) in enumerate(zip(pixels, labels, strict=True))
         ]
     return [{"inputs": i, "labels": label} for i, label in zip(images, labels, strict=True)]
 

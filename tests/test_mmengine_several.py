@@ -110,10 +110,3 @@ def test_a_cache_stands_for_the_teacher(door: str, tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(KDHooksError, match="8 of 8 images of this batch are missing"):
         train(tmp_path / "empty", **both(door, teacher=alone))
-
-
-def test_a_table_by_index_is_refused(tmp_path: Path) -> None:
-    torch.save(torch.rand(6, 12), tmp_path / "rows.pt")
-    table = {"embeddings": str(tmp_path / "rows.pt")}
-    with pytest.raises(KDHooksError, match=r"mmengine: teacher\.embeddings must be a folder here"):
-        MODELS.build(distilled(teacher=table))

@@ -11,6 +11,7 @@ from kdhooks.errors import KDHooksError, listed, near_miss
 
 Arguments = dict[str, Any]
 
+INDICES = ("indices", "sample_idx", "data_samples.sample_idx")
 LABELS = (
     "labels", "label", "gt_labels", "gt_label", "targets", "target",
     "data_samples", "data_samples.gt_label", "data_samples.gt_label.label",
@@ -20,14 +21,17 @@ LABELS = (
 class Forward:
     """What a model's forward was called with, by name."""
 
-    def __init__(self, model: nn.Module, images: str = "", labels: str = "") -> None:
-        """images, labels: paths like `data_samples.gt_label`; "" looks where they mostly are."""
+    def __init__(
+        self, model: nn.Module, images: str = "", labels: str = "", indices: str = ""
+    ) -> None:
+        """The others: paths like `data_samples.gt_label`; "" looks where they mostly are."""
         self._signature = inspect.signature(model.forward)
-        self._images, self._labels = images, labels
+        self._images, self._labels, self._indices = images, labels, indices
         parameters = self._signature.parameters.values()
         known = [p.name for p in parameters]
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            for what, path in (("images", images), ("labels", labels)):
+            given = {"images": images, "labels": labels, "indices": indices}
+            for what, path in given.items():
                 root = path.split(".")[0]
                 if root and root not in known:
                     raise KDHooksError(
@@ -72,7 +76,7 @@ class Forward:
     def labels(self, arguments: Arguments, count: int, first: bool = True) -> Tensor:
         """(b): the class of each image; first: whether this batch may wait for the device."""
         for path in [self._labels] if self._labels else LABELS:
-            found = _classes(_at(arguments, path), count)
+            found = _whole_numbers(_at(arguments, path), count)
             if found is not None:
                 if ".gt_label" in path:
                     beside = f"{path.partition('.gt_label')[0]}.gt_score"
@@ -83,6 +87,20 @@ class Forward:
             f"{self._labels or 'one of ' + ', '.join(LABELS)}; found {_described(arguments)}; "
             "name their place as labels = 'argument.field', or, if there are none, set labels = "
             "False, which leaves the methods that need none"
+        )
+
+    def indices(self, arguments: Arguments, count: int) -> Tensor:
+        """(b): the place of each sample in the training set."""
+        for path in [self._indices] if self._indices else INDICES:
+            found = _whole_numbers(_at(arguments, path), count)
+            if found is not None:
+                return found
+        raise KDHooksError(
+            "mmengine: a table of embeddings needs the number of each sample in the training set, "
+            f"of {count} images, at {self._indices or 'one of ' + ', '.join(INDICES)}; found "
+            f"{_described(arguments)}; pack sample_idx into the data samples (in mmpretrain: "
+            "PackInputs(meta_keys=('sample_idx',))), or name another place as indices = "
+            "'argument.field'"
         )
 
 
@@ -102,7 +120,7 @@ def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def _classes(value: Any, count: int) -> Tensor | None:
+def _whole_numbers(value: Any, count: int) -> Tensor | None:
     """(b) int64, from a tensor (b) or (b 1), or a list of numbers or tensors (1)."""
     if isinstance(value, list | tuple):
         if not all(isinstance(v, int) or (isinstance(v, Tensor) and v.numel() == 1) for v in value):

@@ -14,7 +14,9 @@ from kdhooks.kinds import shown
 from kdhooks.recipe import Recipe
 from kdhooks_integrations.mmengine.models import initialised
 
-_LIKE = ("inputs", "data_samples.gt_label", "head.weight")  # images, labels, classifier
+_LIKE = (  # images, labels, indices, classifier
+    "inputs", "data_samples.gt_label", "data_samples.sample_idx", "head.weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Options:
     recipe: Recipe
     images: str  # paths in the arguments of the student's forward
     labels: str
+    indices: str  # places of the samples in the training set, for a table of embeddings
     classifier: str  # path of the student's own rows (c d), for methods that compare logits
     input: Mapping[str, Any]  # mean, std, order of the images that the student sees
 
@@ -65,7 +68,6 @@ class Options:
                 "the name, as kdhooks methods lists it, or dict(name=…) with its options"
             )
         checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
-        checked.refuse_tables("mmengine")
         transform = table.get("input", {})
         if not isinstance(transform, Mapping):
             raise KDHooksError(

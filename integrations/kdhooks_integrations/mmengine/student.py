@@ -15,7 +15,7 @@ from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import build
 from kdhooks.views.entrance import Look
 from kdhooks_integrations.mmengine.checkpoints import readable
-from kdhooks_integrations.mmengine.epochs import length, running_loop
+from kdhooks_integrations.mmengine.epochs import check_numbers, length, running_loop
 from kdhooks_integrations.mmengine.forward import Arguments, Forward, mixing_augments
 from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import (
@@ -41,7 +41,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student: nn.Module, options: Options) -> None:
         super().__init__()
-        self.forward_of = Forward(student, options.images, options.labels)
+        self.forward_of = Forward(student, options.images, options.labels, options.indices)
         recipe = with_embedding(options.recipe, student)
         device = next(student.parameters()).device
         seen = Seen.of(student).but(options.input)
@@ -56,8 +56,10 @@ class Distillation(nn.Module):
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
             )
+        self._counted = not options.indices or options.indices.endswith("sample_idx")
         try:
             self._check_labels(student, doubt)
+            self._check_indices(student, options.indices)
         except BaseException:
             self.distiller.remove()
             raise
@@ -88,6 +90,21 @@ class Distillation(nn.Module):
                 "labels, such as fcd"
             )
 
+    def _check_indices(self, student: nn.Module, path: str) -> None:
+        """path: their place, as the config names it."""
+        if path and not self.distiller.by_index:
+            raise KDHooksError(
+                f"mmengine: indices = '{path}' is the place of the samples' numbers for a table of "
+                "embeddings, and no teacher is one; leave it out, or name the file of a table as "
+                "teacher.embeddings"
+            )
+        if self.distiller.by_index and (mixing := mixing_augments(student)):
+            raise KDHooksError(
+                "mmengine: a table of embeddings knows each sample by itself, and the student's "
+                f"batch_augments ({listed(mixing)}) mix images of two; leave these away "
+                "(train_cfg.augments in mmpretrain), or give the network itself as teacher"
+            )
+
     def trained(self) -> list[nn.Parameter]:
         """What is optimised besides the student."""
         return [p for p in self.parameters() if p.requires_grad]
@@ -111,11 +128,16 @@ class Distillation(nn.Module):
         if self.distiller.labelled:
             labels = self.forward_of.labels(arguments, len(images), first=not self.ran)
             labels = labels.to(images.device)
+        indices = None
+        if self.distiller.by_index:
+            if self._counted and not self.ran:
+                check_numbers(_loop())
+            indices = self.forward_of.indices(arguments, len(images))
         task = _times(losses, self.distiller.task_weight)
         seen_by_teacher = self._as_recipe_says(images)
         if not self.ran:
             _check_range(seen_by_teacher)
-        terms = self.distiller(images, labels, teacher_images=seen_by_teacher)
+        terms = self.distiller(images, labels, teacher_images=seen_by_teacher, indices=indices)
         self.ran = True
         ours = {f"{TERM}{name}": term for name, term in terms.items()}
         ours.update({_unsummed(name): value for name, value in self.distiller.metrics.items()})
@@ -140,10 +162,7 @@ class Distillation(nn.Module):
         distiller = self.distiller
         if distiller.steps_per_epoch is not None:
             return
-        find: Any = running_loop
-        if torch.compiler.is_compiling():
-            find = torch.compiler.disable(find)  # it can't look at frames
-        loop = find()
+        loop = _loop()
         distiller.steps_per_epoch = None if loop is None else length(loop)
         if distiller.steps_per_epoch is None and distiller.in_epochs:
             why = (
@@ -231,6 +250,13 @@ class Distillation(nn.Module):
             else "",
         )
         state.update(self.state_dict(prefix=prefix))
+
+
+def _loop() -> Any:
+    find: Any = running_loop
+    if torch.compiler.is_compiling():
+        find = torch.compiler.disable(find)  # it can't look at frames
+    return find()
 
 
 def _times(losses: dict[str, Any], factor: float) -> dict[str, Any]:
