@@ -1,5 +1,6 @@
 """The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -174,6 +175,26 @@ def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
     assert {int(image) for batch in seen for image in batch} == {3, 5, 8, 9}
     losses = train(taught, row, settings, 0).losses
     assert losses != train(taught, Row("labels"), settings, 0).losses
+
+
+def test_a_row_may_be_taught_by_some_of_several_teachers() -> None:
+    """A teacher that stands twice teaches like its embedding written twice."""
+    first = lesson()
+    other = first.embedding.flip(1)
+    settings = Settings(images_seen=24, batch=8)
+
+    def losses(one: Tensor, two: Tensor, teachers: int, numbers: Sequence[int] = ()) -> list[float]:
+        embedding = torch.cat([one, two], dim=1)
+        taught = replace(
+            first, embedding=embedding, rows=embedding[::4].contiguous(), teachers=teachers
+        )
+        return train(taught, Row("fcd", ["fcd"], teachers=numbers), settings, 0).losses
+
+    both = losses(first.embedding, other, 2)
+    twice = losses(first.embedding, other, 2, (1, 1))
+    assert twice == pytest.approx(losses(other, other, 1), rel=1e-5)
+    assert twice != pytest.approx(both, rel=1e-3)
+    assert both == losses(first.embedding, other, 2, (0, 1))
 
 
 def test_a_live_teacher_is_run_in_every_step() -> None:

@@ -99,6 +99,12 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
     taught = setting.taught
     if taught and options.teacher_images:
         taught = replace(taught, images_seen=options.teacher_images)
+    others = tuple(
+        replace(one, taught=replace(one.taught, images_seen=options.teacher_images))
+        if one.taught and options.teacher_images
+        else one
+        for one in setting.teachers
+    )
     for option, found in (("images-seen", students), ("teacher-images", taught)):
         if found and found.images_seen < found.batch:
             parser.error(
@@ -110,7 +116,9 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
     images = setting.images
     if options.views:
         images = replace(images, kinds=tuple(options.views))
-    return replace(setting, images=images, students=students, taught=taught, rows=rows)
+    return replace(
+        setting, images=images, students=students, taught=taught, rows=rows, teachers=others
+    )
 
 
 def _check_rows(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.papers.views import drawn
+from kdhooks.classes.joined import joined
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
@@ -120,21 +121,33 @@ class Outputs:
 def lesson(
     images: Images,
     views: Faces,
-    outputs: Outputs,
+    outputs: Sequence[Outputs],
     left_out: set[str],
     network: nn.Module | None = None,
     stages: Sequence[str] = (),
 ) -> Lesson:
     """All that is not of the people left out.
 
-    network, stages: the teacher itself and its paths, for rows that run it in every step.
+    outputs: of each teacher; the recorded features are those of the first. network, stages: the
+    teacher itself and its paths, for rows that run it in every step.
     """
     keep = ~np.isin(views.people, list(left_out))
-    faces, embedding = views.where(keep), outputs.embedding[torch.from_numpy(keep)]
+    found = [one.embedding[torch.from_numpy(keep)] for one in outputs]
+    faces, embedding = views.where(keep), found[0] if len(found) == 1 else joined(found)
     rows = means_of(embedding, faces.labels)
-    maps = outputs.maps(np.flatnonzero(keep))
+    maps = outputs[0].maps(np.flatnonzero(keep))
     parts = images.parts(faces)
-    return Lesson(faces.images, faces.labels, embedding, rows, parts, maps, network, stages)
+    return Lesson(
+        faces.images,
+        faces.labels,
+        embedding,
+        rows,
+        parts,
+        maps,
+        network,
+        stages,
+        teachers=len(outputs),
+    )
 
 
 def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import pair_scores, tar_at_far, verify
 from kdhooks.views.viewing import viewed
@@ -18,7 +19,7 @@ class ProbeExam(Exam):
     """Probes against probes by `score`, and more by `more`; the teacher sees the images."""
 
     def __init__(
-        self, split: Split, teacher: Teacher, device: torch.device, view: nn.Module
+        self, split: Split, teacher: Teacher | Teachers, device: torch.device, view: nn.Module
     ) -> None:
         super().__init__(split, teacher, device, probes_of(split.test.images, view))
 

@@ -124,6 +124,13 @@ E = (
     Row("aird", [AIRD]),
     Row("proxylesskd", [PROXYLESSKD], labels=0.0),
 )
+# A teacher alone stands twice in the joined embedding, so that all students are of one size.
+S = (
+    _BASE,
+    Row("fcd, teacher of C", [FCD], teachers=(0, 0)),
+    Row("fcd, teacher of D", [FCD], teachers=(1, 1)),
+    Row("fcd, both", [FCD]),
+)
 M = (_BASE, Row("fcd", [FCD]), Row("coupleface", [COUPLEFACE]))
 
 

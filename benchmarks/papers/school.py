@@ -11,6 +11,7 @@ from benchmarks.papers.rows import TEACHER
 from benchmarks.papers.settings import Setting
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.faces import Faces
 from kdhooks_demo.main import teacher_of
@@ -32,16 +33,29 @@ class School:
     ) -> None:
         """faces: of all people who are not tested; file: the one of SFace's place, if not SFace."""
         self.setting = setting
-        self.sface = _sface(file)
+        self._file = file
+        self._others = [School(one, faces, file, folder, device) for one in setting.teachers]
         self._faces, self._folder, self._device = faces, folder, device
+
+    @cached_property
+    def sface(self) -> Teacher:
+        return _sface(self._file)
 
     @cached_property
     def _views(self) -> Faces:
         return self.setting.images.views(self._faces)
 
     @cached_property
-    def teacher(self) -> Teacher:
-        """SFace, or the network that is distilled from it, by FCD alone."""
+    def teacher(self) -> Teacher | Teachers:
+        """SFace, or the network that is distilled from it, by FCD alone; or those of others."""
+        return Teachers(self._each) if self.setting.teachers else self._each[0]
+
+    @cached_property
+    def _each(self) -> list[Teacher]:
+        others = [teacher for school in self._others for teacher in school._each]
+        return others or [self._own()]
+
+    def _own(self) -> Teacher:
         taught = self.setting.taught
         if taught is None:
             return self.sface
@@ -52,7 +66,7 @@ class School:
         if file.is_file():
             network.load_state_dict(torch.load(file, weights_only=True))
         else:
-            course = lesson(self.setting.images, self._views, outputs, set())
+            course = lesson(self.setting.images, self._views, [outputs], set())
             row = Row(TEACHER, [FCD], labels=0.0)
             with tqdm(total=taught.steps, desc=f"teacher of setting {self.setting.name}") as bar:
 
@@ -66,13 +80,13 @@ class School:
     def lesson(self, left_out: set[str]) -> Lesson:
         """All that is not of the people left out."""
         setting = self.setting
-        outputs = self._outputs(self.teacher, recorded=True)
+        outputs = [self._outputs(one, recorded=True) for one in self._each]
         return lesson(
             setting.images,
             self._views,
             outputs,
             left_out,
-            self.teacher.module if setting.teacher_stages else None,
+            self._each[0].module if setting.teacher_stages else None,
             setting.teacher_stages,
         )
 

@@ -45,6 +45,7 @@ class Setting:
     taught: Settings | None = None
     teacher_stages: tuple[str, ...] = ()
     more_seeds: tuple[str, ...] = ()
+    teachers: tuple["Setting", ...] = ()  # whose teachers are this one's, in place of its own
     study: tuple[Row, ...] = ()  # rows of a sweep alone
     probes: nn.Module | None = None  # the view of the test's images that students are given
 
@@ -127,3 +128,12 @@ SETTINGS = {
         ),
     )
 }
+
+SETTINGS["S"] = Setting(
+    "S",
+    "Two teachers, those of C and D, against each of them alone",
+    rows.S,
+    _ALL,
+    Settings(images_seen=150_000),
+    teachers=(SETTINGS["C"], SETTINGS["D"]),
+)

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.sessions import open_session
+from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, unit, verify
 from kdhooks_demo.pairs import Split
@@ -37,7 +38,7 @@ class Exam:
     def __init__(
         self,
         split: Split,
-        teacher: Teacher,
+        teacher: Teacher | Teachers,
         device: torch.device = CPU,
         probes: Tensor | None = None,
     ) -> None:
@@ -55,7 +56,7 @@ class Exam:
         people = split.test.people
         self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]
         started = time.perf_counter()
-        with TeacherSession(teacher) as session:
+        with open_session(teacher) as session:
             self._teacher = self._embedded(
                 lambda images: session(images).embedding, self._sharp, teacher_chunk(device)
             )

@@ -70,6 +70,7 @@ class Row:
     labels: float = 1.0  # the weight of the labels' loss; 0: the teacher's classifier replaces it
     part: str | None = None  # of the lesson's images; all of them if None
     live: bool = False  # True: the methods change the teacher, so that it runs in every step
+    teachers: Sequence[int] = ()  # numbers of the lesson's teachers; all of them if empty
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the table's settings, by name
 
 
@@ -85,6 +86,7 @@ class Lesson:
     maps: Mapping[str, Maps] = field(default_factory=dict)
     teacher: nn.Module | None = None  # for rows whose teacher is live
     teacher_stages: Sequence[str] = ()  # of that network, or the stages that were recorded
+    teachers: int = 1  # whose embeddings, and rows, lie side by side with equal widths
 
     def to(self, device: torch.device) -> "Lesson":
         """Copy everything that a step reads to the device on which the students are trained.
@@ -217,7 +219,7 @@ def train(
     student = settings.student(lesson.embedding.shape[1]).train()
     student.to(memory_format=_layout(device))  # type: ignore[call-overload]
     head = ArcFaceHead(lesson.embedding.shape[1], len(lesson.rows), settings.margin, settings.scale)
-    remembered = Remembered(lesson.embedding, lesson.maps)
+    remembered = [Remembered(part, lesson.maps) for part in _parts(lesson.embedding, lesson, row)]
     kd = None
     if row.methods:
         live = lesson.teacher if row.live else None
@@ -225,14 +227,18 @@ def train(
         theirs = list(lesson.teacher_stages) if row.live else recorded
         kd = Distiller(
             student,
-            Teacher(remembered if live is None else live, classifier=lesson.rows),
+            [
+                Teacher(one if live is None else live, classifier=rows)
+                for one, rows in zip(remembered, _parts(lesson.rows, lesson, row), strict=True)
+            ],
             row.methods,
             head=ClassShard(head.weight, 0, len(lesson.rows)),
             student_stages=settings.stages[-len(theirs) :] if theirs else (),
             teacher_stages=theirs,
         )
         kd.to(device)
-        remembered.keep({path for tap in kd.taps for path in tap.teacher_paths})
+        for one in remembered:
+            one.keep({path for tap in kd.taps for path in tap.teacher_paths})
     student.to(device)
     head.to(device)  # its weight stays the same Parameter, so that the methods' shard holds it too
     groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
@@ -252,7 +258,8 @@ def train(
     looking = 0.0  # seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
     for rows in _batches(part, settings.batch, settings.steps, seed, device):
-        remembered.rows = rows
+        for one in remembered:
+            one.rows = rows
         sharp, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         images = sharp
         if settings.view is not None:
@@ -291,6 +298,12 @@ def train(
         kd.remove()
     student.eval()
     return trained
+
+
+def _parts(joined: Tensor, lesson: Lesson, row: Row) -> list[Tensor]:
+    """(n e) -> [(n e/m)]: what each of the row's teachers has in it."""
+    parts = joined.chunk(lesson.teachers, dim=1)
+    return [parts[number] for number in row.teachers or range(lesson.teachers)]
 
 
 def _compared(task: Tensor, terms: Tensor, student: nn.Module) -> dict[str, float]:
