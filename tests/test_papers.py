@@ -240,6 +240,16 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["D", "S"])
+def test_a_teacher_sees_a_batch_at_least(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--setting {name} --data none --pairs none --out {tmp_path} --teacher-images 20"
+    with pytest.raises(SystemExit):
+        main(options.split())
+    assert "--teacher-images must be at least a batch; found 20 and 60" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:

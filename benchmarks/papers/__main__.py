@@ -27,7 +27,7 @@ from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import read_faces
 from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs
-from kdhooks_demo.training import Row
+from kdhooks_demo.training import Row, Settings
 
 SEEDS = 3
 MORE_SEEDS = 5
@@ -96,16 +96,13 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
         students = replace(students, images_seen=options.images_seen)
     if options.batch:
         students = replace(students, batch=options.batch)
-    taught = setting.taught
-    if taught and options.teacher_images:
-        taught = replace(taught, images_seen=options.teacher_images)
-    others = tuple(
-        replace(one, taught=replace(one.taught, images_seen=options.teacher_images))
-        if one.taught and options.teacher_images
-        else one
-        for one in setting.teachers
+    taught = _taught(setting, options.teacher_images)
+    teachers = tuple(
+        replace(one, taught=_taught(one, options.teacher_images)) for one in setting.teachers
     )
-    for option, found in (("images-seen", students), ("teacher-images", taught)):
+    counts = [("images-seen", students), ("teacher-images", taught)]
+    counts += [("teacher-images", one.taught) for one in teachers]
+    for option, found in counts:
         if found and found.images_seen < found.batch:
             parser.error(
                 f"--{option} must be at least a batch; found {found.images_seen} and {found.batch}"
@@ -117,8 +114,14 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
     if options.views:
         images = replace(images, kinds=tuple(options.views))
     return replace(
-        setting, images=images, students=students, taught=taught, rows=rows, teachers=others
+        setting, images=images, students=students, taught=taught, rows=rows, teachers=teachers
     )
+
+
+def _taught(setting: Setting, images_seen: int | None) -> Settings | None:
+    """How its own teacher is trained, if it is, with the number of images of the command line."""
+    taught = setting.taught
+    return replace(taught, images_seen=images_seen) if taught and images_seen else taught
 
 
 def _check_rows(

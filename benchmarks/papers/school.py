@@ -33,13 +33,8 @@ class School:
     ) -> None:
         """faces: of all people who are not tested; file: the one of SFace's place, if not SFace."""
         self.setting = setting
-        self._file = file
-        self._others = [School(one, faces, file, folder, device) for one in setting.teachers]
+        self.sface = _sface(file)
         self._faces, self._folder, self._device = faces, folder, device
-
-    @cached_property
-    def sface(self) -> Teacher:
-        return _sface(self._file)
 
     @cached_property
     def _views(self) -> Faces:
@@ -47,28 +42,28 @@ class School:
 
     @cached_property
     def teacher(self) -> Teacher | Teachers:
-        """SFace, or the network that is distilled from it, by FCD alone; or those of others."""
+        """SFace, or the network that is distilled from it, by FCD alone; or several of these."""
         return Teachers(self._each) if self.setting.teachers else self._each[0]
 
     @cached_property
     def _each(self) -> list[Teacher]:
-        others = [teacher for school in self._others for teacher in school._each]
-        return others or [self._own()]
+        return [self._of(setting) for setting in self.setting.teachers or (self.setting,)]
 
-    def _own(self) -> Teacher:
-        taught = self.setting.taught
+    def _of(self, setting: Setting) -> Teacher:
+        """The teacher of that setting, which learns from the images of this one."""
+        taught = setting.taught
         if taught is None:
             return self.sface
         outputs = self._outputs(self.sface, recorded=False)
         network = taught.student(outputs.embedding.shape[1])
-        name = f"teacher-{self.setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
+        name = f"teacher-{setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
         file = self._folder / name
         if file.is_file():
             network.load_state_dict(torch.load(file, weights_only=True))
         else:
             course = lesson(self.setting.images, self._views, [outputs], set())
             row = Row(TEACHER, [FCD], labels=0.0)
-            with tqdm(total=taught.steps, desc=f"teacher of setting {self.setting.name}") as bar:
+            with tqdm(total=taught.steps, desc=f"teacher of setting {setting.name}") as bar:
 
                 def progress(steps: int, loss: float) -> None:
                     bar.update(steps)
