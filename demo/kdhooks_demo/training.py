@@ -222,21 +222,7 @@ def train(
     remembered = [Remembered(part, lesson.maps) for part in _parts(lesson.embedding, lesson, row)]
     kd = None
     if row.methods:
-        live = lesson.teacher if row.live else None
-        recorded = [f"stages.{name}" for name in lesson.maps]
-        theirs = list(lesson.teacher_stages) if row.live else recorded
-        kd = Distiller(
-            student,
-            [
-                Teacher(one if live is None else live, classifier=rows)
-                for one, rows in zip(remembered, _parts(lesson.rows, lesson, row), strict=True)
-            ],
-            row.methods,
-            head=ClassShard(head.weight, 0, len(lesson.rows)),
-            student_stages=settings.stages[-len(theirs) :] if theirs else (),
-            teacher_stages=theirs,
-        )
-        kd.to(device)
+        kd = _distiller(student, head, remembered, lesson, row, settings).to(device)
         for one in remembered:
             one.keep({path for tap in kd.taps for path in tap.teacher_paths})
     student.to(device)
@@ -298,6 +284,31 @@ def train(
         kd.remove()
     student.eval()
     return trained
+
+
+def _distiller(
+    student: nn.Module,
+    head: ArcFaceHead,
+    remembered: Sequence[Remembered],
+    lesson: Lesson,
+    row: Row,
+    settings: Settings,
+) -> Distiller:
+    """The row's methods, taught by what is remembered, or by the live teacher."""
+    live = lesson.teacher if row.live else None
+    recorded = [f"stages.{name}" for name in lesson.maps]
+    theirs = list(lesson.teacher_stages) if row.live else recorded
+    return Distiller(
+        student,
+        [
+            Teacher(one if live is None else live, classifier=rows)
+            for one, rows in zip(remembered, _parts(lesson.rows, lesson, row), strict=True)
+        ],
+        row.methods,
+        head=ClassShard(head.weight, 0, len(lesson.rows)),
+        student_stages=settings.stages[-len(theirs) :] if theirs else (),
+        teacher_stages=theirs,
+    )
 
 
 def _parts(joined: Tensor, lesson: Lesson, row: Row) -> list[Tensor]:
