@@ -1,7 +1,7 @@
 """Images and labels among the arguments of a model's forward: by convention, or by a path."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,33 +75,44 @@ class Forward:
 
     def labels(self, arguments: Arguments, count: int, first: bool = True) -> Tensor:
         """(b): the class of each image; first: whether this batch may wait for the device."""
-        for path in [self._labels] if self._labels else LABELS:
-            found = _whole_numbers(_at(arguments, path), count)
-            if found is not None:
-                if ".gt_label" in path:
-                    beside = f"{path.partition('.gt_label')[0]}.gt_score"
-                    _check_unmixed(_at(arguments, beside), found, first)
-                return found
+        path, found = _first_numbers(arguments, self._labels, LABELS, count)
+        if found is not None:
+            if ".gt_label" in path:
+                beside = f"{path.partition('.gt_label')[0]}.gt_score"
+                _check_unmixed(_at(arguments, beside), found, first)
+            return found
         raise KDHooksError(
             f"mmengine: labels must be one class number for each of {count} images, at "
-            f"{self._labels or 'one of ' + ', '.join(LABELS)}; found {_described(arguments)}; "
+            f"{path}; found {_described(arguments)}; "
             "name their place as labels = 'argument.field', or, if there are none, set labels = "
             "False, which leaves the methods that need none"
         )
 
     def indices(self, arguments: Arguments, count: int) -> Tensor:
         """(b): the place of each sample in the training set."""
-        for path in [self._indices] if self._indices else INDICES:
-            found = _whole_numbers(_at(arguments, path), count)
-            if found is not None:
-                return found
+        path, found = _first_numbers(arguments, self._indices, INDICES, count)
+        if found is not None:
+            return found
         raise KDHooksError(
             "mmengine: a table of embeddings needs the number of each sample in the training set, "
-            f"of {count} images, at {self._indices or 'one of ' + ', '.join(INDICES)}; found "
-            f"{_described(arguments)}; pack sample_idx into the data samples (in mmpretrain: "
-            "PackInputs(meta_keys=('sample_idx',))), or name another place as indices = "
-            "'argument.field'"
+            f"of {count} images, at {path}; found {_described(arguments)}; pack "
+            "sample_idx into the data samples (in mmpretrain: PackInputs(meta_keys="
+            "('sample_idx',))), or name another place as indices = 'argument.field'"
         )
+
+
+def _first_numbers(
+    arguments: Arguments, named: str, usual: Sequence[str], count: int
+) -> tuple[str, Tensor | None]:
+    """The first place with a whole number for each image, and these (b).
+
+    Without any, all the places in words, and None. named: the only place, unless it is "".
+    """
+    for path in [named] if named else usual:
+        found = _whole_numbers(_at(arguments, path), count)
+        if found is not None:
+            return path, found
+    return named or f"one of {', '.join(usual)}", None
 
 
 def _at(arguments: Arguments, path: str) -> Any:
