@@ -1,7 +1,9 @@
-"""The one error a caller can fix, and the near miss that helps to fix it."""
+"""The one error a caller can fix, and the words in which it says what was found."""
 
 import difflib
 from collections.abc import Iterable
+
+from torch import Tensor
 
 
 class KDHooksError(Exception):
@@ -27,3 +29,10 @@ def in_one_line(error: Exception) -> str:
 
 def listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def shown_tensor(value: object) -> str:
+    """For an error: the dtype and the shape of a tensor; of anything else, its type."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__

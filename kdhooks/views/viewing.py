@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, shown_tensor
 from kdhooks.generators import undisturbed_generators
 from kdhooks.views.draws import Draws
 
@@ -39,7 +39,7 @@ class Viewing:
         if images.ndim != 4 or not images.is_floating_point():
             raise KDHooksError(
                 "student_view needs floating-point images (b 3 h w), (pixel - 127.5) / 127.5; "
-                f"found {images.dtype} {tuple(images.shape)}; scale the images before the student"
+                f"found {shown_tensor(images)}; scale the images before the student"
             )
         if images.requires_grad:
             raise KDHooksError(
@@ -56,12 +56,9 @@ class Viewing:
             draws = Draws(self.seed, step, first, images.shape[0], images.device)
             seen: object = self._run(images, draws)
         if not isinstance(seen, Tensor) or (seen.shape, seen.dtype) != (images.shape, images.dtype):
-            found = type(seen).__name__
-            if isinstance(seen, Tensor):
-                found = f"{seen.dtype} {tuple(seen.shape)}"
             raise KDHooksError(
                 "student_view must return images of the shape and dtype that it is given, "
-                f"{images.dtype} {tuple(images.shape)}; found {found}"
+                f"{shown_tensor(images)}; found {shown_tensor(seen)}"
             )
         if version is not None and version != images._version:
             raise KDHooksError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdhooks import KDHooksError
+from kdhooks.errors import shown_tensor
 
 
 @torch.no_grad()
@@ -31,9 +32,8 @@ def adapted_batch_norm(
     likewise. While the batches pass, a layer normalises with the mixture of its own batch, so that
     the layers behind it see what they will see later.
 
-    batches: images (b 3 h w), several or one, on the model's device and as the model takes them; no
-        labels are needed.
-        A few hundred images are enough; with few images take a smaller share.
+    batches: images (b 3 h w), one batch or several, on the model's device and as the model takes
+        them, without labels. A few hundred images are enough; with few take a smaller share.
     share: from 0, which changes nothing, to 1, which forgets the training's statistics.
     run: called as run(model, images), for a model that takes more than images.
 
@@ -76,13 +76,10 @@ def _check_batch(images: object) -> None:
         and len(images)
     ):
         return
-    found = type(images).__name__
-    if isinstance(images, Tensor):
-        found = f"{images.dtype} {tuple(images.shape)}"
     raise KDHooksError(
         "adapted_batch_norm: batches must be an iterable of floating-point images (b 3 h w), as "
-        f"the model takes them; found {found}; of a loader with labels give (images for images, "
-        "labels in loader)"
+        f"the model takes them; found {shown_tensor(images)}; of a loader with labels "
+        "give (images for images, labels in loader)"
     )
 
 
