@@ -453,6 +453,6 @@ def test_the_real_teacher_tells_the_real_faces_apart() -> None:
     transform = InputTransform(size=model.size, mean=model.mean, std=model.std)
     embedding = unit(embed(lambda images: model(transform(images)), faces.images, 8))
     pairs = make_pairs(faces, 0)
-    found = verify(pair_scores(embedding, pairs.rows(faces)), pairs.same, pairs.folds)
+    found = verify(pair_scores(embedding, pairs.rows(faces.names)), pairs.same, pairs.folds)
     assert found.accuracy > 0.97
     assert as_input(faces.images[:1]).abs().max() <= 1

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from benchmarks.papers.views import drawn
 from kdhooks.classes.joined import joined
+from kdhooks.evaluation.pairs import Pairs
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
 from kdhooks_demo.exam import teacher_chunk
 from kdhooks_demo.faces import Faces
-from kdhooks_demo.pairs import Pairs
 from kdhooks_demo.training import Lesson, Maps, as_input, means_of
 
 MOST = 20  # images of a person

@@ -51,7 +51,7 @@ class Exam:
         self._probes = self._sharp if probes is None else probes
         self._same = split.pairs.same
         self._folds = split.pairs.folds
-        self._pairs = split.pairs.rows(split.test)
+        self._pairs = split.pairs.rows(split.test.names)
         self._all = _all_pairs(len(split.test))
         people = split.test.people
         self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]

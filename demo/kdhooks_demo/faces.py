@@ -1,11 +1,10 @@
 """Aligned faces in memory: those of ORL, or of any folder or zip with one directory a person."""
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.picture_files import SUFFIXES, PictureFiles, first, read_all, refuse
+from kdhooks.evaluation.named_pictures import named_pictures
+from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
 from kdhooks.pictures import Pixels, decode
 from kdhooks_demo.align import SIZE, align
 from kdhooks_demo.packages import orl_files
-
-log = logging.getLogger("kdhooks")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def read_orl() -> Faces:
 def read_faces(source: str | Path) -> Faces:
     """The images …/person/image.jpg of a folder or a zip, aligned and 112x112 already."""
     files = PictureFiles(source, "faces")
-    found = dict(sorted(_named(files).items()))
+    found = dict(sorted(named_pictures(files, "faces").items()))
     if len({name.split("/")[0] for name in found}) < 2:
         raise KDHooksError(
             f"faces: '{files.source}' must hold images …/person/image ({' '.join(SUFFIXES)}) of "
@@ -73,37 +71,6 @@ def read_faces(source: str | Path) -> Faces:
     images = [_tensor(pixels) for _, pixels in read_all(paths, files.pixels, faults)]
     refuse("faces", files.source, faults, len(paths))
     return Faces(torch.stack(images), tuple(found))
-
-
-def _named(files: PictureFiles) -> dict[str, str]:
-    """The path of each image by its name, "person/image". A folder with images is a person."""
-    found: dict[str, str] = {}
-    folders: dict[str, str] = {}
-    for path in (path for path in files.names if "/" in path):
-        folder, _, file = path.rpartition("/")
-        person = folder.rpartition("/")[2]
-        if folders.setdefault(person, folder) != folder:
-            raise KDHooksError(
-                f"faces: '{files.source}' must have one folder per person; found "
-                f"'{folders[person]}' and '{folder}'; rename one, or move its images to the other"
-            )
-        name = f"{person}/{PurePosixPath(file).stem}"
-        if name in found:
-            raise KDHooksError(f"faces: '{files.source}' holds two images '{name}'; rename one")
-        found[name] = path
-    known = set(folders.values())
-    for folder in sorted(known):
-        if outer := known & set(map(str, PurePosixPath(folder).parents)):
-            raise KDHooksError(
-                f"faces: a person's folder must hold no other person's; found '{folder}' in "
-                f"'{min(outer)}' of '{files.source}'; move its images up, or the folder out"
-            )
-    if len(found) < len(files.names):
-        beside = [path for path in files.names if "/" not in path]
-        log.warning(
-            "faces: skipped %d images in no person's folder: %s", len(beside), first(beside)
-        )
-    return found
 
 
 def _tensor(pixels: Pixels) -> Tensor:

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 
+from kdhooks.evaluation.tables import markdown
 from kdhooks.verification import ROC, Verification
 
 mpl.use("Agg")
@@ -31,7 +32,6 @@ def table(scores: Mapping[str, Sequence[Score]]) -> str:
     """A line a row, in Markdown: the mean over the seeds, with their deviation if several."""
     fars = list(next(iter(scores.values()))[0].tar)
     lines = [["", "accuracy", "EER", *(f"TAR at FAR {far:g}" for far in fars), "cross", "seconds"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for name, row in scores.items():
         cells = [_cell([score.pairs.accuracy for score in row])]
         cells.append(_cell([score.pairs.eer for score in row]))
@@ -39,19 +39,13 @@ def table(scores: Mapping[str, Sequence[Score]]) -> str:
         cells.append(_cell([score.cross.accuracy for score in row]))
         cells.append(f"{np.mean([score.seconds for score in row]):.0f}")
         lines.append([name, *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(_aligned(line, widths)) + " |" for line in lines)
+    return markdown(lines)
 
 
 def _cell(shares: Sequence[float]) -> str:
     """In per cent."""
     mean = f"{100 * np.mean(shares):.1f}"
     return f"{mean} ± {100 * np.std(shares, ddof=1):.1f}" if len(shares) > 1 else mean
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first, *rest = zip(line, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
 
 
 def picture(scores: Mapping[str, Sequence[Score]], path: Path) -> None:

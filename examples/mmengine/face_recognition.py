@@ -95,7 +95,7 @@ class Faces(Dataset[dict[str, Any]]):
         self.faces = split.test if test else views(split.train, views_of_each, seed)
         self.metainfo: dict[str, Any] = {"classes": len(set(self.faces.people))}
         if test:
-            rows, tested = split.pairs.rows(split.test), split.pairs
+            rows, tested = split.pairs.rows(split.test.names), split.pairs
             self.metainfo |= {"pairs": rows, "same": tested.same, "folds": tested.folds}
 
     def __len__(self) -> int:

@@ -1,0 +1,1 @@
+"""Test sets of face verification: pairs of images, and whether each is of one person."""
