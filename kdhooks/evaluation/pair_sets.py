@@ -1,0 +1,150 @@
+"""A test set: images, and pairs of them, from a verification file or from pictures and pairs."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhooks.errors import KDHooksError
+from kdhooks.evaluation.named_pictures import named_pictures
+from kdhooks.evaluation.pairs import read_pairs_file
+from kdhooks.evaluation.pickled_pairs import read_pickled_pairs
+from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse, wrong_size
+from kdhooks.pictures import Pixels, Unreadable, decode, read_size
+from kdhooks.tensor_files import user_path
+
+FOLDS = 10
+"""In as many runs of pairs, of both kinds each, a verification file is cut."""
+
+
+class PictureSource(Protocol):
+    """Pictures by name; `PictureFiles` is one."""
+
+    @property
+    def source(self) -> Path: ...
+
+    def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
+        """Raise if the header of one can't be used, or has another width and height."""
+
+    def pixels(self, name: str) -> Pixels:
+        """(h w 3) RGB. Raises Unreadable if there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """n images and p pairs of them."""
+
+    name: str
+    files: PictureSource
+    images: Sequence[str]  # (n), their names in `files`
+    rows: NDArray[np.int64]  # (p 2): the places of each pair's images in `images`
+    same: NDArray[np.bool_]  # (p)
+    folds: NDArray[np.int64]  # (p): the fold of each pair
+
+    def one_kind(self) -> bool:
+        """Whether a fold has pairs of one person alone, or of two alone."""
+        found = [self.same[self.folds == fold] for fold in np.unique(self.folds)]
+        return any(kinds.all() or not kinds.any() for kinds in found)
+
+
+class EncodedPictures:
+    """The pictures of a verification file, named by their places in it."""
+
+    def __init__(self, source: Path, subject: str, contents: Sequence[bytes]) -> None:
+        self.source, self._subject, self._contents = source, subject, contents
+
+    def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
+        def header(name: str) -> None:
+            found = read_size(io.BytesIO(self._contents[int(name)]))
+            if sorted(found) != sorted(size):
+                raise Unreadable(wrong_size(found, size))
+
+        faults: dict[str, str] = {}
+        for _ in read_all(names, header, faults):
+            pass
+        refuse(self._subject, self.source, faults, len(names))
+
+    def pixels(self, name: str) -> Pixels:
+        return decode(self._contents[int(name)])
+
+
+def read_pair_sets(
+    data: Sequence[str], pairs: Path | None, folds: int, subject: str
+) -> list[PairSet]:
+    """The sets that the options --data and --pairs of a command mean.
+
+    data: verification files and folders of them, each cut into so many folds; or with pairs one
+        folder or zip of pictures.
+    """
+    if pairs is not None:
+        if len(data) != 1:
+            raise KDHooksError(
+                f"{subject} with --pairs must be one folder or zip of pictures; found {len(data)}"
+            )
+        return [read_paired_pictures(user_path(data[0], subject), pairs, subject)]
+    files: list[Path] = []
+    for source in data:
+        place = user_path(source, subject)
+        inside = sorted(place.glob("*.bin")) if place.is_dir() else [place]
+        if not inside or place.suffix.lower() == ".zip":
+            raise KDHooksError(
+                f"{subject} without --pairs must be verification files such as lfw.bin, or "
+                f"folders with some; found '{source}'; give --pairs FILE for a folder or zip of "
+                "pictures"
+            )
+        files += inside
+    sets = [read_pair_file(file, subject, folds) for file in files]
+    names = [tested.name for tested in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise KDHooksError(f"{subject} has two sets called '{twice}'; rename one of them")
+    return sets
+
+
+def read_pair_file(path: Path, subject: str, folds: int = FOLDS) -> PairSet:
+    """A verification file such as lfw.bin. subject: starts each error."""
+    pictures, same = read_pickled_pairs(path, subject)
+    if len(same) < folds:
+        raise KDHooksError(
+            f"{subject}: '{path}' must hold a pair for each of {folds} folds; found {len(same)} "
+            "pairs; give fewer folds, as --folds 2"
+        )
+    return PairSet(
+        name=path.stem,
+        files=EncodedPictures(path, subject, pictures),
+        images=[str(place) for place in range(len(pictures))],
+        rows=np.arange(len(pictures)).reshape(-1, 2),
+        same=same,
+        folds=_runs(len(same), folds),
+    )
+
+
+def _runs(pairs: int, folds: int) -> NDArray[np.int64]:
+    """(p): if they are not equal, the first folds are larger by one, as in scikit-learn's KFold."""
+    sizes = [len(part) for part in np.array_split(np.arange(pairs), folds)]
+    return np.repeat(np.arange(folds), sizes)
+
+
+def read_paired_pictures(source: Path, pairs: Path, subject: str) -> PairSet:
+    """A folder or a zip with one folder for each person, and a file as LFW's pairs.txt."""
+    listed = read_pairs_file(pairs)
+    files = PictureFiles(source, subject)
+    paths = named_pictures(files, subject)
+    if not paths:
+        raise KDHooksError(
+            f"{subject} must hold one folder for each person, with pictures ({' '.join(SUFFIXES)}) "
+            f"in it; found none in '{source}'"
+        )
+    names = sorted({name for pair in listed.names for name in pair} & paths.keys())
+    return PairSet(
+        name=pairs.stem,
+        files=files,
+        images=[paths[name] for name in names],
+        rows=listed.rows(names or sorted(paths)),
+        same=listed.same,
+        folds=listed.folds,
+    )
