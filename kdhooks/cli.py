@@ -21,6 +21,7 @@ _TOOLS = {  # command -> the module that has it, and what it does
     "taps": ("taps", "list the points of a network that a recipe can tap"),
     "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),
     "export": ("export", "write a trained student as model.pt and as ONNX"),
+    "evaluate": ("evaluate", "measure models on pairs of faces, each alone and across"),
 }
 
 

@@ -254,16 +254,18 @@ def build_teachers(
             f"found {len(factories)}"
         )
     if len(tables) == 1:
-        return [_built(tables[0], recipe.taps.teacher.embedding, factories[0])]
+        return [build_from_table(tables[0], recipe.taps.teacher.embedding, factories[0])]
     made = []
     for number, (table, factory) in enumerate(zip(tables, factories, strict=True)):
         with numbered(number):
-            made.append(_built(table, None, factory))
+            made.append(build_from_table(table, None, factory))
     return made
 
 
-def _built(table: TeacherTable, embedding: str | None, network: NetworkFactory | None) -> Teacher:
-    """embedding: what `taps` names, if the table names none."""
+def build_from_table(
+    table: TeacherTable, embedding: str | None = None, network: NetworkFactory | None = None
+) -> Teacher:
+    """One teacher. embedding: what `taps` names, if the table names none."""
     spec = with_module(table, network)
     transform = InputTransform()
     model: Any

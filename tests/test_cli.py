@@ -250,7 +250,7 @@ def test_the_help_lists_every_command(capsys: Captured) -> None:
         main(["--help"])
     listed = [line.split()[0] for line in lines_of(capsys) if line.startswith("    ")]
     assert [name for name in listed if name.isalpha()] == [
-        "methods", "schema", "run", "doctor", "taps", "cache", "export", "demo",
+        "methods", "schema", "run", "doctor", "taps", "cache", "export", "evaluate", "demo",
     ]  # fmt: skip
 
 

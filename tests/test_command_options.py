@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png
 from kdhooks.cli import main
-from kdhooks_integrations.arcface_torch.commands import cache, doctor, export, taps
+from kdhooks_integrations.arcface_torch.commands import cache, doctor, evaluate, export, taps
 from kdhooks_integrations.arcface_torch.commands.parsing import print_json
 from tests.trainer_folder import CLASSES, WIDTH, imports_undone, write_teacher, write_trainer
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     found = {name: module._parser() for name, module in (("doctor", doctor), ("taps", taps))}
-    found["export"] = export._parser()
+    found |= {"export": export._parser(), "evaluate": evaluate._parser()}
     (choices,) = [a.choices for a in cache._parser()._actions if a.dest == "command"]
     assert isinstance(choices, dict)
     return {**found, **{f"cache {name}": parser for name, parser in choices.items()}}
@@ -68,7 +68,7 @@ def test_every_option_says_its_default_or_that_it_is_required(command: str) -> N
             assert f"(default: {action.default})" in said, action
 
 
-@pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export"])
+@pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export", "evaluate"])
 def test_the_first_line_of_help_is_a_sentence_about_the_command(
     command: str, capsys: Captured
 ) -> None:

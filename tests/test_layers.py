@@ -24,7 +24,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "onnx": "kdhooks.onnx.*",
     "onnxruntime": "kdhooks.onnx.*",
     "PIL": "kdhooks.pictures",
-    "matplotlib": "kdhooks_demo.*",
+    "matplotlib": "kdhooks_demo.* kdhooks_integrations.arcface_torch.commands.results",
     "tqdm": "kdhooks_demo.*",
     "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
@@ -43,7 +43,8 @@ FOR_PLUGINS = {
     *(f"classes.{name}" for name in CLASSES),
 }
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
-    "kdhooks", "kdhooks.classes", "kdhooks.onnx", "kdhooks.teacher", "kdhooks.views",
+    "kdhooks", "kdhooks.classes", "kdhooks.evaluation", "kdhooks.onnx", "kdhooks.teacher",
+    "kdhooks.views",
     "kdhooks_plugins",
     "kdhooks_integrations",
 }  # fmt: skip

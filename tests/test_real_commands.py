@@ -5,18 +5,20 @@ and verification files are read in its place.
 """
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, write_pairs, write_records
+from benchmarks.recordio_files import people, png, write_pairs, write_records
 
 NEEDED = ("easydict", "scipy", "sklearn", "torchvision", "tensorboard", "onnx", "onnxruntime")
 
@@ -179,3 +181,42 @@ def test_export_writes_the_student(
     assert list(ours) == list(weights)
     assert all(torch.equal(ours[key], weights[key]) for key in weights)
     assert "insightface's for recognition" in done.stdout
+
+
+# The trainer's own lines, as its callback formats them.
+VERIFIED = """
+import sys
+sys.path.insert(0, ".")
+from kdhooks_integrations.arcface_torch.commands import compat
+compat.repair("")
+import backbones, torch
+from eval import verification
+network = backbones.get_model("mbf", dropout=0.0, fp16=False, num_features=64)
+network.load_state_dict(torch.load("teacher.pt"))
+pairs = verification.load_bin("hard.bin", (112, 112))
+_, _, accuracy, deviation, xnorm, _ = verification.test(pairs, network.eval(), 10, 10)
+print("LINE %f %1.5f+-%1.5f" % (xnorm, accuracy, deviation))
+"""
+
+
+@pytest.mark.parametrize("count", [60, 47])
+def test_evaluate_prints_the_figures_that_the_trainer_prints(trainer: Path, count: int) -> None:
+    """47 pairs: neither a multiple of the folds, nor their images one of the batches."""
+    generator = np.random.default_rng(count)
+    pictures, same = [], []
+    for place in range(count):
+        patterns = generator.integers(60, 200, (2, 7, 7, 3))
+        noisy = patterns[[0, place % 2]] + generator.integers(-60, 55, (2, 7, 7, 3))
+        pictures += [png(np.kron(one, np.ones((16, 16, 1))).astype(np.uint8)) for one in noisy]
+        same.append(place % 2 == 0)
+    (trainer / "hard.bin").write_bytes(pickle.dumps((pictures, same)))
+    theirs = python(trainer, "-c", VERIFIED)
+    assert theirs.returncode == 0, theirs.stderr[-3000:]
+    (line,) = (line for line in theirs.stdout.splitlines() if line.startswith("LINE"))
+    _, xnorm, accuracy = line.split()
+    options = ["--network", "mbf", "--data", "hard.bin", "--protocol", "insightface"]
+    done = kdhooks(trainer, "evaluate", "teacher.pt", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = done.stdout.splitlines()[2].split()
+    assert (cells[7], cells[-2]) == (accuracy, xnorm)
+    assert 0.5 < float(accuracy.partition("+")[0]) < 1

@@ -116,13 +116,17 @@ def made_folder(path: Path) -> Iterator[None]:
 
 
 def load_student(
-    checkpoint: str, network: str, width: int | None = None, weights: str = ""
+    checkpoint: str,
+    network: str,
+    width: int | None = None,
+    weights: str = "",
+    fp16: bool | None = None,
 ) -> nn.Module:
     """The network with the weights of the file, all of them, on the CPU."""
     content = load_checkpoint(checkpoint, "student")
     if width is None and not is_factory_name(network):
         width = embedding_width(content.largest())
-    student = load_strictly(make(network, width), content, weights).eval()
+    student = load_strictly(make(network, width, fp16), content, weights).eval()
     refuse_untrained(student, "student")
     return student
 

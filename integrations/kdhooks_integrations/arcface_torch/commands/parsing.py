@@ -78,8 +78,12 @@ def quiet_stdout(wanted: bool) -> Iterator[None]:
 
 
 def print_json(content: object) -> None:
+    print(as_json(content))
+
+
+def as_json(content: object) -> str:
     """Numbers that are not finite become null, since JSON has none of them."""
-    print(json.dumps(_finite(content), allow_nan=False))
+    return json.dumps(_finite(content), allow_nan=False)
 
 
 def _finite(content: object) -> object:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
+from kdhooks.evaluation.pair_sets import PictureSource
 from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse, wrong_size
 from kdhooks.pictures import Pixels, Unreadable
 from kdhooks_integrations.arcface_torch.commands.recordio import Records
@@ -44,17 +45,25 @@ class Pictures:
     def batches(
         self, names: Sequence[str], size: int, shape: tuple[int, int, int]
     ) -> Iterator[Tensor]:
-        """(b 3 h w) in [-1, 1], as the trainers make them of 8 bits, all of this shape.
+        """(b 3 h w) in [-1, 1], as the trainers make them of 8 bits, all of this shape."""
+        for pictures in read_batches(self._files, names, size, shape):
+            yield as_input(pictures)
 
-        All headers are looked at first. What turns out to be unreadable later is left out, and
-        reported after the last batch.
-        """
-        self._files.check(names, size_of(shape))
-        faults: dict[str, str] = {}
-        found = read_all(names, lambda name: fitting(self._files.pixels(name), shape), faults)
-        while batch := list(islice(found, size)):
-            yield as_input([picture for _, picture in batch])
-        refuse("--data", self._files.source, faults, len(names))
+
+def read_batches(
+    files: PictureSource, names: Sequence[str], size: int, shape: tuple[int, int, int]
+) -> Iterator[list[Pixels]]:
+    """[(h w 3)], `size` of them at a time, all of this shape.
+
+    All headers are looked at first. What turns out to be unreadable later is left out, and
+    reported after the last batch.
+    """
+    files.check(names, size_of(shape))
+    faults: dict[str, str] = {}
+    found = read_all(names, lambda name: fitting(files.pixels(name), shape), faults)
+    while batch := list(islice(found, size)):
+        yield [picture for _, picture in batch]
+    refuse("--data", files.source, faults, len(names))
 
 
 def size_of(shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -77,5 +86,13 @@ def fitting(pixels: Pixels, shape: tuple[int, int, int]) -> Pixels:
 
 def as_input(pictures: Sequence[Pixels]) -> Tensor:
     """[(h w 3)] -> (b 3 h w) in [-1, 1]."""
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().contiguous()
-    return (images - 127.5) / 127.5
+    return (_stacked(pictures) - 127.5) / 127.5
+
+
+def as_verified(pictures: Sequence[Pixels]) -> Tensor:
+    """The same, rounded as the trainer's verification does."""
+    return (_stacked(pictures) / 255 - 0.5) / 0.5
+
+
+def _stacked(pictures: Sequence[Pixels]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().contiguous()

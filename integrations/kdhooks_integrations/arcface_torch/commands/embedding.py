@@ -1,0 +1,122 @@
+"""Embeds the images of a test set, and their mirror images, by several models at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError, in_one_line
+from kdhooks.evaluation.pair_sets import PairSet
+from kdhooks.pictures import Pixels
+from kdhooks.teacher.session import TeacherSession
+from kdhooks.teacher.sessions import TeacherSessions, open_session
+from kdhooks.verification import Floats
+from kdhooks.views.viewing import Viewing
+from kdhooks_integrations.arcface_torch.commands.models import Model
+from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_batches
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images done, and of all."""
+
+
+class Looks(NamedTuple):
+    """What the models see of a set: m images, those through the view last."""
+
+    images: NDArray[np.int64]  # (m): their places in the set
+    sharp: int  # how many are seen as they are
+    rows: NDArray[np.int64]  # (p 2): the looks of each pair
+
+
+@dataclass
+class Embedded:
+    """The looks of a set by one model."""
+
+    upright: list[Floats] = field(default_factory=list)  # of each batch (b d)
+    flipped: list[Floats] = field(default_factory=list)  # of their mirror images, if wanted
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """How the images of all sets are read and seen."""
+
+    shape: tuple[int, int, int]
+    device: torch.device
+    batch: int
+    flip: bool
+    view: Viewing | None
+    scaled: Callable[[Sequence[Pixels]], Tensor] = as_input
+    whole_batches: bool = False  # the last batch of several starts earlier, to be as large
+
+    def embed(
+        self, models: Sequence[Model], tested: PairSet, progress: Progress
+    ) -> tuple[Looks, list[Embedded]]:
+        looks = looks_at(tested, viewed=self.view is not None)
+        found = [Embedded() for _ in models]
+        done = 0
+        with ExitStack() as opened:
+            sessions: list[TeacherSession | TeacherSessions] = []
+            for model in models:
+                session = open_session(model.teacher)
+                opened.callback(session.close)
+                sessions.append(session)
+            for images, old in self._batches(tested, looks):
+                for model, session, kept in zip(models, sessions, found, strict=True):
+                    with _named(model, self.shape):
+                        kept.upright.append(_numbers(session(images).embedding[old:]))
+                        if self.flip:
+                            kept.flipped.append(_numbers(session(images.flip(-1)).embedding[old:]))
+                done += len(images) - old
+                progress(done, len(looks.images))
+        return looks, found
+
+    def _batches(self, tested: PairSet, looks: Looks) -> Iterator[tuple[Tensor, int]]:
+        """(b 3 h w), and how many of them were in the batch before."""
+        parts = (looks.images[: looks.sharp], None), (looks.images[looks.sharp :], self.view)
+        for part, view in parts:
+            starts = list(range(0, len(part), self.batch))
+            if self.whole_batches and len(starts) > 1:
+                starts[-1] = len(part) - self.batch
+            order = [place for start in starts for place in part[start : start + self.batch]]
+            names = [tested.images[int(place)] for place in order]
+            end = 0
+            # The reader is read to its end, where it reports what it has left out.
+            read = read_batches(tested.files, names, self.batch, self.shape) if names else []
+            for number, pictures in enumerate(read):
+                start = starts[number]
+                images = self.scaled(pictures).to(self.device)
+                yield images if view is None else view(images, first=start), end - start
+                end = start + len(images)
+
+
+def looks_at(tested: PairSet, viewed: bool) -> Looks:
+    """viewed: whether the second image of each pair is seen through a view."""
+    if not viewed:
+        count = len(tested.images)
+        return Looks(np.arange(count), count, tested.rows)
+    first, at_first = np.unique(tested.rows[:, 0], return_inverse=True)
+    second, at_second = np.unique(tested.rows[:, 1], return_inverse=True)
+    rows = np.stack([at_first, len(first) + at_second], axis=1)
+    return Looks(np.concatenate([first, second]), len(first), rows)
+
+
+def _numbers(embedding: Tensor) -> Floats:
+    return embedding.double().cpu().numpy()
+
+
+@contextmanager
+def _named(model: Model, shape: tuple[int, int, int]) -> Iterator[None]:
+    try:
+        yield
+    except KDHooksError as error:
+        raise KDHooksError(f"evaluate: model '{model.name}': {error}") from error
+    except RuntimeError as error:  # of a network that takes other images, or of a full memory
+        raise KDHooksError(
+            f"evaluate: model '{model.name}' must embed images {shape}; found "
+            f"{in_one_line(error)}; give --recipe with the input_shape of its training, or a "
+            "smaller --batch-size"
+        ) from error

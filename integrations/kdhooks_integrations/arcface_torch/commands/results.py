@@ -1,0 +1,169 @@
+"""What `kdhooks evaluate` writes: a table, sentences below it, JSON, and a picture of the ROC."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdhooks.errors import KDHooksError
+from kdhooks.evaluation.tables import markdown
+from kdhooks_integrations.arcface_torch.commands.compared import Compared, Result
+
+
+def as_table(compared: Sequence[Compared], fars: Sequence[float], trainers: bool) -> str:
+    """In per cent; with trainers, accuracy and mean length as the trainer prints them."""
+    head = ["set", "first image by", "second image by", "accuracy", "EER"]
+    head += [f"TAR at FAR {far:g}" for far in fars]
+    if trainers:
+        head[3] = "Accuracy-Flip"
+        head.append("XNorm")
+    lines = [head]
+    for one in compared:
+        lines += [[one.tested.name, *_cells(result, trainers)] for result in one.results]
+    return markdown(lines, texts=3)
+
+
+def _cells(result: Result, trainers: bool) -> list[str]:
+    figures = result.figures
+    mean, deviation = figures.accuracy, figures.accuracy_std
+    shown = f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+    cells = [result.first, result.second, f"{mean:1.5f}+-{deviation:1.5f}" if trainers else shown]
+    cells += [_percent(share) for share in (figures.eer, *figures.tar.values())]
+    if trainers:
+        cells.append("" if result.length is None else f"{result.length:f}")
+    return cells
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.2f}"
+
+
+def as_sentences(compared: Sequence[Compared], flip: bool, view: str | None) -> Iterator[str]:
+    """What one must know to read the table."""
+    for one in compared:
+        tested = one.tested
+        folds = len(np.unique(tested.folds))
+        yield (
+            f"{tested.name}: {len(tested.same)} pairs, {int(tested.same.sum())} of one person, of "
+            f"{len(tested.images)} images, in {folds} folds"
+        )
+        if tested.one_kind():
+            yield (
+                f"{tested.name}: a fold has pairs of one kind alone, so that its threshold comes "
+                "from others than it needs, and accuracy means little; order the pairs, or give "
+                "--folds"
+            )
+    faces = "an image and its mirror image, summed" if flip else "an image alone"
+    yield f"embeddings are of {faces}; rates are in per cent"
+    if view is not None:
+        yield f"the second image of each pair is seen through the view: {view}"
+    if any(
+        math.isnan(share)
+        for one in compared
+        for result in one.results
+        for share in result.figures.tar.values()
+    ):
+        yield "-: too few pairs of different people to measure that FAR"
+    for first, second, reason in dict.fromkeys(
+        (no.first, no.second, no.reason) for one in compared for no in one.refused
+    ):
+        yield f"{first} and {second} can't be compared: {reason}"
+
+
+def as_content(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """The sets with their results, for JSON; rates are shares."""
+    return [
+        {
+            "set": one.tested.name,
+            "source": str(one.tested.files.source),
+            "pairs": len(one.tested.same),
+            "same": int(one.tested.same.sum()),
+            "images": len(one.tested.images),
+            "folds": len(np.unique(one.tested.folds)),
+            "results": [_numbers(result) for result in one.results],
+            "refused": [
+                {"first": no.first, "second": no.second, "reason": no.reason} for no in one.refused
+            ],
+        }
+        for one in compared
+    ]
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    figures = result.figures
+    return {
+        "first": result.first,
+        "second": result.second,
+        "accuracy": figures.accuracy,
+        "accuracy_std": figures.accuracy_std,
+        "eer": figures.eer,
+        "tar": {f"{far:g}": share for far, share in figures.tar.items()},
+        "threshold": figures.threshold,
+        "xnorm": result.length,
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def check_output(file: Path, option: str, inputs: Sequence[str]) -> None:
+    """Refuse a file that can't be written, or would replace what is read, before a long pass."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise KDHooksError(
+            f"evaluate: {option} must be a file in a folder that exists; found '{file}'"
+        )
+    if any(Path(one).exists() and file.exists() and file.samefile(one) for one in inputs):
+        raise KDHooksError(
+            f"evaluate: {option} '{file}' is a file to be read, which it would replace; name "
+            "another"
+        )
+
+
+def write_text(text: str, file: Path, option: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KDHooksError(
+            f"evaluate: {option} '{file}' can't be written ({error.strerror}); name another file"
+        ) from error
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; if not, it says so."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        print(
+            "evaluate: --picture is left out, since matplotlib draws it and is not there; pip "
+            "install matplotlib",
+            file=sys.stderr,
+        )
+    return found
+
+
+def draw(compared: Sequence[Compared], file: Path) -> None:
+    """A PNG file with the ROC of each set side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(compared), 5), layout="constrained")
+    axes = figure.subplots(1, len(compared), squeeze=False)[0]
+    for one, axis in zip(compared, axes, strict=True):
+        for result in one.results:
+            own = result.first == result.second
+            label = result.first if own else f"{result.first}, {result.second}"
+            seen = result.curve.far > 0
+            axis.semilogx(
+                result.curve.far[seen], result.curve.tar[seen], "-" if own else "--", label=label
+            )
+        axis.set(xlabel="FAR", ylabel="TAR", title=one.tested.name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    try:
+        figure.savefig(file, format="png", dpi=110)
+    except OSError as error:
+        raise KDHooksError(
+            f"evaluate: --picture '{file}' can't be written ({error.strerror}); name another file"
+        ) from error
