@@ -300,7 +300,8 @@ class ComparedClassifiers(ClassifierShare):
             raise KDHooksError(
                 f"{self.name} compares class scores, and the student's own classifier is not "
                 "known; give Distiller(…, head=ClassShard(weight, 0, classes)), in MMEngine name "
-                "it as classifier = 'head.fc.weight', or use fcd, which needs none"
+                "it as classifier = 'head.fc.weight', in Lightning as "
+                "Distill(…, classifier='head.weight'), or use fcd, which needs none"
             )
         if head.weight.shape[1] != student.embedding_dim:
             raise KDHooksError(

@@ -6,9 +6,7 @@ passes it over. So either kind of run resumes from a checkpoint of the other.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from copy import copy
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 import torch.distributed as dist
@@ -19,19 +17,11 @@ from kdhooks.classes.shards import world
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.taps import Removable
+from kdhooks_integrations.groups import Dressed, Groups, State, consecutive, merged, numbered
 
 log = logging.getLogger("kdhooks")
 
 KEY = "kdhooks"
-
-State: TypeAlias = dict[str, Any]
-Groups: TypeAlias = list[dict[str, Any]]
-Change: TypeAlias = Callable[[list[Any]], list[Any]]
-
-_BY_GROUP = (  # a schedule's lists with an entry a group
-    "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
-)  # fmt: skip
-_INNER = "_schedulers"  # of SequentialLR and ChainedScheduler
 
 _joined: "WeakSet[Optimizer]" = WeakSet()
 
@@ -65,22 +55,13 @@ class Joined:
             optimizer.register_step_post_hook(self._count_step),
         ]
         self._optimizer, self.schedule = optimizer, schedule
-        self._dressed: dict[LRScheduler, type[LRScheduler]] = {}
-        self._resize(schedule, self._with)
+        self._dressed = Dressed(self)
+        self._dressed.resize(schedule, self.with_ours)
         self.adopt(schedule)
 
     def adopt(self, schedule: LRScheduler) -> None:
         """Save and load it as if our groups were not there; it may have been made with them."""
-        for inner in vars(schedule).get(_INNER, ()):
-            if inner in self._dressed:  # what is saved of it goes through the outer one now
-                inner.__class__ = self._dressed.pop(inner)
-        self._dressed[schedule] = type(schedule)
-        schedule.__class__ = _as_without(type(schedule), self)
-
-    def _resize(self, schedule: LRScheduler, change: Change) -> None:
-        for inner in vars(schedule).get(_INNER, ()):
-            self._resize(inner, change)
-        vars(schedule).update(_by_group(vars(schedule), change))
+        self._dressed.dress(schedule)
 
     def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.steps += 1
@@ -89,8 +70,8 @@ class Joined:
 
     def _take_out(self, optimizer: Optimizer, state: State) -> State:
         groups: Groups = state["param_groups"]
-        ours = _numbered(groups[self._ours], state["state"])
-        theirs = _numbered(self._without(groups), state["state"])
+        ours = numbered(groups[self._ours], state["state"])
+        theirs = numbered(self.without_ours(groups), state["state"])
         return {**theirs, KEY: {**ours, "distiller": self.distiller.state_dict()}}
 
     def _put_in(self, optimizer: Optimizer, state: State) -> State:
@@ -105,7 +86,7 @@ class Joined:
         else:
             self._load(ours)
         groups = [*theirs[: self._at], *ours["param_groups"], *theirs[self._at :]]
-        return _merged(groups, ours["param_groups"], state["state"], ours["state"])
+        return merged(groups, ours["param_groups"], state["state"], ours["state"])
 
     def _fresh_groups(self, optimizer: Optimizer, head: dict[str, Any]) -> Groups:
         """Our groups with what the checkpoint says of the head's, but for their decay."""
@@ -113,7 +94,7 @@ class Joined:
         sizes = [len(group["params"]) for group in own]
         return [
             {**head, "weight_decay": group["weight_decay"], "params": numbers}
-            for group, numbers in zip(own, _consecutive(sizes), strict=True)
+            for group, numbers in zip(own, consecutive(sizes), strict=True)
         ]
 
     def _load(self, ours: State) -> None:
@@ -127,17 +108,11 @@ class Joined:
 
     # --- the schedule -------------------------------------------------------------------------
 
-    def with_ours(self, state: State) -> State:
-        """A schedule's state with entries for our groups, those of the head's."""
-        return _changed(state, self._with)
-
-    def without_ours(self, state: State) -> State:
-        return _changed(state, self._without)
-
-    def _with(self, values: list[Any]) -> list[Any]:
+    def with_ours(self, values: list[Any]) -> list[Any]:
+        """A list with an entry for each group: ours get that of the head's."""
         return [*values[: self._at], *values[-1:] * self._count, *values[self._at :]]
 
-    def _without(self, values: list[Any]) -> list[Any]:
+    def without_ours(self, values: list[Any]) -> list[Any]:
         return [*values[: self._at], *values[self._ours.stop :]]
 
     def remove(self) -> None:
@@ -148,19 +123,8 @@ class Joined:
             for parameter in group["params"]:
                 self._optimizer.state.pop(parameter, None)
         del self._optimizer.param_groups[self._ours]
-        for schedule, kind in self._dressed.items():
-            schedule.__class__ = kind
-            self._resize(schedule, self._without)
+        self._dressed.undress()
         _joined.discard(self._optimizer)
-
-
-def _by_group(state: State, change: Change) -> State:
-    return {key: change(v) for key, v in state.items() if key in _BY_GROUP and v is not None}
-
-
-def _changed(state: State, change: Change) -> State:
-    inner = [_changed(one, change) for one in state.get(_INNER, ())]
-    return {**state, **_by_group(state, change), **({_INNER: inner} if inner else {})}
 
 
 def _refuse_ranks_apart(ours: State | None) -> None:
@@ -176,49 +140,3 @@ def _refuse_ranks_apart(ours: State | None) -> None:
             "the run ended while it saved; on the ranks that are ahead put "
             "checkpoint_gpu_….pt.previous in its place"
         )
-
-
-def _as_without(kind: type[LRScheduler], joined: Joined) -> type[LRScheduler]:
-    """A kind of schedule whose state is that of a run without kdhooks."""
-
-    class Schedule(kind):  # type: ignore[misc,valid-type]
-        def state_dict(self) -> State:
-            state: State = super().state_dict()
-            return joined.without_ours(state)
-
-        def load_state_dict(self, state_dict: State) -> None:
-            super().load_state_dict(joined.with_ours(state_dict))
-
-    return Schedule
-
-
-def _numbered(groups: Groups, state: dict[int, Any]) -> State:
-    """These groups alone, their parameters numbered from 0."""
-    every = (old for group in groups for old in group["params"])
-    number = {old: new for new, old in enumerate(every)}
-    return {
-        "state": {number[old]: of for old, of in state.items() if old in number},
-        "param_groups": [{**g, "params": [number[old] for old in g["params"]]} for g in groups],
-    }
-
-
-def _merged(
-    groups: Groups, ours: Groups, theirs_state: dict[int, Any], ours_state: dict[int, Any]
-) -> State:
-    """All groups in a row, their parameters numbered from 0; `ours` are among them."""
-    state: dict[int, Any] = {}
-    merged: Groups = []
-    for group, numbers in zip(
-        groups, _consecutive([len(g["params"]) for g in groups]), strict=True
-    ):
-        source = ours_state if any(group is own for own in ours) else theirs_state
-        pairs = list(zip(group["params"], numbers, strict=True))
-        state.update({new: copy(source[old]) for old, new in pairs if old in source})
-        merged.append({**group, "params": numbers})
-    return {"state": state, "param_groups": merged}
-
-
-def _consecutive(sizes: Sequence[int]) -> list[list[int]]:
-    """[2, 1] -> [[0, 1], [2]]."""
-    numbers = iter(range(sum(sizes)))
-    return [[next(numbers) for _ in range(size)] for size in sizes]

@@ -1,0 +1,235 @@
+"""The callback, and when each of its parts runs in a Trainer."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from kdhooks.distiller import Distiller
+from kdhooks.errors import KDHooksError, listed
+from kdhooks.kinds import Option
+from kdhooks.options import check_arguments
+from kdhooks.recipe import Recipe
+from kdhooks_integrations.lightning.attachment import Attachment, Replaced, Settings
+from kdhooks_integrations.lightning.batches import Place
+from kdhooks_integrations.lightning.joining import Joined
+
+log = logging.getLogger("kdhooks")
+
+_ARGUMENTS = {
+    "student": Option(str | None, None),
+    "images": Option(str | int | None, None),
+    "labels": Option(str | int | None, None),
+    "classifier": Option(str | None, None),
+    "prog_bar": Option(bool, False),
+}
+
+
+class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
+    """Distil the student of a LightningModule while a Trainer fits it.
+
+    Trainer(callbacks=[Distill("kd.toml")])
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | Mapping[str, Any] | str | Path,
+        *,
+        student: str | None = None,
+        images: Place | None = None,
+        labels: Place | None = None,
+        classifier: str | None = None,
+        prog_bar: bool = False,
+    ) -> None:
+        """
+        recipe: a TOML file, or its keys as a dict, in which `teacher` may be a module.
+        student: path of the submodule that is the student, such as "model"; "" is the
+            LightningModule itself. By default, the one child that returns an embedding (b d).
+        images: place of the teacher's images in a batch, such as 0 or "image"; by default, the
+            teacher sees the images that the student was given in the training step.
+        labels: place of the class numbers (b) in a batch, such as 1 or "label"; by default, the
+            second part of a list or tuple, or "labels", "label", "targets", "target" or "y".
+        classifier: path of the student's own class weights (c d), such as "head.weight", for
+            methods that compare its logits.
+        prog_bar: whether the progress bar shows the terms, too.
+        """
+        super().__init__()
+        given = check_arguments(
+            "lightning: Distill",
+            _ARGUMENTS,
+            student=student,
+            images=images,
+            labels=labels,
+            classifier=classifier,
+            prog_bar=prog_bar,
+        )
+        checked = Recipe.read(recipe)
+        checked.refuse_tables("lightning")
+        self._settings = Settings(checked, **given)
+        self.distiller: Distiller | None = None  # of this fit, or of the last one
+        self._state: dict[str, Any] | None = None  # loaded before there was a distiller
+        self._attachment: Attachment | None = None
+        self._joined: Joined | None = None
+        self._late: Replaced | None = None
+
+    # --- the fit -----------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach before the optimizers are made, and after the module has made its layers."""
+        if stage != "fit":
+            return
+        _check(trainer, pl_module, self)
+        self._remove()
+        averaged = _averaging(trainer) is not None  # it copies the module right after this
+        if _overrides(pl_module, "configure_model"):
+            self._late = Replaced(pl_module, "configure_model", self._after)
+        elif _overrides(pl_module, "setup") and not averaged:
+            self._late = Replaced(pl_module, "setup", self._after)
+        else:
+            self._attach(pl_module)
+
+    def _after(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        hook(*args, **kwargs)
+        if self._attachment is None:
+            # Lightning may call this hook in another default dtype and on another device.
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                with torch.device("cpu"):
+                    self._attach(hook.__self__)  # type: ignore[attr-defined]  # a method
+            finally:
+                torch.set_default_dtype(before)
+
+    def _attach(self, module: LightningModule) -> None:
+        # A second fit goes on with the state of the first one, as the module does.
+        state = self._state if self.distiller is None else self.distiller.state_dict()
+        self._attachment = Attachment(module, self._settings)
+        self.distiller = self._attachment.distiller
+        if state is not None:
+            self.load_state_dict(state)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the optimizer, whose state is not loaded yet."""
+        attachment = self._attachment
+        if attachment is None:
+            raise KDHooksError(
+                f"lightning: {type(pl_module).__name__} was to make its layers in setup or "
+                "configure_model, and Lightning called neither; make them in __init__"
+            )
+        if any(parameter.requires_grad for parameter in attachment.distiller.parameters()):
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._joined = Joined(
+                attachment.distiller, attachment.student, trainer.optimizers, schedules
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For schedules that count epochs."""
+        assert self.distiller is not None
+        batches = trainer.num_training_batches
+        if isinstance(batches, int):
+            self.distiller.steps_per_epoch = batches or None
+        elif self.distiller.in_epochs:
+            raise KDHooksError(
+                f"lightning: {listed(self.distiller.in_epochs)}: a schedule counts epochs, and the "
+                "training data has no length; give its start, stop and warmup in steps, without "
+                "unit = 'epoch', or set limit_train_batches of the Trainer"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last step was finite, too."""
+        if self.distiller is not None:
+            self.distiller.check_finite()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._detach()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        """Give the module back. The optimizer keeps its groups: a checkpoint may still be saved."""
+        if self._late is not None:
+            self._late.restore()
+            self._late = None
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    def _remove(self) -> None:
+        """What an earlier fit has left."""
+        self._detach()
+        if self._joined is not None:
+            self._joined.remove()
+            self._joined = None
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses' parameters and state and the step; no teacher."""
+        if self.distiller is None:
+            return self._state or {}
+        return dict(self.distiller.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.distiller is None:
+            self._state = state_dict
+            return
+        try:
+            self.distiller.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise KDHooksError(
+                "lightning: this checkpoint was written with other methods than the recipe's; "
+                f"resume with those, or start a new run; {error}"
+            ) from error
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._attachment is not None and self.state_key not in checkpoint["callbacks"]:
+            log.warning(
+                "checkpoint written without kdhooks: the methods start from their first step"
+            )
+
+
+# --- what a fit must be like -----------------------------------------------------------------
+
+
+def _check(trainer: Trainer, module: LightningModule, callback: Distill) -> None:
+    if not isinstance(module, LightningModule):
+        raise KDHooksError(
+            "lightning: the LightningModule and the Trainer must come from the package lightning; "
+            f"found a {type(module).__module__}.{type(module).__name__}; import lightning.pytorch "
+            "in place of pytorch_lightning"
+        )
+    strategy = trainer.strategy
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not known or strategy.handles_gradient_accumulation:
+        raise KDHooksError(
+            "lightning: the strategy must keep the whole student on each device, as 'auto' and "
+            f"'ddp' do; found {type(strategy).__name__}; choose one of these"
+        )
+    averaging = _averaging(trainer)
+    order = trainer.callbacks
+    if averaging is not None and order.index(averaging) < order.index(callback):
+        raise KDHooksError(
+            f"lightning: Distill must stand before {type(averaging).__name__} among the callbacks, "
+            "since that one copies the LightningModule with all of its children; found it behind; "
+            "change their order"
+        )
+
+
+def _averaging(trainer: Trainer) -> Callback | None:
+    """Lightning's own callback that keeps an average of the weights."""
+    kind = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
+    return next((one for one in trainer.callbacks if isinstance(one, kind)), None)
+
+
+def _overrides(module: LightningModule, hook: str) -> bool:
+    return getattr(type(module), hook) is not getattr(LightningModule, hook)

@@ -1,0 +1,559 @@
+"""The Lightning callback: fits of LightningModules with and without it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning")
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.testing import assert_close
+
+from kdhooks import Distiller, KDHooksError
+from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks_integrations.lightning import Distill
+from tests.lightning_runs import PROJECTED, Faces, distil, fit, loader, recipe, weights
+
+pytestmark = [
+    # Lightning warns of loaders without workers, steps without a logger and the like.
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # it meets a newer torch
+]
+
+
+def same(one: Any, other: Any) -> None:
+    assert_close(one, other, rtol=0, atol=0)
+
+
+def by_hand(*methods: Any, **keys: Any) -> Faces:
+    """Faces, trained by a loop of one's own with a Distiller."""
+    module = Faces()
+    table = recipe(*methods)
+    kd = Distiller(
+        module.model.train(), tiny_teacher(), table["methods"], input_shape=(3, 32, 32), **keys
+    )
+    [optimizer], [schedule] = module.configure_optimizers()
+    for group in kd.parameter_groups(1e-3):
+        optimizer.add_param_group({**group, "lr": 0.05, "momentum": 0.9})
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for images, labels in [*loader(), *loader()]:
+        task = F.cross_entropy(module.head(module.model(images)), labels) * kd.task_weight
+        loss = sum(kd(images, labels).values(), start=task)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    kd.remove()
+    return module
+
+
+# --- terms ---------------------------------------------------------------------------------------
+
+
+def test_one_line_trains_as_a_loop_by_hand() -> None:
+    module, callback = Faces(), distil()
+    fit(module, callback)
+    same(weights(module), weights(by_hand()))
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
+
+
+def test_weight_0_is_the_plain_run_to_the_last_bit() -> None:
+    plain, distilled = Faces(), Faces()
+    fit(plain, gradient_clip_val=0.5)
+    fit(
+        distilled,
+        distil({**PROJECTED, "weight": 0.0}, {"name": "rkd", "weight": 0.0}),
+        gradient_clip_val=0.5,
+    )
+    same(weights(distilled), weights(plain))
+
+
+class Terms(Callback):  # type: ignore[misc]
+    """Keeps what a step has logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def test_the_terms_are_logged() -> None:
+    terms = Terms()
+    fit(Faces(), distil("fcd", {"name": "rkd", "weight": 3.0}), terms)
+    first = terms.logged[0]
+    assert {"kdhooks/fcd", "kdhooks/fcd/weighted", "kdhooks/rkd"} <= first.keys()
+    assert first["kdhooks/rkd/weighted"] == pytest.approx(3 * first["kdhooks/rkd"])
+
+
+class Shared(LightningModule):  # type: ignore[misc]
+    """A shared step that returns a dict, batches that are dicts, a dict of optimizer and schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = TinyFaceNet()
+        self.margin = nn.Parameter(torch.randn(6, 12))
+
+    def forward(self, images: Any) -> Any:
+        return F.normalize(self.encoder(images))
+
+    def _shared_step(self, batch: Any, stage: str) -> Any:
+        embedding = self(batch["image"])
+        loss = F.cross_entropy(embedding @ F.normalize(self.margin).T, batch["target"])
+        self.log(f"{stage}/loss", loss)
+        return {"loss": loss, "embedding": embedding.detach()}
+
+    def training_step(self, batch: Any) -> Any:
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: Any) -> Any:
+        return self._shared_step(batch, "val")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def as_dict(pair: Any) -> Any:
+    return {"image": pair[0], "target": pair[1]}
+
+
+def test_another_style_of_module_is_distilled() -> None:
+    module, callback = Shared(), distil(PROJECTED)
+    before = weights(module)
+    trainer = fit(module, callback, data=loader(wrap=as_dict))
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
+    [optimizer] = trainer.optimizers
+    [projector] = [p for p in callback.distiller.parameters() if p.ndim == 2]
+    held = [[p is projector for p in group["params"]] for group in optimizer.param_groups]
+    assert sum(map(sum, held)) == 1
+    assert optimizer.param_groups[-1]["lr"] == optimizer.param_groups[0]["lr"]
+    assert not torch.equal(before["encoder.fc.weight"], module.encoder.fc.weight)
+
+
+class Manual(Faces):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, rate = self.optimizers(), self.lr_schedulers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        rate.step()
+
+
+class Direct(Manual):
+    """It forgets manual_backward."""
+
+    def manual_backward(self, loss: Any) -> None:
+        raise AssertionError
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = Faces.training_step(self, batch, batch_idx)
+        loss.backward()
+        self.optimizers().step()
+
+
+def test_manual_optimization_trains_the_same() -> None:
+    manual, automatic = Manual(), Faces()
+    fit(manual, distil())
+    fit(automatic, distil())
+    same(weights(manual), weights(automatic))
+
+
+def test_manual_optimization_without_manual_backward_is_refused() -> None:
+    with pytest.raises(KDHooksError, match=r"optimizer steps before kd.*self\.manual_backward"):
+        fit(Direct(), distil())
+
+
+# --- precision, accumulation, compile, copies -----------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true", "bf16-true"])
+def test_other_precisions_train(precision: Any) -> None:
+    module, callback = Faces(), distil(PROJECTED, "rkd")
+    before = weights(module)
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":  # the Trainer has this for GPUs alone
+        scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+        options = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    fit(module, callback, **options)
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert not torch.equal(before["model.fc.weight"].double(), module.model.fc.weight.double())
+
+
+def test_gradients_are_accumulated_and_clipped_together() -> None:
+    """Two batches a step: the mean of their losses, as by hand."""
+    module, callback = Faces(), distil()
+    fit(module, callback, epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    hand = Faces()
+    kd = Distiller(hand.model.train(), tiny_teacher(), [PROJECTED], input_shape=(3, 32, 32))
+    [optimizer], _ = hand.configure_optimizers()
+    for group in kd.parameter_groups(1e-3):
+        optimizer.add_param_group({**group, "lr": 0.05, "momentum": 0.9})
+    for batch in loader():
+        loss = hand.training_step(batch, 0)
+        (sum(kd(*batch).values(), start=loss) / 2).backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.1)
+    optimizer.step()
+    kd.remove()
+    assert_close(weights(module), weights(hand), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_student_is_distilled() -> None:
+    module = Faces()
+    module.model = torch.compile(module.model, backend="eager")  # type: ignore[assignment]
+    fit(module, callback := distil())
+    plain = Faces()
+    fit(plain, distil())
+    same([*module.parameters()], [*plain.parameters()])
+    assert callback.distiller is not None
+
+
+def test_a_compiled_module_is_distilled() -> None:
+    module = Faces()
+    fit(torch.compile(module, backend="eager"), distil())  # type: ignore[arg-type]
+    plain = Faces()
+    fit(plain, distil())
+    assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_of_the_weights_is_kept(tmp_path: Path) -> None:
+    plain, distilled = Faces(), Faces()
+    fit(plain, EMAWeightAveraging(decay=0.5))
+    zero = {**PROJECTED, "weight": 0.0}
+    trainer = fit(distilled, distil(zero), EMAWeightAveraging(decay=0.5))
+    same(weights(distilled), weights(plain))
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+
+
+def test_an_average_in_front_is_refused() -> None:
+    with pytest.raises(KDHooksError, match="must stand before EMAWeightAveraging"):
+        fit(Faces(), EMAWeightAveraging(), distil())
+
+
+def test_validation_does_not_count() -> None:
+    plain, watched = Faces(), Faces()
+    fit(plain, callback := distil())
+    from lightning.pytorch import Trainer
+
+    from tests.lightning_runs import SILENT
+
+    torch.manual_seed(3)
+    other = distil()
+    Trainer(max_epochs=2, callbacks=[other], **SILENT).fit(watched, loader(), loader())
+    same(weights(watched), weights(plain))
+    assert callback.distiller is not None
+    assert other.distiller is not None
+    assert other.distiller.step == callback.distiller.step == 4
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_what_a_recipe_says_holds_here_too() -> None:
+    """A view for the student, no labels, a factor of the trainer's loss, two teachers."""
+    table = recipe(
+        {**PROJECTED, "weight": {"value": 4.0, "warmup": 1, "unit": "epoch"}},
+        student_view={"mask": {"p": 1.0}},
+        labels=False,
+        task_weight=0.5,
+    )
+    table["teacher"] = [table["teacher"], tiny_teacher(width=4).module]
+    seen: list[Any] = []
+
+    class Watching(Faces):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            handle = self.model.layer1.register_forward_pre_hook(
+                lambda _, args: seen.append((args[0], batch[0]))
+            )
+            loss = super().training_step(batch, batch_idx)
+            handle.remove()
+            return loss
+
+    module, callback, terms = Watching(), Distill(table), Terms()
+    fit(module, callback, terms)
+    kd = callback.distiller
+    assert kd is not None
+    assert kd.task_weight == 0.5
+    assert kd.step == 4
+    assert kd.steps_per_epoch == 2
+    assert all(not torch.equal(view, images) for view, images in seen)
+    weighted = [x["kdhooks/fcd/weighted"] / x["kdhooks/fcd"] for x in terms.logged]
+    assert weighted == pytest.approx([0.0, 2.0, 4.0, 4.0])
+
+
+def test_the_trainers_loss_is_weighted() -> None:
+    module = Faces()
+    fit(module, distil(task_weight=0.25))
+    same(weights(module), weights(by_hand(task_weight=0.25)))
+
+
+def test_a_classifier_is_named_by_its_path(tmp_path: Path) -> None:
+    rows = tiny_teacher().classifier
+    assert rows is not None
+    table = recipe("kd", {"name": "thkd"})
+    table["teacher"] = {"module": table["teacher"], "classifier": rows}
+    with pytest.raises(KDHooksError, match=r"in Lightning.*classifier='head\.weight'"):
+        fit(Faces(), Distill(table))
+    fit(Faces(), callback := Distill(table, classifier="head.weight"))
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
+
+
+def test_other_images_for_the_teacher() -> None:
+    """The teacher sees the clean images of the batch, and the student what the step makes of them."""
+
+    class Noisy(Faces):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            images, labels = batch["clean"], batch["who"]
+            return super().training_step((images + 1.0, labels), batch_idx)
+
+    seen: list[Any] = []
+    module = tiny_teacher().module
+    assert module is not None
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    table = {**recipe(), "teacher": module}
+    data = loader(wrap=lambda pair: {"clean": pair[0], "who": pair[1]})
+    fit(Noisy(), Distill(table, images="clean", labels="who"), data=data, epochs=1)
+    same(seen[-1], list(data)[-1]["clean"])
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def save(trainer: Any, path: Path) -> Path:
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [Faces, Shared, Manual])
+def test_a_resumed_run_is_the_straight_one(kind: Any, tmp_path: Path) -> None:
+    view = {"mask": {"p": 0.5}}
+    data = loader(wrap=as_dict) if kind is Shared else loader()
+    methods = [PROJECTED, "rkd"]
+    straight, half, rest = kind(), kind(), kind()
+    first, last = distil(*methods, student_view=view), distil(*methods, student_view=view)
+    end = fit(straight, first, data=data, epochs=4)
+    path = save(fit(half, distil(*methods, student_view=view), data=data), tmp_path / "half.ckpt")
+    resumed = fit(rest, last, data=data, epochs=4, ckpt=path)
+    same(weights(rest), weights(straight))
+    assert first.distiller is not None
+    assert last.distiller is not None
+    same(first.distiller.state_dict(), last.distiller.state_dict())
+    assert last.distiller.step == 8
+    same(end.optimizers[0].param_groups[-1]["lr"], resumed.optimizers[0].param_groups[-1]["lr"])
+
+
+def test_checkpoints_are_exchanged_with_plain_runs(tmp_path: Path) -> None:
+    zero = {**PROJECTED, "weight": 0.0}
+    plain, distilled = Faces(), Faces()
+    a = save(fit(plain), tmp_path / "plain.ckpt")
+    b = save(fit(distilled, distil(zero)), tmp_path / "distilled.ckpt")
+    one, two = (torch.load(path, weights_only=True) for path in (a, b))
+    same(one["state_dict"], two["state_dict"])
+    kept = copy.deepcopy(two["optimizer_states"][0])
+    assert kept.pop("kdhooks")["param_groups"]
+    same(kept, one["optimizer_states"][0])
+    same(one["lr_schedulers"], two["lr_schedulers"])
+    assert one["callbacks"] == {}
+    teacher = tiny_teacher().module
+    assert teacher is not None
+    assert (
+        two["callbacks"]["Distill"].keys() == {"losses.fcd.projector.weight", "_extra_state"}
+        or len(two["callbacks"]["Distill"]) == 2
+    )
+    straight, onward, back = Faces(), Faces(), Faces()
+    fit(straight, epochs=4)
+    fit(onward, callback := distil(zero), epochs=4, ckpt=a)
+    fit(back, epochs=4, ckpt=b)
+    same(weights(onward), weights(straight))
+    same(weights(back), weights(straight))
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4  # of its own
+    Faces.load_from_checkpoint(b)
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    path = save(fit(Faces(), distil()), tmp_path / "one.ckpt")
+    with pytest.raises(KDHooksError, match="written with other methods than the recipe's"):
+        fit(Faces(), distil("fcd"), epochs=4, ckpt=path)
+
+
+def test_a_second_fit_goes_on() -> None:
+    module, callback = Faces(), distil()
+    trainer = fit(module, callback)
+    assert not hasattr(module, "kdhooks")
+    assert "training_step" not in vars(module)
+    first = callback.distiller
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader())
+    assert first is not None
+    assert callback.distiller is not None
+    assert callback.distiller is not first
+    assert callback.distiller.step == 8
+
+
+def test_nothing_is_left_behind_by_an_error() -> None:
+    class Failing(Faces):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx:
+                raise ValueError("a fault of the module's own")
+            return loss
+
+    module = Failing()
+    with pytest.raises(ValueError, match="of the module's own"):
+        fit(module, distil())
+    assert not hasattr(module, "kdhooks")
+    assert not module.model._forward_hooks
+
+
+# --- where the layers are made -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_layers_may_be_made_in_a_hook(hook: str) -> None:
+    class Late(Faces):
+        def __init__(self) -> None:
+            LightningModule.__init__(self)
+
+        def make(self, stage: str = "") -> None:
+            made = Faces()
+            self.model, self.head = made.model, made.head
+
+    setattr(Late, hook, Late.make)
+    late, early = Late(), Faces()
+    fit(late, distil())
+    fit(early, distil())
+    same(weights(late), weights(early))
+
+
+class Whole(LightningModule):  # type: ignore[misc]
+    """The module is the network itself, as in many a tutorial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 4, stride=4)
+        self.fc = nn.Linear(256, 12)
+
+    def forward(self, images: Any) -> Any:
+        return self.fc(F.relu(self.stem(images)).flatten(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_a_module_may_be_the_student_itself() -> None:
+    module, callback = Whole(), distil()
+    fit(module, callback)
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+class Two(Faces):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = TinyFaceNet()
+
+
+class Several(Faces):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        parts = self.model.layer1, self.model.fc
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+
+
+class Bare(Faces):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.head(self.model.forward(batch[0])), batch[1])
+
+
+class Foreign(Faces):
+    def configure_optimizers(self) -> Any:
+        class Rate:
+            def __init__(self, optimizer: Any) -> None:
+                self.optimizer = optimizer
+
+            def step(self) -> None: ...
+            def state_dict(self) -> Any:
+                return {}
+
+            def load_state_dict(self, state: Any) -> None: ...
+
+        class Own(Faces):
+            def lr_scheduler_step(self, *_: Any) -> None: ...
+
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [Rate(optimizer)]
+
+    def lr_scheduler_step(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Two, r"several return \(b d\) for images: model, other; name it as Distill\(…, student="),
+        (Several, r"one optimizer must train .* found 2 .* self\.kdhooks\.parameter_groups"),
+        (Bare, r"the student 'model' did not run in training mode; call it as a module"),
+        (Foreign, r"schedule must be a torch\.optim\.lr_scheduler; found Rate"),
+    ],
+)
+def test_a_module_that_can_not_be_distilled_is_refused(module: Any, words: str) -> None:
+    with pytest.raises(KDHooksError, match=words):
+        fit(module(), distil())
+
+
+def test_labels_that_are_not_there_are_asked_for() -> None:
+    data = loader(wrap=lambda pair: pair[:1])
+
+    class Unlabelled(Faces):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.head(self.model(batch[0])).square().mean()
+
+    table = recipe("coupleface")
+    table["teacher"] = {"module": table["teacher"], "classifier": tiny_teacher().classifier}
+    with pytest.raises(KDHooksError, match=r"labels .* in second place; found \[float32 \(12, 3, "):
+        fit(Unlabelled(), Distill(table), data=data)
+
+
+def test_a_wrong_path_is_refused() -> None:
+    with pytest.raises(KDHooksError, match="no submodule 'modle'; did you mean 'model'"):
+        fit(Faces(), Distill(recipe(), student="modle"))
+    with pytest.raises(KDHooksError, match="no such parameter; did you mean 'head.weight'"):
+        fit(Faces(), Distill(recipe(), classifier="head.weights"))
+    with pytest.raises(KDHooksError, match="inside of it are: head.weight"):
+        fit(Faces(), Distill(recipe(), classifier="head"))
+
+
+def test_a_module_that_has_such_a_child_is_refused() -> None:
+    module = Faces()
+    module.kdhooks = nn.Identity()
+    with pytest.raises(KDHooksError, match="'kdhooks' already; keep one Distill"):
+        fit(module, distil())
