@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_integrations.lightning import Distill
@@ -62,20 +61,60 @@ class Faces(LightningModule):  # type: ignore[misc]  # lightning may not be inst
         self.log("accuracy", (self.head(self.model(images)).argmax(1) == labels).float().mean())
 
 
-def loader(batches: int = 2, wrap: Callable[[Any], Any] = lambda pair: pair) -> Any:
-    """Batches of 12 faces; on several ranks, each rank's part of them."""
-    data = TensorDataset(*tiny_batch(copies=2 * batches))
-    parts = DataLoader(data, batch_size=12)
+class Manual(Faces):
+    """The same, by manual optimization."""
 
-    class Batches:
-        def __len__(self) -> int:
-            return len(parts)
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
 
-        def __iter__(self) -> Iterator[Any]:
-            for pair in parts:
-                yield wrap([mine(part) for part in pair])
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, rate = self.optimizers(), self.lr_schedulers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        rate.step()
 
-    return Batches()
+
+class Whole(LightningModule):  # type: ignore[misc]  # lightning may not be installed
+    """The module is the network itself, as in many a tutorial. It has no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 4, stride=4)
+        self.fc = nn.Linear(256, 12)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.fc(F.relu(self.stem(images)).flatten(1))
+        return embedding
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Batches:
+    """A loader with a length; Lightning would take a list for several loaders."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def loader(wrap: Callable[[Any], Any] = lambda pair: pair) -> Batches:
+    """Two batches of 12 faces; on several ranks, each rank's part of them."""
+    images, labels = tiny_batch(copies=4)
+    pairs = zip(images.split(12), labels.split(12), strict=True)
+    return Batches([wrap([mine(part) for part in pair]) for pair in pairs])
 
 
 def fit(

@@ -28,6 +28,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "tqdm": "kdhooks_demo.*",
     "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
+    "lightning": "kdhooks_integrations.lightning.*",
 }
 CLASSES = ("chunked_sums", "cosines", "rows", "shards")
 FILES = ("arguments", "tensor_files")
@@ -48,7 +49,7 @@ NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
     "kdhooks_plugins",
     "kdhooks_integrations",
 }  # fmt: skip
-OPTIONAL = ("onnx", "onnxruntime", "mmengine", "insightface", "matplotlib", "PIL")
+OPTIONAL = ("onnx", "onnxruntime", "mmengine", "lightning", "insightface", "matplotlib", "PIL")
 
 
 # --- what imports what -----------------------------------------------------------------------

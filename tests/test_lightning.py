@@ -10,16 +10,27 @@ pytest.importorskip("lightning")
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, KDHooksError
-from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks.testing import TinyFaceNet, tiny_teacher
 from kdhooks_integrations.lightning import Distill
-from tests.lightning_runs import PROJECTED, Faces, distil, fit, loader, recipe, weights
+from tests.lightning_runs import (
+    PROJECTED,
+    SILENT,
+    Faces,
+    Manual,
+    Whole,
+    distil,
+    fit,
+    loader,
+    recipe,
+    weights,
+)
 
 pytestmark = [
     # Lightning warns of loaders without workers, steps without a logger and the like.
@@ -39,7 +50,7 @@ def by_hand(*methods: Any, **keys: Any) -> Faces:
     kd = Distiller(
         module.model.train(), tiny_teacher(), table["methods"], input_shape=(3, 32, 32), **keys
     )
-    [optimizer], [schedule] = module.configure_optimizers()
+    [optimizer], _ = module.configure_optimizers()
     for group in kd.parameter_groups(1e-3):
         optimizer.add_param_group({**group, "lr": 0.05, "momentum": 0.9})
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
@@ -95,7 +106,7 @@ def test_the_terms_are_logged() -> None:
 
 
 class Shared(LightningModule):  # type: ignore[misc]
-    """A shared step that returns a dict, batches that are dicts, a dict of optimizer and schedule."""
+    """A shared step that returns a dict; batches, and what is configured, are dicts, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,20 +151,6 @@ def test_another_style_of_module_is_distilled() -> None:
     assert sum(map(sum, held)) == 1
     assert optimizer.param_groups[-1]["lr"] == optimizer.param_groups[0]["lr"]
     assert not torch.equal(before["encoder.fc.weight"], module.encoder.fc.weight)
-
-
-class Manual(Faces):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer, rate = self.optimizers(), self.lr_schedulers()
-        loss = super().training_step(batch, batch_idx)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        rate.step()
 
 
 class Direct(Manual):
@@ -216,6 +213,7 @@ def test_gradients_are_accumulated_and_clipped_together() -> None:
     assert_close(weights(module), weights(hand), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it
 def test_a_compiled_student_is_distilled() -> None:
     module = Faces()
     module.model = torch.compile(module.model, backend="eager")  # type: ignore[assignment]
@@ -226,6 +224,7 @@ def test_a_compiled_student_is_distilled() -> None:
     assert callback.distiller is not None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it
 def test_a_compiled_module_is_distilled() -> None:
     module = Faces()
     fit(torch.compile(module, backend="eager"), distil())  # type: ignore[arg-type]
@@ -251,10 +250,6 @@ def test_an_average_in_front_is_refused() -> None:
 def test_validation_does_not_count() -> None:
     plain, watched = Faces(), Faces()
     fit(plain, callback := distil())
-    from lightning.pytorch import Trainer
-
-    from tests.lightning_runs import SILENT
-
     torch.manual_seed(3)
     other = distil()
     Trainer(max_epochs=2, callbacks=[other], **SILENT).fit(watched, loader(), loader())
@@ -318,7 +313,7 @@ def test_a_classifier_is_named_by_its_path(tmp_path: Path) -> None:
 
 
 def test_other_images_for_the_teacher() -> None:
-    """The teacher sees the clean images of the batch, and the student what the step makes of them."""
+    """The teacher sees the batch's clean images, and the student other ones."""
 
     class Noisy(Faces):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -445,25 +440,6 @@ def test_layers_may_be_made_in_a_hook(hook: str) -> None:
     same(weights(late), weights(early))
 
 
-class Whole(LightningModule):  # type: ignore[misc]
-    """The module is the network itself, as in many a tutorial."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 4, 4, stride=4)
-        self.fc = nn.Linear(256, 12)
-
-    def forward(self, images: Any) -> Any:
-        return self.fc(F.relu(self.stem(images)).flatten(1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
 def test_a_module_may_be_the_student_itself() -> None:
     module, callback = Whole(), distil()
     fit(module, callback)
@@ -546,9 +522,9 @@ def test_labels_that_are_not_there_are_asked_for() -> None:
 def test_a_wrong_path_is_refused() -> None:
     with pytest.raises(KDHooksError, match="no submodule 'modle'; did you mean 'model'"):
         fit(Faces(), Distill(recipe(), student="modle"))
-    with pytest.raises(KDHooksError, match="no such parameter; did you mean 'head.weight'"):
+    with pytest.raises(KDHooksError, match=r"no such parameter; did you mean 'head\.weight'"):
         fit(Faces(), Distill(recipe(), classifier="head.weights"))
-    with pytest.raises(KDHooksError, match="inside of it are: head.weight"):
+    with pytest.raises(KDHooksError, match=r"inside of it are: head\.weight"):
         fit(Faces(), Distill(recipe(), classifier="head"))
 
 

@@ -206,6 +206,26 @@ def test_block_mmengine() -> None:
     assert HOOKS.build(line)._options.recipe.teacher.module is not None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning.*")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # it meets a newer torch
+def test_block_lightning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    from tests.lightning_runs import Batches, Faces
+
+    monkeypatch.syspath_prepend(folder)
+    (folder / "mine.py").write_text("from tests.test_readme import Network as teacher\n")
+    (folder / "kd.toml").write_text(
+        'methods = ["fcd"]\nteacher = { network = "mine:teacher", checkpoint = "teacher/model.pt" }'
+    )
+    module = Faces()
+    module.model, module.head = Network(), nn.Linear(DIM, CLASSES)  # type: ignore[assignment]
+    before = module.model.fc.weight.detach().clone()
+    block = BLOCKS["lightning"][1].replace("max_epochs=20", "max_epochs=1")
+    loader = Batches([batch()] * 2)
+    exec(block, {"module": module, "loader": loader})
+    assert not torch.equal(module.model.fc.weight, before)
+
+
 def test_block_plain() -> None:
     student, teacher, weights = Network().train(), trained(), torch.randn(CLASSES, DIM) / 100
     names = run(

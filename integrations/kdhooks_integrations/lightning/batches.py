@@ -27,8 +27,8 @@ def labels_in(batch: object, place: Place | None) -> Tensor:
         wanted = "in second place"
     raise KDHooksError(
         f"lightning: the batch must hold labels (b) as a tensor {wanted}; found "
-        f"{_described(batch)}; name their place as Distill(…, labels='key') or labels=2, or, if there are "
-        "none, set labels = false in the recipe, which leaves the methods that need none"
+        f"{_described(batch)}; name their place as Distill(…, labels='key') or labels=2, or, if "
+        "there are none, set labels = false in the recipe, which leaves the methods that need none"
     )
 
 

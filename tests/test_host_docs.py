@@ -1,0 +1,223 @@
+"""The pages on Lightning, Fabric and accelerate: their blocks run, on two ranks too."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from kdhooks import Distiller
+from kdhooks.recipe import Recipe
+from kdhooks.testing import tiny_batch, tiny_teacher
+from tests.ranks import Results, here, mine, on_two_ranks
+
+DOCS = Path(__file__).parents[1] / "docs"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+
+
+def blocks(page: str) -> dict[str, str]:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^```\w+ ([\w-]+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+class Student(nn.Module):
+    """(b 3 h w) -> (b 12), without BatchNorm, so that two ranks train it as one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(8), nn.Linear(3 * 64, 12)
+
+    def forward(self, images: Any) -> Any:
+        return self.fc(self.pool(images).flatten(1))
+
+
+def small() -> nn.Module:
+    """The tiny teacher, for images of any size."""
+    module = tiny_teacher().module
+    assert module is not None
+    return nn.Sequential(nn.AdaptiveAvgPool2d(32), module)
+
+
+# --- loops of one's own: Fabric and accelerate -----------------------------------------------
+
+PACKAGES = {"fabric": "lightning_fabric", "accelerate": "accelerate"}
+
+
+def train(page: str, text: str = "") -> dict[str, Any]:
+    """The names of the page's loop, after it."""
+    size = here()[1]
+    if page == "accelerate":  # it has one state for each process
+        import_module("accelerate.state").AcceleratorState._reset_state(True)
+    images, labels = tiny_batch()
+    pairs = [(mine(images), mine(labels))] * 4
+    head = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    names: dict[str, Any] = {
+        "torch": torch,
+        "student": Student(),
+        "teacher": small(),
+        "loader": pairs,
+        "criterion": lambda embedding, labels: F.cross_entropy(embedding @ head.T, labels),
+        "devices": size,
+        "cpu": True,
+    }
+    exec(text or blocks(page)["train"], names)
+    return names
+
+
+def outcome(page: str) -> dict[str, Results]:
+    rank, size = here()
+    os.environ |= {  # as torchrun has them
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
+        "TORCHELASTIC_RUN_ID": "none",
+        "OMP_NUM_THREADS": "1",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = train(page)
+    kd = names["kd"]
+    kd.remove()
+    trained = {name: p.detach() for name, p in names["student"].named_parameters()}
+    return {"trained": trained, "losses": {n: p.detach() for n, p in kd.named_parameters()}}
+
+
+@pytest.fixture(params=PACKAGES)
+def page(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    pytest.importorskip(PACKAGES[name])
+    with mock.patch.dict(os.environ):
+        yield name
+
+
+def test_a_loop_trains_on_two_ranks_as_on_one(page: str, tmp_path: Path) -> None:
+    first, second = on_two_ranks(partial(outcome, page), tmp_path)
+    assert_close(first, second, rtol=0, atol=0)
+    names = train(page)
+    names["kd"].remove()
+    alone = {name: p.detach() for name, p in names["student"].named_parameters()}
+    assert names["kd"].step == 4
+    assert_close(first["trained"], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(alone["fc.weight"], Student().fc.weight)
+
+
+def test_a_checkpoint_brings_the_losses_back(page: str, tmp_path: Path) -> None:
+    names = train(page)
+    kd: Distiller = names["kd"]
+    kept = [p.detach().clone() for p in kd.parameters()]
+    saves, loads = blocks(page)["save"].strip().rsplit("\n", 1)
+    names["path"] = str(tmp_path / "state")
+    exec(saves, names)
+    for p in kd.parameters():
+        p.data.zero_()
+    kd.set_extra_state(torch.tensor(0))
+    exec(loads, names)
+    assert kd.step == 4
+    assert_close([*kd.parameters()], kept, rtol=0, atol=0)
+    kd.remove()
+
+
+def test_a_loop_that_forgets_the_parameters_of_kd_is_refused(page: str) -> None:
+    """So that the loops above show that they give them to the optimizer."""
+    text = blocks(page)["train"].replace(
+        "parameter_groups(weight_decay=0.0)", "parameter_groups(0)[:0]"
+    )
+    with pytest.raises(Exception, match=r"in no optimizer: losses\.fcd"):
+        train(page, text)
+
+
+# --- Lightning -----------------------------------------------------------------------------------
+
+
+def module_of(**methods: Any) -> Any:
+    from lightning.pytorch import LightningModule
+
+    class Faces(LightningModule):  # type: ignore[misc]  # lightning may not be installed
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = Student(), nn.Linear(12, 6)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.head(self.model(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    for name, method in methods.items():
+        setattr(Faces, name, method)
+    return Faces()
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The working directory with the page's recipe and its files, and what its blocks need."""
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_networks.py").write_text("from tests.test_host_docs import small as teacher\n")
+    (tmp_path / "kd.toml").write_text(blocks("lightning")["recipe"])
+    torch.save(small().state_dict(), "teacher.pt")
+    from tests.lightning_runs import Batches
+
+    return {"torch": torch, "F": F, "loader": Batches([tiny_batch()] * 2), "teacher": small()}
+
+
+def fit(names: dict[str, Any], **methods: Any) -> Any:
+    names["module"] = module_of(**methods)
+    exec(blocks("lightning")["fit"], names)
+    (distill,) = [one for one in names["trainer"].callbacks if type(one).__name__ == "Distill"]
+    return distill.distiller
+
+
+def test_one_callback_distils(names: dict[str, Any]) -> None:
+    kd = fit(names)
+    assert kd.step == 4
+    assert list(kd.losses) == ["fcd", "rkd"]
+    assert not torch.equal(names["module"].model.fc.weight, Student().fc.weight)
+
+
+def test_manual_optimization_runs(names: dict[str, Any]) -> None:
+    exec(blocks("lightning")["manual"], names)
+    kd = fit(names, automatic_optimization=False, training_step=names["training_step"])
+    assert kd.step == 4
+
+
+def test_groups_of_ones_own_stay(names: dict[str, Any]) -> None:
+    exec(blocks("lightning")["groups"], names)
+    text = '{ name = "fcd", projector = true }'
+    Path("kd.toml").write_text(Path("kd.toml").read_text().replace('"fcd"', text))
+    kd = fit(names, configure_optimizers=names["configure_optimizers"])
+    groups = names["trainer"].optimizers[0].param_groups
+    assert [len(group["params"]) for group in groups] == [2, 2, len(list(kd.parameters()))]
+    assert groups[-1]["weight_decay"] == 0.0
+
+
+def test_a_dict_is_a_recipe(names: dict[str, Any]) -> None:
+    exec(blocks("lightning")["dict"], names)
+    assert isinstance(names["distill"]._settings.recipe, Recipe)
+
+
+def test_every_block_is_one_of_these() -> None:
+    assert blocks("lightning").keys() == {
+        "install", "recipe", "fit", "dict", "manual", "groups",
+    }  # fmt: skip
+    for page in PACKAGES:
+        assert blocks(page).keys() == {"train", "save"}

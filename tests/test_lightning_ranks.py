@@ -1,0 +1,93 @@
+"""The Lightning callback on two ranks, which train the student that one process trains."""
+
+import os
+import warnings
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("lightning")
+
+import torch
+from torch.testing import assert_close
+
+from tests.lightning_runs import PROJECTED, Faces, Manual, Whole, distil, fit, weights
+from tests.ranks import Results, here, on_two_ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+METHODS = [PROJECTED, "rkd"]  # rkd compares the samples of all ranks
+VIEW = {"mask": {"p": 0.5}}
+
+
+class Child(Faces):
+    """A child is the student; without BatchNorm, whose statistics are those of one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = Whole()
+        self.model = torch.nn.Sequential(  # type: ignore[assignment]
+            whole.stem, torch.nn.ReLU(), torch.nn.Flatten(), whole.fc
+        )
+
+
+class Handmade(Manual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Child().model
+
+
+SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a child": (Child, {}),
+    "accumulated and clipped": (
+        Child, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    ),
+    "the module itself": (Whole, {}),
+    "by manual optimization": (Handmade, {}),
+}  # fmt: skip
+
+
+def trained(name: str) -> Results:
+    kind, options = SCENARIOS[name]
+    size = here()[1]
+    if size > 1:
+        options = {**options, "strategy": "ddp", "devices": size}
+    module, callback = kind(), distil(*METHODS, student_view=VIEW)
+    trainer = fit(module, callback, **options)
+    assert trainer.world_size == size
+    kd = callback.distiller
+    assert kd is not None
+    return {"student": weights(module), "losses": weights(kd), "step": torch.tensor(kd.step)}
+
+
+def _scenarios() -> dict[str, Results]:
+    rank, size = here()
+    os.environ |= {  # as torchrun has them
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: trained(name) for name in SCENARIOS}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
+    with mock.patch.dict(os.environ):
+        return on_two_ranks(_scenarios, tmp_path_factory.mktemp("lightning"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_train_as_one(name: str, ranks: list[dict[str, Results]]) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first, trained(name), rtol=1e-4, atol=1e-5)
