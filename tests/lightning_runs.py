@@ -69,7 +69,8 @@ class Manual(Faces):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer, rate = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()
+        rate: Any = self.lr_schedulers()
         loss = super().training_step(batch, batch_idx)
         optimizer.zero_grad()
         self.manual_backward(loss)

@@ -93,7 +93,9 @@ class Terms(Callback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
@@ -162,7 +164,8 @@ class Direct(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = Faces.training_step(self, batch, batch_idx)
         loss.backward()
-        self.optimizers().step()
+        optimizer: Any = self.optimizers()
+        optimizer.step()
 
 
 def test_manual_optimization_trains_the_same() -> None:
@@ -206,7 +209,8 @@ def test_gradients_are_accumulated_and_clipped_together() -> None:
         optimizer.add_param_group({**group, "lr": 0.05, "momentum": 0.9})
     for batch in loader():
         loss = hand.training_step(batch, 0)
-        (sum(kd(*batch).values(), start=loss) / 2).backward()
+        total: Any = sum(kd(*batch).values(), start=loss)
+        (total / 2).backward()
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.1)
     optimizer.step()
     kd.remove()
@@ -227,7 +231,8 @@ def test_a_compiled_student_is_distilled() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it
 def test_a_compiled_module_is_distilled() -> None:
     module = Faces()
-    fit(torch.compile(module, backend="eager"), distil())  # type: ignore[arg-type]
+    compiled: Any = torch.compile(module, backend="eager")
+    fit(compiled, distil())
     plain = Faces()
     fit(plain, distil())
     assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
@@ -483,13 +488,10 @@ class Foreign(Faces):
 
             def load_state_dict(self, state: Any) -> None: ...
 
-        class Own(Faces):
-            def lr_scheduler_step(self, *_: Any) -> None: ...
-
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         return [optimizer], [Rate(optimizer)]
 
-    def lr_scheduler_step(self, *_: Any) -> None: ...
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None: ...
 
 
 @pytest.mark.parametrize(

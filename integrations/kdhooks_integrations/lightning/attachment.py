@@ -61,7 +61,7 @@ class Attachment:
             "self.manual_backward(loss)"
         )
         # Within the module, whose checkpoints are those of a run without kdhooks.
-        self.distiller.register_state_dict_post_hook(_leave_out)
+        self.distiller.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.distiller.register_load_state_dict_pre_hook(_keep)  # type: ignore[no-untyped-call]
         module.add_module(CHILD, self.distiller)
         self._replaced = [

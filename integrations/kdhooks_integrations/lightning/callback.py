@@ -216,7 +216,7 @@ def _check(trainer: Trainer, module: LightningModule, callback: Distill) -> None
             f"'ddp' do; found {type(strategy).__name__}; choose one of these"
         )
     averaging = _averaging(trainer)
-    order = trainer.callbacks
+    order = _callbacks(trainer)
     if averaging is not None and order.index(averaging) < order.index(callback):
         raise KDHooksError(
             f"lightning: Distill must stand before {type(averaging).__name__} among the callbacks, "
@@ -228,7 +228,12 @@ def _check(trainer: Trainer, module: LightningModule, callback: Distill) -> None
 def _averaging(trainer: Trainer) -> Callback | None:
     """Lightning's own callback that keeps an average of the weights."""
     kind = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
-    return next((one for one in trainer.callbacks if isinstance(one, kind)), None)
+    return next((one for one in _callbacks(trainer) if isinstance(one, kind)), None)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    found: list[Callback] = vars(trainer)["callbacks"]  # an attribute without a declaration
+    return found
 
 
 def _overrides(module: LightningModule, hook: str) -> bool:

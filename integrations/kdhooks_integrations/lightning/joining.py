@@ -60,7 +60,7 @@ class Joined:
                 self._adopt(schedule)
 
     def _add(self, distiller: Distiller, like: State) -> None:
-        options = {
+        options: State = {
             key: value.clone() if isinstance(value, Tensor) else value
             for key, value in like.items()
             if key not in ("params", "param_names")
