@@ -150,7 +150,7 @@ def test_another_style_of_module_is_distilled() -> None:
     [optimizer] = trainer.optimizers
     [projector] = [p for p in callback.distiller.parameters() if p.ndim == 2]
     held = [[p is projector for p in group["params"]] for group in optimizer.param_groups]
-    assert sum(map(sum, held)) == 1
+    assert held == [[False] * len(list(module.parameters())), [True]]
     assert optimizer.param_groups[-1]["lr"] == optimizer.param_groups[0]["lr"]
     assert not torch.equal(before["encoder.fc.weight"], module.encoder.fc.weight)
 
@@ -338,9 +338,14 @@ def test_other_images_for_the_teacher() -> None:
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def save(trainer: Any, path: Path) -> Path:
-    trainer.save_checkpoint(path)
-    return path
+class Saving(Callback):  # type: ignore[misc]
+    """Saves at the end of each epoch, as ModelCheckpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("kind", [Faces, Shared, Manual])
@@ -351,8 +356,9 @@ def test_a_resumed_run_is_the_straight_one(kind: Any, tmp_path: Path) -> None:
     straight, half, rest = kind(), kind(), kind()
     first, last = distil(*methods, student_view=view), distil(*methods, student_view=view)
     end = fit(straight, first, data=data, epochs=4)
-    path = save(fit(half, distil(*methods, student_view=view), data=data), tmp_path / "half.ckpt")
-    resumed = fit(rest, last, data=data, epochs=4, ckpt=path)
+    saving = Saving(tmp_path / "half.ckpt")
+    fit(half, distil(*methods, student_view=view), saving, data=data)
+    resumed = fit(rest, last, data=data, epochs=4, ckpt=saving.path)
     same(weights(rest), weights(straight))
     assert first.distiller is not None
     assert last.distiller is not None
@@ -364,8 +370,9 @@ def test_a_resumed_run_is_the_straight_one(kind: Any, tmp_path: Path) -> None:
 def test_checkpoints_are_exchanged_with_plain_runs(tmp_path: Path) -> None:
     zero = {**PROJECTED, "weight": 0.0}
     plain, distilled = Faces(), Faces()
-    a = save(fit(plain), tmp_path / "plain.ckpt")
-    b = save(fit(distilled, distil(zero)), tmp_path / "distilled.ckpt")
+    a, b = tmp_path / "plain.ckpt", tmp_path / "distilled.ckpt"
+    fit(plain, Saving(a))
+    fit(distilled, distil(zero), Saving(b))
     one, two = (torch.load(path, weights_only=True) for path in (a, b))
     same(one["state_dict"], two["state_dict"])
     kept = copy.deepcopy(two["optimizer_states"][0])
@@ -373,12 +380,7 @@ def test_checkpoints_are_exchanged_with_plain_runs(tmp_path: Path) -> None:
     same(kept, one["optimizer_states"][0])
     same(one["lr_schedulers"], two["lr_schedulers"])
     assert one["callbacks"] == {}
-    teacher = tiny_teacher().module
-    assert teacher is not None
-    assert (
-        two["callbacks"]["Distill"].keys() == {"losses.fcd.projector.weight", "_extra_state"}
-        or len(two["callbacks"]["Distill"]) == 2
-    )
+    assert two["callbacks"]["Distill"].keys() == {"losses.fcd.projector.weight", "_extra_state"}
     straight, onward, back = Faces(), Faces(), Faces()
     fit(straight, epochs=4)
     fit(onward, callback := distil(zero), epochs=4, ckpt=a)
@@ -391,7 +393,8 @@ def test_checkpoints_are_exchanged_with_plain_runs(tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
-    path = save(fit(Faces(), distil()), tmp_path / "one.ckpt")
+    path = tmp_path / "one.ckpt"
+    fit(Faces(), distil()).save_checkpoint(path)
     with pytest.raises(KDHooksError, match="written with other methods than the recipe's"):
         fit(Faces(), distil("fcd"), epochs=4, ckpt=path)
 
@@ -408,6 +411,18 @@ def test_a_second_fit_goes_on() -> None:
     assert callback.distiller is not None
     assert callback.distiller is not first
     assert callback.distiller.step == 8
+
+
+def test_a_batch_may_be_skipped() -> None:
+    class Skipping(Faces):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx else loss
+
+    module, callback = Skipping(), distil()
+    fit(module, callback)
+    assert callback.distiller is not None
+    assert callback.distiller.step == 2
 
 
 def test_nothing_is_left_behind_by_an_error() -> None:
