@@ -217,7 +217,7 @@ def test_a_dict_is_a_recipe(names: dict[str, Any]) -> None:
 
 def test_every_block_is_one_of_these() -> None:
     assert blocks("lightning").keys() == {
-        "install", "recipe", "fit", "dict", "manual", "groups",
+        "install", "recipe", "fit", "dict", "manual", "groups", "example",
     }  # fmt: skip
     for page in PACKAGES:
         assert blocks(page).keys() == {"train", "save"}

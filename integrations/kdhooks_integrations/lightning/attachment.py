@@ -131,8 +131,8 @@ class Attachment:
             raise KDHooksError(
                 f"lightning: training_step returned a loss, and the student '{self.path}' did not "
                 "run in training mode; call it as a module, as in self.model(images) and not "
-                "self.model.forward(images), or name the module that runs as "
-                "Distill(…, student='path')"
+                "self.model.forward(images), after its train() if it was in eval mode, or name the "
+                "module that runs as Distill(…, student='path')"
             )
         if not self._warned:
             self._warned = True

@@ -1,0 +1,92 @@
+"""Faces of a folder or a zip, for training and for verification. Copy what you need.
+
+Each picture is a face, aligned to ArcFace's template, 112x112. With labels, each person has a
+folder of pictures; without, pictures may be in any folder.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdhooks import KDHooksError
+from kdhooks.picture_files import PictureFiles
+from kdhooks_demo.pairs import Pairs
+
+
+class Faces(Dataset[tuple[Tensor, int]]):
+    """Pictures of a folder or a zip, decoded when they are asked for.
+
+    An item is an image (3 112 112), RGB, (pixel - 127.5) / 127.5, and the number of its person, or
+    -1 without labels.
+    """
+
+    def __init__(
+        self, files: PictureFiles, names: Sequence[str], labelled: bool, mirrored: bool
+    ) -> None:
+        """names: of the pictures that are used. mirrored: mirror half of them, at random."""
+        self._files, self._process = files, os.getpid()
+        self.names, self._mirrored = list(names), mirrored
+        numbers = {
+            person: number for number, person in enumerate(sorted(set(map(person_of, names))))
+        }
+        self._labels = [numbers[person_of(name)] if labelled else -1 for name in names]
+        self.classes = len(numbers) if labelled else 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if self._process != os.getpid():  # the workers of a DataLoader must not share an open zip
+            self._files, self._process = PictureFiles(self._files.source, "faces"), os.getpid()
+        pixels = torch.from_numpy(self._files.pixels(self.names[row]))
+        image = (pixels.permute(2, 0, 1).float() - 127.5) / 127.5
+        if self._mirrored and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return image, self._labels[row]
+
+
+def person_of(name: str) -> str:
+    """The folder that a picture is in."""
+    return PurePosixPath(name).parent.name
+
+
+def open_faces(source: str | Path) -> PictureFiles:
+    """All pictures of a folder or a zip, which must be 112x112."""
+    files = PictureFiles(source, "faces")
+    files.check(files.names, (112, 112))
+    return files
+
+
+def training_faces(files: PictureFiles, labelled: bool, tested: set[str]) -> Faces:
+    """All faces but those of the people who are tested."""
+    names = [name for name in files.names if person_of(name) not in tested]
+    alone = [name for name in names if not person_of(name)]
+    if labelled and (alone or len(set(map(person_of, names))) < 2):
+        raise KDHooksError(
+            f"faces: '{files.source}' must have a folder for each of two people or more; found "
+            f"{len(alone)} of {len(names)} pictures in no folder; if there are no labels, set "
+            "labels = false in the recipe"
+        )
+    return Faces(files, names, labelled, mirrored=True)
+
+
+def tested_faces(files: PictureFiles, pairs: Pairs) -> tuple[Faces, NDArray[np.int64]]:
+    """The faces of the pairs, and each pair (p 2) as two rows of these."""
+    named = {f"{person_of(name)}/{PurePosixPath(name).stem}": name for name in files.names}
+    wanted = sorted({name for pair in pairs.names for name in pair})
+    missing = [name for name in wanted if name not in named]
+    if missing:
+        raise KDHooksError(
+            f"faces: every image of the pairs must be in '{files.source}'; {len(missing)} of "
+            f"{len(wanted)} are not, the first is '{missing[0]}'; name the folder or zip that "
+            "holds them as --test"
+        )
+    rows = {name: row for row, name in enumerate(wanted)}
+    faces = Faces(files, [named[name] for name in wanted], labelled=False, mirrored=False)
+    return faces, np.array([[rows[name] for name in pair] for pair in pairs.names])
