@@ -107,6 +107,16 @@ def test_the_terms_are_logged() -> None:
     assert first["kdhooks/rkd/weighted"] == pytest.approx(3 * first["kdhooks/rkd"])
 
 
+class Saving(Callback):  # type: ignore[misc]
+    """Saves at the end of each epoch, as ModelCheckpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 class Shared(LightningModule):  # type: ignore[misc]
     """A shared step that returns a dict; batches, and what is configured, are dicts, too."""
 
@@ -238,13 +248,15 @@ def test_a_compiled_module_is_distilled() -> None:
     assert_close(weights(module), weights(plain), rtol=1e-5, atol=1e-6)
 
 
-def test_an_average_of_the_weights_is_kept(tmp_path: Path) -> None:
-    plain, distilled = Faces(), Faces()
-    fit(plain, EMAWeightAveraging(decay=0.5))
+def test_an_average_of_the_weights_is_kept_and_resumed(tmp_path: Path) -> None:
+    plain, distilled, rest = Faces(), Faces(), Faces()
     zero = {**PROJECTED, "weight": 0.0}
-    trainer = fit(distilled, distil(zero), EMAWeightAveraging(decay=0.5))
-    same(weights(distilled), weights(plain))
-    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+    saving = Saving(tmp_path / "half.ckpt")
+    fit(plain, EMAWeightAveraging(decay=0.5), epochs=4)
+    fit(distilled, distil(zero), EMAWeightAveraging(decay=0.5), saving)
+    averaged = [distil(zero), EMAWeightAveraging(decay=0.5)]
+    fit(rest, *averaged, epochs=4, ckpt=saving.path)
+    same(weights(rest), weights(plain))
 
 
 def test_an_average_in_front_is_refused() -> None:
@@ -336,16 +348,6 @@ def test_other_images_for_the_teacher() -> None:
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
-
-
-class Saving(Callback):  # type: ignore[misc]
-    """Saves at the end of each epoch, as ModelCheckpoint does."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("kind", [Faces, Shared, Manual])
