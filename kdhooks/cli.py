@@ -20,7 +20,10 @@ _TOOLS = {  # command -> the module that has it, and what it does
     "doctor": ("doctor", "try one step of a recipe before the training starts"),
     "taps": ("taps", "list the points of a network that a recipe can tap"),
     "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),
-    "export": ("export", "write a trained student as model.pt and as ONNX"),
+    "export": (
+        "export",
+        "write a trained student as model.pt and as ONNX, also in int8 and float16",
+    ),
     "evaluate": ("evaluate", "measure models on pairs of faces, each alone and across"),
 }
 

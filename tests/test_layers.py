@@ -45,8 +45,7 @@ FOR_PLUGINS = {
 }
 NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
     "kdhooks", "kdhooks.classes", "kdhooks.evaluation", "kdhooks.onnx", "kdhooks.teacher",
-    "kdhooks.views",
-    "kdhooks_plugins",
+    "kdhooks.views", "kdhooks_plugins",
     "kdhooks_integrations",
 }  # fmt: skip
 OPTIONAL = ("onnx", "onnxruntime", "mmengine", "lightning", "insightface", "matplotlib", "PIL")

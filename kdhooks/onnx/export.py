@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kdhooks.drafts import drafts
 from kdhooks.errors import KDHooksError
 from kdhooks.onnx.graphs import require
 from kdhooks.onnx.session import OnnxModel
@@ -18,31 +19,30 @@ def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 11
     """Write (b 3 h w) -> (b d), b open, for RGB images (pixel - 127.5) / 127.5.
 
     Returns the largest relative difference between the two embeddings of an image. If they differ,
-    or if anything else goes wrong, no file is left.
+    or if anything else goes wrong, the folder holds what it held before.
     """
     require("onnx")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, *size, generator=generator) * 2 - 1
     with evaluating(network), torch.no_grad():
         expected = _embeddings(network, images)
-        draft = path.with_name(f".draft-{path.name}")
         try:
-            _write(network, images[:2], draft)
-            difference = (OnnxModel(draft)(images) - expected).norm(dim=1) / expected.norm(dim=1)
-            largest = float(difference.max())
-            if not largest <= _ALIKE:
-                raise KDHooksError(
-                    f"the ONNX file '{path}' must agree with the network; found embeddings that "
-                    f"differ by {largest:.2g} of their length (at most {_ALIKE} wanted): what the "
-                    "network does depends on its input in a way that the exporter does not see"
-                )
-            draft.replace(path)
+            with drafts(path.parent) as folder:
+                draft = folder / path.name  # weights of 2 GB and more get files beside it
+                _write(network, images[:2], draft)
+                lengths = expected.norm(dim=1)
+                largest = float(((OnnxModel(draft)(images) - expected).norm(dim=1) / lengths).max())
+                if not largest <= _ALIKE:
+                    raise KDHooksError(
+                        f"the ONNX file '{path}' must agree with the network; found embeddings "
+                        f"that differ by {largest:.2g} of their length (at most {_ALIKE} wanted): "
+                        "what the network does depends on its input in a way that the exporter "
+                        "does not see"
+                    )
         except OSError as error:
             raise KDHooksError(
                 f"the ONNX file '{path}' can't be written ({error.strerror}); name another folder"
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
     return largest
 
 

@@ -6,16 +6,23 @@
 Every weight of the file must be one of the network's, and the other way round, so that nothing of
 the distillation is left. The ONNX file must give the embeddings that torch gives, and be what
 insightface takes for a recognition model; it can lie in a pack of insightface's.
+
+    kdhooks export model.pt --network r50 --int8 --calibrate faces.zip --pairs pairs.txt
+    kdhooks export model.pt --network r50 --float16 --data faces.zip
+
+write smaller files for phones beside it, model_int8.onnx and model_float16.onnx. Their embeddings
+of faces that did not calibrate them are compared with those of model.onnx. If they differ too
+much, or if anything else fails, nothing is written.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from kdhooks.drafts import drafts
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.factories import is_factory_name
 from kdhooks.onnx.export import export_onnx
@@ -34,6 +41,11 @@ from kdhooks_integrations.arcface_torch.commands.networks import (
     make,
 )
 from kdhooks_integrations.arcface_torch.commands.parsing import make_parser, path
+from kdhooks_integrations.arcface_torch.commands.precision import (
+    add_precision,
+    choose_faces,
+    write_forms,
+)
 from kdhooks_integrations.arcface_torch.networks import embedding_width
 
 
@@ -43,19 +55,25 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     weights, graph = out / "model.pt", out / "model.onnx"
     check_out(out, user_path(options.checkpoint, "export"))
+    chosen = choose_faces(options)
     network, width = options.network, options.embedding_size
     student = load_student(options.checkpoint, network, width, options.weights)
-    with made_folder(out), TemporaryDirectory(prefix=".export-", dir=out) as draft:
+    with made_folder(out), drafts(out) as draft:
         state = student.state_dict()
-        write_tensors(state, Path(draft, "model.pt"), "export")
-        difference = export_onnx(student, Path(draft, "model.onnx"))
-        check_for_insightface(Path(draft, "model.onnx"))
-        for file in (weights, graph):
-            Path(draft, file.name).replace(file)
+        write_tensors(state, draft / weights.name, "export")
+        difference = export_onnx(student, draft / graph.name)
+        check_for_insightface(draft / graph.name)
+        kept = [] if chosen is None else write_forms(options, chosen, draft)
+        for form in kept:
+            check_for_insightface(draft / form.name)
     print(f"{weights}  sha256 {sha256(weights)}")
     print(f"  {len(state)} keys, each of them {network}'s: nothing of the distillation")
     print(f"{graph}  sha256 {sha256(graph)}")
     print(f"  differs from torch by {difference:.1e} at most; insightface's for recognition")
+    for form in kept:
+        print(f"{out / form.name}  sha256 {sha256(out / form.name)}")
+        for line in form.lines:
+            print(f"  {line}")
     return 0
 
 
@@ -78,8 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         type=path,
         default=Path("export"),
         metavar="FOLDER",
-        help="folder for model.pt and model.onnx (default: export)",
+        help="folder for model.pt, model.onnx and its smaller forms (default: export)",
     )
+    add_precision(parser)
     add_trainer(parser)
     return parser
 
@@ -91,7 +110,8 @@ def check_out(out: Path, checkpoint: Path) -> None:
             f"export: --out must be a folder, in which model.pt and model.onnx are written; found "
             f"'{out}'; name its folder"
         )
-    for file in (out / "model.pt", out / "model.onnx"):
+    names = ("model.pt", "model.onnx", "model_int8.onnx", "model_float16.onnx")
+    for file in (out / name for name in names):
         if file.is_dir():
             raise KDHooksError(f"export: '{file}' is a folder; remove it, or name another --out")
         if file.exists() and checkpoint.exists() and file.samefile(checkpoint):
@@ -100,14 +120,16 @@ def check_out(out: Path, checkpoint: Path) -> None:
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """A folder, which is removed again if an error leaves it empty."""
+    """A folder. If an error leaves it empty, it is removed, with those around it, if it was new."""
     try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         try:
             yield
         except BaseException:
             with suppress(OSError):
-                path.rmdir()
+                for folder in made:
+                    folder.rmdir()
             raise
     except OSError as error:
         raise KDHooksError(

@@ -1,0 +1,301 @@
+"""Smaller forms of the exported ONNX file, and what they keep of its embeddings of real faces."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.arguments import at_least, share
+from kdhooks.errors import KDHooksError
+from kdhooks.evaluation.named_pictures import named_pictures
+from kdhooks.evaluation.pairs import Pairs, read_pairs_file
+from kdhooks.onnx.lower_precision import METHODS, write_float16, write_int8
+from kdhooks.onnx.session import OnnxModel
+from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
+from kdhooks.verification import Floats, pair_scores, unit, verify
+from kdhooks_integrations.arcface_torch.commands.parsing import path
+from kdhooks_integrations.arcface_torch.commands.pictures import as_input, fitting
+
+LEAST_COSINE = {"int8": 0.99, "float16": 0.999}
+"""Of a form's embeddings to the float file's, on average over the faces that are checked."""
+
+CHECKED = 256
+"""The number of faces that are checked without pairs, if there are as many."""
+
+_SHAPE = (3, 112, 112)
+_BATCH = 32
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--int8",
+        action="store_true",
+        help="also write model_int8.onnx, whose weights and activations are int8 (default: off)",
+    )
+    add(
+        "--calibrate",
+        type=path,
+        metavar="FACES",
+        help="folder or zip of aligned faces, of which some give the ranges of the activations of "
+        "--int8 (default: none)",
+    )
+    add(
+        "--calibration-images",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="how many faces give the ranges, at most; half of the faces at most, if the others "
+        "check the file (default: 256)",
+    )
+    add(
+        "--calibration-method",
+        choices=tuple(METHODS),
+        default="minmax",
+        help="how a range follows from the values of an activation; all but minmax keep every "
+        "activation of every face in memory (default: minmax)",
+    )
+    add(
+        "--float16",
+        action="store_true",
+        help="also write model_float16.onnx, whose weights and activations are float16 "
+        "(default: off)",
+    )
+    add(
+        "--float16-images",
+        action="store_true",
+        help="let model_float16.onnx take images and return embeddings in float16, which "
+        "insightface does not (default: off, they are float32)",
+    )
+    add(
+        "--data",
+        type=path,
+        metavar="FACES",
+        help="folder or zip of aligned faces on which the files are checked (default: those of "
+        "--calibrate that give no ranges)",
+    )
+    add(
+        "--pairs",
+        type=path,
+        metavar="FILE",
+        help="pairs of the faces in the format of LFW's pairs.txt, on which the accuracy of each "
+        "file is measured (default: none)",
+    )
+    add(
+        "--least-cosine",
+        type=share,
+        metavar="COSINE",
+        help="mean cosine to the embeddings of model.onnx under which nothing is written "
+        f"(default: {LEAST_COSINE['int8']} for int8, {LEAST_COSINE['float16']} for float16)",
+    )
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Pictures of one folder or zip."""
+
+    files: PictureFiles
+    names: tuple[str, ...]  # of the pictures
+    subject: str  # the option that named the folder
+
+    def batches(self) -> Iterator[Tensor]:
+        """[(b 3 112 112)] in [-1, 1]."""
+        faults: dict[str, str] = {}
+        found = read_all(self.names, lambda n: fitting(self.files.pixels(n), _SHAPE), faults)
+        while batch := [pixels for _, pixels in islice(found, _BATCH)]:
+            yield as_input(batch)
+        refuse(self.subject, self.files.source, faults, len(self.names))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The faces that calibrate, if any do, and others, on which all files are checked."""
+
+    calibrating: Faces | None
+    checked: Faces
+    pairs: Pairs | None
+    rows: NDArray[np.int64]  # (p 2): where the faces of each pair are among the checked ones
+
+
+def choose_faces(options: argparse.Namespace) -> Chosen | None:
+    """Read the options and the headers of the pictures; None if no smaller form is wanted."""
+    _check(options)
+    if not (options.int8 or options.float16):
+        return None
+    calibration = _opened(options.calibrate, "--calibrate") if options.int8 else None
+    shared = calibration is not None and (
+        options.data is None or _same(options.calibrate, options.data)
+    )
+    if shared:
+        assert calibration is not None
+        checked = calibration
+    else:
+        checked = _opened(options.data, "--data")
+    pairs, rows = None, np.zeros((0, 2), dtype=np.int64)
+    if options.pairs is None:
+        names = _spread(checked.names, CHECKED)
+    else:
+        pairs = read_pairs_file(options.pairs)
+        paths = named_pictures(checked.files, checked.subject)
+        used = sorted({name for pair in pairs.names for name in pair} & paths.keys())
+        rows = pairs.rows(used or sorted(paths))
+        names = tuple(paths[name] for name in used)
+    if calibration is not None:
+        most = options.calibration_images
+        if shared and pairs is not None:
+            calibration = _strangers(calibration, names)
+        elif shared:
+            most = min(most, len(calibration.names) // 2)
+        taken = _spread(calibration.names, most)
+        if shared and pairs is None:
+            names = _spread(sorted({*checked.names} - {*taken}), CHECKED)
+        calibration = Faces(calibration.files, taken, calibration.subject)
+        calibration.files.check(taken, _SHAPE[:0:-1])
+    checked = Faces(checked.files, names, checked.subject)
+    checked.files.check(names, _SHAPE[:0:-1])
+    return Chosen(calibration, checked, pairs, rows)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that would be ignored, and forms that can't be checked."""
+    if options.int8 and options.calibrate is None:
+        raise KDHooksError(
+            "export: --int8 needs faces that give the ranges of the activations; found no "
+            "--calibrate; name a folder or zip of aligned faces"
+        )
+    if options.calibrate is not None and not options.int8:
+        raise KDHooksError(
+            "export: --calibrate is for --int8; found it without; add --int8, or name the faces "
+            "by --data"
+        )
+    if options.float16_images and not options.float16:
+        raise KDHooksError("export: --float16-images is for --float16; found it without; add it")
+    if options.float16 and options.data is None and options.calibrate is None:
+        raise KDHooksError(
+            "export: --float16 needs faces on which the file is checked; found no --data; name a "
+            "folder or zip of aligned faces"
+        )
+    for name in ("data", "pairs", "least_cosine"):
+        if getattr(options, name) is not None and not (options.int8 or options.float16):
+            raise KDHooksError(
+                f"export: --{name.replace('_', '-')} is for --int8 and --float16; found neither; "
+                "add one of them"
+            )
+
+
+def _opened(source: Path, subject: str) -> Faces:
+    files = PictureFiles(source, subject, turn=False)
+    if len(files.names) < 2:
+        raise KDHooksError(
+            f"{subject} must hold two pictures at least ({' '.join(SUFFIXES)}); found "
+            f"{len(files.names)} in '{source}'"
+        )
+    return Faces(files, tuple(files.names), subject)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _spread(names: Sequence[str], most: int) -> tuple[str, ...]:
+    """At most so many of them, from the first to the last."""
+    count = min(most, len(names))
+    return tuple(names[index * len(names) // count] for index in range(count))
+
+
+def _strangers(faces: Faces, tested: Sequence[str]) -> Faces:
+    """The faces of people of whom no face is tested."""
+    known = {name.rpartition("/")[0] for name in tested}
+    names = tuple(name for name in faces.names if name.rpartition("/")[0] not in known)
+    if not names:
+        raise KDHooksError(
+            "export: the faces that calibrate must be of people in none of the pairs; found all "
+            f"people of '{faces.files.source}' in them; calibrate on other faces, and name these "
+            "by --data"
+        )
+    return Faces(faces.files, names, faces.subject)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a form compares with the float file."""
+
+    name: str  # of the file
+    lines: tuple[str, ...]
+
+
+def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> list[Kept]:
+    """Beside model.onnx in the folder; raises if a form's embeddings differ too much."""
+    source, forms = folder / "model.onnx", {}
+    if chosen.calibrating is not None:
+        forms["int8"] = folder / "model_int8.onnx"
+        images = chosen.calibrating.batches()
+        write_int8(source, forms["int8"], images, options.calibration_method)
+    if options.float16:
+        forms["float16"] = folder / "model_float16.onnx"
+        write_float16(source, forms["float16"], images=options.float16_images)
+    plain, *others = _embeddings([source, *forms.values()], chosen.checked)
+    kept = []
+    for (form, file), found in zip(forms.items(), others, strict=True):
+        cosines = (unit(plain) * unit(found)).sum(axis=1)
+        _refuse_if_far(form, cosines, options.least_cosine or LEAST_COSINE[form])
+        lines = [f"{_megabytes(file)} MB instead of {_megabytes(source)} MB"]
+        if chosen.calibrating is not None and form == "int8":
+            lines.append(
+                f"calibrated on {len(chosen.calibrating.names):,} faces, by "
+                f"{options.calibration_method}"
+            )
+        lines.append(
+            f"cosine to float on {len(cosines):,} other faces: {cosines.mean():.4f} on average, "
+            f"{cosines.min():.4f} at least"
+        )
+        if chosen.pairs is not None:
+            before, after = (_accuracy(each, chosen.pairs, chosen.rows) for each in (plain, found))
+            lines.append(
+                f"accuracy on {len(chosen.rows):,} pairs: {after:.2f} % (float: {before:.2f} %)"
+            )
+        kept.append(Kept(file.name, tuple(lines)))
+    return kept
+
+
+def _embeddings(files: Sequence[Path], faces: Faces) -> list[Floats]:
+    """(n d) of each file."""
+    models = [OnnxModel(file) for file in files]
+    found: list[list[Floats]] = [[] for _ in models]
+    for images in faces.batches():
+        for model, parts in zip(models, found, strict=True):
+            parts.append(model(images).double().numpy())
+    return [np.concatenate(parts) for parts in found]
+
+
+def _refuse_if_far(form: str, cosines: Floats, least: float) -> None:
+    if not cosines.mean() >= least:
+        way_out = (
+            "calibrate on more faces, or on faces like those that the network will see, or by "
+            "another --calibration-method"
+            if form == "int8"
+            else "its activations may be too large for float16"
+        )
+        raise KDHooksError(
+            f"export: the embeddings of the {form} file must have a mean cosine of {least} or more "
+            f"to those of the float file; found {cosines.mean():.4f} on {len(cosines):,} faces; "
+            f"{way_out}; --least-cosine allows less"
+        )
+
+
+def _accuracy(embeddings: Floats, pairs: Pairs, rows: NDArray[np.int64]) -> float:
+    """In per cent, without mirror images."""
+    scores = pair_scores(embeddings, rows)
+    return 100 * verify(scores, pairs.same, pairs.folds, fars=()).accuracy
+
+
+def _megabytes(file: Path) -> str:
+    """With the weights that lie in a file beside it."""
+    size = sum(os.path.getsize(path) for path in file.parent.glob(f"{file.name}*"))
+    return f"{size / 1e6:.1f}"
