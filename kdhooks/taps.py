@@ -432,11 +432,23 @@ def _no_student_taps() -> StudentTaps:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each submodule's own mode put back afterwards."""
+    """The model in eval mode, each submodule's own mode and each buffer put back afterwards.
+
+    Observers of quantisation-aware training note what they see in eval mode too, in buffers.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for buffer in model.buffers()
+        if not (buffer.is_meta or isinstance(buffer, nn.UninitializedBuffer))
+    ]
     model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # their version counters need not tell
+                    buffer.resize_(before.shape).copy_(before)

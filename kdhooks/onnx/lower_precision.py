@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.onnx.graphs import Array, image_inputs, load_graph, read_graph, require
+from kdhooks.onnx.graphs import Array, image_inputs, load_graph, require
 
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 """Names of the ways to choose the range of an activation, and onnxruntime's names for them."""
@@ -31,7 +31,8 @@ def write_int8(
     form of stays float, such as PRelu.
     """
     quantization = require("onnxruntime.quantization")
-    (image,) = image_inputs(read_graph(source).graph)
+    model, _ = load_graph(source)
+    (image,) = image_inputs(model.graph)
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -49,7 +50,7 @@ def write_int8(
     ).quant_pre_process
     with TemporaryDirectory(prefix=".folded-", dir=target.parent) as folder, _named("int8", source):
         folded = Path(folder, "folded.onnx")
-        fold(str(source), str(folded), skip_symbolic_shape=True)
+        fold(model, str(folded), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(folded),
             str(target),

@@ -15,6 +15,7 @@ from kdhooks.arguments import at_least, share
 from kdhooks.errors import KDHooksError
 from kdhooks.evaluation.named_pictures import named_pictures
 from kdhooks.evaluation.pairs import Pairs, read_pairs_file
+from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.lower_precision import METHODS, write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
@@ -266,7 +267,8 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
 
 def _embeddings(files: Sequence[Path], faces: Faces) -> list[Floats]:
     """(n d) of each file."""
-    models = [OnnxModel(file) for file in files]
+    # Its scale need not be found in the graph, whose quantised images may end before 1.
+    models = [OnnxModel(read_recognition_file(file, (127.5, 127.5))) for file in files]
     found: list[list[Floats]] = [[] for _ in models]
     for images in faces.batches():
         for model, parts in zip(models, found, strict=True):
