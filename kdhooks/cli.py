@@ -22,7 +22,7 @@ _TOOLS = {  # command -> the module that has it, and what it does
     "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),
     "export": (
         "export",
-        "write a trained student as model.pt and as ONNX, also in int8 and float16",
+        "write a trained student as model.pt and as ONNX files",
     ),
     "evaluate": ("evaluate", "measure models on pairs of faces, each alone and across"),
 }

@@ -25,7 +25,7 @@ from kdhooks.onnx import export as onnx_export
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.lower_precision import write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
-from kdhooks_integrations.arcface_torch.commands import export, precision
+from kdhooks_integrations.arcface_torch.commands import checked_faces, export, precision
 from tests.test_export import detector
 from tests.trainer_folder import CLASSES, faces, imports_undone, settled, write_trainer
 
@@ -127,7 +127,7 @@ def test_a_float16_file_takes_float32_images_unless_it_is_asked(
         takes, gives = (v[0].type.tensor_type.elem_type for v in (graph.input, graph.output))
         assert (takes, gives) == (kind, kind)
         assert {tensor.data_type for tensor in graph.initializer if tensor.dims} == {10}
-    assert "cosine to float on 24 other faces: 1.0000 on average" in capsys.readouterr().out
+    assert "cosine to float on 24 faces: 1.0000 on average" in capsys.readouterr().out
 
 
 def test_both_forms_are_judged_on_pairs_of_people_who_did_not_calibrate(
@@ -260,7 +260,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "folding": ("onnxruntime.quantization.shape_inference", "quant_pre_process"),
     "int8": QUANTISE,
     "float16": ("onnxruntime.transformers.float16", "convert_float_to_float16"),
-    "faces": (precision, "as_input"),
+    "faces": (checked_faces, "as_input"),
     "check": (precision, "OnnxModel"),
     "accuracy": (precision, "verify"),
     "place": (os, "replace"),

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdhooks import Distiller
 from kdhooks_integrations.arcface_torch.commands.export import _parser
-from kdhooks_integrations.arcface_torch.commands.precision import LEAST_COSINE, _check
+from kdhooks_integrations.arcface_torch.commands.precision import LEAST_COSINE, check_precision
 from tests.trainer_folder import WIDTH, faces, settled
 
 TEXT = (Path(__file__).parents[1] / "docs" / "phones.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ BLOCKS: dict[str, str] = dict(
 def test_a_command_is_understood(block: str) -> None:
     words = shlex.split(BLOCKS[block].partition("kdhooks export ")[2].replace("\\\n", ""))
     options: argparse.Namespace = _parser().parse_args(words)
-    _check(options)
+    check_precision(options)
     assert options.int8 or options.float16
 
 

@@ -34,6 +34,7 @@ from kdhooks.teacher.checkpoints import (
     sha256,
 )
 from kdhooks.tensor_files import user_path, write_tensors
+from kdhooks_integrations.arcface_torch.commands.checked_faces import choose_faces
 from kdhooks_integrations.arcface_torch.commands.networks import (
     add_network,
     add_trainer,
@@ -43,7 +44,7 @@ from kdhooks_integrations.arcface_torch.commands.networks import (
 from kdhooks_integrations.arcface_torch.commands.parsing import make_parser, path
 from kdhooks_integrations.arcface_torch.commands.precision import (
     add_precision,
-    choose_faces,
+    check_precision,
     write_forms,
 )
 from kdhooks_integrations.arcface_torch.networks import embedding_width
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     weights, graph = out / "model.pt", out / "model.onnx"
     check_out(out, user_path(options.checkpoint, "export"))
-    chosen = choose_faces(options)
+    check_precision(options)
+    chosen = choose_faces(options) if options.int8 or options.float16 else None
     network, width = options.network, options.embedding_size
     student = load_student(options.checkpoint, network, width, options.weights)
     with made_folder(out), drafts(out) as draft:

@@ -2,35 +2,25 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdhooks.arguments import at_least, share
 from kdhooks.errors import KDHooksError
-from kdhooks.evaluation.named_pictures import named_pictures
-from kdhooks.evaluation.pairs import Pairs, read_pairs_file
+from kdhooks.evaluation.pairs import Pairs
 from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.lower_precision import METHODS, write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
-from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
 from kdhooks.verification import Floats, pair_scores, unit, verify
+from kdhooks_integrations.arcface_torch.commands.checked_faces import Chosen, Faces
 from kdhooks_integrations.arcface_torch.commands.parsing import path
-from kdhooks_integrations.arcface_torch.commands.pictures import as_input, fitting
 
 LEAST_COSINE = {"int8": 0.99, "float16": 0.999}
 """Of a form's embeddings to the float file's, on average over the faces that are checked."""
-
-CHECKED = 256
-"""The number of faces that are checked without pairs, if there are as many."""
-
-_SHAPE = (3, 112, 112)
-_BATCH = 32
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -97,73 +87,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Faces:
-    """Pictures of one folder or zip."""
-
-    files: PictureFiles
-    names: tuple[str, ...]  # of the pictures
-    subject: str  # the option that named the folder
-
-    def batches(self) -> Iterator[Tensor]:
-        """[(b 3 112 112)] in [-1, 1]."""
-        faults: dict[str, str] = {}
-        found = read_all(self.names, lambda n: fitting(self.files.pixels(n), _SHAPE), faults)
-        while batch := [pixels for _, pixels in islice(found, _BATCH)]:
-            yield as_input(batch)
-        refuse(self.subject, self.files.source, faults, len(self.names))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The faces that calibrate, if any do, and others, on which all files are checked."""
-
-    calibrating: Faces | None
-    checked: Faces
-    pairs: Pairs | None
-    rows: NDArray[np.int64]  # (p 2): where the faces of each pair are among the checked ones
-
-
-def choose_faces(options: argparse.Namespace) -> Chosen | None:
-    """Read the options and the headers of the pictures; None if no smaller form is wanted."""
-    _check(options)
-    if not (options.int8 or options.float16):
-        return None
-    calibration = _opened(options.calibrate, "--calibrate") if options.int8 else None
-    shared = calibration is not None and (
-        options.data is None or _same(options.calibrate, options.data)
-    )
-    if shared:
-        assert calibration is not None
-        checked = calibration
-    else:
-        checked = _opened(options.data, "--data")
-    pairs, rows = None, np.zeros((0, 2), dtype=np.int64)
-    if options.pairs is None:
-        names = _spread(checked.names, CHECKED)
-    else:
-        pairs = read_pairs_file(options.pairs)
-        paths = named_pictures(checked.files, checked.subject)
-        used = sorted({name for pair in pairs.names for name in pair} & paths.keys())
-        rows = pairs.rows(used or sorted(paths))
-        names = tuple(paths[name] for name in used)
-    if calibration is not None:
-        most = options.calibration_images
-        if shared and pairs is not None:
-            calibration = _strangers(calibration, names)
-        elif shared:
-            most = min(most, len(calibration.names) // 2)
-        taken = _spread(calibration.names, most)
-        if shared and pairs is None:
-            names = _spread(sorted({*checked.names} - {*taken}), CHECKED)
-        calibration = Faces(calibration.files, taken, calibration.subject)
-        calibration.files.check(taken, _SHAPE[:0:-1])
-    checked = Faces(checked.files, names, checked.subject)
-    checked.files.check(names, _SHAPE[:0:-1])
-    return Chosen(calibration, checked, pairs, rows)
-
-
-def _check(options: argparse.Namespace) -> None:
+def check_precision(options: argparse.Namespace) -> None:
     """Refuse options that would be ignored, and forms that can't be checked."""
     if options.int8 and options.calibrate is None:
         raise KDHooksError(
@@ -188,39 +112,6 @@ def _check(options: argparse.Namespace) -> None:
                 f"export: --{name.replace('_', '-')} is for --int8 and --float16; found neither; "
                 "add one of them"
             )
-
-
-def _opened(source: Path, subject: str) -> Faces:
-    files = PictureFiles(source, subject, turn=False)
-    if len(files.names) < 2:
-        raise KDHooksError(
-            f"{subject} must hold two pictures at least ({' '.join(SUFFIXES)}); found "
-            f"{len(files.names)} in '{source}'"
-        )
-    return Faces(files, tuple(files.names), subject)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
-def _spread(names: Sequence[str], most: int) -> tuple[str, ...]:
-    """At most so many of them, from the first to the last."""
-    count = min(most, len(names))
-    return tuple(names[index * len(names) // count] for index in range(count))
-
-
-def _strangers(faces: Faces, tested: Sequence[str]) -> Faces:
-    """The faces of people of whom no face is tested."""
-    known = {name.rpartition("/")[0] for name in tested}
-    names = tuple(name for name in faces.names if name.rpartition("/")[0] not in known)
-    if not names:
-        raise KDHooksError(
-            "export: the faces that calibrate must be of people in none of the pairs; found all "
-            f"people of '{faces.files.source}' in them; calibrate on other faces, and name these "
-            "by --data"
-        )
-    return Faces(faces.files, names, faces.subject)
 
 
 @dataclass(frozen=True)
@@ -248,12 +139,11 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
         _refuse_if_far(form, cosines, options.least_cosine or LEAST_COSINE[form])
         lines = [f"{_megabytes(file)} MB instead of {_megabytes(source)} MB"]
         if chosen.calibrating is not None and form == "int8":
-            lines.append(
-                f"calibrated on {len(chosen.calibrating.names):,} faces, by "
-                f"{options.calibration_method}"
-            )
+            count = len(chosen.calibrating.names)
+            lines.append(f"calibrated on {count:,} faces, by {options.calibration_method}")
+        which = "faces" if chosen.calibrating is None else "other faces"
         lines.append(
-            f"cosine to float on {len(cosines):,} other faces: {cosines.mean():.4f} on average, "
+            f"cosine to float on {len(cosines):,} {which}: {cosines.mean():.4f} on average, "
             f"{cosines.min():.4f} at least"
         )
         if chosen.pairs is not None:

@@ -1,0 +1,119 @@
+"""The faces on which `kdhooks export` calibrates and checks smaller forms of a network."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdhooks.errors import KDHooksError
+from kdhooks.evaluation.named_pictures import named_pictures
+from kdhooks.evaluation.pairs import Pairs, read_pairs_file
+from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
+from kdhooks_integrations.arcface_torch.commands.pictures import as_input, fitting
+
+CHECKED = 256
+"""The number of faces that are checked without pairs, if there are as many."""
+
+_SHAPE = (3, 112, 112)
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Pictures of one folder or zip."""
+
+    files: PictureFiles
+    names: tuple[str, ...]  # of the pictures
+    subject: str  # the option that named the folder
+
+    def only(self, names: tuple[str, ...]) -> "Faces":
+        return Faces(self.files, names, self.subject)
+
+    def batches(self) -> Iterator[Tensor]:
+        """[(b 3 112 112)] in [-1, 1]."""
+        faults: dict[str, str] = {}
+        found = read_all(self.names, lambda n: fitting(self.files.pixels(n), _SHAPE), faults)
+        while batch := [pixels for _, pixels in islice(found, _BATCH)]:
+            yield as_input(batch)
+        refuse(self.subject, self.files.source, faults, len(self.names))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The faces that calibrate, if any do, and others, on which all files are checked."""
+
+    calibrating: Faces | None
+    checked: Faces
+    pairs: Pairs | None
+    rows: NDArray[np.int64]  # (p 2): where the faces of each pair are among the checked ones
+
+
+def choose_faces(options: argparse.Namespace) -> Chosen:
+    """Read the pairs and the headers of the pictures.
+
+    options: of `kdhooks export`, which ask for a smaller form, and name faces.
+    """
+    calibrating = _opened(options.calibrate, "--calibrate") if options.int8 else None
+    checked, shared = calibrating, True
+    if options.data is not None and not _same(options.calibrate, options.data):
+        checked, shared = _opened(options.data, "--data"), calibrating is None
+    assert checked is not None, "the options name one of them"
+    most, pairs, rows = options.calibration_images, None, np.zeros((0, 2), dtype=np.int64)
+    if options.pairs is not None:
+        pairs = read_pairs_file(options.pairs)
+        paths = named_pictures(checked.files, checked.subject)
+        used = sorted({name for pair in pairs.names for name in pair} & paths.keys())
+        rows = pairs.rows(used or sorted(paths))
+        tested = tuple(paths[name] for name in used)
+        if calibrating is not None and shared:
+            calibrating = _strangers(calibrating, tested)
+        calibrating = calibrating and calibrating.only(_spread(calibrating.names, most))
+    else:
+        if calibrating is not None:
+            most = min(most, len(calibrating.names) // 2) if shared else most
+            calibrating = calibrating.only(_spread(calibrating.names, most))
+        taken = {*calibrating.names} if calibrating is not None and shared else set()
+        tested = _spread([name for name in checked.names if name not in taken], CHECKED)
+    checked = checked.only(tested)
+    for faces in (calibrating, checked):
+        if faces is not None:
+            faces.files.check(faces.names, (_SHAPE[2], _SHAPE[1]))
+    return Chosen(calibrating, checked, pairs, rows)
+
+
+def _opened(source: Path, subject: str) -> Faces:
+    files = PictureFiles(source, subject, turn=False)
+    if len(files.names) < 2:
+        raise KDHooksError(
+            f"{subject} must hold two pictures at least ({' '.join(SUFFIXES)}); found "
+            f"{len(files.names)} in '{source}'"
+        )
+    return Faces(files, tuple(files.names), subject)
+
+
+def _same(one: Path | None, other: Path) -> bool:
+    return one is not None and one.exists() and other.exists() and one.samefile(other)
+
+
+def _spread(names: Sequence[str], most: int) -> tuple[str, ...]:
+    """At most so many of them, from the first to the last."""
+    count = min(most, len(names))
+    return tuple(names[index * len(names) // count] for index in range(count))
+
+
+def _strangers(faces: Faces, tested: Sequence[str]) -> Faces:
+    """The faces of people of whom no face is tested."""
+    known = {name.rpartition("/")[0] for name in tested}
+    names = tuple(name for name in faces.names if name.rpartition("/")[0] not in known)
+    if not names:
+        raise KDHooksError(
+            "export: the faces that calibrate must be of people in none of the pairs; found all "
+            f"people of '{faces.files.source}' in them; calibrate on other faces, and name these "
+            "by --data"
+        )
+    return faces.only(names)
