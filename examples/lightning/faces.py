@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdhooks import KDHooksError
+from kdhooks.evaluation.named_pictures import named_pictures
+from kdhooks.evaluation.pairs import Pairs
 from kdhooks.picture_files import PictureFiles
-from kdhooks_demo.pairs import Pairs
 
 
 class Faces(Dataset[tuple[Tensor, int]]):
@@ -78,15 +79,8 @@ def training_faces(files: PictureFiles, labelled: bool, tested: set[str]) -> Fac
 
 def tested_faces(files: PictureFiles, pairs: Pairs) -> tuple[Faces, NDArray[np.int64]]:
     """The faces of the pairs, and each pair (p 2) as two rows of these."""
-    named = {f"{person_of(name)}/{PurePosixPath(name).stem}": name for name in files.names}
-    wanted = sorted({name for pair in pairs.names for name in pair})
-    missing = [name for name in wanted if name not in named]
-    if missing:
-        raise KDHooksError(
-            f"faces: every image of the pairs must be in '{files.source}'; {len(missing)} of "
-            f"{len(wanted)} are not, the first is '{missing[0]}'; name the folder or zip that "
-            "holds them as --test"
-        )
-    rows = {name: row for row, name in enumerate(wanted)}
-    faces = Faces(files, [named[name] for name in wanted], labelled=False, mirrored=False)
-    return faces, np.array([[rows[name] for name in pair] for pair in pairs.names])
+    paths = named_pictures(files, "faces")
+    names = sorted({name for pair in pairs.names for name in pair} & paths.keys())
+    rows = pairs.rows(names or sorted(paths))
+    faces = Faces(files, [paths[name] for name in names], labelled=False, mirrored=False)
+    return faces, rows

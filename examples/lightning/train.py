@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kdhooks.evaluation.pairs import Pairs, read_pairs_file
 from kdhooks.factories import factory_named, made_by
 from kdhooks.recipe import Recipe
 from kdhooks.verification import pair_scores, verify
-from kdhooks_demo.pairs import Pairs, read_pairs
 from kdhooks_demo.training import ArcFaceHead
 from kdhooks_integrations.lightning import Distill
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     ]
     test, tested = None, set[str]()
     if options.pairs:
-        pairs = read_pairs(options.pairs)
+        pairs = read_pairs_file(options.pairs)
         faces, rows = tested_faces(open_faces(options.test) if options.test else files, pairs)
         test = DataLoader(faces, options.batch_size, num_workers=options.workers)
         tested = {person_of(name) for name in faces.names}
