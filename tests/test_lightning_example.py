@@ -135,10 +135,9 @@ def test_the_measures_are_those_of_the_embeddings(train: ModuleType, folder: Pat
     """The rows of the pairs find their faces: two pictures of a person are closer than others."""
     from faces import open_faces, tested_faces
 
-    pairs = train.read_pairs_file("pairs.txt")
-    faces, rows = tested_faces(open_faces("faces"), pairs)
+    faces, pairs = tested_faces(open_faces("faces"), "pairs.txt")
     images = torch.stack([faces[row][0] for row in range(len(faces))])
-    gaps = (images[rows[:, 0]] - images[rows[:, 1]]).abs().mean(dim=(1, 2, 3))
+    gaps = (images[pairs.rows[:, 0]] - images[pairs.rows[:, 1]]).abs().mean(dim=(1, 2, 3))
     assert torch.equal(gaps < 0.2, torch.from_numpy(pairs.same))
     assert images.amin() >= -1
 

@@ -8,15 +8,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdhooks import KDHooksError
-from kdhooks.evaluation.named_pictures import named_pictures
-from kdhooks.evaluation.pairs import Pairs
+from kdhooks.evaluation.pair_sets import PairSet, read_paired_pictures
 from kdhooks.picture_files import PictureFiles
 
 
@@ -77,10 +74,7 @@ def training_faces(files: PictureFiles, labelled: bool, tested: set[str]) -> Fac
     return Faces(files, names, labelled, mirrored=True)
 
 
-def tested_faces(files: PictureFiles, pairs: Pairs) -> tuple[Faces, NDArray[np.int64]]:
-    """The faces of the pairs, and each pair (p 2) as two rows of these."""
-    paths = named_pictures(files, "faces")
-    names = sorted({name for pair in pairs.names for name in pair} & paths.keys())
-    rows = pairs.rows(names or sorted(paths))
-    faces = Faces(files, [paths[name] for name in names], labelled=False, mirrored=False)
-    return faces, rows
+def tested_faces(files: PictureFiles, pairs: str | Path) -> tuple[Faces, PairSet]:
+    """The faces of a file of pairs, and the pairs of them."""
+    tested = read_paired_pictures(files, pairs, "faces")
+    return Faces(files, tested.images, labelled=False, mirrored=False), tested

@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from faces import open_faces, person_of, tested_faces, training_faces
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kdhooks.evaluation.pairs import Pairs, read_pairs_file
+from kdhooks.evaluation.pair_sets import PairSet
 from kdhooks.factories import factory_named, made_by
 from kdhooks.recipe import Recipe
 from kdhooks.verification import pair_scores, verify
@@ -66,9 +64,9 @@ class FaceRecogniser(LightningModule):  # type: ignore[misc]  # lightning may no
 class Verification(Callback):  # type: ignore[misc]
     """LFW's measures on pairs of the faces that validation_step has embedded, in per cent."""
 
-    def __init__(self, pairs: Pairs, rows: NDArray[np.int64]) -> None:
-        """rows: each pair (p 2) as two rows of the validation data."""
-        self.pairs, self.rows = pairs, rows
+    def __init__(self, pairs: PairSet) -> None:
+        """pairs: of the faces of the validation data, in its order."""
+        self.pairs = pairs
         self._embeddings: list[Tensor] = []
 
     def on_validation_batch_end(
@@ -92,9 +90,9 @@ class Verification(Callback):  # type: ignore[misc]
         if trainer.world_size > 1:
             gathered = gathered.transpose(0, 1).flatten(0, 1)
         table = gathered.cpu().numpy()
-        if len(table) <= self.rows.max():  # as with limit_val_batches
+        if len(table) < len(self.pairs.images):  # as with limit_val_batches
             return
-        found = verify(pair_scores(table, self.rows), self.pairs.same, self.pairs.folds)
+        found = verify(pair_scores(table, self.pairs.rows), self.pairs.same, self.pairs.folds)
         shares = {"accuracy": found.accuracy, "eer": found.eer}
         shares |= {f"tar@far={far:g}": tar for far, tar in found.tar.items()}
         for name, share in shares.items():
@@ -114,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     ]
     test, tested = None, set[str]()
     if options.pairs:
-        pairs = read_pairs_file(options.pairs)
-        faces, rows = tested_faces(open_faces(options.test) if options.test else files, pairs)
+        faces, pairs = tested_faces(
+            open_faces(options.test) if options.test else files, options.pairs
+        )
         test = DataLoader(faces, options.batch_size, num_workers=options.workers)
         tested = {person_of(name) for name in faces.names}
-        callbacks.append(Verification(pairs, rows))
+        callbacks.append(Verification(pairs))
     train = training_faces(files, recipe.labels, tested)
     backbone = made_by(factory_named(options.student, "student"), options.student, "student")
     module = FaceRecogniser(backbone, train.classes, options.lr)

@@ -86,7 +86,8 @@ def read_pair_sets(
             raise KDHooksError(
                 f"{subject} with --pairs must be one folder or zip of pictures; found {len(data)}"
             )
-        return [read_paired_pictures(user_path(data[0], subject), pairs, subject)]
+        pictures = PictureFiles(user_path(data[0], subject), subject)
+        return [read_paired_pictures(pictures, pairs, subject)]
     files: list[Path] = []
     for source in data:
         place = user_path(source, subject)
@@ -129,19 +130,18 @@ def _runs(pairs: int, folds: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(folds), sizes)
 
 
-def read_paired_pictures(source: Path, pairs: Path, subject: str) -> PairSet:
-    """A folder or a zip with one folder for each person, and a file as LFW's pairs.txt."""
+def read_paired_pictures(files: PictureFiles, pairs: str | Path, subject: str) -> PairSet:
+    """Pictures in one folder for each person, and a file as LFW's pairs.txt."""
     listed = read_pairs_file(pairs)
-    files = PictureFiles(source, subject)
     paths = named_pictures(files, subject)
     if not paths:
         raise KDHooksError(
             f"{subject} must hold one folder for each person, with pictures ({' '.join(SUFFIXES)}) "
-            f"in it; found none in '{source}'"
+            f"in it; found none in '{files.source}'"
         )
     names = sorted({name for pair in listed.names for name in pair} & paths.keys())
     return PairSet(
-        name=pairs.stem,
+        name=Path(pairs).stem,
         files=files,
         images=[paths[name] for name in names],
         rows=listed.rows(names or sorted(paths)),

@@ -3,18 +3,14 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
-from kdhooks.evaluation.named_pictures import named_pictures
-from kdhooks.evaluation.pairs import Pairs, read_pairs_file
-from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse
-from kdhooks_integrations.arcface_torch.commands.pictures import as_input, fitting
+from kdhooks.evaluation.pair_sets import PairSet, read_paired_pictures
+from kdhooks.picture_files import SUFFIXES, PictureFiles
+from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_batches
 
 CHECKED = 256
 """The number of faces that are checked without pairs, if there are as many."""
@@ -36,11 +32,8 @@ class Faces:
 
     def batches(self) -> Iterator[Tensor]:
         """[(b 3 112 112)] in [-1, 1]."""
-        faults: dict[str, str] = {}
-        found = read_all(self.names, lambda n: fitting(self.files.pixels(n), _SHAPE), faults)
-        while batch := [pixels for _, pixels in islice(found, _BATCH)]:
-            yield as_input(batch)
-        refuse(self.subject, self.files.source, faults, len(self.names))
+        for pictures in read_batches(self.files, self.names, _BATCH, _SHAPE, self.subject):
+            yield as_input(pictures)
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,7 @@ class Chosen:
 
     calibrating: Faces | None
     checked: Faces
-    pairs: Pairs | None
-    rows: NDArray[np.int64]  # (p 2): where the faces of each pair are among the checked ones
+    pairs: PairSet | None  # of the checked faces
 
 
 def choose_faces(options: argparse.Namespace) -> Chosen:
@@ -63,13 +55,10 @@ def choose_faces(options: argparse.Namespace) -> Chosen:
     if options.data is not None and not _same(options.calibrate, options.data):
         checked, shared = _opened(options.data, "--data"), calibrating is None
     assert checked is not None, "the options name one of them"
-    most, pairs, rows = options.calibration_images, None, np.zeros((0, 2), dtype=np.int64)
+    most, pairs = options.calibration_images, None
     if options.pairs is not None:
-        pairs = read_pairs_file(options.pairs)
-        paths = named_pictures(checked.files, checked.subject)
-        used = sorted({name for pair in pairs.names for name in pair} & paths.keys())
-        rows = pairs.rows(used or sorted(paths))
-        tested = tuple(paths[name] for name in used)
+        pairs = read_paired_pictures(checked.files, options.pairs, checked.subject)
+        tested = tuple(pairs.images)
         if calibrating is not None and shared:
             calibrating = _strangers(calibrating, tested)
         calibrating = calibrating and calibrating.only(_spread(calibrating.names, most))
@@ -83,7 +72,7 @@ def choose_faces(options: argparse.Namespace) -> Chosen:
     for faces in (calibrating, checked):
         if faces is not None:
             faces.files.check(faces.names, (_SHAPE[2], _SHAPE[1]))
-    return Chosen(calibrating, checked, pairs, rows)
+    return Chosen(calibrating, checked, pairs)
 
 
 def _opened(source: Path, subject: str) -> Faces:

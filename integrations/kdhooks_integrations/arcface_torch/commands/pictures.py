@@ -51,9 +51,13 @@ class Pictures:
 
 
 def read_batches(
-    files: PictureSource, names: Sequence[str], size: int, shape: tuple[int, int, int]
+    files: PictureSource,
+    names: Sequence[str],
+    size: int,
+    shape: tuple[int, int, int],
+    subject: str = "--data",
 ) -> Iterator[list[Pixels]]:
-    """[(h w 3)], `size` of them at a time, all of this shape.
+    """[(h w 3)], `size` of them at a time, all of this shape. subject: the option, for errors.
 
     All headers are looked at first. What turns out to be unreadable later is left out, and
     reported after the last batch.
@@ -63,7 +67,7 @@ def read_batches(
     found = read_all(names, lambda name: fitting(files.pixels(name), shape), faults)
     while batch := list(islice(found, size)):
         yield [picture for _, picture in batch]
-    refuse("--data", files.source, faults, len(names))
+    refuse(subject, files.source, faults, len(names))
 
 
 def size_of(shape: tuple[int, int, int]) -> tuple[int, int]:

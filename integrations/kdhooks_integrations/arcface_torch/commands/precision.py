@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdhooks.arguments import at_least, share
 from kdhooks.errors import KDHooksError
-from kdhooks.evaluation.pairs import Pairs
+from kdhooks.evaluation.pair_sets import PairSet
 from kdhooks.onnx.files import read_recognition_file
 from kdhooks.onnx.lower_precision import METHODS, write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
@@ -147,10 +146,9 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
             f"{cosines.min():.4f} at least"
         )
         if chosen.pairs is not None:
-            before, after = (_accuracy(each, chosen.pairs, chosen.rows) for each in (plain, found))
-            lines.append(
-                f"accuracy on {len(chosen.rows):,} pairs: {after:.2f} % (float: {before:.2f} %)"
-            )
+            before, after = (_accuracy(each, chosen.pairs) for each in (plain, found))
+            count = len(chosen.pairs.same)
+            lines.append(f"accuracy on {count:,} pairs: {after:.2f} % (float: {before:.2f} %)")
         kept.append(Kept(file.name, tuple(lines)))
     return kept
 
@@ -181,9 +179,9 @@ def _refuse_if_far(form: str, cosines: Floats, least: float) -> None:
         )
 
 
-def _accuracy(embeddings: Floats, pairs: Pairs, rows: NDArray[np.int64]) -> float:
+def _accuracy(embeddings: Floats, pairs: PairSet) -> float:
     """In per cent, without mirror images."""
-    scores = pair_scores(embeddings, rows)
+    scores = pair_scores(embeddings, pairs.rows)
     return 100 * verify(scores, pairs.same, pairs.folds, fars=()).accuracy
 
 
