@@ -157,7 +157,7 @@ def test_a_fork_is_told_what_is_needed(trainer: Path) -> None:
 def test_taps_of_a_network(trainer: Path) -> None:
     done = kdhooks(trainer, "taps", "mbf")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "layers.5  (256, 14, 14)  stage 3\n" in done.stdout
+    assert "layers.5  (256, 14, 14)  stage3\n" in done.stdout
     assert done.stdout.endswith("(output)  (512,)         embedding\n")
 
 
