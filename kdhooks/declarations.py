@@ -15,7 +15,8 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import ClassShard, gather
+from kdhooks.classes.shards import ClassShard
+from kdhooks.classes.splits import ClassTables
 from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.points import Points
 from kdhooks.schedules import Scheduled
@@ -39,6 +40,7 @@ class Model:
     probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
     probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
     points: Points | None = field(default=None, repr=False, compare=False)
+    tables: ClassTables = field(default_factory=ClassTables, repr=False, compare=False)
 
     def path(self, name: str, owner: str) -> str:
         """The one submodule that a path, a name such as `stage3`, or a pattern stands for."""
@@ -245,14 +247,14 @@ class ClassifierShare(Tap):
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         assert step.classifier is not None
-        group = step.classifier.group
+        shard = step.classifier
         given = (
             step.student,
             step.teacher if self.needs_teacher else None,
             step.labels if self.needs_labels else None,
         )
-        batch = (None if tensor is None else gather(tensor, group) for tensor in given)
-        return *batch, step.classifier
+        batch = (None if tensor is None else shard.gather(tensor) for tensor in given)
+        return *batch, shard
 
     def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
         if teacher.classifier is None:

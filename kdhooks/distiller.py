@@ -8,13 +8,17 @@ tap's loss on both.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teachers
+from kdhooks.classes.per_class import is_split, share_digests, whole_tables
+from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, world
+from kdhooks.classes.splits import ClassTables
 from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
 from kdhooks.finite import Finite, Question, of_embedding, of_terms
@@ -62,8 +66,12 @@ _ARGUMENTS = {
     "task_weight": Option(Scheduled, 1.0, bounds=Bounds(least=0)),
     "log_teacher_accuracy": Option(int, 100, bounds=Bounds(least=0)),
     "seed": Option(int, 0, bounds=Bounds(least=0, most=2**63 - 1)),
+    "sharded": Option(bool, True),
+    "learnt_whole": Option(bool, False),
+    "table_dtype": Option(Literal["float32", "float16"], "float32"),
 }
 _ACCURACY = "teacher/accuracy"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Distiller(nn.Module):
@@ -102,6 +110,9 @@ class Distiller(nn.Module):
         steps_per_epoch: int | None = None,
         seed: int = 0,
         nonfinite: Literal["raise", "skip"] = "raise",
+        sharded: bool = True,
+        learnt_whole: bool = False,
+        table_dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
         """
         teacher: a frozen model or function; or a list of several, whose cosines the methods then
@@ -127,6 +138,13 @@ class Distiller(nn.Module):
         nonfinite: the reaction to a term or a teacher's embedding that is not finite. "raise": the
             next step raises, so that the device need not be waited for; "skip": the step goes on
             without any term, on all ranks, and waits for the device.
+        sharded: whether each rank keeps the class tables of the methods for its own classes alone:
+            those of `head`, or an equal share. Each rank then saves its own state dict; or see
+            `whole_state_dict`.
+        learnt_whole: for a host that saves the state of one rank alone: tables that training
+            changes are on every rank.
+        table_dtype: of class rows that stay as they are: the teacher's, and coupleface's
+            prototypes.
         """
         super().__init__()
         given = check_arguments(
@@ -146,6 +164,9 @@ class Distiller(nn.Module):
             task_weight=task_weight,
             log_teacher_accuracy=log_teacher_accuracy,
             seed=seed,
+            sharded=sharded,
+            learnt_whole=learnt_whole,
+            table_dtype=table_dtype,
         )
         student = unwrap(student)
         # Before a Teacher freezes its module.
@@ -181,6 +202,8 @@ class Distiller(nn.Module):
             points = asked.points_of(taught_by)
             stages = chosen_stages(points, teacher_stages, "teacher")
             theirs = probe_teachers(taught_by, stages, images, points)
+            tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
+            theirs = replace(theirs, tables=tables)
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
@@ -192,7 +215,9 @@ class Distiller(nn.Module):
         shares_rows = any(tap.needs_classifier for tap in self.taps)
         classes = number_of_classes(theirs.classifier, head) if labels or shares_rows else 0
         if host_head is not None:
-            self.inherited, self.taps = left_to_host(self.taps, theirs.classifier, head)
+            self.inherited, self.taps = left_to_host(
+                self.taps, theirs.classifier, tables.beside_head
+            )
         self._task_weight = TaskWeight(given["task_weight"], self.inherited)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
         numbers = [inner for inner in self.losses.modules() if isinstance(inner, Varying)]
@@ -203,16 +228,29 @@ class Distiller(nn.Module):
         self._classes = classes if self._needs_labels else 0  # 0: any label is one of them
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
-            self.teacher_rows = TeacherRows(theirs.classifier, head, self._dtype)
-            self.teacher_rows.prepare(self.losses.values())
+            self.teacher_rows = self._rows(theirs.classifier, tables)
         measured = labels and self.teacher_rows is not None and self._needs_teacher
         self._measured = log_teacher_accuracy if measured else 0  # every so many steps
         self.to(first.device)
+        self._convert_losses()
         parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
         self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
         # DistributedDataParallel's name for what it must not make equal.
         self._ddp_params_and_buffers_to_ignore = sorted(own_buffers(self))
         self._connect(student, taught_by, images)
+
+    def _rows(self, rows: Rows, tables: ClassTables) -> TeacherRows:
+        """This rank's rows of the teacher's classifier."""
+        head = tables.head
+        learnt = any(hasattr(loss, "prepare") for loss in self.losses.values())
+        compared = self.inherited is not None or any(tap.needs_head for tap in self.taps)
+        if head is not None and (compared or head.group is not None):
+            split = tables.beside_head(rows.total)
+        else:
+            split = tables.split(rows.total, learnt=learnt)
+        kept = self._dtype if tables.frozen == torch.float32 else tables.frozen
+        taken_by = head if self.inherited is not None and kept == self._dtype else None
+        return TeacherRows(rows, split, self.losses.values(), self._dtype, kept, taken_by)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -314,12 +352,15 @@ class Distiller(nn.Module):
     def _check_first(self, features: Mapping[str, Tensor]) -> None:
         check_shapes(features, self._stages)
         self._dtype = features[self._embedding].dtype
-        if any(p.dtype != self._dtype for p in self.losses.parameters()):
-            self.losses.to(self._dtype)  # the student, or kd with it, was converted meanwhile
+        self._convert_losses()  # the student, or kd with it, may have been converted meanwhile
         if self.teacher_rows is not None:
             self.teacher_rows.to(self._dtype)
         if self._replicas is None and world() is not None:
             self._replicas = self._new_replicas()
+
+    def _convert_losses(self) -> None:
+        if any(p.dtype != self._dtype for p in self.losses.parameters()):
+            self.losses.to(self._dtype)
 
     def _terms(self, step: Step, questions: list[Question]) -> dict[str, Tensor]:
         """Each term's loss, times its weight."""
@@ -520,12 +561,19 @@ class Distiller(nn.Module):
             declared.append(f"a {who} with weights of SHA-256 {digest}")
         if self._entrance is not None:
             declared.append(self._entrance.described())
-        sharded = self._head is not None and self._head.group is not None
-        return Replicas(self, declared, sharded)
+        share_digests(self)
+        return Replicas(self, declared, is_split(self))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; see `kdhooks.parameter_groups`."""
         return parameter_groups(self, weight_decay)
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The state dict with the class tables of all ranks, for any number of ranks to load.
+
+        All ranks call this together.
+        """
+        return {**self.state_dict(), **whole_tables(self)}
 
     def remove(self) -> None:
         """Take every hook off both models."""

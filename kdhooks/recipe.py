@@ -90,6 +90,16 @@ class Recipe(Options):
     nonfinite: Literal["raise", "skip"] = option(
         "raise", "The reaction to a term that is not finite: raise, or skip the step's terms."
     )
+    sharded: bool = option(
+        True,
+        "Whether each rank keeps the class tables of the methods for its own classes alone. If "
+        "not, every rank has those of all classes, but for the teacher's rows beside a split head.",
+    )
+    table_dtype: Literal["float32", "float16"] = option(
+        "float32",
+        "The precision of class rows that stay as they are: the teacher's, and coupleface's "
+        "prototypes.",
+    )
 
     rules: ClassVar[Mapping[str, Any]] = {
         # The teacher's embedding is named in one place.
@@ -197,6 +207,7 @@ def build(
     plugins: Sequence[object] = (),
     run_student: Callable[[Tensor], object] | None = None,
     steps_per_epoch: int | None = None,
+    learnt_whole: bool = False,
 ) -> Distiller:
     """The Distiller that a recipe describes.
 
@@ -227,6 +238,9 @@ def build(
         steps_per_epoch=steps_per_epoch,
         seed=recipe.seed,
         nonfinite=recipe.nonfinite,
+        sharded=recipe.sharded,
+        learnt_whole=learnt_whole,
+        table_dtype=recipe.table_dtype,
     )
 
 

@@ -7,25 +7,47 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard, gather
+from kdhooks.classes.splits import ClassSplit
 from kdhooks.declarations import InheritedClassifier, Tap
 from kdhooks.errors import KDHooksError
 
 
-class TeacherRows(nn.Module):
-    """This rank's rows of the teacher's classifier, split as the student's own are."""
+class TeacherRows(PerClass):
+    """This rank's rows of the teacher's classifier."""
 
     rows: Tensor
 
-    def __init__(self, rows: Rows, head: ClassShard | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        start, stop = _bounds(rows, head)
-        self.register_buffer("rows", rows.slice(start, stop).to(dtype), persistent=False)
-        self._split = start, rows.total, head.group if head else None
+    def __init__(
+        self,
+        rows: Rows,
+        split: ClassSplit,
+        losses: Iterable[nn.Module],
+        dtype: torch.dtype,
+        kept: torch.dtype,
+        taken_by: ClassShard | None = None,
+    ) -> None:
+        """
+        losses: those of them that keep something of each class are shown the rows, once, in dtype.
+        kept: the dtype of the rows from then on.
+        taken_by: the student's own classifier, if a host puts these rows there: they are not held
+            twice.
+        """
+        super().__init__(split, "teacher.classifier")
+        own = rows.slice(split.start, split.stop)
+        for loss in losses:
+            if prepare := getattr(loss, "prepare", None):
+                prepare(split.shard(own.to(dtype)))
+        self.keep_frozen("rows", own, kept)
+        self._taken_by = taken_by
+        if taken_by is not None:
+            self.rows = self.rows[:0]
 
     def shard(self) -> ClassShard:
-        return ClassShard(self.rows, *self._split)
+        taken = self._taken_by
+        return self.split.shard(self.rows if taken is None else taken.weight.detach())
 
     @torch.no_grad()
     def accuracy(self, embedding: Tensor, labels: Tensor) -> Tensor:
@@ -37,16 +59,6 @@ class TeacherRows(nn.Module):
         labels = gather(labels, shard.group)
         hits = shard.nearest(gather(embedding, shard.group)) == labels
         return hits.sum() / (labels >= 0).sum().clamp(min=1)
-
-    def prepare(self, losses: Iterable[nn.Module]) -> None:
-        """Show them once to the losses that keep something of each class."""
-        for loss in losses:
-            if prepare := getattr(loss, "prepare", None):
-                prepare(self.shard())
-
-    def buffers_by_rank(self) -> set[str]:
-        """Each rank holds other classes; see `Replicas`."""
-        return {"rows"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def number_of_classes(rows: Rows | None, head: ClassShard | None) -> int:
 
 
 def left_to_host(
-    taps: Sequence[Tap], rows: Rows | None, head: ClassShard | None
+    taps: Sequence[Tap], rows: Rows | None, split: Callable[[int], ClassSplit]
 ) -> tuple[Inherited | None, tuple[Tap, ...]]:
     """The term that a margin softmax of the host computes, if there is one; and all others."""
     for tap in taps:
@@ -86,14 +98,8 @@ def left_to_host(
                 "since nothing else trains by the labels; set head = 'own' for a schedule"
             )
         assert rows is not None
-        read = partial(rows.slice, *_bounds(rows, head))
+        own = split(rows.total)
+        read = partial(rows.slice, own.start, own.stop)
         others = tuple(other for other in taps if other is not tap)
         return Inherited(tap.name, tap.weight, read), others
     return None, tuple(taps)
-
-
-def _bounds(rows: Rows, head: ClassShard | None) -> tuple[int, int]:
-    """The first of this rank's rows, and the one after its last."""
-    if head is None:
-        return 0, rows.total
-    return head.offset, head.offset + len(head.weight)

@@ -1,7 +1,7 @@
-"""Two gloo processes, for tests that compare them with one."""
+"""Several gloo processes, for tests that compare them with one."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,22 +45,38 @@ def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
 
 def on_two_ranks(scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
     """What each of two processes found; scenarios is a function of a test module."""
-    spawn(_main, (scenarios, str(folder)), nprocs=2)
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+    return on_ranks([2], scenarios, folder)[2]
 
 
-def _main(rank: int, scenarios: Scenarios, folder: str) -> None:
+def on_ranks(
+    sizes: Sequence[int], scenarios: Scenarios, folder: Path
+) -> dict[int, list[dict[str, Results]]]:
+    """The same of as many processes as each of the sizes says, in turn."""
+    spawn(_main, (sizes, scenarios, str(folder)), nprocs=max(sizes))
+    return {
+        size: [torch.load(folder / f"{rank}_of_{size}.pt") for rank in range(size)]
+        for size in sizes
+    }
+
+
+def _main(rank: int, sizes: Sequence[int], scenarios: Scenarios, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    for size in sizes:
+        if rank < size:
+            _run(rank, size, scenarios, folder)
+
+
+def _run(rank: int, size: int, scenarios: Scenarios, folder: str) -> None:
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting",
+        init_method=f"file://{folder}/meeting_of_{size}",
         rank=rank,
-        world_size=2,
+        world_size=size,
         timeout=timedelta(seconds=120),
     )
     try:
-        torch.save(scenarios(), f"{folder}/rank_{rank}.pt")
+        torch.save(scenarios(), f"{folder}/{rank}_of_{size}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()

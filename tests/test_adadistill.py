@@ -172,7 +172,7 @@ def test_without_the_options_no_sample_differs_and_there_is_no_new_state() -> No
     loss = declared()
     _, notes = loss(golden.S2, golden.T, golden.Y2, whole(golden.W2))
     assert set(notes) == {"cosine", "alpha"}
-    assert set(loss.state_dict()) == {"centres"}
+    assert set(loss.state_dict()) == {"centres", "_extra_state"}
     assert {"margins.lengths.mean", "margins.lengths.deviation"} < set(
         declared(margin_type="adaface").state_dict()
     )
@@ -213,6 +213,7 @@ def test_an_evaluation_pass_moves_nothing() -> None:
 def test_centres_go_on_from_the_state_dict() -> None:
     straight, resumed = declared(), declared()
     straight(golden.S2, golden.T, golden.Y2, whole(golden.W2))
+    resumed.prepare(whole(golden.W2))
     resumed.load_state_dict(straight.state_dict())
     for loss in (straight, resumed):
         loss(golden.S, golden.T, golden.Y, whole(golden.W2))

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from kdhooks import KDHooksError, Model, Schedule, Scheduled
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
-from kdhooks_plugins.neighbours import nearest_classes
+from kdhooks_plugins.neighbours import mine_into
 from tests import golden
 from tests.references import coupleface as reference
 from tests.references.differences import central_differences
@@ -42,7 +42,8 @@ def declared(rows: Tensor, d: int | None = None, **options: Any) -> MutualRelati
 def made(prototypes: Tensor, d: int | None = None, **options: Any) -> MutualRelations:
     """In float64; the rows are read as float32, so put the exact ones in place."""
     loss = declared(prototypes, d, **options).double()
-    loss.prototypes.copy_(nn.functional.normalize(prototypes))
+    if loss.bank_momentum is None:
+        loss.prototypes.copy_(nn.functional.normalize(prototypes))
     return loss
 
 
@@ -121,7 +122,7 @@ def test_says_how_many_classes_have_neighbours_passed_over(
 
 def test_neighbours_mined_ahead_are_those_mined_at_the_start(tmp_path: Path) -> None:
     rows = Rows.open(golden.W)
-    nearest_classes(rows, 3, 0.5, folder=tmp_path)
+    mine_into(tmp_path, rows, 3, 0.5)
     ahead = declared(golden.W, k=2, max_neighbour_sim=0.5, neighbours=tmp_path)
     assert (
         ahead.neighbours.tolist() == declared(golden.W, max_neighbour_sim=0.5).neighbours.tolist()
@@ -129,8 +130,10 @@ def test_neighbours_mined_ahead_are_those_mined_at_the_start(tmp_path: Path) -> 
 
 
 def test_neighbours_of_other_prototypes_are_refused(tmp_path: Path) -> None:
-    nearest_classes(Rows.open(golden.W.flip(0)), 2, folder=tmp_path)
-    with pytest.raises(KDHooksError, match=r"was mined with rows .*; name another folder"):
+    mine_into(tmp_path, Rows.open(golden.W.flip(0)), 2)
+    with pytest.raises(
+        KDHooksError, match="was mined with other rows than these; name another folder"
+    ):
         declared(golden.W, neighbours=tmp_path)
 
 
@@ -422,8 +425,7 @@ def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path)
         step(straight, seed)
     torch.save(straight.state_dict(), tmp_path / "state.pt")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    keys = {"prototypes", "neighbours", "student_bank", "teacher_bank"}
-    assert keys < set(straight.state_dict())
+    assert {"met", "student_bank", "teacher_bank"} < set(straight.state_dict())
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
     for seed in range(3, 8):

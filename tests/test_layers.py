@@ -30,7 +30,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
     "lightning": "kdhooks_integrations.lightning.*",
 }
-CLASSES = ("chunked_sums", "cosines", "rows", "shards")
+CLASSES = ("chunked_sums", "cosines", "per_class", "relations", "rows", "shards", "splits")
 FILES = ("arguments", "tensor_files")
 FOR_PLUGINS = {
     "declarations",

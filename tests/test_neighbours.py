@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdhooks import KDHooksError
 from kdhooks.classes.rows import Rows
-from kdhooks_plugins.neighbours import main, mined, nearest_classes
+from kdhooks_plugins.neighbours import main, mine_into, mined, nearest_classes
 from tests.references import coupleface as reference
 
 
@@ -91,11 +91,11 @@ def stopped_after(count: int) -> object:
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     rows = Rows.open(normal(0, 11, 4))
     with pytest.raises(KeyboardInterrupt):
-        nearest_classes(
+        mine_into(
+            tmp_path,
             rows,
             3,
             0.5,
-            folder=tmp_path,
             chunk=(2, 4),
             progress=stopped_after(3),  # type: ignore[arg-type]
         )
@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
         left.extend(chunks)
         return chunks
 
-    found = nearest_classes(rows, 3, 0.5, folder=tmp_path, chunk=(2, 4), progress=progress)
+    found = mine_into(tmp_path, rows, 3, 0.5, chunk=(2, 4), progress=progress)
     straight = nearest_classes(rows, 3, 0.5)
     assert left == [6, 8, 10]
     assert found.index.tolist() == straight.index.tolist()
@@ -117,15 +117,15 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_folder_serves_no_other_rows_and_no_other_bound(tmp_path: Path) -> None:
     rows, others = Rows.open(normal(0, 6, 4)), Rows.open(normal(1, 6, 4))
-    nearest_classes(rows, 3, folder=tmp_path)
-    with pytest.raises(KDHooksError, match=r"was mined with rows .*, not .*; name another"):
+    mine_into(tmp_path, rows, 3)
+    with pytest.raises(KDHooksError, match="was mined with other rows than these; name another"):
         mined(tmp_path, others, 3, None)
-    with pytest.raises(KDHooksError, match=r"was mined with rows .*, not .*; name another"):
-        nearest_classes(others, 3, folder=tmp_path)
+    with pytest.raises(KDHooksError, match="was mined with other rows than these; name another"):
+        mine_into(tmp_path, others, 3)
     with pytest.raises(KDHooksError, match=r"was mined with max_sim None, not 0\.7"):
         mined(tmp_path, rows, 3, 0.7)
     with pytest.raises(KDHooksError, match="was mined with k 3, not 2"):
-        nearest_classes(rows, 2, folder=tmp_path)
+        mine_into(tmp_path, rows, 2)
     with pytest.raises(KDHooksError, match="must hold 5 of each class; it holds 3"):
         mined(tmp_path, rows, 5, None)
 
@@ -137,7 +137,7 @@ def test_an_empty_folder_names_the_command(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mining(tmp_path: Path) -> Path:
-    nearest_classes(ROWS, 3, folder=tmp_path)
+    mine_into(tmp_path, ROWS, 3)
     return tmp_path
 
 
@@ -177,7 +177,7 @@ def test_an_index_that_is_not_whole_is_refused(
     with pytest.raises(KDHooksError, match=said):
         mined(mining, ROWS, 3, None)
     with pytest.raises(KDHooksError, match=said):
-        nearest_classes(ROWS, 3, folder=mining)
+        mine_into(mining, ROWS, 3)
     assert (mining / "index.npy").read_bytes() == before
 
 
@@ -198,7 +198,7 @@ def test_an_index_of_another_length_is_refused_and_never_extended(
     with pytest.raises(
         KDHooksError, match=r"index\.npy' (can't be read|must have \d+ bytes; found)"
     ):
-        nearest_classes(ROWS, 3, folder=mining)
+        mine_into(mining, ROWS, 3)
     assert path.read_bytes() == before
 
 
@@ -216,7 +216,7 @@ def test_an_index_is_only_read_where_nothing_is_to_be_written(mining: Path) -> N
         ("[]", "must say classes, k, done, passed_over"),
         ('{"classes": 6, "k": 3, "done": -1, "passed_over": 0}', "must say classes, k, done"),
         ('{"classes": 6, "k": 3, "done": "6", "passed_over": 0}', "must say classes, k, done"),
-        ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "was mined with rows None, not"),
+        ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "must say rows, digests of them"),
     ],
 )
 def test_a_state_that_is_not_whole_is_refused(state: str, said: str, mining: Path) -> None:
@@ -230,16 +230,16 @@ def test_a_folder_that_can_not_hold_an_index_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KDHooksError, match="file' must be a folder that can be written; found 'Fi"):
-        nearest_classes(ROWS, 3, folder=tmp_path / "file")
+        mine_into(tmp_path / "file", ROWS, 3)
     (tmp_path / "index.npy").write_bytes(b"of something else")
     with pytest.raises(KDHooksError, match=r"index\.npy' is there without mining\.json; remove it"):
-        nearest_classes(ROWS, 3, folder=tmp_path)
+        mine_into(tmp_path, ROWS, 3)
     assert (tmp_path / "index.npy").read_bytes() == b"of something else"
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Disk(free=71))
     with pytest.raises(KDHooksError, match=r"no room for .*index\.npy', \(6, 3\) of int32"):
-        nearest_classes(ROWS, 3, folder=tmp_path / "full")
+        mine_into(tmp_path / "full", ROWS, 3)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Disk(free=72))
-    nearest_classes(ROWS, 3, folder=tmp_path / "full")
+    mine_into(tmp_path / "full", ROWS, 3)
 
 
 @pytest.mark.parametrize("max_sim", [float("nan"), 70.0, -1.1])

@@ -130,10 +130,7 @@ class ClassShard:
 
     def sum(self, values: Tensor) -> Tensor:
         """(…) -> (…): over all ranks."""
-        if self.group is None:
-            return values
-        summed: Tensor = _Sum.apply(values, self.group)  # type: ignore[no-untyped-call]  # torch's
-        return summed
+        return summed(values, self.group)
 
     def own(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """(b e), (b) -> (b): each sample's cosine with its own class, whichever rank holds it;
@@ -202,6 +199,14 @@ def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
         check(group)
     gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
     return gathered
+
+
+def summed(values: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """(…) -> (…): over all ranks, differentiable."""
+    if group is None:
+        return values
+    total: Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]  # torch's
+    return total
 
 
 def world() -> "dist.ProcessGroup | None":

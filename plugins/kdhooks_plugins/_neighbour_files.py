@@ -30,7 +30,15 @@ def read_state(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or state["done"] > state["classes"]:
         raise KDHooksError(f"neighbours: '{path}' must say {', '.join(_COUNTS)}; {_AGAIN}")
+    rows = state.get("rows")
+    if not (isinstance(rows, list) and all(isinstance(digest, str) for digest in rows)):
+        raise KDHooksError(f"neighbours: '{path}' must say rows, digests of them; {_AGAIN}")
     for name in [name for name in wanted if name not in ("done", "passed_over")]:
+        if name == "rows" and rows != wanted[name]:
+            raise KDHooksError(
+                f"neighbours: '{folder}' was mined with other rows than these; name another "
+                "folder, or mine again"
+            )
         if state.get(name) != wanted[name]:
             raise KDHooksError(
                 f"neighbours: '{folder}' was mined with {name} {state.get(name)}, not "
@@ -62,8 +70,13 @@ def made(folder: Path, state: Mapping[str, Any]) -> NDArray[np.int32]:
     return index
 
 
-def opened(folder: Path, state: Mapping[str, Any], mode: Literal["r", "r+"]) -> NDArray[np.int32]:
-    """The index in a folder, found to be whole before it is opened for writing."""
+def opened(
+    folder: Path, state: Mapping[str, Any], mode: Literal["r", "r+"], own: slice | None = None
+) -> NDArray[np.int32]:
+    """The index in a folder, found to be whole before it is opened for writing.
+
+    own: the classes whose numbers are checked; by default those that are done.
+    """
     path, shape = folder / INDEX, (state["classes"], state["k"])
     try:
         size = path.stat().st_size
@@ -83,8 +96,9 @@ def opened(folder: Path, state: Mapping[str, Any], mode: Literal["r", "r+"]) -> 
             f"neighbours: '{path}' must have {index.offset + index.nbytes} bytes; found {size}; "
             f"{_AGAIN}"
         )
-    for start in range(0, state["done"], _CHUNK):
-        _check_numbers(index[start : min(start + _CHUNK, state["done"])], start, len(index), path)
+    own = own or slice(0, state["done"])
+    for start in range(own.start, own.stop, _CHUNK):
+        _check_numbers(index[start : min(start + _CHUNK, own.stop)], start, len(index), path)
     whole_index: NDArray[np.int32] = np.load(path, mmap_mode=mode)
     return whole_index
 

@@ -10,11 +10,10 @@ It has the second with AdaFace's margin alone; how it enters the other two margi
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdhooks import (
     ClassifierShare,
@@ -26,7 +25,9 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import gather, world
+from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._sample_margins import MarginType, SampleMargins
@@ -37,30 +38,25 @@ _M = {"arcface": 0.45, "cosface": 0.35, "adaface": 0.4}
 _QUALITY = 0.333
 
 
-class AdaptiveCentres(nn.Module):
+class AdaptiveCentres(PerClass):
     """w_y <- α w_y + (1 - α) t, then cross-entropy of a margin softmax against w / ‖w‖."""
 
     centres: Tensor
 
     def __init__(self, margins: SampleMargins, scale: float = 64.0, weighted: bool = True) -> None:
-        super().__init__()
+        super().__init__(ClassSplit.whole(0), "adadistill")
         self.margins, self.scale, self.weighted = margins, scale, weighted
-        self.register_buffer("centres", torch.empty(0))  # (c e) from `prepare` on
-        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
-
-    def buffers_by_rank(self) -> set[str]:
-        """Each rank holds its own classes, or moves all of them by the batches of all ranks."""
-        return {"centres"}
 
     def prepare(self, classifier: ClassShard) -> None:
-        """The centres start at the teacher's rows."""
-        self.centres = F.normalize(classifier.weight.detach().clone())
+        """The centres start at the teacher's rows, and are split as these are."""
+        self.split = ClassSplit.of(classifier)
+        self.keep("centres", F.normalize(classifier.weight.detach()))
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor, classifier: ClassShard
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b), classifier -> ()."""
-        if not len(self.centres):
+        if not self.split.total:
             self.prepare(classifier)
         rows = replace(classifier, weight=self.centres)
         m, m2, q = self._margins(student, teacher, labels, rows)
@@ -100,13 +96,6 @@ class AdaptiveCentres(nn.Module):
         source = torch.where(mine, torch.arange(len(mine), device=mine.device), mine.int().argmax())
         self.centres[index[source]] = torch.where(mine.any(), moved, own)[source]
         return alpha.mean()
-
-
-def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """A fresh loss has no centres yet, and takes those of a checkpoint, however many."""
-    saved = state.get(f"{prefix}centres")
-    if saved is not None and not len(module.get_buffer("centres")):
-        module.centres = saved.new_empty(saved.shape, device=module.get_buffer("centres").device)
 
 
 class AdaDistill(Options):

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor, nn
 
 from kdhooks import (
@@ -29,8 +28,11 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks.classes.per_class import PerClass
+from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import gather, world
+from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._widths import projection
 from kdhooks_plugins.neighbours import mined, nearest_classes
@@ -38,17 +40,18 @@ from kdhooks_plugins.neighbours import mined, nearest_classes
 log = logging.getLogger("kdhooks")
 
 
-class MutualRelations(nn.Module):
+class MutualRelations(PerClass):
     """FCD + alpha · RAD over each sample's k mined relations."""
 
-    prototypes: Tensor
-    neighbours: Tensor
+    prototypes: Tensor  # (c e), unit rows
+    neighbours: Tensor  # (c k) int32, -1 where fewer are left
     student_bank: Tensor
     teacher_bank: Tensor
+    met: Tensor  # (c): whether the banks hold an embedding of the class
 
     def __init__(
         self,
-        prototypes: Tensor,
+        split: ClassSplit,
         neighbours: Tensor,
         *,
         alpha: Scheduled = 1.0,
@@ -57,20 +60,13 @@ class MutualRelations(nn.Module):
         bank_momentum: float | None = None,
         projector: nn.Module | None = None,
     ) -> None:
-        """prototypes (c e), unit rows; neighbours (c k) int32, -1 where fewer are left."""
-        super().__init__()
+        """The rows of `neighbours` are those of this rank's classes."""
+        super().__init__(split, "coupleface")
         self.alpha, self.q, self.two_sided = Varying(alpha), Varying(q), two_sided
         self.bank_momentum = bank_momentum
         self.projector = projector or nn.Identity()
-        self.register_buffer("prototypes", prototypes)
-        self.register_buffer("neighbours", neighbours)
-        if bank_momentum is not None:
-            self.register_buffer("student_bank", torch.zeros_like(prototypes))
-            self.register_buffer("teacher_bank", torch.zeros_like(prototypes))
-
-    def buffers_by_rank(self) -> set[str]:
-        """The tables are constant, and the banks are moved by the batches of all ranks."""
-        return {name for name, _ in self.named_buffers(recurse=False)}
+        # They follow from the prototypes, of which a checkpoint holds a digest.
+        self.register_buffer("neighbours", neighbours, persistent=False)
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor
@@ -80,44 +76,57 @@ class MutualRelations(nn.Module):
         fcd = (s - t).square().sum(dim=1).mean()
         rad, active = self._rad(s, t, labels)
         loss = fcd + self.alpha.now * rad
-        if self.training:
-            self._advance(s.detach(), t, labels)
+        if self.training and self.bank_momentum is not None:
+            self._advance(s, t, labels, self.bank_momentum)
         return loss, {"fcd": fcd, "rad": rad, "active": active}
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean hinge of the relations' excess, and the share of them that is active."""
-        index = self.neighbours[labels.clamp(min=0)].long()
-        valid = (index >= 0) & (labels >= 0)[:, None]
-        index = index.clamp(min=0)
-        ours, theirs = self.prototypes[index], self.prototypes[index]
-        if self.bank_momentum is not None:
-            ours, theirs = self.student_bank[index], self.teacher_bank[index]
-            valid = valid & (theirs != 0).any(dim=2)  # rows not met yet
-        ours, theirs = ours.to(s), theirs.to(s)
-        relation_s = einsum(s, ours, "b e, b k e -> b k")
-        relation_t = einsum(t, theirs, "b e, b k e -> b k")
-        excess = relation_s - relation_t
+        excess, valid = self._excess(s, t, labels)
         hinge = excess.abs() if self.two_sided else (excess + self.q.now).relu()
         count = valid.sum().clamp(min=1)
         active = ((hinge > 0) & valid).sum() / count
         return (hinge * valid).sum() / count, active
 
+    def _excess(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(b e), (b e), (b) -> (b k), (b k): R_s - R_t, and which of these relations exist.
+
+        A rank computes those of all ranks' samples with its own classes; their sum has all.
+        """
+        split, size = self.split, len(labels)
+        places, mine = split.places(split.of_all(labels))
+        near = split.sum((self.neighbours[places] + 1) * mine[:, None]) - 1
+        valid = split.own(near, size) >= 0
+        if self.bank_momentum is None:  # both sides' relations are to the same rows
+            part = relations(split.of_all(s - t), self.prototypes, near, split)
+            return split.own(split.sum(part), size), valid
+        ours = relations(split.of_all(s), self.student_bank, near, split, moving=True)
+        theirs = relations(split.of_all(t), self.teacher_bank, near, split, moving=True)
+        places, mine = split.places(near)
+        met = (self.met[places] & mine).to(s)
+        excess, met = split.own(split.sum(torch.stack([ours - theirs, met], dim=1)), size).unbind(1)
+        return excess, valid & (met > 0)
+
     @torch.no_grad()
-    def _advance(self, s: Tensor, t: Tensor, labels: Tensor) -> None:
-        if self.bank_momentum is None:
-            return
-        s, t, labels = gather(s, world()), gather(t, world()), gather(labels, world())
+    def _advance(self, s: Tensor, t: Tensor, labels: Tensor, momentum: float) -> None:
+        """By the batches of all ranks, also where each rank has all classes."""
+        group = self.split.group or world()
+        s, t, labels = gather(s, group), gather(t, group), gather(labels, group)
+        places, mine = self.split.places(labels)
         for bank, embedding in ((self.student_bank, s), (self.teacher_bank, t)):
-            _update(bank, embedding.to(bank), labels, self.bank_momentum)
+            _update(bank, embedding.to(bank), places, mine, momentum)
+        self.met.scatter_reduce_(0, places, mine, "amax")
 
 
-def _update(bank: Tensor, embedding: Tensor, labels: Tensor, momentum: float) -> None:
-    """(c e), (b e), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean)."""
-    known = labels >= 0
-    labels = torch.where(known, labels, labels.amax().clamp(min=0))  # nothing is added there
-    mean = F.normalize(class_sums(embedding.masked_fill(~known[:, None], 0), labels))
-    moved = F.normalize(momentum * bank[labels] + (1 - momentum) * mean)
-    bank[labels] = torch.where(known.any(), moved, bank[labels])
+def _update(bank: Tensor, embedding: Tensor, places: Tensor, mine: Tensor, momentum: float) -> None:
+    """(c e), (b e), (b), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean).
+
+    A sample that is not `mine` adds nothing: it repeats what is written for one that is.
+    """
+    places = torch.where(mine, places, places[mine.int().argmax()])
+    mean = F.normalize(class_sums(embedding.masked_fill(~mine[:, None], 0), places))
+    moved = F.normalize(momentum * bank[places] + (1 - momentum) * mean)
+    bank[places] = torch.where(mine.any(), moved, bank[places])
 
 
 class CoupleFace(Options):
@@ -181,16 +190,24 @@ class CoupleFace(Options):
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
         projector = projection("coupleface", student, teacher, self.projector)
-        rows = self._prototypes(teacher)
+        rows, bank = self._prototypes(teacher), self.relations == "bank"
+        split = teacher.tables.split(rows.total, learnt=bank)
         loss = MutualRelations(
-            F.normalize(rows.slice(0, rows.total)),
-            self._neighbours(rows),
+            split,
+            self._neighbours(rows, split),
             alpha=self.alpha,
             q=self.q,
             two_sided=self.two_sided,
-            bank_momentum=self.bank_momentum if self.relations == "bank" else None,
+            bank_momentum=self.bank_momentum if bank else None,
             projector=projector,
         )
+        if bank:
+            for side in ("student_bank", "teacher_bank"):
+                loss.keep(side, torch.zeros(len(split), rows.dim))
+            loss.keep("met", torch.zeros(len(split), dtype=torch.bool))
+        else:
+            own = rows.slice(split.start, split.stop)
+            loss.keep_frozen("prototypes", own, teacher.tables.frozen, unit=True)
         return EmbeddingTap("coupleface", loss, self.weight)
 
     def _prototypes(self, teacher: Model) -> Rows:
@@ -208,18 +225,20 @@ class CoupleFace(Options):
             )
         return rows
 
-    def _neighbours(self, rows: Rows) -> Tensor:
+    def _neighbours(self, rows: Rows, split: ClassSplit) -> Tensor:
+        """(c k) of this rank's classes."""
         others = rows.total - 1
         if others < 1:
             raise KDHooksError("coupleface needs at least two classes; found 1")
         if self.k > others:
             log.warning("coupleface: k = %d, but there are only %d other classes", self.k, others)
         k = min(self.k, others)
+        own = slice(split.start, split.stop)
         if self.neighbours is None:
-            found = nearest_classes(rows, k, self.max_neighbour_sim)
+            found = nearest_classes(rows, k, self.max_neighbour_sim, own=own)
         else:
-            found = mined(self.neighbours, rows, k, self.max_neighbour_sim)
-        if (found.index < 0).all():
+            found = mined(self.neighbours, rows, k, self.max_neighbour_sim, own)
+        if not split.on_any_rank(bool((found.index >= 0).any())):
             raise KDHooksError(
                 "coupleface: no class has a neighbour below max_neighbour_sim = "
                 f"{self.max_neighbour_sim}; raise it (about 0.7)"

@@ -29,11 +29,13 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import gather, world
+from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._widths import projection
 
 
-class SimilarityDistributions(nn.Module):
+class SimilarityDistributions(PerClass):
     """FCD / 2 + alpha · SDC over the pairs of each sample with its class in the banks."""
 
     nodes: Tensor
@@ -45,7 +47,7 @@ class SimilarityDistributions(nn.Module):
 
     def __init__(
         self,
-        classes: int,
+        split: ClassSplit,
         dim: int,
         *,
         alpha: Scheduled = 0.1,
@@ -55,27 +57,24 @@ class SimilarityDistributions(nn.Module):
         nodes: int = 101,
         projector: nn.Module | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(split, "icdface")
         self.alpha = Varying(alpha)
         self.slots, self.valid_steps, self.gamma = slots, valid_steps, gamma
         self.projector = projector or nn.Identity()
         self.register_buffer("nodes", torch.linspace(-1, 1, nodes), persistent=False)
-        self.register_buffer("student_bank", torch.zeros(classes, slots, dim))
-        self.register_buffer("teacher_bank", torch.zeros(classes, slots, dim))
-        self.register_buffer("written_at", torch.zeros(classes, slots, dtype=torch.long))
-        self.register_buffer("written", torch.zeros(classes, dtype=torch.long))
+        self.keep("student_bank", torch.zeros(len(split), slots, dim))
+        self.keep("teacher_bank", torch.zeros(len(split), slots, dim))
+        self.keep("written_at", torch.zeros(len(split), slots, dtype=torch.long))
+        self.keep("written", torch.zeros(len(split), dtype=torch.long))
         self.register_buffer("step", torch.ones((), dtype=torch.long))  # 0: never written
-
-    def buffers_by_rank(self) -> set[str]:
-        """The batches of all ranks fill the banks, so that they are equal."""
-        return {name for name, _ in self.named_buffers(recurse=False)}
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b) -> ()."""
         s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
-        s, t, labels = (gather(x, world()) for x in (s, t, labels))
+        group = self.split.group or world()  # also where each rank has all classes
+        s, t, labels = (gather(x, group) for x in (s, t, labels))
         fcd = (s - t).square().sum(dim=1).mean()
         sdc, pairs = self._sdc(s, t, labels)
         if self.training:
@@ -84,11 +83,14 @@ class SimilarityDistributions(nn.Module):
 
     def _sdc(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """KL(teacher ‖ student) of the similarities of positive pairs, and the number of pairs."""
-        own = labels.clamp(min=0)
-        age = self.step - self.written_at[own]
-        valid = (labels >= 0)[:, None] & (self.written_at[own] > 0) & (age <= self.valid_steps)
-        ours = einsum(s, self.student_bank[own].to(s), "b e, b k e -> b k")
-        theirs = einsum(t, self.teacher_bank[own].to(t), "b e, b k e -> b k")
+        own, mine = self.split.places(labels)
+        written = self.written_at[own] * mine[:, None]
+        valid = (written > 0) & (self.step - written <= self.valid_steps)
+        ours = einsum(s, self.student_bank[own].to(s), "b e, b k e -> b k") * mine[:, None]
+        theirs = einsum(t, self.teacher_bank[own].to(t), "b e, b k e -> b k") * mine[:, None]
+        # A class is one rank's, whose part is the sum.
+        ours, theirs, valid = self.split.sum(torch.stack([ours, theirs, valid.to(s)])).unbind()
+        valid = valid > 0
         q = log_histogram(ours[..., None], valid[..., None], self.nodes, self.gamma)
         p = log_histogram(theirs[..., None], valid[..., None], self.nodes, self.gamma)
         return (p.exp() * (p - q)).sum(), valid.sum()
@@ -96,8 +98,8 @@ class SimilarityDistributions(nn.Module):
     @torch.no_grad()
     def _fill(self, s: Tensor, t: Tensor, labels: Tensor) -> None:
         """Each sample takes the oldest slot of its class."""
-        row, slot, sample = places(labels, self.written, self.slots)
-        known = labels >= 0
+        own, known = self.split.places(labels)
+        row, slot, sample = places(own.masked_fill(~known, -1), self.written, self.slots)
         some = known.any()
         for bank, new in (
             (self.student_bank, s.to(self.student_bank)),
@@ -106,7 +108,7 @@ class SimilarityDistributions(nn.Module):
         ):
             kept = bank[row, slot]
             bank[row, slot] = torch.where(some, new[sample], kept)
-        self.written.index_add_(0, labels.clamp(min=0), known.long())
+        self.written.index_add_(0, own, known.long())
         self.step += 1
 
 
@@ -192,7 +194,7 @@ class ICDFace(Options):
                 "made with kdhooks.class_means"
             )
         loss = SimilarityDistributions(
-            teacher.classifier.total,
+            teacher.tables.split(teacher.classifier.total, learnt=True),
             teacher.embedding_dim,
             alpha=self.alpha,
             slots=self.slots,

@@ -3,7 +3,7 @@
     python -m kdhooks_plugins.neighbours rows.pt --k 100 --out neighbours
 
 Then `{ name = "coupleface", neighbours = "neighbours" }`. The folder holds what is done so far, so
-a run that was stopped goes on from there; and a digest of the rows, so that it serves no others.
+a run that was stopped goes on from there; and digests of the rows, so that it serves no others.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks import KDHooksError
@@ -27,6 +27,7 @@ from kdhooks_plugins._neighbour_files import STATE, keep, made, opened, read_sta
 
 ROWS = 1024  # classes at a time
 COLUMNS = 65536  # against so many others
+BLOCK = 8192  # classes that one digest in the folder is of
 
 Progress: TypeAlias = Callable[[Sequence[int]], Iterable[int]]
 """What to wrap around the chunks: tqdm, for one."""
@@ -43,32 +44,56 @@ def nearest_classes(
     k: int,
     max_sim: float | None = None,
     *,
-    folder: str | Path | None = None,
+    own: slice | None = None,
     device: torch.device | str = "cpu",
     chunk: tuple[int, int] = (ROWS, COLUMNS),
     progress: Progress = list,
 ) -> Mined:
-    """Each class's k nearest others by cosine; the device holds all rows meanwhile.
+    """The k nearest others of some classes by cosine; by default of all.
 
     Classes closer than max_sim count as the same person under two labels: they are passed over.
-    folder: keep the index there, and go on with what it holds already.
+    The device holds the rows of `own`, and so many others at a time.
     """
-    if type(k) is not int or not 1 <= k < rows.total:
-        raise KDHooksError(
-            f"neighbours: k must lie between 1 and {rows.total - 1}, the other classes; found {k}"
-        )
-    if max_sim is not None and not -1 <= max_sim <= 1:
-        raise KDHooksError(
-            f"neighbours: max_sim is a cosine, from -1 to 1, about 0.7; found {max_sim}"
-        )
-    key = {"rows": digest(rows), "classes": rows.total, "k": k, "max_sim": max_sim}
+    _check(rows, k, max_sim)
+    own = own or slice(0, rows.total)
+    unit = F.normalize(rows.slice(own.start, own.stop)).to(device)
+    best, index, close = Nearest.none_of(unit, k)
+    for start in progress(range(0, rows.total, chunk[1])):
+        others = F.normalize(rows.slice(start, min(start + chunk[1], rows.total))).to(unit)
+        for first in range(0, len(unit), chunk[0]):
+            part = slice(first, first + chunk[0])
+            found = merged(
+                Nearest(best[part], index[part], close[part]),
+                (unit[part], own.start + first),
+                (others, start),
+                max_sim,
+            )
+            best[part], index[part], close[part] = found
+    index.masked_fill_(best == -torch.inf, -1)
+    return Mined(index.cpu(), int(close.sum()))
+
+
+def mine_into(
+    folder: str | Path,
+    rows: Rows,
+    k: int,
+    max_sim: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    chunk: tuple[int, int] = (ROWS, COLUMNS),
+    progress: Progress = list,
+) -> Mined:
+    """The same of all classes in a folder, which goes on with what it holds already.
+
+    The device holds all rows meanwhile.
+    """
+    _check(rows, k, max_sim)
+    folder = user_path(folder, "neighbours")
+    key = {"rows": digests(rows), "classes": rows.total, "k": k, "max_sim": max_sim}
     state: dict[str, Any] = {**key, "done": 0, "passed_over": 0}
-    index: NDArray[np.int32] = np.full((rows.total, k), -1, dtype=np.int32)
-    if folder is not None:
-        folder = user_path(folder, "neighbours")
-        known = read_state(folder, state)
-        index = opened(folder, known, "r+") if known else made(folder, state)
-        state = known or state
+    known = read_state(folder, state)
+    index = opened(folder, known, "r+") if known else made(folder, state)
+    state = known or state
     left = range(state["done"], rows.total, chunk[0])
     unit = torch.empty(rows.total if left else 0, rows.dim, device=device)
     if left:
@@ -77,17 +102,21 @@ def nearest_classes(
     for start in progress(left):
         stop = min(start + chunk[0], rows.total)
         found, close = nearest_of(unit, slice(start, stop), k, max_sim, chunk[1])
-        index[start:stop] = found.to("cpu", torch.int32).numpy()
+        index[start:stop] = found.cpu().numpy()
         state.update(done=stop, passed_over=state["passed_over"] + close)
-        if folder is not None:
-            keep(folder, index, state)
+        keep(folder, index, state)
     return Mined(torch.from_numpy(np.array(index)), state["passed_over"])
 
 
-def mined(folder: str | Path, rows: Rows, k: int, max_sim: float | None) -> Mined:
-    """What a folder holds, if it is complete and of these rows; its own k may be larger."""
-    folder = user_path(folder, "neighbours")
-    state = read_state(folder, {"rows": digest(rows), "classes": rows.total, "max_sim": max_sim})
+def mined(
+    folder: str | Path, rows: Rows, k: int, max_sim: float | None, own: slice | None = None
+) -> Mined:
+    """What a complete folder of these rows holds of some classes, by default of all.
+
+    Its own k may be larger.
+    """
+    folder, own = user_path(folder, "neighbours"), own or slice(0, rows.total)
+    state = read_state(folder, {"classes": rows.total, "max_sim": max_sim})
     if state is None:
         raise KDHooksError(
             f"neighbours: '{folder}' holds no {STATE}; make it with "
@@ -98,37 +127,80 @@ def mined(folder: str | Path, rows: Rows, k: int, max_sim: float | None) -> Mine
             f"neighbours: '{folder}' must hold {k} of each class; it holds {state['k']} of "
             f"{state['done']} among {state['classes']} classes; run the mining to its end"
         )
-    index = opened(folder, state, "r")
-    return Mined(torch.from_numpy(np.array(index[:, :k])), state["passed_over"])
+    blocks = slice(own.start // BLOCK, -(-own.stop // BLOCK))
+    if digests(rows, blocks) != state["rows"][blocks]:
+        raise KDHooksError(
+            f"neighbours: '{folder}' was mined with other rows than these; name another folder, or "
+            "mine again"
+        )
+    index = opened(folder, state, "r", own)
+    return Mined(torch.from_numpy(np.array(index[own, :k])), state["passed_over"])
 
 
-def digest(rows: Rows) -> str:
-    """SHA-256 of all rows, as they are stored."""
-    found = hashlib.sha256()
-    for start in range(0, rows.total, COLUMNS):
-        found.update(rows.slice(start, min(start + COLUMNS, rows.total)).numpy().data)
-    return found.hexdigest()
+def digests(rows: Rows, blocks: slice | None = None) -> list[str]:
+    """Of each block of rows, as they are stored."""
+    blocks = blocks or slice(0, -(-rows.total // BLOCK))
+    found = []
+    for start in range(blocks.start * BLOCK, min(blocks.stop * BLOCK, rows.total), BLOCK):
+        part = rows.slice(start, min(start + BLOCK, rows.total))
+        found.append(hashlib.sha256(part.numpy().data).hexdigest()[:16])
+    return found
 
 
 def nearest_of(
     unit: Tensor, own: slice, k: int, max_sim: float | None = None, columns: int = COLUMNS
 ) -> tuple[Tensor, int]:
     """(c e) -> the index (own k) of some classes, and how many of them have one too close."""
-    number = torch.arange(len(unit), device=unit.device)
-    rows, itself = unit[own], number[own, None]
-    best = rows.new_full((len(rows), k), -torch.inf)
-    index = torch.full_like(best, -1, dtype=torch.long)
-    close = torch.zeros(len(rows), dtype=torch.bool, device=unit.device)
-    for others, numbers in zip(unit.split(columns), number.split(columns), strict=True):
-        cosine = rows @ others.T
-        cosine.masked_fill_(numbers == itself, -torch.inf)
-        if max_sim is not None:
-            close |= (cosine > max_sim).any(dim=1)
-            cosine.masked_fill_(cosine > max_sim, -torch.inf)
-        found, place = cosine.topk(min(k, len(others)), dim=1)
-        best, kept = torch.cat([best, found], dim=1).topk(k, dim=1)
-        index = torch.cat([index, numbers[place]], dim=1).gather(1, kept)
-    return index.masked_fill_(best == -torch.inf, -1), int(close.sum())
+    found = Nearest.none_of(unit[own], k)
+    for start, others in zip(range(0, len(unit), columns), unit.split(columns), strict=True):
+        found = merged(found, (unit[own], own.start), (others, start), max_sim)
+    return found.classes.masked_fill(found.best == -torch.inf, -1), int(found.close.sum())
+
+
+class Nearest(NamedTuple):
+    """The k nearest of r classes so far."""
+
+    best: Tensor  # (r k), cosines, largest first
+    classes: Tensor  # (r k) int32
+    close: Tensor  # (r): whether another class is closer than max_sim
+
+    @classmethod
+    def none_of(cls, unit: Tensor, k: int) -> "Nearest":
+        best = unit.new_full((len(unit), k), -torch.inf)
+        close = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+        return cls(best, torch.full_like(best, -1, dtype=torch.int32), close)
+
+
+def merged(
+    found: Nearest, own: tuple[Tensor, int], others: tuple[Tensor, int], max_sim: float | None
+) -> Nearest:
+    """With others (c e) among them. own (r e), others: unit rows, and the class of the first."""
+    (ours, first), (theirs, offset) = own, others
+    numbers = torch.arange(offset, offset + len(theirs), device=ours.device, dtype=torch.int32)
+    itself = torch.arange(first, first + len(ours), device=ours.device)[:, None]
+    cosine = ours @ theirs.T
+    cosine.masked_fill_(numbers == itself, -torch.inf)
+    close = found.close
+    if max_sim is not None:
+        near = cosine > max_sim
+        close = close | near.any(dim=1)
+        cosine.masked_fill_(near, -torch.inf)
+    k = found.best.shape[1]
+    value, place = cosine.topk(min(k, len(theirs)), dim=1)
+    best, kept = torch.cat([found.best, value], dim=1).topk(k, dim=1)
+    index = torch.cat([found.classes, numbers[place]], dim=1).gather(1, kept)
+    return Nearest(best, index, close)
+
+
+def _check(rows: Rows, k: int, max_sim: float | None) -> None:
+    if type(k) is not int or not 1 <= k < rows.total:
+        raise KDHooksError(
+            f"neighbours: k must lie between 1 and {rows.total - 1}, the other classes; found {k}"
+        )
+    if max_sim is not None and not -1 <= max_sim <= 1:
+        raise KDHooksError(
+            f"neighbours: max_sim is a cosine, from -1 to 1, about 0.7; found {max_sim}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,11 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(argv)
         rows = Rows.open(options.rows)
-        found = nearest_classes(
+        found = mine_into(
+            options.out,
             rows,
             options.k,
             options.max_sim,
-            folder=options.out,
             device=options.device,
             progress=_bar,
         )

@@ -48,7 +48,10 @@ class Attachment:
         recipe = settings.recipe
         self.path, student = find_student(module, settings.student, recipe)
         self.distiller: Distiller = build(
-            recipe, student, head=classifier_rows(module, settings.classifier)
+            recipe,
+            student,
+            head=classifier_rows(module, settings.classifier),
+            learnt_whole=True,  # the Trainer saves the state of rank 0
         )
         self.student = student
         self._module, self._settings = module, settings

@@ -53,6 +53,7 @@ class Distillation(nn.Module):
                 recipe,
                 student,
                 head=head,
+                learnt_whole=True,  # the Runner saves the state of rank 0
                 plugins=[Conventions()],
                 run_student=lambda images: self._run(student, images),
             )

@@ -1,0 +1,153 @@
+"""Modules that keep a row for each class: of the rank's own classes, and in checkpoints."""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdhooks.classes.splits import ClassSplit
+from kdhooks.errors import KDHooksError
+
+_LARGEST = 2**63  # an int64 is less
+
+
+class PerClass(nn.Module):
+    """A loss, or another module, with tables that have a row for each class of `split`.
+
+    A checkpoint holds this rank's rows of the tables that training changes. Of those that stay as
+    they are it holds a digest, and loading it compares that.
+    """
+
+    def __init__(self, split: ClassSplit, owner: str) -> None:
+        """owner: starts each error."""
+        super().__init__()
+        self.split, self._owner = split, owner
+        self._learnt: list[str] = []
+        self._digests: dict[str, int] = {}  # by name; see `share_digests`
+        self.register_load_state_dict_pre_hook(_fit)  # type: ignore[no-untyped-call]
+
+    def keep(self, name: str, rows: Tensor) -> None:
+        """A table (c …) that training changes; the rows here are those of this rank's classes."""
+        self._learnt.append(name)
+        self.register_buffer(name, rows)
+
+    def keep_frozen(
+        self, name: str, rows: Tensor, dtype: torch.dtype | None = None, *, unit: bool = False
+    ) -> None:
+        """A table (c e) that stays as it is. unit: keep its rows at unit length.
+
+        dtype: of the rows that are kept; by default their own, and later that of the losses.
+        """
+        # Of the rows as they were read: rounding differs from processor to processor.
+        self._digests[name] = digest(rows, self.split.start)
+        if unit:
+            rows = rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        self.register_buffer(name, rows if dtype is None else rows.to(dtype), persistent=False)
+
+    def buffers_by_rank(self) -> set[str]:
+        """The batches of all ranks move these rows, and those of one class are equal on all ranks
+        that have them.
+        """
+        return {*self._learnt, *self._digests}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PerClass":
+        """A conversion of the losses leaves frozen rows in float16."""
+        half = [name for name in self._digests if getattr(self, name).dtype == torch.float16]
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for name in half:
+            setattr(self, name, getattr(self, name).half())
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        split = self.split
+        return torch.tensor([split.start, split.stop, split.total, *self._digests.values()])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """`_fit` has compared it with this module already."""
+
+
+def digest(rows: Tensor, start: int) -> int:
+    """(c e), the first one's class -> a number, the sum of those of its parts."""
+    found = 0
+    for number, row in enumerate(rows.contiguous().numpy(), start):
+        hashed = hashlib.blake2b(row.data, digest_size=8, salt=number.to_bytes(8, "little"))
+        found += int.from_bytes(hashed.digest(), "little")
+    return found % _LARGEST
+
+
+def share_digests(module: nn.Module) -> None:
+    """Make the digest of each split table that of all ranks' rows; all ranks call this once."""
+    split = [m for m in module.modules() if isinstance(m, PerClass) and m.split.group is not None]
+    if not split:
+        return
+    of_ranks: list[list[dict[str, int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, [one._digests for one in split])
+    for one, parts in zip(split, zip(*of_ranks, strict=True), strict=True):
+        one._digests = {name: sum(part[name] for part in parts) % _LARGEST for name in one._digests}
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether a rank holds a part of the classes alone."""
+    return any(isinstance(m, PerClass) and m.split.group is not None for m in module.modules())
+
+
+def whole_tables(module: nn.Module) -> dict[str, Tensor]:
+    """What a state dict holds of split tables, of all classes; all ranks call this together."""
+    found: dict[str, Tensor] = {}
+    for prefix, one in module.named_modules():
+        if isinstance(one, PerClass) and (group := one.split.group) is not None:
+            start = f"{prefix}." if prefix else ""
+            for name in one._learnt:
+                found[f"{start}{name}"] = _whole(getattr(one, name), one.split, group)
+            state = one.get_extra_state()
+            state[:2] = torch.tensor([0, one.split.total])
+            found[f"{start}_extra_state"] = state
+    return found
+
+
+def _whole(rows: Tensor, split: ClassSplit, group: dist.ProcessGroup) -> Tensor:
+    """(c …) of this rank -> (c …) of all, on the processor; a rank's rows at a time."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(split)], device=rows.device), group)
+    parts = []
+    for rank, size in enumerate(sizes):
+        part = (
+            rows.contiguous()
+            if rank == group.rank()
+            else rows.new_empty(int(size), *rows.shape[1:])
+        )
+        dist.broadcast(part, dist.get_global_rank(group, rank), group)
+        parts.append(part.cpu())
+    return torch.cat(parts)
+
+
+def _fit(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """A hook: take the rows of this rank's classes out of a state, and compare the digests."""
+    assert isinstance(module, PerClass)
+    saved = state.get(f"{prefix}_extra_state")
+    if saved is None:
+        return  # load_state_dict says so, if it is strict
+    own, owner = module.split, module._owner
+    start, stop, total, *digests = (int(number) for number in saved)
+    if total != own.total:
+        raise KDHooksError(
+            f"{owner}: this state was saved with {total} classes, and there are {own.total}; "
+            "resume with the classes that it was trained on"
+        )
+    ours = list(module._digests.values())
+    if digests != ours:
+        raise KDHooksError(
+            f"{owner}: the teacher's class rows must be those of the run that is resumed; found "
+            "others; name the same file, or start a new run"
+        )
+    if not start <= own.start <= own.stop <= stop and module._learnt:
+        raise KDHooksError(
+            f"{owner}: this state holds the classes {start} to {stop - 1}, and this rank has those "
+            f"from {own.start} to {own.stop - 1}; resume with as many ranks as before, each from "
+            "its own state, or save kd.whole_state_dict(), which any number of ranks can load"
+        )
+    for name in module._learnt:
+        if (rows := state.get(f"{prefix}{name}")) is not None:
+            state[f"{prefix}{name}"] = rows[own.start - start : own.stop - start]

@@ -1,0 +1,104 @@
+"""Which rank knows which classes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdhooks.classes.shards import ClassShard, gather, summed, world
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """This rank's classes, from `start` to before `stop`; `group` has the ranks of the others.
+
+    Without a group this rank has all classes.
+    """
+
+    start: int
+    stop: int
+    total: int
+    group: "dist.ProcessGroup | None" = None
+
+    @classmethod
+    def whole(cls, total: int) -> "ClassSplit":
+        return cls(0, total, total)
+
+    @classmethod
+    def of(cls, shard: ClassShard) -> "ClassSplit":
+        """The classes whose rows a shard has."""
+        return cls(shard.offset, shard.offset + len(shard.weight), shard.total, shard.group)
+
+    @classmethod
+    def even(cls, total: int, group: "dist.ProcessGroup | None") -> "ClassSplit":
+        """As arcface_torch splits its classes: the first ranks have one more.
+
+        Fewer classes than ranks are not split.
+        """
+        if group is None or total < dist.get_world_size(group):
+            return cls.whole(total)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        share, more = divmod(total, size)
+        start = rank * share + min(rank, more)
+        return cls(start, start + share + (rank < more), total, group)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def shard(self, rows: Tensor) -> ClassShard:
+        """This rank's rows (c e) as a part of all."""
+        return ClassShard(rows, self.start, self.total, self.group)
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """(b …) -> (w·b …): the batches of the ranks that share the classes, differentiable."""
+        return gather(x, self.group)
+
+    def own(self, x: Tensor, size: int) -> Tensor:
+        """(w·b …) -> (b …): of the batches of these ranks, this rank's, of `size` samples."""
+        if self.group is None:
+            return x
+        rank = dist.get_rank(self.group)
+        return x[rank * size : (rank + 1) * size]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(…) -> (…): over the ranks that share the classes, differentiable."""
+        return summed(values, self.group)
+
+    def places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(…) -> (…), (…): the row here of each class, and whether it is one of this rank's."""
+        mine = (labels >= self.start) & (labels < self.stop)
+        return (labels - self.start).clamp(0, len(self) - 1), mine
+
+    def on_any_rank(self, found: bool) -> bool:
+        """Whether it is so on a rank that shares the classes; all ranks ask this together."""
+        if self.group is None:
+            return found
+        of_ranks: list[bool] = [False] * dist.get_world_size(self.group)
+        dist.all_gather_object(of_ranks, found, self.group)
+        return any(of_ranks)
+
+
+@dataclass(frozen=True)
+class ClassTables:
+    """How the methods of a run keep what they know of each class."""
+
+    head: ClassShard | None = None  # the student's own classifier
+    sharded: bool = True
+    learnt_whole: bool = False  # for a host that saves the state of one rank alone
+    frozen: torch.dtype = torch.float32  # of rows that stay as they are
+
+    def split(self, total: int, *, learnt: bool = False) -> ClassSplit:
+        """Of so many classes. learnt: whether what is kept of them changes in the training.
+
+        As the student's own classifier is split, or else evenly over all ranks.
+        """
+        if not self.sharded or (learnt and self.learnt_whole):
+            return ClassSplit.whole(total)
+        if self.head is not None and self.head.group is not None and self.head.total == total:
+            return self.beside_head(total)
+        return ClassSplit.even(total, world())
+
+    def beside_head(self, total: int) -> ClassSplit:
+        """As the student's own classifier has them, for scores that are compared with its own."""
+        return ClassSplit.whole(total) if self.head is None else ClassSplit.of(self.head)

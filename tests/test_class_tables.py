@@ -1,0 +1,283 @@
+"""Tables with a row for each class: split over ranks they teach what whole ones teach."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kdhooks import Distiller, KDHooksError, Teacher
+from kdhooks.classes.per_class import digest, is_split
+from kdhooks.classes.splits import ClassSplit, ClassTables
+from tests.maps import normal
+from tests.ranks import Results, here, mine, on_ranks
+
+CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
+METHODS: dict[str, dict[str, Any]] = {
+    "static": {"name": "coupleface", "k": 3},
+    "two-sided": {"name": "coupleface", "k": 3, "two_sided": True, "projector": True},
+    "near": {"name": "coupleface", "k": 3, "max_neighbour_sim": 0.3},
+    "bank": {"name": "coupleface", "k": 3, "relations": "bank"},
+    "averaged": {"name": "coupleface", "k": 6, "relations": "bank", "bank_momentum": 0.6},
+    "icdface": {"name": "icdface", "slots": 2, "projector": True},
+    "adadistill": {"name": "adadistill", "scale": 8.0},
+    "quality": {"name": "adadistill", "scale": 8.0, "margin_type": "adaface", "geometry": 3.0},
+    "proxylesskd": {"name": "proxylesskd", "head": "own", "scale": 8.0},
+    "thkd": {"name": "thkd", "scale": 8.0},
+}
+# Of the labelled samples of all ranks if the rows are split, and of each rank's if they are not.
+OF_ALL = ("adadistill", "quality", "proxylesskd", "thkd")
+
+
+class Student(nn.Module):
+    """(b 3 2 2) -> (b 4), in float64 and without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 4).double()
+        with torch.no_grad():
+            self.fc.weight.copy_(normal(1, 4, 12))
+            self.fc.bias.copy_(normal(2, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.fc(images.flatten(1))
+        return found
+
+
+def teach(images: Tensor) -> Tensor:
+    return (images.flatten(1) @ normal(3, 12, 4).to(images)).tanh()
+
+
+def patterns() -> Tensor:
+    return normal(4, CLASSES, 3, 2, 2)
+
+
+def rows() -> Tensor:
+    return teach(patterns()).float()
+
+
+def images_of(step: int, labels: Tensor) -> Tensor:
+    """Near those of their class, so that the teacher knows them."""
+    return patterns()[labels] + 0.2 * normal(20 + step, BATCH, 3, 2, 2)
+
+
+def labels_of(step: int, lowest: int = -1) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(lowest, CLASSES, (BATCH,), generator=generator)
+
+
+def distiller(student: Student, method: dict[str, Any], **options: Any) -> Distiller:
+    teacher = Teacher(teach, classifier=options.pop("rows", rows()))
+    return Distiller(student, teacher, [method], input_shape=(3, 2, 2), **options)
+
+
+def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> list[Tensor]:
+    """The losses of some optimizer steps, of two batches each."""
+    kd.accumulation = ACCUMULATED
+    groups = [{"params": list(student.parameters())}, *kd.parameter_groups(0.0)]
+    optimizer, losses = torch.optim.SGD(groups, lr=0.1), []
+    for step in steps:
+        optimizer.zero_grad()
+        for part in range(ACCUMULATED):
+            number = ACCUMULATED * step + part
+            labels = labels_of(number, lowest)
+            images = mine(images_of(number, labels))
+            student(images)
+            loss = sum(kd(images, mine(labels)).values()) / ACCUMULATED
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            losses.append(loss.detach())
+        _average(student)
+        optimizer.step()
+    return losses
+
+
+def _average(student: nn.Module) -> None:
+    """As DistributedDataParallel does; the distiller averages those of its losses."""
+    if dist.is_initialized():
+        for parameter in student.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results:
+    student = Student()
+    with distiller(student, method, **options) as kd:
+        losses = train(student, kd, range(STEPS), lowest)
+        state = {name: t.clone() for name, t in kd.whole_state_dict().items()}
+        return {
+            "losses": torch.stack(losses),
+            "student": student.state_dict(),
+            "state": state,
+            "split": is_split(kd),
+            "bytes": sum(b.nbytes for b in kd.buffers()),
+        }
+
+
+# --- several ranks -----------------------------------------------------------------------------
+
+
+def resumed(method: dict[str, Any], folder: str) -> Results:
+    """From each rank's own state, after a stop, against the straight run."""
+    rank, size = here()
+    student = Student()
+    with distiller(student, method) as kd:
+        train(student, kd, range(STEPS))
+        saved = {"student": student.state_dict(), "kd": kd.state_dict()}
+        torch.save(saved, f"{folder}/{size}_{rank}.pt")
+        torch.save(kd.whole_state_dict(), f"{folder}/{size}_whole.pt")
+        straight = train(student, kd, range(STEPS, 2 * STEPS))
+    again = Student()
+    loaded = torch.load(f"{folder}/{size}_{rank}.pt", weights_only=True)
+    again.load_state_dict(loaded["student"])
+    with distiller(again, method) as kd:
+        kd.load_state_dict(loaded["kd"])
+        gone_on = train(again, kd, range(STEPS, 2 * STEPS))
+    return {"straight": torch.stack(straight), "resumed": torch.stack(gone_on)}
+
+
+def scenarios(folder: str) -> dict[str, Results]:
+    found: dict[str, Results] = {}
+    for name, method in METHODS.items():
+        found[name] = outcome(method)
+        found[f"{name}, whole"] = outcome(method, sharded=False)
+        found[f"{name}, labelled"] = outcome(method, lowest=0)
+    for name in ("averaged", "icdface", "adadistill"):
+        found[f"{name}, resumed"] = resumed(METHODS[name], folder)
+    found["learnt whole"] = outcome(METHODS["bank"], learnt_whole=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_sizes(tmp_path_factory: Any) -> tuple[dict[int, Any], Path]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    return on_ranks([2, 3, 4], partial(scenarios, str(folder)), folder), folder
+
+
+@pytest.fixture(params=[2, 3, 4])
+def ranks(request: pytest.FixtureRequest, of_sizes: Any) -> tuple[list[Any], Path]:
+    found, folder = of_sizes
+    return found[request.param], folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
+    """Values, gradients and state; some samples have no label, and the split is uneven."""
+    found, _ = ranks
+    for of_rank in found:
+        split, whole = of_rank[name], of_rank[f"{name}, whole"]
+        if name in OF_ALL:
+            whole = outcome(METHODS[name])
+        assert split["split"]
+        assert not whole["split"]
+        assert split["bytes"] < whole["bytes"]
+        assert_close(split["student"], whole["student"], rtol=1e-9, atol=1e-12)
+        assert_close(split["state"], whole["state"], rtol=1e-5, atol=1e-6)
+
+
+# The others take the mean over the relations of each rank's samples, of which some have fewer.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "near"])
+def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
+    """The factor of the gradients is 1."""
+    found, _ = ranks
+    alone = outcome(METHODS[name], lowest=0)
+    losses = torch.stack([of_rank[f"{name}, labelled"]["losses"] for of_rank in found])
+    assert_close(losses.mean(dim=0), alone["losses"], rtol=1e-6, atol=1e-9)
+    for of_rank in found:
+        assert_close(of_rank[f"{name}, labelled"]["student"], alone["student"])
+        assert_close(of_rank[f"{name}, labelled"]["state"], alone["state"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["averaged", "icdface", "adadistill"])
+def test_each_rank_goes_on_from_its_own_state_to_the_last_bit(ranks: Any, name: str) -> None:
+    found, _ = ranks
+    for of_rank in found:
+        straight, again = of_rank[f"{name}, resumed"].values()
+        assert torch.equal(straight, again)
+
+
+def test_a_host_that_saves_one_rank_keeps_learnt_tables_whole(ranks: Any) -> None:
+    found, _ = ranks
+    for of_rank in found:
+        assert not of_rank["learnt whole"]["split"]
+        assert_close(of_rank["learnt whole"]["student"], of_rank["bank"]["student"])
+
+
+def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:
+    found, folder = ranks
+    with distiller(Student(), METHODS["adadistill"]) as kd:
+        kd.load_state_dict(torch.load(folder / f"{len(found)}_whole.pt", weights_only=True))
+        assert kd.step == STEPS * ACCUMULATED
+
+
+def test_a_part_of_the_state_is_refused_by_another_number_of_ranks(ranks: Any) -> None:
+    found, folder = ranks
+    state = torch.load(folder / f"{len(found)}_0.pt", weights_only=True)["kd"]
+    with (
+        distiller(Student(), METHODS["adadistill"]) as kd,
+        pytest.raises(KDHooksError, match=r"holds the classes 0 to \d, and this rank has thos"),
+    ):
+        kd.load_state_dict(state)
+
+
+# --- one rank ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["static", "proxylesskd"])
+def test_a_checkpoint_holds_a_digest_of_frozen_rows(name: str) -> None:
+    with distiller(Student(), METHODS[name]) as kd:
+        state = kd.state_dict()
+        assert sum(tensor.nbytes for tensor in state.values()) < rows().nbytes
+        kd.load_state_dict(state)
+    others = rows().flip(0)
+    with (
+        distiller(Student(), METHODS[name], rows=others) as kd,
+        pytest.raises(KDHooksError, match="class rows must be those of the run that is resum"),
+    ):
+        kd.load_state_dict(state)
+
+
+def test_other_classes_are_refused() -> None:
+    with distiller(Student(), METHODS["bank"]) as kd:
+        state = kd.state_dict()
+    with (
+        distiller(Student(), METHODS["bank"], rows=rows()[:5]) as kd,
+        pytest.raises(KDHooksError, match="saved with 7 classes, and there are 5; resume with"),
+    ):
+        kd.load_state_dict(state)
+
+
+def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
+    for name in ("static", "proxylesskd", "thkd", "adadistill"):
+        student, precise = Student(), outcome(METHODS[name])
+        with distiller(student, METHODS[name], table_dtype="float16") as kd:
+            losses = torch.stack(train(student, kd, range(STEPS)))
+            frozen = [b for b in kd.buffers() if b.dtype == torch.float16]
+            assert [len(one) for one in frozen] == [CLASSES]
+            kd.load_state_dict(kd.state_dict())
+        # Centres only start at the rows, before these are rounded.
+        assert torch.equal(losses, precise["losses"]) == (name == "adadistill")
+        assert_close(losses, precise["losses"], rtol=2e-3, atol=2e-3)
+
+
+def test_the_digest_of_a_table_is_the_sum_of_those_of_its_parts() -> None:
+    table = rows()
+    parts = digest(table[:3], 0) + digest(table[3:], 3)
+    assert digest(table, 0) == parts % 2**63
+    assert digest(table, 1) != digest(table, 0)
+    assert digest(table.flip(0), 0) != digest(table, 0)
+
+
+def test_one_process_has_all_classes() -> None:
+    assert ClassTables().split(5) == ClassSplit.whole(5) == ClassSplit(0, 5, 5)
+    split = ClassSplit(2, 5, 9)
+    places, mine_ = split.places(torch.tensor([-1, 1, 2, 4, 5]))
+    assert mine_.tolist() == [False, False, True, True, False]
+    assert places[mine_].tolist() == [0, 2]
+    assert places.amin() >= 0
+    assert places.amax() < len(split)
