@@ -203,7 +203,7 @@ class Distiller(nn.Module):
             stages = chosen_stages(points, teacher_stages, "teacher")
             theirs = probe_teachers(taught_by, stages, images, points)
             tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
-            theirs = replace(theirs, tables=tables)
+            theirs, self._tables = replace(theirs, tables=tables), tables
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
@@ -342,12 +342,20 @@ class Distiller(nn.Module):
         if output.embedding.dtype != self._dtype:
             output = output.each(lambda tensor: tensor.to(self._dtype))
         if not self._first_step_over:
-            ordered = labels if self._needs_labels or self.inherited else None
+            self._check_teacher(output, images, labels)
+        return output
+
+    def _check_teacher(self, output: TeacherOutput, images: Tensor, labels: Tensor | None) -> None:
+        """In the first step."""
+        ordered = labels if self._needs_labels or self.inherited else None
+        replicas = self._replicas
+        with nullcontext() if replicas is None else replicas.same_sizes(len(images)):
             for who, teacher, part in self._session.of_each(output):
                 check_teacher(part, images, who)
-                if ordered is not None and teacher.classifier is not None:
-                    check_class_order(teacher.classifier, part.embedding, ordered, who)
-        return output
+                rows = teacher.classifier
+                if ordered is not None and rows is not None:
+                    split = self._tables.split(rows.total) if is_split(self) else None
+                    check_class_order(rows, part.embedding, ordered, who, split)
 
     def _check_first(self, features: Mapping[str, Tensor]) -> None:
         check_shapes(features, self._stages)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.classes.rows import Rows
+from kdhooks.classes.shards import first_largest
+from kdhooks.classes.splits import ClassSplit
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
 from kdhooks.teacher.session import TeacherOutput
@@ -62,17 +64,27 @@ def _mean_cosine(embedding: Tensor) -> float:
     return float((unit.sum(dim=0).square().sum() - b) / (b * (b - 1)))
 
 
-def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor, who: str = "teacher") -> str:
+def check_class_order(
+    rows: Rows,
+    embedding: Tensor,
+    labels: Tensor,
+    who: str = "teacher",
+    split: ClassSplit | None = None,
+) -> str:
     """The teacher's embeddings must find their own rows, else the classes are ordered otherwise.
 
     A warning is logged, and returned, if they find too few of them for a classifier of their own.
+    split: the classes whose rows this rank reads; the ranks that share them ask this together.
     """
+    split = split or ClassSplit.whole(rows.total)
+    labels = split.of_all(labels)
+    if int(labels.max()) >= rows.total:
+        raise KDHooksError(out_of_range(labels, rows.total))
+    found = _nearest(rows, split.of_all(embedding.detach().float()), split)
     known = labels >= 0
     if not known.any():
         return ""
-    if int(labels.max()) >= rows.total:
-        raise KDHooksError(out_of_range(labels, rows.total))
-    hits = rows.nearest(embedding.detach().float()[known]) == labels[known]
+    hits = found[known] == labels[known]
     top1 = int(hits.sum()) / len(hits)
     if top1 < _TOP1:
         raise KDHooksError(
@@ -90,6 +102,12 @@ def check_class_order(rows: Rows, embedding: Tensor, labels: Tensor, who: str = 
     )
     log.warning("%s classifier: %s", who, warning)
     return warning
+
+
+def _nearest(rows: Rows, embedding: Tensor, split: ClassSplit) -> Tensor:
+    """(b e) -> (b): the class with the largest cosine, of all ranks' classes."""
+    value, index = rows.nearest(embedding, split.start, split.stop)
+    return first_largest(value, index, split.group)
 
 
 def check_terms(values: dict[str, Tensor]) -> None:

@@ -94,6 +94,13 @@ class Replicas(NotCopied):
         """Run the losses inside, on a batch of `size` samples of this rank."""
         self._refuse_overwritten()
         self._average_gradients()
+        with self.same_sizes(size):
+            yield
+        self._average_buffers()
+
+    @contextmanager
+    def same_sizes(self, size: int) -> Iterator[None]:
+        """Gatherings inside refuse batches of other ranks that have not `size` samples too."""
         compared = set[dist.ProcessGroup]()
 
         def compare(group: dist.ProcessGroup) -> None:
@@ -106,7 +113,6 @@ class Replicas(NotCopied):
             yield
         finally:
             before_gathering.reset(token)
-        self._average_buffers()
 
     def _average_gradients(self) -> None:
         """Also those of parameters that were unfrozen, or replaced, since the last step."""

@@ -36,7 +36,9 @@ def test_they_find_their_own_classes() -> None:
     images, labels = tiny_batch()
     rows = Teacher(teacher.module, classifier=class_means(teacher, [(images, labels)], 6))  # type: ignore[arg-type]
     assert rows.classifier is not None
-    assert torch.equal(rows.classifier.nearest(TeacherSession(teacher)(images).embedding), labels)
+    assert torch.equal(
+        rows.classifier.nearest(TeacherSession(teacher)(images).embedding)[1], labels
+    )
 
 
 def test_every_class_needs_an_image_and_every_label_a_class() -> None:

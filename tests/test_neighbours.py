@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdhooks import KDHooksError
 from kdhooks.classes.rows import Rows
+from kdhooks_plugins import neighbours
 from kdhooks_plugins.neighbours import main, mine_into, mined, nearest_classes
 from tests.references import coupleface as reference
 
@@ -81,33 +82,31 @@ def test_k_must_be_among_the_other_classes(k: int) -> None:
 
 
 def stopped_after(count: int) -> object:
-    def progress(chunks: Sequence[int]) -> Iterator[int]:
+    def progress(chunks: Sequence[int], what: str) -> Iterator[int]:
         yield from chunks[:count]
         raise KeyboardInterrupt
 
     return progress
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = Rows.open(normal(0, 11, 4))
+    monkeypatch.setattr(neighbours, "progress", stopped_after(3))
     with pytest.raises(KeyboardInterrupt):
-        mine_into(
-            tmp_path,
-            rows,
-            3,
-            0.5,
-            chunk=(2, 4),
-            progress=stopped_after(3),  # type: ignore[arg-type]
-        )
+        mine_into(tmp_path, rows, 3, 0.5, chunk=(2, 4))
     with pytest.raises(KDHooksError, match="it holds 3 of 6 among 11 classes"):
         mined(tmp_path, rows, 3, 0.5)
     left: list[int] = []
 
-    def progress(chunks: Sequence[int]) -> Sequence[int]:
+    def progress(chunks: Sequence[int], what: str) -> Sequence[int]:
         left.extend(chunks)
         return chunks
 
-    found = mine_into(tmp_path, rows, 3, 0.5, chunk=(2, 4), progress=progress)
+    monkeypatch.setattr(neighbours, "progress", progress)
+    found = mine_into(tmp_path, rows, 3, 0.5, chunk=(2, 4))
+    monkeypatch.undo()
     straight = nearest_classes(rows, 3, 0.5)
     assert left == [6, 8, 10]
     assert found.index.tolist() == straight.index.tolist()

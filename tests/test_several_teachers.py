@@ -251,7 +251,7 @@ def test_only_rows_of_a_shard_are_read() -> None:
             asked.append((start, stop))
             return super().slice(start, stop)
 
-    rows = JoinedRows([Watched([torch.randn(9, 4)]), Watched([torch.randn(9, 5)])])
+    rows = JoinedRows([Watched([torch.randn(9, width)], ["rows"]) for width in (4, 5)])
     assert (rows.total, rows.dim, rows.slice(3, 6).shape) == (9, 9, (3, 9))
     assert rows.slice(6, 6).shape == (0, 9)
     assert asked == [(3, 6), (3, 6), (6, 6), (6, 6)]

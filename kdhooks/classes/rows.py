@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kdhooks.classes.one_run import alike, backbone_of, check_one_run, same
 from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.progress import progress
 from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 
 log = logging.getLogger("kdhooks")
 
 _SUBJECT = "teacher classifier"
+_CHUNK = 65536  # rows that are read at a time
 _LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 
@@ -27,10 +29,16 @@ class Rows:
     """
 
     def __init__(
-        self, parts: Sequence[Tensor], backbone: Mapping[str, Tensor] | None = None
+        self,
+        parts: Sequence[Tensor],
+        names: Sequence[str],
+        backbone: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """backbone: the weights that were trained with these rows, if their file holds them."""
-        self._parts = list(parts)
+        """
+        names: of the parts, for errors.
+        backbone: the weights that were trained with these rows, if their file holds them.
+        """
+        self._parts, self._names = list(parts), list(names)
         self.backbone = backbone or {}
         self.total = sum(len(part) for part in self._parts)
         self.dim = int(self._parts[0].shape[1])
@@ -46,9 +54,7 @@ class Rows:
         if isinstance(source, Rows):
             return source
         if isinstance(source, Tensor):
-            return cls([_checked(source, "the tensor given")])._checked_numbers(
-                ["the tensor given"]
-            )
+            return cls([_checked(source, "the tensor given")], ["the tensor given"])
         if not isinstance(source, str | Path):
             raise KDHooksError(
                 f"{_SUBJECT} must be a tensor (c e), a path, or a pattern like "
@@ -57,61 +63,65 @@ class Rows:
         paths = _in_rank_order(str(source))
         if not paths:
             name, rows = _inside(str(source), inside or {})
-            return cls([_checked(rows, f"'{name}'")])._checked_numbers([f"'{name}'"])
+            return cls([_checked(rows, f"'{name}'")], [f"'{name}'"])
         contents = [read_tensors(path, _SUBJECT, mmap=True) for path in paths]
         names = [f"'{path}'" for path in paths]
         parts = [_checked(_rows_of(*pair), pair[1]) for pair in zip(contents, names, strict=True)]
         check_one_run(parts, contents, paths)
-        return cls(parts, backbone_of(contents[0]))._checked_numbers(names)
-
-    def _checked_numbers(self, names: Sequence[str]) -> "Rows":
-        """Finite, and none of them zero, which would have no direction."""
-        offset = 0
-        for part, name in zip(self._parts, names, strict=True):
-            for rows in part.split(65536):
-                rows = rows.float()  # float8 has no isfinite; float16 may not hold a square
-                lengths = rows.abs().amax(dim=1)
-                wrong = ~torch.isfinite(rows).all(dim=1) | (lengths == 0)
-                if wrong.any():
-                    first = int(wrong.nonzero()[0])
-                    found = "zero" if lengths[first] == 0 else "not finite (nan or inf)"
-                    raise KDHooksError(
-                        f"{_SUBJECT}: rows must be finite and not zero; that of class "
-                        f"{offset + first} in {name} is {found}; take an earlier checkpoint, or "
-                        "class means made with kdhooks.class_means"
-                    )
-                offset += len(rows)
-        return self
+        return cls(parts, names, backbone_of(contents[0]))
 
     def trained_with(self, network: Mapping[str, Tensor]) -> bool | None:
         """Whether the backbone in the rows' own file has these weights; None if there is none."""
         return alike(self.backbone, network) if self.backbone else None
 
     def slice(self, start: int, stop: int) -> Tensor:
-        """(stop-start e) in float32, a copy."""
-        pieces, offset = [], 0
-        for part in self._parts:
-            low, high = max(start - offset, 0), min(stop - offset, len(part))
-            if low < high:
-                pieces.append(part[low:high].float())
+        """(stop-start e) in float32, a copy. Rows that can't be used are refused when read."""
+        found, offset = torch.empty(max(stop - start, 0), self.dim), 0
+        for part, name in zip(self._parts, self._names, strict=True):
+            low, high = max(start, offset), min(stop, offset + len(part))
+            for first in progress(range(low, high, _CHUNK), "reading class rows"):
+                last = min(first + _CHUNK, high)
+                read = part[first - offset : last - offset].float()
+                _check_numbers(read, first, name)
+                found[first - start : last - start] = read
             offset += len(part)
-        return torch.cat(pieces) if pieces else torch.empty(0, self.dim)
+        return found
 
-    def chunks(self, size: int = 65536) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, size: int = _CHUNK) -> Iterator[tuple[int, Tensor]]:
         """(offset, (<=size e)) over all rows, unit length."""
         for start in range(0, self.total, size):
             yield start, F.normalize(self.slice(start, min(start + size, self.total)))
 
-    def nearest(self, embedding: Tensor) -> Tensor:
-        """(b e) -> (b): the class whose row has the largest cosine with each embedding."""
+    def nearest(
+        self, embedding: Tensor, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(b e) -> (b), (b): the largest cosine with the row of a class, and that class.
+
+        start, stop: of the classes that are compared; by default all.
+        """
         best = embedding.new_full((len(embedding),), -2.0)
         winner = torch.zeros(len(embedding), dtype=torch.long, device=embedding.device)
-        unit = F.normalize(embedding)
-        for start, rows in self.chunks():
+        unit, stop = F.normalize(embedding), self.total if stop is None else stop
+        for first in range(start, stop, _CHUNK):
+            rows = F.normalize(self.slice(first, min(first + _CHUNK, stop)))
             value, index = (unit @ rows.to(unit).T).max(dim=1)
-            winner = torch.where(value > best, index + start, winner)
+            winner = torch.where(value > best, index + first, winner)
             best = torch.maximum(best, value)
-        return winner
+        return best, winner
+
+
+def _check_numbers(rows: Tensor, first: int, name: str) -> None:
+    """Finite, and none of them zero, which would have no direction. first: the class of a row."""
+    lengths = rows.abs().amax(dim=1)
+    wrong = ~torch.isfinite(rows).all(dim=1) | (lengths == 0)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        found = "zero" if lengths[place] == 0 else "not finite (nan or inf)"
+        raise KDHooksError(
+            f"{_SUBJECT}: rows must be finite and not zero; that of class {first + place} in "
+            f"{name} is {found}; take an earlier checkpoint, or class means made with "
+            "kdhooks.class_means"
+        )
 
 
 def _in_rank_order(pattern: str) -> list[Path]:

@@ -150,12 +150,7 @@ class ClassShard:
             cosine, index = chunk.cosines(embedding).max(dim=1)
             winner = torch.where(cosine > best, index + chunk.offset, winner)
             best = torch.maximum(best, cosine)
-        if self.group is not None:
-            peak = best.clone()
-            dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
-            winner = torch.where(best == peak, winner, self.total)
-            dist.all_reduce(winner, dist.ReduceOp.MIN, self.group)
-        return winner
+        return first_largest(best, winner, self.group)
 
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
         """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
@@ -183,6 +178,17 @@ class ClassShard:
         local = (labels - self.offset)[:, None]
         column = local.clamp(0, values.shape[1] - 1)
         return column, amount[:, None] * (local == column)
+
+
+def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """(b), (b) -> (b): of all ranks, the index of the largest value; the least one of several."""
+    if group is None:
+        return index
+    peak = value.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    winner = torch.where(value == peak, index, torch.iinfo(index.dtype).max)
+    dist.all_reduce(winner, dist.ReduceOp.MIN, group)
+    return winner
 
 
 before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = ContextVar(

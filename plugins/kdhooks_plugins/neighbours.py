@@ -9,10 +9,10 @@ a run that was stopped goes on from there; and digests of the rows, so that it s
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +22,13 @@ from torch import Tensor
 from kdhooks import KDHooksError
 from kdhooks.arguments import usable_device
 from kdhooks.classes.rows import Rows
+from kdhooks.progress import progress
 from kdhooks.tensor_files import user_path
 from kdhooks_plugins._neighbour_files import STATE, keep, made, opened, read_state
 
 ROWS = 1024  # classes at a time
 COLUMNS = 65536  # against so many others
 BLOCK = 8192  # classes that one digest in the folder is of
-
-Progress: TypeAlias = Callable[[Sequence[int]], Iterable[int]]
-"""What to wrap around the chunks: tqdm, for one."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ def nearest_classes(
     own: slice | None = None,
     device: torch.device | str = "cpu",
     chunk: tuple[int, int] = (ROWS, COLUMNS),
-    progress: Progress = list,
 ) -> Mined:
     """The k nearest others of some classes by cosine; by default of all.
 
@@ -58,7 +55,7 @@ def nearest_classes(
     own = own or slice(0, rows.total)
     unit = F.normalize(rows.slice(own.start, own.stop)).to(device)
     best, index, close = Nearest.none_of(unit, k)
-    for start in progress(range(0, rows.total, chunk[1])):
+    for start in progress(range(0, rows.total, chunk[1]), "searching neighbours"):
         others = F.normalize(rows.slice(start, min(start + chunk[1], rows.total))).to(unit)
         for first in range(0, len(unit), chunk[0]):
             part = slice(first, first + chunk[0])
@@ -81,7 +78,6 @@ def mine_into(
     *,
     device: torch.device | str = "cpu",
     chunk: tuple[int, int] = (ROWS, COLUMNS),
-    progress: Progress = list,
 ) -> Mined:
     """The same of all classes in a folder, which goes on with what it holds already.
 
@@ -99,7 +95,7 @@ def mine_into(
     if left:
         for offset, part in rows.chunks(COLUMNS):
             unit[offset : offset + len(part)] = part
-    for start in progress(left):
+    for start in progress(left, "searching neighbours"):
         stop = min(start + chunk[0], rows.total)
         found, close = nearest_of(unit, slice(start, stop), k, max_sim, chunk[1])
         index[start:stop] = found.cpu().numpy()
@@ -223,7 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.k,
             options.max_sim,
             device=options.device,
-            progress=_bar,
         )
     except KDHooksError as error:
         print(f"kdhooks: {error}", file=sys.stderr)
@@ -233,14 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "classes had others too close"
     )
     return 0
-
-
-def _bar(chunks: Sequence[int]) -> Iterator[int]:
-    """How far the mining is, on one line."""
-    for number, start in enumerate(chunks, start=1):
-        yield start
-        print(f"\r{number} of {len(chunks)} chunks", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -202,13 +202,13 @@ class Examination:
         if self.labels is None:
             # The first step compares as well: made-up faces are of whom the teacher takes them for.
             _, rows, embedding = with_rows[0]
-            self.labels = rows.nearest(embedding)
+            _, self.labels = rows.nearest(embedding)
             self.disputed = len(with_rows) > 1
             raise Unchecked("made-up faces are nobody's; give --data FOLDER of the training")
         found = []
         for who, rows, embedding in with_rows:
             warning = check_class_order(rows, embedding, self.labels, who)
-            hits = int((rows.nearest(embedding) == self.labels).sum())
+            hits = int((rows.nearest(embedding)[1] == self.labels).sum())
             start = f"{who}: " if len(self.outputs) > 1 else ""
             text = f"{start}{hits} of {len(self.labels)} images are nearest to their own class"
             found.append(f"{text}; {warning}" if warning else text)
