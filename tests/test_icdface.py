@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
+from kdhooks.classes.per_class import whole_tables
 from kdhooks.classes.rows import Rows
 from kdhooks.testing import check_method
 from kdhooks_plugins.icdface import ICDFace, SimilarityDistributions, log_histogram, places
@@ -341,7 +342,8 @@ def _scenario() -> Results:
         values.append(loss(embedding, mine(normal(33 + step, 8, 4)), labels)[0])
     torch.stack(values).sum().backward()
     of_steps = torch.stack(values).detach()
-    return {"loss": of_steps, "gradients": mean_gradients(student), "state": loss.state_dict()}
+    state = {**loss.state_dict(), **whole_tables(loss)}
+    return {"loss": of_steps, "gradients": mean_gradients(student), "state": state}
 
 
 def _scenarios() -> dict[str, Results]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
+from kdhooks.classes.per_class import whole_tables
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Step
@@ -223,7 +224,7 @@ def _run_bank(options: dict[str, Any]) -> Results:
     for step, labels in enumerate((_LABELS, _MISSING, _LABELS.flip(0))):
         student, theirs = normal(31 + step, _B, d), normal(35 + step, _B, 6)
         loss(mine(student), mine(theirs), mine(labels))
-    return {"state": loss.state_dict()}
+    return {"state": {**loss.state_dict(), **whole_tables(loss)}}
 
 
 def _run_primitives() -> Results:

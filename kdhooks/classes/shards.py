@@ -6,8 +6,10 @@ gradients is the gradient of that loss, with factor exactly 1.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -197,13 +199,38 @@ before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = Conte
 """Called with the group before each gathering; it may refuse batches of different sizes."""
 
 
+class _Known(NamedTuple):
+    x: Tensor  # kept, so that no other tensor gets its id
+    gathered: Tensor
+    version: int
+
+
+_known: ContextVar[dict[tuple[int, int, bool], _Known] | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def gathering_once() -> Iterator[None]:
+    """Several losses inside that gather the same tensor share one gathering, and its gradient."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
     if group is None:
         return x
+    known, key = _known.get(), (id(x), id(group), torch.is_grad_enabled())
+    before = None if known is None else known.get(key)
+    if before is not None and before.gathered._version == before.version:
+        return before.gathered
     if check := before_gathering.get():
         check(group)
     gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
+    if known is not None:
+        known[key] = _Known(x, gathered, gathered._version)
     return gathered
 
 

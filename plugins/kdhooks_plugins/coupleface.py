@@ -77,6 +77,8 @@ class MutualRelations(PerClass):
         rad, active = self._rad(s, t, labels)
         loss = fcd + self.alpha.now * rad
         if self.training and self.bank_momentum is not None:
+            group = self.split.group or world()  # also where each rank has all classes
+            s, t, labels = (gather(x, group) for x in (s, t, labels))
             self._advance(s, t, labels, self.bank_momentum)
         return loss, {"fcd": fcd, "rad": rad, "active": active}
 
@@ -109,9 +111,7 @@ class MutualRelations(PerClass):
 
     @torch.no_grad()
     def _advance(self, s: Tensor, t: Tensor, labels: Tensor, momentum: float) -> None:
-        """By the batches of all ranks, also where each rank has all classes."""
-        group = self.split.group or world()
-        s, t, labels = gather(s, group), gather(t, group), gather(labels, group)
+        """By the batches of all ranks."""
         places, mine = self.split.places(labels)
         for bank, embedding in ((self.student_bank, s), (self.teacher_bank, t)):
             _update(bank, embedding.to(bank), places, mine, momentum)

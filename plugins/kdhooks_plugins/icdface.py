@@ -72,9 +72,9 @@ class SimilarityDistributions(PerClass):
         self, student: Tensor, teacher: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b) -> ()."""
-        s, t = F.normalize(self.projector(student)), F.normalize(teacher.detach())
         group = self.split.group or world()  # also where each rank has all classes
-        s, t, labels = (gather(x, group) for x in (s, t, labels))
+        s, t = gather(self.projector(student), group), gather(teacher, group)
+        s, t, labels = F.normalize(s), F.normalize(t.detach()), gather(labels, group)
         fcd = (s - t).square().sum(dim=1).mean()
         sdc, pairs = self._sdc(s, t, labels)
         if self.training:
