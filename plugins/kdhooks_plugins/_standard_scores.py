@@ -24,13 +24,25 @@ class Standard(NamedTuple):
 
     centres: tuple[Tensor, Tensor]
     factors: tuple[Tensor, Tensor]  # 1 / (T · deviation)
-    change: Tensor  # (b): zero, with the gradient of the logarithm of the student's factor
 
     def __call__(self, z_s: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
         by_s, by_t = self.factors
         return (z_s - self.centres[0]) * by_s, (z_t - self.centres[1]) * by_t
 
+    def moments(self, z_s: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The means of the student's scores that `change` needs, for the pass that compares them.
 
+        A pass of their own would compute all scores and both of their gradients once more.
+        """
+        return _moments(z_s - self.centres[0])
+
+    def change(self, mean: Tensor, square: Tensor) -> Tensor:
+        """(b): zero, with the gradient of the logarithm of the student's factor."""
+        deviation = _deviation(mean, square)
+        return deviation.detach().log() - deviation.log()
+
+
+@torch.no_grad()
 def standard(
     student: tuple[Tensor, ClassShard],
     teacher: tuple[Tensor, ClassShard],
@@ -41,15 +53,20 @@ def standard(
     temperature: float,
 ) -> Standard:
     """student, teacher: the embedding (b d) and the rows of each side."""
-    centre_s, centre_t = _centre(*student, scale), _centre(*teacher, scale)
-    by_s = _deviation(*student, labels, scale, margin, centre_s)
-    by_t = _deviation(*teacher, labels, scale, margin, centre_t)
-    change = by_s.detach().log() - by_s.log()
-    factor_s, factor_t = (1 / (temperature * by.detach()[:, None]) for by in (by_s, by_t))
-    return Standard((centre_s, centre_t), (factor_s, factor_t), change)
+    centres, factors = [], []
+    for embedding, rows in (student, teacher):
+        centre = _centre(embedding, rows, scale)
+
+        def moments(embedding: Tensor, chunk: ClassShard, centre: Tensor = centre) -> Wanted:
+            z = scores(embedding, labels, chunk, scale, margin)
+            return Wanted(logs=[], means=_moments(z - centre))
+
+        _, (mean, square) = rows.over_classes(moments, embedding)
+        centres.append(centre)
+        factors.append(1 / (temperature * _deviation(mean, square)[:, None]))
+    return Standard((centres[0], centres[1]), (factors[0], factors[1]))
 
 
-@torch.no_grad()
 def _centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
     """(b e), rows -> (b 1): scale times the mean cosine with the classes of all ranks."""
     total = embedding.new_zeros(embedding.shape[1])
@@ -59,20 +76,11 @@ def _centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
     return (F.normalize(embedding) @ mean)[:, None]
 
 
-def _deviation(
-    embedding: Tensor,
-    rows: ClassShard,
-    labels: Tensor,
-    scale: float,
-    margin: float,
-    centre: Tensor,
-) -> Tensor:
-    """(b e), rows, (b), (b 1) near the mean -> (b): of the scores with the classes of all ranks."""
+def _moments(z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(b k) near 0 -> what `over_classes` makes the means of z and z² of."""
+    alike = torch.zeros_like(z)  # every class counts equally
+    return [(z, alike), (z.square(), alike)]
 
-    def moments(embedding: Tensor, chunk: ClassShard) -> Wanted:
-        z = scores(embedding, labels, chunk, scale, margin) - centre
-        alike = torch.zeros_like(z)  # every class counts equally
-        return Wanted(logs=[], means=[(z, alike), (z.square(), alike)])
 
-    _, (mean, square) = rows.over_classes(moments, embedding)
+def _deviation(mean: Tensor, square: Tensor) -> Tensor:
     return (square - mean.square()).clamp(min=_LEAST**2).sqrt()

@@ -80,17 +80,20 @@ class GroupedScores(nn.Module):
             z_s = scores(student, labels, chunk, self.scale, self.margin.now)
             z_t = scores(teacher, labels, classifier.part(chunk), self.scale, self.margin.now)
             rest = (_own_first(z_s.detach(), labels, chunk) < least[:, None]).to(z_s)
+            moments = z.moments(z_s) if z else []
             z_s, z_t = z(z_s, z_t) if z else (z_s / temperature, z_t / temperature)
             in_s, in_t = z_s + GONE * rest, z_t + GONE * rest
             out_s, out_t = z_s + GONE * (1 - rest), z_t + GONE * (1 - rest)
             means = [(z_t - z_s, in_t)]
             if z:
-                means += [(z_s.detach(), by.detach()) for by in (in_t, in_s, out_s)]
+                means += [(z_s.detach(), by.detach()) for by in (in_t, in_s, out_s)] + moments
             return Wanted(logs=[in_s, out_s, in_t, out_t], means=means)
 
-        (in_s, out_s, in_t, out_t), (gap, *changes) = head.over_classes(compare, student)
+        (in_s, out_s, in_t, out_t), (gap, *rest) = head.over_classes(compare, student)
         if z:  # what these change by the deviation of the student's scores
-            by_teacher, inside, outside = (mean * z.change for mean in changes)
+            *means, mean, square = rest
+            change = z.change(mean, square)
+            by_teacher, inside, outside = (mean * change for mean in means)
             gap, in_s, out_s = gap - by_teacher, in_s + inside, out_s + outside
         primary = gap - in_t + in_s
         log_s, log_t = _shares(in_s, out_s), _shares(in_t, out_t)

@@ -66,15 +66,18 @@ class SoftenedScores(nn.Module):
             z_t = scores(teacher, labels, classifier.part(chunk), scale, margin)
             if not z:
                 return Wanted(logs=[z_s, z_t], means=[(z_t - z_s, z_t), (z_t, z_t)])
+            moments = z.moments(z_s)
             z_s, z_t = z(z_s, z_t)
             constant = z_s.detach()
-            means = [(z_t - z_s, z_t), (z_t, z_t), (constant, constant)]
+            means = [(z_t - z_s, z_t), (z_t, z_t), (constant, constant), *moments]
             return Wanted(logs=[z_s, z_t], means=means)
 
-        (log_s, log_t), (gap, mean, *by_student) = head.over_classes(compare, student)
+        (log_s, log_t), (gap, mean, *rest) = head.over_classes(compare, student)
         if z:  # what log_s and gap change by the deviation of the student's scores
-            log_s = log_s + by_student[0] * z.change
-            gap = gap - (mean - gap).detach() * z.change
+            by_student, *moments = rest
+            change = z.change(*moments)
+            log_s = log_s + by_student * change
+            gap = gap - (mean - gap).detach() * change
         divergence = (gap - log_t + log_s).mean()
         entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
         factor = self.scale if self.standardize else 1.0

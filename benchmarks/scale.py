@@ -1,0 +1,320 @@
+"""What each method holds, saves and sends where there are two million classes.
+
+    python -m benchmarks.scale --out docs/results
+    python -m benchmarks.scale --check --out docs/results
+
+One step of each method is counted in real gloo processes: bytes that a rank holds for the method,
+bytes of its part of a checkpoint, bytes that it sends in a step, and multiplications of matrices in
+a step, forward and backward. All four grow with the classes along a straight line, which two small
+numbers of classes give; the tables are that line at the classes asked for. --check also counts
+20,000 and 200,000 classes on 1, 2 and 4 ranks, and compares them with their lines.
+Writes scale.json and scale.md.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.command import command, start, write
+from kdhooks import Distiller, Teacher
+from kdhooks.arguments import at_least
+from kdhooks.classes.rows import Rows
+from kdhooks.classes.splits import ClassSplit
+from kdhooks.evaluation.tables import markdown
+from kdhooks_plugins import coupleface
+from kdhooks_plugins.neighbours import Mined
+
+Counts: TypeAlias = Mapping[str, float]
+
+DIM, BATCH, SIDE = 512, 128, 14
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "fcd": [{"name": "fcd"}],
+    "rkd": [{"name": "rkd"}],
+    "cc": [{"name": "cc"}],
+    "sp": [{"name": "sp"}],
+    "ekd": [{"name": "ekd"}],
+    "coupleface": [{"name": "coupleface"}],
+    "coupleface, bank": [{"name": "coupleface", "relations": "bank"}],
+    "icdface": [{"name": "icdface"}],
+    "adadistill": [{"name": "adadistill"}],
+    "margindistillation": [{"name": "margindistillation"}],
+    "proxylesskd": [{"name": "proxylesskd", "head": "own"}],
+    "thkd": [{"name": "thkd"}],
+    "kd": [{"name": "kd"}],
+    "gkd": [{"name": "gkd"}],
+}
+PARTS = ("coupleface", "icdface", "proxylesskd", "thkd", "kd")
+TOGETHER = " + ".join(PARTS)
+METHODS[TOGETHER] = [method for name in PARTS for method in METHODS[name]]
+WHOLE, HALF = {"sharded": False}, {"table_dtype": "float16"}
+UNITS = {"held": "MB", "saved": "MB", "sent": "MB", "multiplications": "10⁹"}
+LINE = (1600, 3200)  # classes
+CHECKED, CHECKED_RANKS = (20_000, 200_000), (1, 2, 4)
+
+
+class Run(NamedTuple):
+    """What is counted: one step of methods, on some ranks."""
+
+    method: str
+    classes: int
+    options: tuple[tuple[str, Any], ...] = ()  # of the Distiller
+
+
+# --- one step ----------------------------------------------------------------------------------
+
+
+class Embeds(nn.Module):
+    """(b 3 h w) -> (b 512), without a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :DIM] * self.factor
+
+
+class MadeUpRows(Rows):
+    """Each rank makes its own."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.dim, self.backbone = total, DIM, {}
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        generator = torch.Generator().manual_seed(start)
+        return torch.randn(max(stop - start, 0), DIM, generator=generator)
+
+
+def any_neighbours(rows: Rows, k: int, max_sim: float | None, *, own: slice) -> Mined:
+    """What is counted does not depend on which they are."""
+    number = torch.arange(own.start, own.stop)[:, None]
+    return Mined(((number + torch.arange(1, k + 1)) % rows.total).int(), 0)
+
+
+def count(run: Run) -> Counts:
+    """Of this rank."""
+    torch.manual_seed(0)
+    group = dist.group.WORLD if dist.get_world_size() > 1 else None
+    rows, student = MadeUpRows(run.classes), Embeds()
+    split = ClassSplit.even(run.classes, group)
+    head = None
+    if any(method["name"] in ("kd", "gkd") for method in METHODS[run.method]):
+        head = split.shard(nn.Parameter(rows.slice(split.start, split.stop)))
+    trained = [*student.parameters(), *([head.weight] if head else [])]
+    with (
+        mock.patch.object(coupleface, "nearest_classes", any_neighbours),
+        mock.patch("kdhooks.distiller.check_class_order"),
+        Distiller(
+            student,
+            Teacher(Embeds(), classifier=rows),
+            METHODS[run.method],
+            head=head,
+            input_shape=(3, SIDE, SIDE),
+            log_teacher_accuracy=0,
+            **dict(run.options),
+        ) as kd,
+    ):
+        groups = [{"params": trained}, *kd.parameter_groups(0.0)]
+        optimizer = torch.optim.SGD(groups, lr=1e-3)
+        images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % run.classes
+
+        def step() -> None:
+            student(images)
+            total = sum(kd(images, labels).values())
+            assert isinstance(total, Tensor)
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()  # the first one looks at more
+        with sent_bytes() as sent, FlopCounterMode(display=False) as operations:
+            step()
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*kd.parameters(), *kd.buffers())}
+        return {
+            "held": sum(held.values()),
+            "saved": sum(tensor.nbytes for tensor in kd.state_dict().values()),
+            "sent": sum(sent),
+            "multiplications": operations.get_total_flops() // 2,
+        }
+
+
+@contextmanager
+def sent_bytes() -> Iterator[list[float]]:
+    """Those of each collective inside, sent by one rank, if the tensors go round in a ring."""
+    found: list[float] = []
+    size = dist.get_world_size()
+
+    def counted(name: str, place: int, factor: float) -> Any:
+        collective: Callable[..., object] = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> object:
+            found.append(args[place].nbytes * factor)
+            return collective(*args, **kwargs)
+
+        return mock.patch.object(dist, name, call)
+
+    share = (size - 1) / size
+    with counted("all_reduce", 0, 2 * share), counted("all_gather", 1, size - 1):
+        yield found
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+def on_ranks(size: int, runs: Sequence[Run]) -> list[Counts]:
+    """Of the first of so many ranks, whose split is even."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_main, (size, list(runs), folder), nprocs=size)
+        found: list[Counts] = torch.load(Path(folder) / "counts.pt")
+    return found
+
+
+def _main(rank: int, size: int, runs: Sequence[Run], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=30),
+    )
+    found = []
+    for run in runs:
+        found.append(count(run))
+        if rank == 0:
+            print(f"{size} ranks, {run.classes:,} classes, {run.method}", flush=True)
+    if rank == 0:
+        torch.save(found, Path(folder) / "counts.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Line(NamedTuple):
+    """A count as it grows with the classes."""
+
+    start: float
+    slope: float
+
+    def at(self, classes: int) -> float:
+        return self.start + self.slope * classes
+
+
+def lines(
+    size: int, runs: Sequence[tuple[str, tuple[tuple[str, Any], ...]]]
+) -> list[dict[str, Line]]:
+    """Of each method with its options."""
+    both = [[Run(method, classes, options) for method, options in runs] for classes in LINE]
+    first, second = (on_ranks(size, part) for part in both)
+    found = []
+    for low, high in zip(first, second, strict=True):
+        slopes = {what: (high[what] - low[what]) / (LINE[1] - LINE[0]) for what in UNITS}
+        found.append(
+            {what: Line(low[what] - slopes[what] * LINE[0], slopes[what]) for what in UNITS}
+        )
+    return found
+
+
+# --- the tables --------------------------------------------------------------------------------
+
+
+def shown(what: str, value: float) -> str:
+    value /= 1e6 if UNITS[what] == "MB" else 1e9
+    return "0" if value == 0 else f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def table(of_ranks: Mapping[int, Mapping[str, Mapping[str, Line]]], classes: int) -> str:
+    head = ["method"]
+    head += [f"{what}, {UNITS[what]}, {size} ranks" for what in UNITS for size in of_ranks]
+    rows = [head]
+    for method in next(iter(of_ranks.values())):
+        cells = [
+            shown(what, of_ranks[size][method][what].at(classes))
+            for what in UNITS
+            for size in of_ranks
+        ]
+        rows.append([method, *cells])
+    return markdown(rows, texts=1)
+
+
+def main() -> None:
+    parser = command("scale", __doc__, turns=1)
+    add = parser.add_argument
+    add("--classes", type=at_least(100), nargs="+", default=[2_000_000, 10_000_000])
+    add("--ranks", type=at_least(1), nargs="+", default=[1, 8])
+    add("--check", action="store_true", help="compare real runs with the lines")
+    options = start(parser)
+    found = {size: forms(size) for size in options.ranks}
+    checks = check() if options.check else []
+    write(options, "scale", {"lines": found, "checks": checks})
+    text = page(options, found, checks)
+    (options.out / "scale.md").write_text(text, encoding="utf-8")
+
+
+def forms(size: int) -> dict[str, dict[str, Line]]:
+    """Each method; and those with tables of their own with whole and with half-precision ones."""
+    asked: list[tuple[str, tuple[tuple[str, Any], ...]]] = [(name, ()) for name in METHODS]
+    names = list(METHODS)
+    for form, option in (("whole tables", WHOLE), ("float16", HALF)):
+        for method in ("coupleface", "coupleface, bank", "icdface", "proxylesskd"):
+            if form == "float16" and method in ("coupleface, bank", "icdface"):
+                continue  # what they hold changes in the training
+            asked.append((method, tuple(option.items())))
+            names.append(f"{method}, {form}")
+    return dict(zip(names, lines(size, asked), strict=True))
+
+
+def check() -> list[dict[str, Any]]:
+    """Real runs, beside what their lines say."""
+    found = []
+    for size in CHECKED_RANKS:
+        expected = lines(size, [(method, ()) for method in METHODS])
+        for classes in CHECKED:
+            real = on_ranks(size, [Run(method, classes) for method in METHODS])
+            for method, line, counts in zip(METHODS, expected, real, strict=True):
+                ratios = {
+                    what: counts[what] / line[what].at(classes) if counts[what] else 1.0
+                    for what in UNITS
+                }
+                found.append({"ranks": size, "classes": classes, "method": method, **ratios})
+    return found
+
+
+def page(
+    options: argparse.Namespace,
+    found: Mapping[int, Mapping[str, Mapping[str, Line]]],
+    checks: Sequence[Mapping[str, Any]],
+) -> str:
+    parts = [
+        "# Bytes and multiplications at scale",
+        f"`python -m benchmarks.scale{' --check' if checks else ''}`; {DIM} dimensions, {BATCH} "
+        "images on each rank. *Held* is what a rank keeps for the method on its device, *saved* its "
+        "part of a checkpoint, *sent* what it sends in a step if collectives go round in a ring, "
+        "and *multiplications* are those of matrix products in one step. The student's own "
+        "classifier, which kd and gkd compare, is the trainer's, and not in the bytes.",
+    ]
+    for classes in options.classes:
+        parts += [f"## {classes:,} classes", table(found, classes)]
+    if checks:
+        worst = {what: max(abs(one[what] - 1) for one in checks) for what in UNITS}
+        said = ", ".join(f"{what} {gap:.1e}" for what, gap in worst.items())
+        parts.append(
+            f"The numbers are straight lines through runs with {LINE[0]:,} and {LINE[1]:,} "
+            f"classes. Runs of every method with {CHECKED[0]:,} and {CHECKED[1]:,} classes on 1, 2 "
+            f"and 4 ranks differ from their lines by these shares at most: {said}."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()
