@@ -12,6 +12,7 @@ Writes scale.json and scale.md.
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.command import command, start, write
 from kdhooks import Distiller, Teacher
 from kdhooks.arguments import at_least
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.splits import ClassSplit
 from kdhooks.evaluation.tables import markdown
@@ -140,7 +142,9 @@ def count(run: Run) -> Counts:
         step()  # the first one looks at more
         with sent_bytes() as sent, FlopCounterMode(display=False) as operations:
             step()
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*kd.parameters(), *kd.buffers())}
+        tables = [m.tables() for m in kd.modules() if isinstance(m, PerClass)]
+        tensors = *kd.parameters(), *kd.buffers(), *itertools.chain(*tables)
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
         return {
             "held": sum(held.values()),
             "saved": sum(tensor.nbytes for tensor in kd.state_dict().values()),
@@ -298,7 +302,7 @@ def page(
     parts = [
         "# Bytes and multiplications at scale",
         f"`python -m benchmarks.scale{' --check' if checks else ''}`; {DIM} dimensions, {BATCH} "
-        "images on each rank. *Held* is what a rank keeps for the method on its device, *saved* its "
+        "images on each rank. *Held* is what a rank keeps for a method on its device, *saved* its "
         "part of a checkpoint, *sent* what it sends in a step if collectives go round in a ring, "
         "and *multiplications* are those of matrix products in one step. The student's own "
         "classifier, which kd and gkd compare, is the trainer's, and not in the bytes.",

@@ -40,7 +40,7 @@ class TeacherRows(PerClass):
         for loss in losses:
             if prepare := getattr(loss, "prepare", None):
                 prepare(split.shard(own.to(dtype)))
-        self.keep_frozen("rows", own, kept)
+        self.keep_rows("rows", own, kept)
         self._taken_by = taken_by
         if taken_by is not None:
             self.rows = self.rows[:0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, KDHooksError, Teacher
-from kdhooks.classes.per_class import digest, is_split
+from kdhooks.classes.per_class import PerClass, digest, is_split
 from kdhooks.classes.splits import ClassSplit, ClassTables
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
@@ -105,6 +105,10 @@ def _average(student: nn.Module) -> None:
             parameter.grad /= dist.get_world_size()
 
 
+def tables_of(kd: Distiller) -> list[Tensor]:
+    return [table for m in kd.modules() if isinstance(m, PerClass) for table in m.tables()]
+
+
 def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results:
     student = Student()
     with distiller(student, method, **options) as kd:
@@ -115,7 +119,7 @@ def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results
             "student": student.state_dict(),
             "state": state,
             "split": is_split(kd),
-            "bytes": sum(b.nbytes for b in kd.buffers()),
+            "bytes": sum(table.nbytes for table in tables_of(kd)),
         }
 
 
@@ -257,7 +261,7 @@ def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
         student, precise = Student(), outcome(METHODS[name])
         with distiller(student, METHODS[name], table_dtype="float16") as kd:
             losses = torch.stack(train(student, kd, range(STEPS)))
-            frozen = [b for b in kd.buffers() if b.dtype == torch.float16]
+            frozen = [table for table in tables_of(kd) if table.dtype == torch.float16]
             assert [len(one) for one in frozen] == [CLASSES]
             kd.load_state_dict(kd.state_dict())
         # Centres only start at the rows, before these are rounded.

@@ -1,6 +1,7 @@
 """Modules that keep a row for each class: of the rank's own classes, and in checkpoints."""
 
 import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class PerClass(nn.Module):
     """A loss, or another module, with tables that have a row for each class of `split`.
 
     A checkpoint holds this rank's rows of the tables that training changes. Of those that stay as
-    they are it holds a digest, and loading it compares that.
+    they are it holds a digest, and loading it compares that. The latter are no buffers, so that
+    DistributedDataParallel around the module does not make them equal on all ranks.
     """
 
     def __init__(self, split: ClassSplit, owner: str) -> None:
@@ -25,6 +27,7 @@ class PerClass(nn.Module):
         super().__init__()
         self.split, self._owner = split, owner
         self._learnt: list[str] = []
+        self._frozen: list[str] = []
         self._digests: dict[str, int] = {}  # by name; see `share_digests`
         self.register_load_state_dict_pre_hook(_fit)  # type: ignore[no-untyped-call]
 
@@ -33,32 +36,38 @@ class PerClass(nn.Module):
         self._learnt.append(name)
         self.register_buffer(name, rows)
 
-    def keep_frozen(
-        self, name: str, rows: Tensor, dtype: torch.dtype | None = None, *, unit: bool = False
-    ) -> None:
-        """A table (c e) that stays as it is. unit: keep its rows at unit length.
-
-        dtype: of the rows that are kept; by default their own, and later that of the losses.
-        """
+    def keep_rows(self, name: str, rows: Tensor, dtype: torch.dtype, *, unit: bool = False) -> None:
+        """Rows (c e) that stay as they are, in this dtype. unit: keep them at unit length."""
         # Of the rows as they were read: rounding differs from processor to processor.
         self._digests[name] = digest(rows, self.split.start)
         if unit:
             rows = rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        self.register_buffer(name, rows if dtype is None else rows.to(dtype), persistent=False)
+        self.keep_frozen(name, rows.to(dtype))
+
+    def keep_frozen(self, name: str, table: Tensor) -> None:
+        """A table (c …) that stays as it is, and follows from rows with a digest."""
+        self._frozen.append(name)
+        setattr(self, name, table)
 
     def buffers_by_rank(self) -> set[str]:
         """The batches of all ranks move these rows, and those of one class are equal on all ranks
         that have them.
         """
-        return {*self._learnt, *self._digests}
+        return {*self._learnt}
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "PerClass":
-        """A conversion of the losses leaves frozen rows in float16."""
-        half = [name for name in self._digests if getattr(self, name).dtype == torch.float16]
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        for name in half:
-            setattr(self, name, getattr(self, name).half())
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PerClass":
+        """Move the frozen tables as well. A conversion of the losses leaves rows in float16."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._frozen:
+            table: Tensor = getattr(self, name)
+            moved = fn(table)
+            setattr(self, name, moved.half() if table.dtype == torch.float16 else moved)
         return self
+
+    def tables(self) -> Iterator[Tensor]:
+        """All of them, of this rank's classes."""
+        for name in (*self._learnt, *self._frozen):
+            yield getattr(self, name)
 
     def get_extra_state(self) -> Tensor:
         split = self.split

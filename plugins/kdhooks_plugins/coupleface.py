@@ -65,8 +65,7 @@ class MutualRelations(PerClass):
         self.alpha, self.q, self.two_sided = Varying(alpha), Varying(q), two_sided
         self.bank_momentum = bank_momentum
         self.projector = projector or nn.Identity()
-        # They follow from the prototypes, of which a checkpoint holds a digest.
-        self.register_buffer("neighbours", neighbours, persistent=False)
+        self.keep_frozen("neighbours", neighbours)
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor
@@ -207,7 +206,7 @@ class CoupleFace(Options):
             loss.keep("met", torch.zeros(len(split), dtype=torch.bool))
         else:
             own = rows.slice(split.start, split.stop)
-            loss.keep_frozen("prototypes", own, teacher.tables.frozen, unit=True)
+            loss.keep_rows("prototypes", own, teacher.tables.frozen, unit=True)
         return EmbeddingTap("coupleface", loss, self.weight)
 
     def _prototypes(self, teacher: Model) -> Rows:
