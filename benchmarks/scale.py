@@ -16,6 +16,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -59,6 +60,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 PARTS = ("coupleface", "icdface", "proxylesskd", "thkd", "kd")
 TOGETHER = " + ".join(PARTS)
 METHODS[TOGETHER] = [method for name in PARTS for method in METHODS[name]]
+ROUNDED = ("coupleface", "margindistillation", "proxylesskd", "thkd", "kd", "gkd")
 WHOLE, HALF = {"sharded": False}, {"table_dtype": "float16"}
 UNITS = {"held": "MB", "saved": "MB", "sent": "MB", "multiplications": "10⁹"}
 LINE = (1600, 3200)  # classes
@@ -79,9 +81,9 @@ class Run(NamedTuple):
 class Embeds(nn.Module):
     """(b 3 h w) -> (b 512), without a matrix product."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: Tensor) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.ones(DIM))
+        self.factor = nn.Parameter(factor)
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)[:, :DIM] * self.factor
@@ -104,22 +106,49 @@ def any_neighbours(rows: Rows, k: int, max_sim: float | None, *, own: slice) -> 
     return Mined(((number + torch.arange(1, k + 1)) % rows.total).int(), 0)
 
 
-def count(run: Run) -> Counts:
-    """Of this rank."""
+@dataclass(frozen=True)
+class Lesson:
+    """A student, and what a step of it trains by."""
+
+    kd: Distiller
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+
+    def backward(self) -> Tensor:
+        """The loss of a step, whose gradients are left."""
+        self.student(self.images)
+        total = sum(self.kd(self.images, self.labels).values())
+        assert isinstance(total, Tensor)
+        total.backward()
+        return total.detach()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@contextmanager
+def lesson(run: Run) -> Iterator[Lesson]:
+    """On images whose embeddings are near the rows of their classes."""
     torch.manual_seed(0)
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    rows, student = MadeUpRows(run.classes), Embeds()
+    rows, student = MadeUpRows(run.classes), Embeds(torch.rand(DIM) + 0.5)
     split = ClassSplit.even(run.classes, group)
     head = None
     if any(method["name"] in ("kd", "gkd") for method in METHODS[run.method]):
         head = split.shard(nn.Parameter(rows.slice(split.start, split.stop)))
     trained = [*student.parameters(), *([head.weight] if head else [])]
+    images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH)
+    images.flatten(1)[:, :DIM] += rows.slice(0, BATCH)
     with (
         mock.patch.object(coupleface, "nearest_classes", any_neighbours),
         mock.patch("kdhooks.distiller.check_class_order"),
         Distiller(
             student,
-            Teacher(Embeds(), classifier=rows),
+            Teacher(Embeds(torch.ones(DIM)), classifier=rows),
             METHODS[run.method],
             head=head,
             input_shape=(3, SIDE, SIDE),
@@ -128,20 +157,16 @@ def count(run: Run) -> Counts:
         ) as kd,
     ):
         groups = [{"params": trained}, *kd.parameter_groups(0.0)]
-        optimizer = torch.optim.SGD(groups, lr=1e-3)
-        images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % run.classes
+        yield Lesson(kd, student, torch.optim.SGD(groups, lr=1e-3), images, labels)
 
-        def step() -> None:
-            student(images)
-            total = sum(kd(images, labels).values())
-            assert isinstance(total, Tensor)
-            total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        step()  # the first one looks at more
+def count(run: Run) -> Counts:
+    """Of this rank."""
+    with lesson(run) as one:
+        one.step()  # the first one looks at more
         with sent_bytes() as sent, FlopCounterMode(display=False) as operations:
-            step()
+            one.step()
+        kd = one.kd
         tables = [m.tables() for m in kd.modules() if isinstance(m, PerClass)]
         tensors = *kd.parameters(), *kd.buffers(), *itertools.chain(*tables)
         held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
@@ -151,6 +176,22 @@ def count(run: Run) -> Counts:
             "sent": sum(sent),
             "multiplications": operations.get_total_flops() // 2,
         }
+
+
+def difference(run: Run) -> Counts:
+    """What frozen tables in float16 change of a step, as shares."""
+    found = []
+    for options in ((), tuple(HALF.items())):
+        with lesson(run._replace(options=options)) as one:
+            loss = one.backward()
+            (factor,) = one.student.parameters()
+            assert factor.grad is not None
+            found.append((loss, factor.grad))
+    (loss, gradient), (rounded, other) = found
+    return {
+        "loss": float((rounded - loss).abs() / loss.abs()),
+        "gradient": float((other - gradient).norm() / gradient.norm()),
+    }
 
 
 @contextmanager
@@ -176,15 +217,19 @@ def sent_bytes() -> Iterator[list[float]]:
 # --- processes ---------------------------------------------------------------------------------
 
 
-def on_ranks(size: int, runs: Sequence[Run]) -> list[Counts]:
+def on_ranks(
+    size: int, runs: Sequence[Run], measure: Callable[[Run], Counts] = count
+) -> list[Counts]:
     """Of the first of so many ranks, whose split is even."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_main, (size, list(runs), folder), nprocs=size)
+        spawn(_main, (size, list(runs), measure, folder), nprocs=size)
         found: list[Counts] = torch.load(Path(folder) / "counts.pt")
     return found
 
 
-def _main(rank: int, size: int, runs: Sequence[Run], folder: str) -> None:
+def _main(
+    rank: int, size: int, runs: Sequence[Run], measure: Callable[[Run], Counts], folder: str
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -195,7 +240,7 @@ def _main(rank: int, size: int, runs: Sequence[Run], folder: str) -> None:
     )
     found = []
     for run in runs:
-        found.append(count(run))
+        found.append(measure(run))
         if rank == 0:
             print(f"{size} ranks, {run.classes:,} classes, {run.method}", flush=True)
     if rank == 0:
@@ -259,9 +304,11 @@ def main() -> None:
     add("--check", action="store_true", help="compare real runs with the lines")
     options = start(parser)
     found = {size: forms(size) for size in options.ranks}
+    runs = [Run(method, CHECKED[0]) for method in ROUNDED]
+    errors = dict(zip(ROUNDED, on_ranks(1, runs, difference), strict=True))
     checks = check() if options.check else []
-    write(options, "scale", {"lines": found, "checks": checks})
-    text = page(options, found, checks)
+    write(options, "scale", {"lines": found, "float16": errors, "checks": checks})
+    text = page(options, found, errors, checks)
     (options.out / "scale.md").write_text(text, encoding="utf-8")
 
 
@@ -297,6 +344,7 @@ def check() -> list[dict[str, Any]]:
 def page(
     options: argparse.Namespace,
     found: Mapping[int, Mapping[str, Mapping[str, Line]]],
+    errors: Mapping[str, Counts],
     checks: Sequence[Mapping[str, Any]],
 ) -> str:
     parts = [
@@ -309,6 +357,13 @@ def page(
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(found, classes)]
+    lines = [[name, f"{one['loss']:.1e}", f"{one['gradient']:.1e}"] for name, one in errors.items()]
+    parts += [
+        "## Class rows in float16",
+        f'What `table_dtype = "float16"` changes in a step with {CHECKED[0]:,} classes: the loss, '
+        "and the gradient by the student's only parameter, as shares of these.",
+        markdown([["method", "loss", "gradient"], *lines], texts=1),
+    ]
     if checks:
         worst = {what: max(abs(one[what] - 1) for one in checks) for what in UNITS}
         said = ", ".join(f"{what} {gap:.1e}" for what, gap in worst.items())
