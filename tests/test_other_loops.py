@@ -140,10 +140,13 @@ def trained(
         host.backward(loss)
         optimizer.step()
     kd.remove()
+    state = kd.whole_state_dict()
     return {
         "student": [p.detach() for p in student.parameters()],
         "losses": [p.detach() for p in kd.parameters()],
-        "buffers": [b for b in kd.buffers() if b.is_floating_point()],
+        "buffers": [
+            state[n] for n, b in kd.named_buffers() if b.is_floating_point() and n in state
+        ],
         "loss": loss.detach(),
     }
 

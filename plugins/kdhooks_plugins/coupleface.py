@@ -122,7 +122,8 @@ def _update(bank: Tensor, embedding: Tensor, places: Tensor, mine: Tensor, momen
 
     A sample that is not `mine` adds nothing: it repeats what is written for one that is.
     """
-    places = torch.where(mine, places, places[mine.int().argmax()])
+    here = torch.arange(len(mine), device=mine.device)
+    places = places[torch.where(mine, here, mine.int().argmax())]
     mean = F.normalize(class_sums(embedding.masked_fill(~mine[:, None], 0), places))
     moved = F.normalize(momentum * bank[places] + (1 - momentum) * mean)
     bank[places] = torch.where(mine.any(), moved, bank[places])
