@@ -1,7 +1,9 @@
 """Knowledge distillation hooks and losses for existing face recognition trainers."""
 
 from kdhooks.classes.chunked_sums import Wanted
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import ClassShard
+from kdhooks.classes.splits import ClassSplit
 from kdhooks.declarations import (
     ClassifierShare,
     ComparedClassifiers,
@@ -28,6 +30,7 @@ from kdhooks.views.viewing import viewed
 
 __all__ = [
     "ClassShard",
+    "ClassSplit",
     "ClassifierShare",
     "ComparedClassifiers",
     "Distiller",
@@ -39,6 +42,7 @@ __all__ = [
     "Model",
     "Options",
     "ParameterTap",
+    "PerClass",
     "Schedule",
     "Scheduled",
     "Stage",

@@ -18,16 +18,16 @@ from torch import Tensor
 from kdhooks import (
     ClassifierShare,
     ClassShard,
+    ClassSplit,
     Model,
     Options,
+    PerClass,
     Scheduled,
     Weight,
     hookimpl,
     option,
 )
-from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import gather, world
-from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._sample_margins import MarginType, SampleMargins

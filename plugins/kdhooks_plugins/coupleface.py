@@ -18,21 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import (
+    ClassSplit,
     EmbeddingTap,
     KDHooksError,
     Model,
     Options,
+    PerClass,
     Scheduled,
     Varying,
     Weight,
     hookimpl,
     option,
 )
-from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import gather, world
-from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._widths import projection
 from kdhooks_plugins.neighbours import mined, nearest_classes

@@ -19,19 +19,19 @@ from einops import einsum
 from torch import Tensor, nn
 
 from kdhooks import (
+    ClassSplit,
     EmbeddingTap,
     KDHooksError,
     Model,
     Options,
+    PerClass,
     Scheduled,
     Varying,
     Weight,
     hookimpl,
     option,
 )
-from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import gather, world
-from kdhooks.classes.splits import ClassSplit
 from kdhooks_plugins._widths import projection
 
 
