@@ -14,10 +14,12 @@ Writes scale.json and scale.md.
 import argparse
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
@@ -29,6 +31,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import command, start, write
+from benchmarks.measuring import peak_bytes
 from kdhooks import Distiller, Teacher
 from kdhooks.arguments import at_least
 from kdhooks.classes.per_class import PerClass
@@ -36,7 +39,8 @@ from kdhooks.classes.rows import Rows
 from kdhooks.classes.splits import ClassSplit
 from kdhooks.evaluation.tables import markdown
 from kdhooks_plugins import coupleface
-from kdhooks_plugins.neighbours import Mined
+from kdhooks_plugins._neighbour_files import keep, made
+from kdhooks_plugins.neighbours import Mined, digests
 
 Counts: TypeAlias = Mapping[str, float]
 
@@ -214,6 +218,52 @@ def sent_bytes() -> Iterator[list[float]]:
         yield found
 
 
+# --- the start ---------------------------------------------------------------------------------
+
+
+def first_step(run: Run) -> Counts:
+    """From the files of class rows and neighbours to the end of the first step, on this rank."""
+    folder = Path(run.method)
+    coupled = {"name": "coupleface", "neighbours": folder / "neighbours"}
+    student, images = Embeds(torch.rand(DIM) + 0.5), torch.randn(BATCH, 3, SIDE, SIDE)
+    labels = torch.arange(BATCH)
+    images.flatten(1)[:, :DIM] += MadeUpRows(BATCH).slice(0, BATCH)  # those of the file begin so
+    source = folder / "checkpoint_gpu_*.pt"
+
+    def begin(classifier: Path | Rows) -> None:
+        teacher = Teacher(Embeds(torch.ones(DIM)), classifier=classifier)
+        methods = [coupled, {"name": "proxylesskd", "head": "own"}]
+        with Distiller(student, teacher, methods, input_shape=(3, SIDE, SIDE)) as kd:
+            student(images)
+            kd(images, labels)
+
+    start = time.perf_counter()
+    begin(source)
+    seconds, rows = time.perf_counter() - start, Rows.open(source)  # mapped files are not counted
+    peak = peak_bytes(partial(begin, rows), torch.device("cpu"))
+    kept = 4 * (DIM + DIM + 100) * run.classes / dist.get_world_size()
+    return {"seconds": seconds, "peak": peak / kept}
+
+
+def write_material(folder: Path, classes: int) -> None:
+    """Four shards of class rows, and neighbours of them."""
+    for rank, part in enumerate(MadeUpRows(classes).slice(0, classes).chunk(4)):
+        torch.save({"weight": part.clone()}, folder / f"checkpoint_gpu_{rank}.pt")
+    rows = Rows.open(folder / "checkpoint_gpu_*.pt")
+    state = {"rows": digests(rows), "classes": classes, "k": 100, "max_sim": None}
+    state |= {"done": classes, "passed_over": 0}
+    index = made(folder / "neighbours", state)
+    index[:] = any_neighbours(rows, 100, None, own=slice(0, classes)).index.numpy()
+    keep(folder / "neighbours", index, state)
+
+
+def starts(classes: int) -> dict[int, Counts]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_material(Path(folder), classes)
+        run = Run(folder, classes)
+        return {size: on_ranks(size, [run], first_step)[0] for size in CHECKED_RANKS}
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 
@@ -306,9 +356,11 @@ def main() -> None:
     found = {size: forms(size) for size in options.ranks}
     runs = [Run(method, CHECKED[0]) for method in ROUNDED]
     errors = dict(zip(ROUNDED, on_ranks(1, runs, difference), strict=True))
+    started = starts(CHECKED[1])
     checks = check() if options.check else []
-    write(options, "scale", {"lines": found, "float16": errors, "checks": checks})
-    text = page(options, found, errors, checks)
+    record = {"lines": found, "float16": errors, "starts": started, "checks": checks}
+    write(options, "scale", record)
+    text = page(options, found, errors, started, checks)
     (options.out / "scale.md").write_text(text, encoding="utf-8")
 
 
@@ -345,6 +397,7 @@ def page(
     options: argparse.Namespace,
     found: Mapping[int, Mapping[str, Mapping[str, Line]]],
     errors: Mapping[str, Counts],
+    started: Mapping[int, Counts],
     checks: Sequence[Mapping[str, Any]],
 ) -> str:
     parts = [
@@ -363,6 +416,21 @@ def page(
         f'What `table_dtype = "float16"` changes in a step with {CHECKED[0]:,} classes: the loss, '
         "and the gradient by the student's only parameter, as shares of these.",
         markdown([["method", "loss", "gradient"], *lines], texts=1),
+        "## The start",
+        f"From files of {CHECKED[1]:,} class rows and their neighbours to the end of the first "
+        "step, with `coupleface` and `proxylesskd`, on one machine whose processors the ranks "
+        "share: seconds, and the most bytes that a rank held, as multiples of the tables that it "
+        "keeps.",
+        markdown(
+            [
+                ["ranks", "seconds", "of the tables"],
+                *(
+                    [str(size), f"{one['seconds']:.1f}", f"{one['peak']:.2f}"]
+                    for size, one in started.items()
+                ),
+            ],
+            texts=0,
+        ),
     ]
     if checks:
         worst = {what: max(abs(one[what] - 1) for one in checks) for what in UNITS}

@@ -10,9 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from benchmarks.measuring import peak_bytes
 from kdhooks import Distiller, KDHooksError, Teacher
 from kdhooks.classes.per_class import PerClass, digest, is_split
+from kdhooks.classes.rows import Rows
 from kdhooks.classes.splits import ClassSplit, ClassTables
+from kdhooks.teacher_rows import TeacherRows
+from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
 
@@ -275,6 +279,31 @@ def test_the_digest_of_a_table_is_the_sum_of_those_of_its_parts() -> None:
     assert digest(table, 0) == parts % 2**63
     assert digest(table, 1) != digest(table, 0)
     assert digest(table.flip(0), 0) != digest(table, 0)
+
+
+@pytest.mark.parametrize("name", ["teacher", "coupleface"])
+def test_a_rank_reads_its_own_rows_and_never_holds_twice_as_many(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdhooks.classes.rows._CHUNK", 64)
+    table, own = normal(7, 4096, 32).float(), slice(1024, 2048)
+    for rank, part in enumerate(table.chunk(4)):
+        torch.save({"weight": part.clone()}, tmp_path / f"checkpoint_gpu_{rank}.pt")
+    rows = Rows.open(tmp_path / "checkpoint_gpu_*.pt")
+    split, kept = ClassSplit(own.start, own.stop, 4096), torch.float32
+    found: list[Tensor] = []
+
+    def read() -> None:
+        if name == "teacher":
+            found.append(TeacherRows(rows, split, [], kept, kept).rows)
+        else:
+            loss = MutualRelations(split, torch.zeros(0, 3))
+            loss.keep_rows("prototypes", rows.slice(own.start, own.stop), kept, unit=True)
+            found.append(loss.prototypes)
+
+    assert peak_bytes(read, torch.device("cpu")) < 1.5 * table[own].nbytes
+    unit = name == "coupleface"
+    assert_close(found[0], nn.functional.normalize(table[own]) if unit else table[own])
 
 
 def test_one_process_has_all_classes() -> None:

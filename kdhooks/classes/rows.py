@@ -18,7 +18,7 @@ from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 log = logging.getLogger("kdhooks")
 
 _SUBJECT = "teacher classifier"
-_CHUNK = 65536  # rows that are read at a time
+_CHUNK = 8192  # rows that are read at a time
 _LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 

@@ -14,7 +14,7 @@ from kdhooks import KDHooksError
 INDEX, STATE = "index.npy", "mining.json"
 _COUNTS = ("classes", "k", "done", "passed_over")
 _AGAIN = "remove the folder and mine again, or name another"
-_CHUNK = 65536  # classes that are checked at a time
+_CHUNK = 8192  # classes that are checked at a time
 
 
 def read_state(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
