@@ -271,8 +271,18 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("model.pt", "--data", "lfw.bin"), "found 1 checkpoints and 0 networks; give --network"),
-        (("ours", "--network", "tiny", "--data", "lfw.bin"), "found 0 checkpoints and 1 networks"),
+        (
+            ("model.pt", "--data", "lfw.bin"),
+            "found 1 checkpoints (model.pt) and 0 networks (none); give --network",
+        ),
+        (
+            ("ours", "--network", "tiny", "--data", "lfw.bin"),
+            "found 0 checkpoints (none) and 1 networks (tiny)",
+        ),
+        (("ours", "--weights", "model", "--data", "lfw.bin"), "--weights is for checkpoints such"),
+        (("ours", "--embedding-size", "9", "--data", "lfw.bin"), "--embedding-size is for check"),
+        (("ours", "--fp16", "--data", "lfw.bin"), "--fp16 is for checkpoints such as model.pt"),
+        (("absent.onnx", "--data", "lfw.bin"), "'absent.onnx': the file: there is no file 'abs"),
         (("tiny=second.pt", *ONE), "two models are called 'tiny'; name them, as in NAME=tiny"),
         (("teacher", *ONE), "model 'teacher': is the teacher of a recipe, and there is none; give"),
         (
@@ -284,17 +294,19 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
         (("=x", *ONE), "a model is MODEL or NAME=MODEL; found '=x'"),
         ((*ONE, "--view"), "--view is the student_view of a recipe, and there is none"),
         ((*ONE, "--no-flip", "--protocol", "insightface"), "as the trainer does; found --no-flip"),
-        ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46 pairs; give fewer"),
+        ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46; give fewer"),
         ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, and"),
         (("configs", *ONE), "model 'configs': an insightface pack must be installed"),
         ((*ONE, "--data", "configs"), "--data without --pairs must be verification files such as"),
         ((*ONE, "--data", "absent.bin"), "--data: there is no file 'absent.bin'"),
         ((*ONE, "--data", "lfw.bin", "lfw.bin"), "--data has two sets called 'lfw'; rename one"),
         (
-            (*ONE, "--data", "a", "b", "--pairs", "p"),
+            ("tiny=model.pt", "--network", "tiny", "--data", "a", "b", "--pairs", "p"),
             "must be one folder or zip of pictures; found 2",
         ),
         ((*ONE, "--json", "lfw.bin"), "--json 'lfw.bin' is a file to be read, which it would"),
+        ((*ONE, "--json", "r.png", "--picture", "r.png"), "must be two files; found 'r.png' twice"),
+        ((*ONE, "--picture", "roc.svg"), "must be a PNG file, with a name such as roc.png; found"),
         ((*ONE, "--picture", "no/roc.png"), "--picture must be a file in a folder that exists"),
         ((*ONE, "--far", "2"), "argument --far: must lie between 0 and 1; found '2'"),
     ],
@@ -330,6 +342,30 @@ def test_images_of_another_size_are_refused(capsys: Captured, tmp_path: Path) ->
     assert "'0' is 112x112 (width x height), where 96x96 is needed" in said
 
 
+def test_a_set_that_can_not_be_evaluated_is_named_before_the_long_pass(
+    capsys: Captured, tmp_path: Path
+) -> None:
+    pictures, _ = pickle.loads(Path("lfw.bin").read_bytes())
+    (tmp_path / "one.bin").write_bytes(pickle.dumps((pictures, [True] * PAIRS)))
+    (tmp_path / "two.bin").write_bytes(pickle.dumps((pictures[:4], [True, False])))
+    folds = ["--folds", "2"]
+    for name, said in (("one", "of different people are both needed"), ("two", "of both kinds")):
+        assert main(["evaluate", *ONE, "--data", f"{tmp_path}/{name}.bin", *folds]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"kdhooks: evaluate: --data: '{tmp_path}/{name}.bin' can't be ev")
+        assert said in printed
+
+
+def test_an_error_after_the_progress_starts_a_line(capsys: Captured, tmp_path: Path) -> None:
+    """Of a picture whose header alone is whole."""
+    pictures, same = pickle.loads(Path("lfw.bin").read_bytes())
+    pictures[3] = pictures[3][:200]
+    (tmp_path / "cut.bin").write_bytes(pickle.dumps((pictures, same)))
+    assert main(["evaluate", *ONE[:3], "--data", str(tmp_path / "cut.bin")]) == 2
+    *_, last = re.split("[\r\n]", capsys.readouterr().err.strip())
+    assert last.startswith("kdhooks: evaluate: --data: every picture must be readable; found 1")
+
+
 # --- output --------------------------------------------------------------------------------------
 
 
@@ -338,6 +374,17 @@ def test_every_verification_file_of_a_folder_is_taken(capsys: Captured, tmp_path
         shutil.copy("lfw.bin", tmp_path / name)
     found = evaluated(capsys, *ONE[:3], "--data", str(tmp_path), "lfw.bin")
     assert [tested["set"] for tested in found["sets"]] == ["agedb_30", "cfp_fp", "lfw"]
+
+
+def test_options_that_are_given_twice_are_joined(capsys: Captured, tmp_path: Path) -> None:
+    shutil.copy("lfw.bin", tmp_path / "other.bin")
+    rates = ("--far", "0.3", "0.30", "--far", "0.1234567", "0.1234568")
+    argv = (*ONE, "--data", str(tmp_path / "other.bin"), *rates)
+    found = evaluated(capsys, *argv)
+    assert [tested["set"] for tested in found["sets"]] == ["lfw", "other"]
+    assert list(found["sets"][0]["results"][0]["tar"]) == ["0.3", "0.1234567", "0.1234568"]
+    main(["evaluate", *argv])
+    assert "| TAR at FAR 0.3 | TAR at FAR 0.1234567 | TAR at" in capsys.readouterr().out
 
 
 def test_a_rate_that_is_too_small_to_measure_is_not_shown(capsys: Captured) -> None:

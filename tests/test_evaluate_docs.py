@@ -16,7 +16,10 @@ from kdhooks.options import declared_options
 from kdhooks.recipe import Recipe
 from kdhooks.verification import Verification
 from kdhooks.views.student_view import ViewTable
-from kdhooks_integrations.arcface_torch.commands import evaluate
+from kdhooks_integrations.arcface_torch.commands.evaluate_options import (
+    check_evaluate,
+    evaluate_parser,
+)
 from tests.trainer_folder import imports_undone, settled, write_teacher, write_trainer
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
@@ -30,8 +33,8 @@ COMMANDS = {name: text for name, text in BLOCKS.items() if text.startswith("kdho
 def test_a_command_is_understood(block: str) -> None:
     words = shlex.split(COMMANDS[block].replace("\\\n", " "))
     assert words[:2] == ["kdhooks", "evaluate"]
-    options = evaluate._parser().parse_args(words[2:])
-    evaluate._check(options)
+    options = evaluate_parser(None).parse_args(words[2:])
+    check_evaluate(options)
     assert options.models
     assert all(Path(one).suffix in ("", ".bin", ".zip") for one in options.data)
 

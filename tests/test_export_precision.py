@@ -63,7 +63,11 @@ def cosine(file: str) -> float:
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
-def test_an_int8_file_keeps_the_embeddings(method: str, folder: Path, capsys: Captured) -> None:
+def test_an_int8_file_keeps_the_embeddings(
+    method: str, folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch of faces is smaller than the others."""
+    monkeypatch.setattr(checked_faces, "_BATCH", 4)
     assert main([*INT8, "--calibration-method", method, "--calibration-images", "7"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {
         "model.pt", "model.onnx", "model_int8.onnx",
@@ -174,6 +178,9 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--calibrate", "faces"], "--calibrate is for --int8; found it without; add --int8"),
         (["--float16"], "--float16 needs faces on which the file is checked; found no --data"),
         (["--float16-images"], "--float16-images is for --float16; found it without; add it"),
+        (["--calibration-images", "9"], "--calibration-images is for --int8; found it without"),
+        (["--calibration-method", "minmax"], "--calibration-method is for --int8; found it"),
+        (["--int8", "--calibrate", ""], "argument --calibrate: must be a path; found ''"),
         (["--data", "faces"], "--data is for --int8 and --float16; found neither"),
         (["--pairs", "pairs.txt"], "--pairs is for --int8 and --float16; found neither"),
         (["--least-cosine", "0.9"], "--least-cosine is for --int8 and --float16; found neither"),

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from kdhooks import Distiller
+from kdhooks.onnx.lower_precision import DEFAULT_METHOD
+from kdhooks_integrations.arcface_torch.commands.checked_faces import CALIBRATING
 from kdhooks_integrations.arcface_torch.commands.export import _parser
 from kdhooks_integrations.arcface_torch.commands.precision import LEAST_COSINE, check_precision
 from tests.trainer_folder import WIDTH, faces, settled
@@ -33,9 +35,8 @@ def test_a_command_is_understood(block: str) -> None:
 def test_the_limits_and_the_defaults_are_those_of_the_command() -> None:
     limits = f"below {LEAST_COSINE['int8']} (int8) or {LEAST_COSINE['float16']} (float16)"
     assert limits in TEXT
-    options = _parser().parse_args(["model.pt", "--network", "r50"])
-    assert f"`--calibration-images` | {options.calibration_images} by default" in TEXT
-    assert f"`--calibration-method {options.calibration_method}` | The default" in TEXT
+    assert f"`--calibration-images` | {CALIBRATING} by default" in TEXT
+    assert f"`--calibration-method {DEFAULT_METHOD}` | The default" in TEXT
 
 
 @pytest.mark.parametrize(

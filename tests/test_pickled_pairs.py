@@ -5,6 +5,7 @@ import pickletools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ FLAGS: dict[str, object] = {
     "array": np.array(SAME),
     "array of numbers": np.array([1, 0]),
     "array of the other byte order": np.array([1, 0], ">i4"),
+    "array of objects": np.array(SAME, dtype=object),
 }
 CONTENTS: dict[str, Callable[[bytes], object]] = {
     "bytes": bytes,
+    "bytearray": bytearray,
     "array": lambda content: np.frombuffer(content, np.uint8),
     "column": lambda content: np.frombuffer(content, np.uint8)[:, None],
 }
@@ -47,6 +50,13 @@ def test_every_form_is_read(contents: str, flags: str, protocol: int, tmp_path: 
     )
     assert found.pictures == PICTURES
     assert found.same.tolist() == SAME
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_array_of_pictures_is_read(protocol: int, tmp_path: Path) -> None:
+    content = pickle.dumps((np.array(PICTURES, dtype=object), SAME), protocol)
+    found = read_pickled_pairs(write(tmp_path, content), "data")
+    assert (found.pictures, found.same.tolist()) == (PICTURES, SAME)
 
 
 def test_text_of_python_2_is_read(tmp_path: Path) -> None:
@@ -109,10 +119,11 @@ def test_a_name_that_is_known_is_not_changed_by_a_file(tmp_path: Path) -> None:
         ((PICTURES, [1, 2]), "found 2 as flag 1"),
         ((PICTURES, [1.0, 0.0]), "found an object of class float as flag 0"),
         ((PICTURES, np.array([1.0, 0.0])), "found an array of type f8"),
-        ((PICTURES, np.array([None, None])), "found an array of a list of 2"),
+        ((PICTURES, np.array([None, None])), "found an object of class NoneType as flag 0"),
         (([np.zeros((2, 2, 3), np.uint8)] * 4, SAME), "uint8 (2, 2, 3) as picture 0, where the"),
         (([np.zeros(5, np.int16)] * 4, SAME), "found an array int16 (5,) as picture 0"),
         ((PICTURES[:3], SAME), "two pictures for each flag; found 3 pictures and 2 flags"),
+        ((np.array(PICTURES), SAME), "found an array of type S6"),
         (([], []), "found 0 pictures and 0 flags"),
     ],
 )
@@ -126,6 +137,14 @@ def test_other_content_is_refused(content: object, said: str, tmp_path: Path) ->
 )
 def test_a_damaged_file_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"such as lfw\.bin, a pickle of .*; it can't be read"):
+        read_pickled_pairs(write(tmp_path, content), "data")
+
+
+def test_what_pickle_says_stays_in_one_line(tmp_path: Path) -> None:
+    content = b"\x80\x02K\x01Q."  # a persistent id
+    with pytest.raises(UnpicklingError, match="\n"):
+        pickle.loads(content)
+    with pytest.raises(KDHooksError, match=r"^[^\n]*persistent id[^\n]*$"):
         read_pickled_pairs(write(tmp_path, content), "data")
 
 

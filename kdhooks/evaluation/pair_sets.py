@@ -16,6 +16,7 @@ from kdhooks.evaluation.pickled_pairs import read_pickled_pairs
 from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse, wrong_size
 from kdhooks.pictures import Pixels, Unreadable, decode, read_size
 from kdhooks.tensor_files import user_path
+from kdhooks.verification import fold_accuracies
 
 FOLDS = 10
 """In as many runs of pairs, of both kinds each, a verification file is cut."""
@@ -111,16 +112,21 @@ def read_pair_file(path: Path, subject: str, folds: int = FOLDS) -> PairSet:
     pictures, same = read_pickled_pairs(path, subject)
     if len(same) < folds:
         raise KDHooksError(
-            f"{subject}: '{path}' must hold a pair for each of {folds} folds; found {len(same)} "
-            "pairs; give fewer folds, as --folds 2"
+            f"{subject}: '{path}' must hold a pair for each of {folds} folds; found {len(same)}; "
+            "give fewer folds, as --folds 2, or more pairs"
         )
+    fold_of = _runs(len(same), folds)
+    try:
+        fold_accuracies(np.zeros(len(same)), same, fold_of)
+    except KDHooksError as error:
+        raise KDHooksError(f"{subject}: '{path}' can't be evaluated: {error}") from error
     return PairSet(
         name=path.stem,
         files=EncodedPictures(path, subject, pictures),
         images=[str(place) for place in range(len(pictures))],
         rows=np.arange(len(pictures)).reshape(-1, 2),
         same=same,
-        folds=_runs(len(same), folds),
+        folds=fold_of,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, in_one_line
 from kdhooks.tensor_files import first_bytes, user_path
 
 _FLAGS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
@@ -41,7 +41,7 @@ def read_pickled_pairs(path: str | Path, subject: str) -> PickledPairs:
     except Exception as error:  # of a damaged file, whatever the reader meets
         raise KDHooksError(
             f"{subject}: '{path}' must be a verification file such as lfw.bin, a pickle of "
-            f"{_ENTRIES}; it can't be read ({type(error).__name__}: {error}); fetch it again"
+            f"{_ENTRIES}; it can't be read ({in_one_line(error)}); fetch it again"
         ) from error
     try:
         pictures, same = _opened(content)
@@ -107,7 +107,7 @@ class _Reader(pickle.Unpickler):
 def _opened(content: object) -> PickledPairs:
     if not isinstance(content, list | tuple) or len(content) != 2:
         raise _Refused(_kind(content))
-    pictures, flags = content
+    pictures, flags = _entry(content[0]), content[1]
     if not isinstance(pictures, list | tuple):
         raise _Refused(f"{_kind(pictures)} in place of the pictures")
     known = _entry(flags)
@@ -155,8 +155,10 @@ def _entry(found: object) -> object:
         raise _Refused(f"{found.name} with other arguments than numpy writes ({error})") from error
 
 
-def _array(found: _Made) -> NDArray[Any]:
+def _array(found: _Made) -> object:
     _, shape, kind, fortran, content = found.state
+    if isinstance(content, list) and len(shape) == 1:  # of objects
+        return content
     return _shaped(content, kind, shape, "F" if fortran else "C")
 
 
@@ -192,9 +194,11 @@ def _dtype(found: object) -> np.dtype[Any]:
 
 
 def _bytes(found: _Made) -> bytes:
-    """As Python 3 writes bytes for Python 2: text in Latin-1, or nothing."""
+    """As Python 3 writes bytes and bytearrays in older protocols: text in Latin-1, or nothing."""
     if not found.arguments:
         return b""
+    if len(found.arguments) == 1 and isinstance(content := _entry(found.arguments[0]), bytes):
+        return content
     text, encoding = found.arguments
     if not isinstance(text, str) or codecs.lookup(_text(encoding)).name != "iso8859-1":
         raise _Refused(f"text in the encoding {encoding!r}")
@@ -209,7 +213,7 @@ def _text(found: Any) -> str:
 
 def _kind(found: object) -> str:
     if isinstance(found, _Made):
-        return f"an object of {found.name}"
+        return "an array" if found.name in _ARRAYS else f"an object of {found.name}"
     if isinstance(found, list | tuple):
         return f"a {type(found).__name__} of {len(found)}"
     return f"an object of class {type(found).__name__}"
@@ -222,5 +226,8 @@ _KNOWN: dict[str, Callable[[_Made], object]] = {
     "_codecs.encode": _bytes,
     "builtins.bytes": _bytes,
     "__builtin__.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "__builtin__.bytearray": _bytes,
 }
+_ARRAYS = [name for name, made in _KNOWN.items() if made in (_array, _array_of_buffer)]
 _ARGUMENTS = ("numpy.dtype", "numpy.ndarray")

@@ -20,9 +20,11 @@ from kdhooks.onnx.graphs import Array, image_inputs, load_graph, require
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 """Names of the ways to choose the range of an activation, and onnxruntime's names for them."""
 
+DEFAULT_METHOD = "minmax"
+
 
 def write_int8(
-    source: Path, target: Path, images: Iterable[Tensor], method: str = "minmax"
+    source: Path, target: Path, images: Iterable[Tensor], method: str = DEFAULT_METHOD
 ) -> None:
     """Write weights in int8, each output channel with its own scale, and activations in int8.
 
@@ -37,7 +39,10 @@ def write_int8(
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             self._feeds: Iterator[dict[str, Array]] = (
-                {image.name: batch.numpy()} for batch in images
+                # One by one, since percentile and entropy refuse a last batch that is smaller.
+                {image.name: one.numpy()}
+                for batch in images
+                for one in batch.split(1)
             )
 
         def get_next(self) -> dict[str, Array] | None:

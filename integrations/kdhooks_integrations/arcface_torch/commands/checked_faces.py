@@ -12,6 +12,9 @@ from kdhooks.evaluation.pair_sets import PairSet, read_paired_pictures
 from kdhooks.picture_files import SUFFIXES, PictureFiles
 from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_batches
 
+CALIBRATING = 256
+"""The number of faces that calibrate, if nothing else is said and there are as many."""
+
 CHECKED = 256
 """The number of faces that are checked without pairs, if there are as many."""
 
@@ -32,8 +35,7 @@ class Faces:
 
     def batches(self) -> Iterator[Tensor]:
         """[(b 3 112 112)] in [-1, 1]."""
-        for pictures in read_batches(self.files, self.names, _BATCH, _SHAPE, self.subject):
-            yield as_input(pictures)
+        return map(as_input, read_batches(self.files, self.names, _BATCH, _SHAPE, self.subject))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def choose_faces(options: argparse.Namespace) -> Chosen:
     if options.data is not None and not _same(options.calibrate, options.data):
         checked, shared = _opened(options.data, "--data"), calibrating is None
     assert checked is not None, "the options name one of them"
-    most, pairs = options.calibration_images, None
+    most, pairs = options.calibration_images or CALIBRATING, None
     if options.pairs is not None:
         pairs = read_paired_pictures(checked.files, options.pairs, checked.subject)
         tested = tuple(pairs.images)

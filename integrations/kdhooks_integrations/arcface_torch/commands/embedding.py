@@ -20,6 +20,8 @@ from kdhooks.views.viewing import Viewing
 from kdhooks_integrations.arcface_torch.commands.models import Model
 from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_batches
 
+SUBJECT = "evaluate: --data"
+
 Progress = Callable[[int, int], None]
 """Called with the number of images done, and of all."""
 
@@ -85,7 +87,9 @@ class Embedder:
             names = [tested.images[int(place)] for place in order]
             end = 0
             # The reader is read to its end, where it reports what it has left out.
-            read = read_batches(tested.files, names, self.batch, self.shape) if names else []
+            read = (
+                read_batches(tested.files, names, self.batch, self.shape, SUBJECT) if names else []
+            )
             for number, pictures in enumerate(read):
                 start = starts[number]
                 images = self.scaled(pictures).to(self.device)

@@ -38,6 +38,7 @@ from kdhooks_integrations.arcface_torch.commands.checked_faces import choose_fac
 from kdhooks_integrations.arcface_torch.commands.networks import (
     add_network,
     add_trainer,
+    add_weights,
     enter_trainer,
     make,
 )
@@ -87,12 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add_network(
         parser, "--network", ("required", "the checkpoint's; a factory's own"), required=True
     )
-    parser.add_argument(
-        "--weights",
-        default="",
-        metavar="PLACE",
-        help="place of the weights in the checkpoint, if several sets fit (default: the one)",
-    )
+    add_weights(parser)
     parser.add_argument(
         "--out",
         type=path,

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks.recipe import Recipe, build_from_table, build_teachers
 from kdhooks.teacher.several import Teachers, one_or_several
 from kdhooks.teacher.table import TeacherTable
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.tensor_files import user_path
+from kdhooks.tensor_files import first_bytes, user_path
 from kdhooks_integrations.arcface_torch.commands.export import load_student
 from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
@@ -46,7 +46,9 @@ def open_models(
         raise KDHooksError(
             f"evaluate: two models are called '{twice}'; name them, as in NAME={twice}"
         )
-    networks = iter(_networks([one for _, one in named if _is_checkpoint(one)], checkpoints))
+    files = [one for _, one in named if _is_checkpoint(one)]
+    _refuse_unused(files, checkpoints)
+    networks = iter(_networks(files, checkpoints))
     taught: list[Teacher] | None = None
     models = []
     for name, source in named:
@@ -61,7 +63,9 @@ def open_models(
                 network = load_student(source, next(networks), how.width, how.weights, how.fp16)
                 opened = Teacher(network)
             elif _is_onnx(source):
-                opened = build_from_table(TeacherTable(onnx=user_path(source, "the file")))
+                file = user_path(source, "the file")
+                first_bytes(file, "the file")
+                opened = build_from_table(TeacherTable(onnx=file))
             else:
                 opened = build_from_table(TeacherTable(insightface=source, root=root))
         except KDHooksError as error:
@@ -92,14 +96,27 @@ def _is_checkpoint(source: str) -> bool:
     return path.is_file() or path.suffix != "" or path.name != source
 
 
+def _refuse_unused(files: Sequence[str], given: Checkpoints) -> None:
+    """Options that describe checkpoints, if there are none."""
+    options = {
+        "--embedding-size": given.width, "--weights": given.weights, "--fp16": given.fp16,
+    }  # fmt: skip
+    for option, value in options.items():
+        if value and not files:
+            raise KDHooksError(
+                f"evaluate: {option} is for checkpoints such as model.pt; found none among the "
+                "models; leave it out"
+            )
+
+
 def _networks(files: Sequence[str], given: Checkpoints) -> Sequence[str]:
     """The network of each checkpoint."""
     networks = given.networks
     if bool(networks) != bool(files) or len(networks) not in {0, 1, len(files)}:
         raise KDHooksError(
             f"evaluate: --network must name the network of each checkpoint, or one for all; found "
-            f"{len(files)} checkpoints and {len(networks)} networks; give --network once, or once "
-            "for each checkpoint in their order"
+            f"{len(files)} checkpoints ({listed(files)}) and {len(networks)} networks "
+            f"({listed(networks)}); give --network once, or once for each checkpoint in their order"
         )
     return networks if len(networks) == len(files) else [*networks] * len(files)
 

@@ -51,6 +51,15 @@ def add_network(
     )
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="PLACE",
+        help="place of the weights in a checkpoint, if several sets fit (default: the one)",
+    )
+
+
 def enter_trainer(folder: str | Path) -> None:
     """Its modules can be imported from now on, as a script in it imports them."""
     folder = Path(folder)

@@ -41,6 +41,8 @@ def make_parser(
 
 def path(text: str) -> Path:
     """A path whose ~ is expanded."""
+    if not text:  # of which pathlib makes this folder
+        raise argparse.ArgumentTypeError("must be a path; found ''")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

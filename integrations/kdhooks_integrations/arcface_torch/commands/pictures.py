@@ -46,8 +46,7 @@ class Pictures:
         self, names: Sequence[str], size: int, shape: tuple[int, int, int]
     ) -> Iterator[Tensor]:
         """(b 3 h w) in [-1, 1], as the trainers make them of 8 bits, all of this shape."""
-        for pictures in read_batches(self._files, names, size, shape):
-            yield as_input(pictures)
+        return map(as_input, read_batches(self._files, names, size, shape))
 
 
 def read_batches(

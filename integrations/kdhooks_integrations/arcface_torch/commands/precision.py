@@ -12,10 +12,10 @@ from kdhooks.arguments import at_least, share
 from kdhooks.errors import KDHooksError
 from kdhooks.evaluation.pair_sets import PairSet
 from kdhooks.onnx.files import read_recognition_file
-from kdhooks.onnx.lower_precision import METHODS, write_float16, write_int8
+from kdhooks.onnx.lower_precision import DEFAULT_METHOD, METHODS, write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.verification import Floats, pair_scores, unit, verify
-from kdhooks_integrations.arcface_torch.commands.checked_faces import Chosen, Faces
+from kdhooks_integrations.arcface_torch.commands.checked_faces import CALIBRATING, Chosen, Faces
 from kdhooks_integrations.arcface_torch.commands.parsing import path
 
 LEAST_COSINE = {"int8": 0.99, "float16": 0.999}
@@ -39,17 +39,15 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-images",
         type=at_least(1),
-        default=256,
         metavar="N",
         help="how many faces give the ranges, at most; half of the faces at most, if the others "
-        "check the file (default: 256)",
+        f"check the file (default: {CALIBRATING})",
     )
     add(
         "--calibration-method",
         choices=tuple(METHODS),
-        default="minmax",
         help="how a range follows from the values of an activation; all but minmax keep every "
-        "activation of every face in memory (default: minmax)",
+        f"activation of every face in memory (default: {DEFAULT_METHOD})",
     )
     add(
         "--float16",
@@ -111,6 +109,11 @@ def check_precision(options: argparse.Namespace) -> None:
                 f"export: --{name.replace('_', '-')} is for --int8 and --float16; found neither; "
                 "add one of them"
             )
+    for name in ("calibration_images", "calibration_method"):
+        if getattr(options, name) is not None and not options.int8:
+            raise KDHooksError(
+                f"export: --{name.replace('_', '-')} is for --int8; found it without; add --int8"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
     source, forms = folder / "model.onnx", {}
     if chosen.calibrating is not None:
         forms["int8"] = folder / "model_int8.onnx"
-        images = chosen.calibrating.batches()
-        write_int8(source, forms["int8"], images, options.calibration_method)
+        method = options.calibration_method or DEFAULT_METHOD
+        write_int8(source, forms["int8"], chosen.calibrating.batches(), method)
     if options.float16:
         forms["float16"] = folder / "model_float16.onnx"
         write_float16(source, forms["float16"], images=options.float16_images)
@@ -139,7 +142,7 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
         lines = [f"{_megabytes(file)} MB instead of {_megabytes(source)} MB"]
         if chosen.calibrating is not None and form == "int8":
             count = len(chosen.calibrating.names)
-            lines.append(f"calibrated on {count:,} faces, by {options.calibration_method}")
+            lines.append(f"calibrated on {count:,} faces, by {method}")
         which = "faces" if chosen.calibrating is None else "other faces"
         lines.append(
             f"cosine to float on {len(cosines):,} {which}: {cosines.mean():.4f} on average, "

@@ -17,7 +17,7 @@ from kdhooks_integrations.arcface_torch.commands.compared import Compared, Resul
 def as_table(compared: Sequence[Compared], fars: Sequence[float], trainers: bool) -> str:
     """In per cent; with trainers, accuracy and mean length as the trainer prints them."""
     head = ["set", "first image by", "second image by", "accuracy", "EER"]
-    head += [f"TAR at FAR {far:g}" for far in fars]
+    head += [f"TAR at FAR {far}" for far in fars]
     if trainers:
         head[3] = "Accuracy-Flip"
         head.append("XNorm")
@@ -53,9 +53,8 @@ def as_sentences(compared: Sequence[Compared], flip: bool, view: str | None) -> 
         )
         if tested.one_kind():
             yield (
-                f"{tested.name}: a fold has pairs of one kind alone, so that its threshold comes "
-                "from others than it needs, and accuracy means little; order the pairs, or give "
-                "--folds"
+                f"{tested.name}: a fold has pairs of one kind alone, so that its accuracy says "
+                "little, and the deviation too; mix the pairs, or give fewer folds by --folds"
             )
     faces = "an image and its mirror image, summed" if flip else "an image alone"
     yield f"embeddings are of {faces}; rates are in per cent"
@@ -101,13 +100,20 @@ def _numbers(result: Result) -> dict[str, Any]:
         "accuracy": figures.accuracy,
         "accuracy_std": figures.accuracy_std,
         "eer": figures.eer,
-        "tar": {f"{far:g}": share for far, share in figures.tar.items()},
+        "tar": {str(far): share for far, share in figures.tar.items()},
         "threshold": figures.threshold,
         "xnorm": result.length,
     }
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+def check_picture(file: Path) -> None:
+    if file.suffix.lower() != ".png":
+        raise KDHooksError(
+            f"evaluate: --picture must be a PNG file, with a name such as roc.png; found '{file}'"
+        )
 
 
 def check_output(file: Path, option: str, inputs: Sequence[str]) -> None:
