@@ -154,6 +154,16 @@ def test_both_forms_are_judged_on_pairs_of_people_who_did_not_calibrate(
     assert torch.equal(torch.cat(calibrated), torch.cat([images[labels == n] for n in (3, 4, 5)]))
 
 
+def test_a_form_of_an_earlier_export_is_named(folder: Path, capsys: Captured) -> None:
+    said = "out/model_int8.onnx  is of an earlier export, and was not written again\n"
+    assert main([*INT8]) == 0
+    assert said not in capsys.readouterr().out
+    before = Path("out/model_int8.onnx").read_bytes()
+    assert main([*FLOAT16]) == 0
+    assert said in capsys.readouterr().out
+    assert Path("out/model_int8.onnx").read_bytes() == before
+
+
 def test_other_faces_can_check_a_file(folder: Path, capsys: Captured) -> None:
     Path("others").mkdir()
     Path("faces/p5").rename("others/p5")

@@ -1,15 +1,19 @@
 """docs/phones.md: its commands are understood, and its code runs where its packages are."""
 
 import argparse
+import copy
 import re
 import shlex
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization as quantization
 from torch import nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
 from kdhooks import Distiller
 from kdhooks.onnx.lower_precision import DEFAULT_METHOD
@@ -101,3 +105,73 @@ def test_a_distiller_leaves_the_observers_of_a_prepared_student_as_they_were() -
     now = student.state_dict()
     changed = [key for key, value in before.items() if not now[key].equal(value)]
     assert len(changed) > 10
+
+
+def prepared_eager() -> nn.Module:
+    names = scope()
+    exec(BLOCKS["qat"].partition("with Distiller")[0], names)
+    student: nn.Module = names["student"]
+    return student
+
+
+def prepared_fx() -> nn.Module:
+    """Of the same network; FX mode quantises its input and output without stubs."""
+    student = scope()["Student"]()
+    student.quant, student.dequant = nn.Identity(), nn.Identity()
+    mapping = quantization.get_default_qat_qconfig_mapping(torch.backends.quantized.engine)
+    prepared: nn.Module = prepare_qat_fx(student.train(), mapping, (faces()[0][:2],))
+    return prepared
+
+
+MODES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]]] = {
+    "eager": (prepared_eager, quantization.convert),
+    "fx": (prepared_fx, convert_fx),
+}
+
+
+def trained(
+    mode: str, weight: float | None, steps: int = 4, earlier: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The student after so many steps on a task, and what a checkpoint holds; weight: of fcd."""
+    student, teacher = MODES[mode][0](), scope()["teacher"]
+    kd = (
+        None if weight is None else Distiller(student, teacher, [{"name": "fcd", "weight": weight}])
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    if earlier is not None and kd is not None:
+        student.load_state_dict(earlier["student"])
+        optimizer.load_state_dict(earlier["optimizer"])
+        kd.load_state_dict(earlier["kd"])
+    for _ in range(steps):
+        images = faces()[0]
+        loss = student(images).square().mean()
+        if kd is not None:
+            loss = loss + sum(kd(images).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if kd is not None:
+        kd.remove()
+    state = student.state_dict(), optimizer.state_dict(), kd and kd.state_dict()
+    return student, copy.deepcopy(dict(zip(("student", "optimizer", "kd"), state, strict=True)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prepared_student_keeps_the_promises(mode: str) -> None:
+    """Weight 0 is the run without kdhooks, and a resumed run is the straight one, to the bit."""
+    _, plain = trained(mode, None)
+    _, zero = trained(mode, 0.0)
+    student, distilled = trained(mode, 1.0)
+    _, half = trained(mode, 1.0, steps=2)
+    _, resumed = trained(mode, 1.0, steps=2, earlier=half)
+    assert list(zero["student"]) == list(plain["student"])
+    for key, value in plain["student"].items():
+        torch.testing.assert_close(zero["student"][key], value, rtol=0, atol=0, equal_nan=True)
+    for key, value in distilled["student"].items():
+        torch.testing.assert_close(resumed["student"][key], value, rtol=0, atol=0, equal_nan=True)
+    images = faces()[0]
+    with torch.no_grad():
+        expected = student.eval().apply(quantization.disable_observer)(images)
+        assert not torch.equal(distilled["student"]["fc.weight"], plain["student"]["fc.weight"])
+        found = MODES[mode][1](student)(images)
+    assert nn.functional.cosine_similarity(found, expected).mean() > 0.98

@@ -51,6 +51,9 @@ from kdhooks_integrations.arcface_torch.commands.precision import (
 from kdhooks_integrations.arcface_torch.networks import embedding_width
 
 
+FORMS = ("model_int8.onnx", "model_float16.onnx")
+
+
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     enter_trainer(options.trainer)
@@ -77,6 +80,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{out / form.name}  sha256 {sha256(out / form.name)}")
         for line in form.lines:
             print(f"  {line}")
+    for name in FORMS:
+        if name not in [form.name for form in kept] and (out / name).exists():
+            print(f"{out / name}  is of an earlier export, and was not written again")
     return 0
 
 
@@ -108,8 +114,7 @@ def check_out(out: Path, checkpoint: Path) -> None:
             f"export: --out must be a folder, in which model.pt and model.onnx are written; found "
             f"'{out}'; name its folder"
         )
-    names = ("model.pt", "model.onnx", "model_int8.onnx", "model_float16.onnx")
-    for file in (out / name for name in names):
+    for file in (out / name for name in ("model.pt", "model.onnx", *FORMS)):
         if file.is_dir():
             raise KDHooksError(f"export: '{file}' is a folder; remove it, or name another --out")
         if file.exists() and checkpoint.exists() and file.samefile(checkpoint):
