@@ -50,7 +50,6 @@ from kdhooks_integrations.arcface_torch.commands.precision import (
 )
 from kdhooks_integrations.arcface_torch.networks import embedding_width
 
-
 FORMS = ("model_int8.onnx", "model_float16.onnx")
 
 
