@@ -13,7 +13,8 @@ pytest.importorskip("PIL")
 
 from benchmarks.recordio_files import people, png
 from kdhooks.cli import main
-from kdhooks_integrations.arcface_torch.commands import cache, doctor, evaluate, export, taps
+from kdhooks_integrations.arcface_torch.commands import cache, doctor, export, taps
+from kdhooks_integrations.arcface_torch.commands.evaluate_options import evaluate_parser
 from kdhooks_integrations.arcface_torch.commands.parsing import print_json
 from tests.trainer_folder import CLASSES, WIDTH, imports_undone, write_teacher, write_trainer
 
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     found = {name: module._parser() for name, module in (("doctor", doctor), ("taps", taps))}
-    found |= {"export": export._parser(), "evaluate": evaluate._parser()}
+    found |= {"export": export._parser(), "evaluate": evaluate_parser(None)}
     (choices,) = [a.choices for a in cache._parser()._actions if a.dest == "command"]
     assert isinstance(choices, dict)
     return {**found, **{f"cache {name}": parser for name, parser in choices.items()}}

@@ -123,7 +123,7 @@ def prepared_fx() -> nn.Module:
     return prepared
 
 
-MODES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]]] = {
+MODES: dict[str, tuple[Callable[[], nn.Module], Callable[..., nn.Module]]] = {
     "eager": (prepared_eager, quantization.convert),
     "fx": (prepared_fx, convert_fx),
 }

@@ -197,9 +197,10 @@ def _bytes(found: _Made) -> bytes:
     """As Python 3 writes bytes and bytearrays in older protocols: text in Latin-1, or nothing."""
     if not found.arguments:
         return b""
-    if len(found.arguments) == 1 and isinstance(content := _entry(found.arguments[0]), bytes):
+    text, *encodings = found.arguments
+    if not encodings and isinstance(content := _entry(text), bytes):
         return content
-    text, encoding = found.arguments
+    (encoding,) = encodings
     if not isinstance(text, str) or codecs.lookup(_text(encoding)).name != "iso8859-1":
         raise _Refused(f"text in the encoding {encoding!r}")
     return text.encode("latin-1")

@@ -127,9 +127,9 @@ class Kept:
 def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> list[Kept]:
     """Beside model.onnx in the folder; raises if a form's embeddings differ too much."""
     source, forms = folder / "model.onnx", {}
+    method = options.calibration_method or DEFAULT_METHOD
     if chosen.calibrating is not None:
         forms["int8"] = folder / "model_int8.onnx"
-        method = options.calibration_method or DEFAULT_METHOD
         write_int8(source, forms["int8"], chosen.calibrating.batches(), method)
     if options.float16:
         forms["float16"] = folder / "model_float16.onnx"
