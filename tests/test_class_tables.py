@@ -1,5 +1,7 @@
 """Tables with a row for each class: split over ranks they teach what whole ones teach."""
 
+import copy
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,15 @@ def resumed(method: dict[str, Any], folder: str) -> Results:
     return {"straight": torch.stack(straight), "resumed": torch.stack(gone_on)}
 
 
+def copied() -> Results:
+    """A student with kd as a child, as callbacks that average weights copy it."""
+    student = Student()
+    with distiller(student, METHODS["adadistill"]) as kd:
+        student.kd = kd
+        copies = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
+        return {"weights": [one.fc.weight.detach() for one in copies]}
+
+
 def scenarios(folder: str) -> dict[str, Results]:
     found: dict[str, Results] = {}
     for name, method in METHODS.items():
@@ -157,6 +168,7 @@ def scenarios(folder: str) -> dict[str, Results]:
         found[f"{name}, labelled"] = outcome(method, lowest=0)
     for name in ("averaged", "icdface", "adadistill"):
         found[f"{name}, resumed"] = resumed(METHODS[name], folder)
+    found["copied"] = copied()
     found["learnt whole"] = outcome(METHODS["bank"], learnt_whole=True)
     return found
 
@@ -214,6 +226,12 @@ def test_a_host_that_saves_one_rank_keeps_learnt_tables_whole(ranks: Any) -> Non
     for of_rank in found:
         assert not of_rank["learnt whole"]["split"]
         assert_close(of_rank["learnt whole"]["student"], of_rank["bank"]["student"])
+
+
+def test_a_student_with_split_tables_is_copied(ranks: Any) -> None:
+    for of_rank in ranks[0]:
+        for weight in of_rank["copied"]["weights"]:
+            assert torch.equal(weight, Student().fc.weight)
 
 
 def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,10 @@ class ClassShard:
     total: int
     group: "dist.ProcessGroup | None" = None
     _lengths: "Lengths | None" = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle has no group, which is of this process."""
+        return ClassShard, (self.weight, self.offset, self.total)
 
     def frozen(self) -> "ClassShard":
         """These rows, without a gradient of theirs."""

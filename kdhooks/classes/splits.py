@@ -1,6 +1,7 @@
 """Which rank knows which classes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,10 @@ class ClassSplit:
         share, more = divmod(total, size)
         start = rank * share + min(rank, more)
         return cls(start, start + share + (rank < more), total, group)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle has no group, which is of this process."""
+        return ClassSplit, (self.start, self.stop, self.total)
 
     def __len__(self) -> int:
         return self.stop - self.start
