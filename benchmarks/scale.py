@@ -406,9 +406,9 @@ def page(
         "part of a checkpoint, *sent* what it sends in a step if collectives go round in a ring, "
         "and *multiplications* are those of matrix products in one step. The student's own "
         "classifier, which kd and gkd compare, is the trainer's, and not in the bytes. Methods on "
-        "feature maps keep nothing of classes. rkd keeps nothing either, and is left out: its angles "
-        "take 6.4 · 10⁹ multiplications for 128 images, 8 times as many for twice the images, and so "
-        "3,300 · 10⁹ for those of 8 ranks.",
+        "feature maps keep nothing of classes. rkd keeps nothing either, and is left out: its "
+        "angles take 6.4 · 10⁹ multiplications for 128 images, 8 times as many for twice the "
+        "images, and so 3,300 · 10⁹ for those of 8 ranks.",
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(found, classes)]
