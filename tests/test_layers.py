@@ -29,6 +29,7 @@ OWNERS = {  # an optional package -> the modules that may import it, patterns wi
     "backbones": "kdhooks_integrations.arcface_torch.networks",
     "mmengine": "kdhooks.registry kdhooks_integrations.mmengine.*",
     "lightning": "kdhooks_integrations.lightning.*",
+    "pytorch_lightning": "kdhooks_integrations.lightning.*",
 }
 CLASSES = ("chunked_sums", "cosines", "per_class", "relations", "rows", "shards", "splits")
 FILES = ("arguments", "progress", "tensor_files")
@@ -48,7 +49,10 @@ NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
     "kdhooks.views", "kdhooks_plugins",
     "kdhooks_integrations",
 }  # fmt: skip
-OPTIONAL = ("onnx", "onnxruntime", "mmengine", "lightning", "insightface", "matplotlib", "PIL")
+OPTIONAL = (
+    "onnx", "onnxruntime", "mmengine", "lightning", "pytorch_lightning", "insightface",
+    "matplotlib", "PIL",
+)  # fmt: skip
 
 
 # --- what imports what -----------------------------------------------------------------------

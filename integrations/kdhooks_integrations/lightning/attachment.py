@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import update_wrapper
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from kdhooks.copies import IdleCopy
@@ -18,6 +17,9 @@ from kdhooks.recipe import Recipe, build
 from kdhooks.taps import Removable
 from kdhooks_integrations.lightning.batches import Place, images_in, labels_in
 from kdhooks_integrations.lightning.models import classifier_rows, find_student
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 log = logging.getLogger("kdhooks")
 
@@ -39,7 +41,7 @@ class Settings:
 class Attachment:
     """The distillation of one LightningModule, until `remove`."""
 
-    def __init__(self, module: LightningModule, settings: Settings) -> None:
+    def __init__(self, module: "LightningModule", settings: Settings) -> None:
         if hasattr(module, CHILD):
             raise KDHooksError(
                 f"lightning: this LightningModule has an attribute '{CHILD}' already; keep one "

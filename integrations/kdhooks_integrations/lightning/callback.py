@@ -3,11 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError, listed
@@ -17,6 +15,10 @@ from kdhooks.recipe import Recipe
 from kdhooks_integrations.lightning.attachment import Attachment, Replaced, Settings
 from kdhooks_integrations.lightning.batches import Place
 from kdhooks_integrations.lightning.joining import Joined
+from kdhooks_integrations.lightning.packages import Callback, package_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 log = logging.getLogger("kdhooks")
 
@@ -78,16 +80,16 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
 
     # --- the fit -----------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Attach before the optimizers are made, and after the module has made its layers."""
         if stage != "fit":
             return
-        _check(trainer, pl_module, self)
+        _check(trainer, self)
         self._remove()
         averaged = _averaging(trainer) is not None  # it copies the module right after this
-        if _overrides(pl_module, "configure_model"):
+        if _overrides(trainer, pl_module, "configure_model"):
             self._late = Replaced(pl_module, "configure_model", self._after)
-        elif _overrides(pl_module, "setup") and not averaged:
+        elif _overrides(trainer, pl_module, "setup") and not averaged:
             self._late = Replaced(pl_module, "setup", self._after)
         else:
             self._attach(pl_module)
@@ -104,7 +106,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             finally:
                 torch.set_default_dtype(before)
 
-    def _attach(self, module: LightningModule) -> None:
+    def _attach(self, module: "LightningModule") -> None:
         # A second fit goes on with the state of the first one, as the module does.
         state = self._state if self.distiller is None else self.distiller.state_dict()
         self._attachment = Attachment(module, self._settings)
@@ -112,7 +114,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         if state is not None:
             self.load_state_dict(state)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Join the optimizer, whose state is not loaded yet."""
         attachment = self._attachment
         if attachment is None:
@@ -126,7 +128,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
                 attachment.distiller, attachment.student, trainer.optimizers, schedules
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """For schedules that count epochs."""
         assert self.distiller is not None
         batches = trainer.num_training_batches
@@ -139,17 +141,17 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
                 "unit = 'epoch', or set limit_train_batches of the Trainer"
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """The last step was finite, too."""
         if self.distiller is not None:
             self.distiller.check_finite()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         if stage == "fit":
             self._detach()
 
     def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         self._detach()
 
@@ -190,7 +192,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             ) from error
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
         if self._attachment is not None and self.state_key not in checkpoint["callbacks"]:
             log.warning(
@@ -201,15 +203,10 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
 # --- what a fit must be like -----------------------------------------------------------------
 
 
-def _check(trainer: Trainer, module: LightningModule, callback: Distill) -> None:
-    if not isinstance(module, LightningModule):
-        raise KDHooksError(
-            "lightning: the LightningModule and the Trainer must come from the package lightning; "
-            f"found a {type(module).__module__}.{type(module).__name__}; import lightning.pytorch "
-            "in place of pytorch_lightning"
-        )
+def _check(trainer: "Trainer", callback: Distill) -> None:
+    strategies = package_of(trainer).strategies
     strategy = trainer.strategy
-    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    known = isinstance(strategy, strategies.SingleDeviceStrategy | strategies.DDPStrategy)
     if not known or strategy.handles_gradient_accumulation:
         raise KDHooksError(
             "lightning: the strategy must keep the whole student on each device, as 'auto' and "
@@ -225,16 +222,16 @@ def _check(trainer: Trainer, module: LightningModule, callback: Distill) -> None
         )
 
 
-def _averaging(trainer: Trainer) -> Callback | None:
+def _averaging(trainer: "Trainer") -> Callback | None:
     """Lightning's own callback that keeps an average of the weights."""
-    kind = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
+    kind = getattr(package_of(trainer).callbacks, "WeightAveraging", ())  # since Lightning 2.6
     return next((one for one in _callbacks(trainer) if isinstance(one, kind)), None)
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
+def _callbacks(trainer: "Trainer") -> list[Callback]:
     found: list[Callback] = vars(trainer)["callbacks"]  # an attribute without a declaration
     return found
 
 
-def _overrides(module: LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook) is not getattr(LightningModule, hook)
+def _overrides(trainer: "Trainer", module: "LightningModule", hook: str) -> bool:
+    return getattr(type(module), hook) is not getattr(package_of(trainer).LightningModule, hook)

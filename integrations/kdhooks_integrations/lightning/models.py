@@ -1,9 +1,9 @@
 """The parts of a LightningModule: the student, and the rows of its classifier."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
@@ -12,9 +12,12 @@ from kdhooks.generators import undisturbed_generators
 from kdhooks.recipe import Recipe
 from kdhooks.taps import evaluating, find, split_path, submodules
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
 
 def find_student(
-    module: LightningModule, path: str | None, recipe: Recipe
+    module: "LightningModule", path: str | None, recipe: Recipe
 ) -> tuple[str, nn.Module]:
     """The student and its path; "" is the LightningModule itself.
 
@@ -76,7 +79,7 @@ def _described(output: object) -> str:
     return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
-def classifier_rows(module: LightningModule, path: str | None) -> ClassShard | None:
+def classifier_rows(module: "LightningModule", path: str | None) -> ClassShard | None:
     """The parameter (c d) at a path; every rank holds all of it."""
     if path is None:
         return None

@@ -1,0 +1,54 @@
+"""Lightning's two packages: lightning.pytorch, and pytorch_lightning, which has its own classes.
+
+The code of both is the same. A Trainer takes modules and callbacks of its own package alone, so
+that `Distill` is a Callback of each package that is installed.
+"""
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kdhooks.errors import KDHooksError
+
+_FLOOR = (2, 4)
+
+
+def _installed() -> list[ModuleType]:
+    found: list[ModuleType] = []
+    failed: list[ImportError] = []
+    try:
+        import lightning.pytorch
+
+        found.append(lightning.pytorch)
+    except ImportError as error:
+        failed.append(error)
+    try:
+        import pytorch_lightning
+
+        found.append(pytorch_lightning)
+    except ImportError as error:
+        failed.append(error)
+    if not found:
+        raise failed[0]
+    return found
+
+
+_PACKAGES = _installed()
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    Callback = type("Callback", tuple(package.Callback for package in _PACKAGES), {})
+
+__all__ = ["Callback", "package_of"]
+
+
+def package_of(trainer: object) -> Any:
+    """The package that a Trainer comes from."""
+    package = next(one for one in _PACKAGES if isinstance(trainer, one.Trainer))
+    version: str = package.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < _FLOOR:
+        raise KDHooksError(
+            f"lightning: {package.__name__} must be version 2.4 or newer; found {version}; install "
+            "a newer one"
+        )
+    return package
