@@ -1,6 +1,7 @@
 """The Lightning callback: fits of LightningModules with and without it."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,39 @@ def test_weight_0_is_the_plain_run_to_the_last_bit() -> None:
         distil({**PROJECTED, "weight": 0.0}, {"name": "rkd", "weight": 0.0}),
         gradient_clip_val=0.5,
     )
+    same(weights(distilled), weights(plain))
+
+
+class Clipped(Manual):
+    """Clips the norm of all gradients of its optimizer, of this many parameters more."""
+
+    def __init__(self, more: int = 0) -> None:
+        super().__init__()
+        self.automatic_optimization = more != 0
+        self.more = nn.ParameterList(nn.Parameter(torch.ones(3)) for _ in range(more))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = Faces.training_step(self, batch, batch_idx)
+        if self.automatic_optimization:
+            return sum((p.square().sum() for p in self.more), start=loss)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("more", range(3))
+def test_weight_0_leaves_the_norm_that_clips_as_it_is(more: int) -> None:
+    """A sum of other zeros besides the gradients may be rounded to another number."""
+    plain, distilled = Clipped(more), Clipped(more)
+    options = {"gradient_clip_val": 0.1} if more else {}
+    fit(plain, **options)
+    fit(distilled, distil({**PROJECTED, "weight": 0.0}), **options)
     same(weights(distilled), weights(plain))
 
 
@@ -419,6 +453,17 @@ def test_a_second_fit_goes_on() -> None:
     assert callback.distiller is not None
     assert callback.distiller is not first
     assert callback.distiller.step == 8
+
+
+def test_a_pickle_of_the_callback_starts_where_the_fit_has_ended() -> None:
+    """As strategies that start processes make one, and copies of a Trainer."""
+    fit(Faces(), callback := distil())
+    for copied in pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback):
+        fit(Faces(), copied)
+        assert copied.distiller is not None
+        assert copied.distiller.step == 8
+    assert callback.distiller is not None
+    assert callback.distiller.step == 4
 
 
 def test_a_batch_may_be_skipped() -> None:

@@ -79,6 +79,7 @@ def _as_without(kind: type[LRScheduler], joining: Joining) -> type[LRScheduler]:
         def load_state_dict(self, state_dict: State) -> None:
             super().load_state_dict(_changed(state_dict, joining.with_ours))
 
+    Schedule.__name__ = kind.__name__  # as logs show it
     return Schedule
 
 

@@ -59,6 +59,8 @@ class Attachment:
         self._module, self._settings = module, settings
         self._batch: Any = None  # of the training step that is running
         self._warned = False
+        self._unweighted = False  # whether every term of the last step had weight 0
+        self._without: list[nn.Parameter] = []  # those of the losses' that had no gradient before
         self._outside = ExitStack()  # open while the module runs outside of its training step
         self.distiller.advise(
             "in Lightning, training_step must call the student itself, in training mode and once "
@@ -127,9 +129,20 @@ class Attachment:
             theirs = images_in(self._batch, settings.images)
         factor = distiller.task_weight
         task = loss if factor == 1 else loss * factor
+        self._unweighted = all(distiller.weight(tap) == 0 for tap in distiller.taps)
         terms = distiller(images, labels, teacher_images=theirs)
         self._log(terms, len(images))
         return sum(terms.values(), start=task)
+
+    def before_backward(self) -> None:
+        if self._unweighted:
+            self._without = [p for p in self.distiller.parameters() if p.grad is None]
+
+    def after_backward(self) -> None:
+        """A gradient of zeros is none: as an entry of the norm, it could round a clipping anew."""
+        for parameter in self._without:
+            parameter.grad = None
+        self._without = []
 
     def _undistilled(self) -> None:
         if not self.distiller.fired:

@@ -141,6 +141,16 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
                 "unit = 'epoch', or set limit_train_batches of the Trainer"
             )
 
+    def on_before_backward(
+        self, trainer: "Trainer", pl_module: "LightningModule", loss: torch.Tensor
+    ) -> None:
+        if self._attachment is not None:
+            self._attachment.before_backward()
+
+    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._attachment is not None:
+            self._attachment.after_backward()
+
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """The last step was finite, too."""
         if self.distiller is not None:
@@ -170,6 +180,10 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         if self._joined is not None:
             self._joined.remove()
             self._joined = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is attached to nothing."""
+        return {**vars(self), "_attachment": None, "_joined": None, "_late": None}
 
     # --- checkpoints -------------------------------------------------------------------------
 
