@@ -466,6 +466,46 @@ def test_a_pickle_of_the_callback_starts_where_the_fit_has_ended() -> None:
     assert callback.distiller.step == 4
 
 
+class Copying(Callback):  # type: ignore[misc]
+    """Copies the LightningModule while it trains, as callbacks that average the weights do."""
+
+    def __init__(self, copied: Any) -> None:
+        self.copied = copied
+        self.copy: Any = None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        held, pl_module._trainer = pl_module._trainer, None
+        self.copy = self.copied(pl_module)
+        pl_module._trainer = held
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("kind", [Faces, Manual, Whole])
+def test_a_copy_of_the_module_takes_the_plain_step(kind: Any, copied: Any) -> None:
+    module, copying = kind(), Copying(copied)
+    fit(module, distil(), copying)
+    assert not hasattr(module, "kdhooks")
+    del copying.copy.kdhooks
+    plain = kind()
+    plain.load_state_dict(copying.copy.state_dict())
+    fit(copying.copy)
+    fit(plain)
+    same(weights(copying.copy), weights(plain))
+    assert not torch.equal(*(next(one.parameters()) for one in (module, plain)))
+
+
+def test_a_copy_keeps_a_step_that_was_set_on_the_object() -> None:
+    module, copying = Faces(), Copying(copy.deepcopy)
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx)  # type: ignore[method-assign]
+    set_there = module.training_step
+    fit(module, distil(), copying)
+    assert copying.copy.training_step is set_there
+    assert module.training_step is set_there
+
+
 def test_a_batch_may_be_skipped() -> None:
     class Skipping(Faces):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

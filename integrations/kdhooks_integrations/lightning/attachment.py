@@ -184,8 +184,8 @@ class Attachment:
             delattr(self._module, CHILD)
 
 
-class Replaced(IdleCopy):
-    """A method of an object, called through another function; a copy of the object has neither."""
+class Replaced:
+    """A method of an object, called through another function; a copy has the method itself."""
 
     def __init__(self, owner: object, name: str, through: Callable[..., Any]) -> None:
         self._owner, self._name, self._through = owner, name, through
@@ -197,11 +197,20 @@ class Replaced(IdleCopy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._through(self._method, *args, **kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._own is not None:
+            return _itself, (self._own,)
+        return getattr, (self._owner, self._name)  # of the copy, whose class has the method
+
     def restore(self) -> None:
         if self._own is not None:
             setattr(self._owner, self._name, self._own)
         else:
             vars(self._owner).pop(self._name, None)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class _Outside(IdleCopy):
