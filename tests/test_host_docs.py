@@ -215,9 +215,78 @@ def test_a_dict_is_a_recipe(names: dict[str, Any]) -> None:
     assert isinstance(names["distill"]._settings.recipe, Recipe)
 
 
+def test_a_configuration_file_holds_the_callback(names: dict[str, Any]) -> None:
+    yaml = pytest.importorskip("yaml")
+    (one,) = yaml.safe_load(blocks("lightning")["cli"])["trainer"]["callbacks"]
+    package, name = one["class_path"].rsplit(".", 1)
+    distill = getattr(import_module(package), name)(**one["init_args"])
+    assert isinstance(distill._settings.recipe, Recipe)
+    assert distill._settings.student == "model"
+
+
+def test_a_module_of_the_shape_of_adaface_is_distilled(names: dict[str, Any]) -> None:
+    """The recipe of the page; parameters in two groups; a head that takes the length, too."""
+    from lightning.pytorch import LightningModule
+
+    from kdhooks_integrations.lightning import Distill
+    from tests.lightning_runs import SILENT
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.bn = Student(), nn.BatchNorm1d(12)
+
+        def forward(self, images: Any) -> Any:
+            embedding = self.bn(self.body(images))
+            length = embedding.norm(dim=1, keepdim=True)
+            return embedding / length, length
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(12, 6))
+
+        def forward(self, embedding: Any, length: Any, labels: Any) -> Any:
+            return 8 * embedding @ F.normalize(self.kernel, dim=0) + length.detach().clamp(max=1)
+
+    class Recogniser(LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = Net(), Head()
+
+        def forward(self, images: Any, labels: Any) -> Any:
+            embedding, length = self.model(images)
+            return self.head(embedding, length, labels), length, embedding, labels
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            cosines, _, _, labels = self.forward(*batch)
+            return F.cross_entropy(cosines, labels)
+
+        def configure_optimizers(self) -> Any:
+            decayed = [*self.model.body.parameters(), self.head.kernel]
+            groups = [
+                {"params": decayed, "weight_decay": 5e-4},
+                {"params": self.model.bn.parameters()},
+            ]
+            optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.1)]
+
+    text = blocks("lightning")["adaface"].replace('"fcd"', '{ name = "fcd", projector = true }')
+    Path("kd.toml").write_text(text)
+    distill = Distill("kd.toml", student="model")
+    trainer = import_module("lightning.pytorch").Trainer(
+        max_epochs=2, callbacks=[distill], **SILENT
+    )
+    trainer.fit(Recogniser(), names["loader"])
+    assert distill.distiller is not None
+    assert distill.distiller.step == 4
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([0.005] * 3)
+
+
 def test_every_block_is_one_of_these() -> None:
     assert blocks("lightning").keys() == {
-        "install", "recipe", "fit", "dict", "manual", "groups", "example",
+        "install", "recipe", "fit", "dict", "cli", "manual", "groups", "adaface", "example",
     }  # fmt: skip
     for page in PACKAGES:
         assert blocks(page).keys() == {"train", "save"}

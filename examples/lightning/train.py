@@ -97,7 +97,12 @@ class Verification(Callback):  # type: ignore[misc]
         shares |= {f"tar@far={far:g}": tar for far, tar in found.tar.items()}
         for name, share in shares.items():
             if not math.isnan(share):  # too few pairs for so small a rate
-                pl_module.log(f"verification/{name}", 100 * share, prog_bar=name == "accuracy")
+                pl_module.log(
+                    f"verification/{name}",
+                    100 * share,
+                    prog_bar=name == "accuracy",
+                    sync_dist=True,  # it is the same on all ranks
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> Trainer:
