@@ -264,7 +264,7 @@ def test_a_module_of_the_shape_of_adaface_is_distilled(names: dict[str, Any]) ->
 
         def configure_optimizers(self) -> Any:
             decayed = [*self.model.body.parameters(), self.head.kernel]
-            groups = [
+            groups: list[Any] = [
                 {"params": decayed, "weight_decay": 5e-4},
                 {"params": self.model.bn.parameters()},
             ]

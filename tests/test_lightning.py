@@ -114,7 +114,7 @@ class Clipped(Manual):
 def test_weight_0_leaves_the_norm_that_clips_as_it_is(more: int) -> None:
     """A sum of other zeros besides the gradients may be rounded to another number."""
     plain, distilled = Clipped(more), Clipped(more)
-    options = {"gradient_clip_val": 0.1} if more else {}
+    options: dict[str, Any] = {"gradient_clip_val": 0.1} if more else {}
     fit(plain, **options)
     fit(distilled, distil({**PROJECTED, "weight": 0.0}), **options)
     same(weights(distilled), weights(plain))
