@@ -60,7 +60,7 @@ class Attachment:
         self._batch: Any = None  # of the training step that is running
         self._warned = False
         self._unweighted = False  # whether every term of the last step had weight 0
-        self._without: list[nn.Parameter] = []  # those of the losses' that had no gradient before
+        self._without: list[nn.Parameter] = []  # the losses' own, without a gradient so far
         self._outside = ExitStack()  # open while the module runs outside of its training step
         self.distiller.advise(
             "in Lightning, training_step must call the student itself, in training mode and once "
@@ -139,7 +139,7 @@ class Attachment:
             self._without = [p for p in self.distiller.parameters() if p.grad is None]
 
     def after_backward(self) -> None:
-        """A gradient of zeros is none: as an entry of the norm, it could round a clipping anew."""
+        """Drop gradients of zeros: one more entry can change how the norm to clip is rounded."""
         for parameter in self._without:
             parameter.grad = None
         self._without = []
