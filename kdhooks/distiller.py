@@ -570,7 +570,8 @@ class Distiller(nn.Module):
         if self._entrance is not None:
             declared.append(self._entrance.described())
         share_digests(self)
-        return Replicas(self, declared, is_split(self))
+        sharded = self._head is not None and self._head.group is not None
+        return Replicas(self, declared, sharded)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The losses' parameters for an optimizer; see `kdhooks.parameter_groups`."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import before_gathering
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
@@ -31,6 +32,11 @@ class _Place:
     module: nn.Module
     name: str
     own: bool  # whether each rank keeps it by itself
+
+    def is_split(self, head: bool) -> bool:
+        """Whether each rank has other classes; head: whether the student's classifier is split."""
+        module = self.module
+        return module.split.group is not None if isinstance(module, PerClass) else head
 
     @property
     def buffer(self) -> Tensor:
@@ -66,7 +72,7 @@ class Replicas(NotCopied):
     def __init__(self, module: nn.Module, declared: Sequence[str], sharded: bool) -> None:
         """
         declared: one line for each term, the same on every rank.
-        sharded: whether each rank holds classes of its own.
+        sharded: whether the student's classifier is split, and what losses make of it.
         """
         _refuse_different(declared)
         own = own_buffers(module)
@@ -78,7 +84,7 @@ class Replicas(NotCopied):
             if buffer.is_floating_point()
         ]
         self._shared = [place for place in places if not place.own]
-        self._own = [place for place in places if place.own and sharded]
+        self._own = [place for place in places if place.own and place.is_split(sharded)]
         for tensor in (*module.parameters(), *(place.buffer for place in self._shared)):
             dist.broadcast(tensor.data, 0)
         self._note()

@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 import torch
 from torch.testing import assert_close
 
+from kdhooks.testing import tiny_teacher
 from tests.lightning_runs import PROJECTED, Faces, Manual, Whole, distil, fit, weights
 from tests.ranks import Results, here, on_two_ranks
 
@@ -20,6 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 METHODS = [PROJECTED, "rkd"]  # rkd compares the samples of all ranks
+OF_CLASSES = [  # whose tables are split over the ranks, or change and are whole
+    {"name": "coupleface", "k": 3, "projector": True},
+    {"name": "icdface", "projector": True},
+]
 VIEW = {"mask": {"p": 0.5}}
 
 
@@ -47,15 +52,20 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "the module itself": (Whole, {}),
     "by manual optimization": (Handmade, {}),
+    "tables of classes": (Child, {"methods": OF_CLASSES}),
 }  # fmt: skip
 
 
 def trained(name: str) -> Results:
-    kind, options = SCENARIOS[name]
-    size = here()[1]
+    kind, given = SCENARIOS[name]
+    options, size = dict(given), here()[1]
+    methods = options.pop("methods", METHODS)
     if size > 1:
-        options = {**options, "strategy": "ddp", "devices": size}
-    module, callback = kind(), distil(*METHODS, student_view=VIEW)
+        options |= {"strategy": "ddp", "devices": size}
+    teacher = tiny_teacher()
+    assert teacher.classifier is not None
+    table = {"module": teacher.module, "classifier": teacher.classifier.slice(0, 6)}
+    module, callback = kind(), distil(*methods, student_view=VIEW, teacher=table)
     trainer = fit(module, callback, **options)
     assert trainer.world_size == size
     kd = callback.distiller

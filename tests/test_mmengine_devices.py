@@ -23,6 +23,7 @@ with warnings.catch_warnings():
 
 from mmengine.device import utils as device_utils
 
+from kdhooks.testing import tiny_teacher
 from kdhooks_integrations.mmengine.student import _AddTerms
 from tests.mmengine_runs import (
     DOORS,
@@ -41,6 +42,8 @@ pytestmark = QUIET
 
 
 # --- another device ------------------------------------------------------------------------------
+
+OF_CLASSES = {"name": "coupleface", "k": 3, "projector": True}  # its table is split over the ranks
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +115,12 @@ def on_this_rank() -> dict[str, Results]:
 def flat_run(folder: Path, door: str, accumulate: int, size: int, **wrapper: Any) -> Run:
     distributed = torch.distributed.is_initialized()
     os.environ.setdefault("LOCAL_RANK", "0")
-    base = config(folder)
+    base, rows = config(folder), folder.parents[1] / "rows.pt"
+    methods = [SCHEDULED, {**OF_CLASSES, "prototypes": str(rows)}]
     ddp = {"type": "MMDistributedDataParallel", "device_ids": None, **wrapper}
     return train(
         folder,
-        **both(door, student={**STUDENT, "flat": True}, methods=[SCHEDULED]),
+        **both(door, student={**STUDENT, "flat": True}, methods=methods),
         launcher="pytorch" if distributed else "none",
         model_wrapper_cfg=ddp if distributed else None,
         train_dataloader={
@@ -129,6 +133,9 @@ def flat_run(folder: Path, door: str, accumulate: int, size: int, **wrapper: Any
 
 
 def test_two_ranks_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = tiny_teacher().classifier
+    assert classifier is not None
+    torch.save(classifier.slice(0, 6), tmp_path / "rows.pt")
     monkeypatch.setenv("KDHOOKS_TEST_FOLDER", str(tmp_path / "two"))
     first, second = on_two_ranks(on_this_rank, tmp_path)
     monkeypatch.setenv("KDHOOKS_TEST_FOLDER", str(tmp_path / "one"))

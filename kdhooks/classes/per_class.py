@@ -70,7 +70,8 @@ class PerClass(nn.Module):
             yield getattr(self, name)
 
     def get_extra_state(self) -> Tensor:
-        split = self.split
+        """The classes that the state has rows of, how many there are, and the digests."""
+        split = self.split if self._learnt else ClassSplit.whole(self.split.total)
         return torch.tensor([split.start, split.stop, split.total, *self._digests.values()])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -151,7 +152,7 @@ def _fit(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> N
             f"{owner}: the teacher's class rows must be those of the run that is resumed; found "
             "others; name the same file, or start a new run"
         )
-    if not start <= own.start <= own.stop <= stop and module._learnt:
+    if not start <= own.start <= own.stop <= stop:
         raise KDHooksError(
             f"{owner}: this state holds the classes {start} to {stop - 1}, and this rank has those "
             f"from {own.start} to {own.stop - 1}; resume with as many ranks as before, each from "
