@@ -33,7 +33,8 @@ def test_resume_equals_the_straight_run(
     request: pytest.FixtureRequest, wide: dict[str, str], ranks: str
 ) -> None:
     trainer: Trainer = request.getfixturevalue(ranks)
-    line = install(wide, *PROJECTED)
+    banks = {**PROJECTED[1], "relations": "bank"}, {"name": "icdface", "projector": True}
+    line = install(wide, PROJECTED[0], *banks)  # each rank has the banks of its own classes
     whole: dict[str, Any] = {"sample_rate": 1.0, "num_epoch": 2}
     straight = trainer.run(line, **whole)
     stopped = trainer.run(line, **whole, before_loop="cfg.num_epoch = 1")
