@@ -251,12 +251,12 @@ def test_a_teacher_sees_a_batch_at_least(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # its rows are SHORT's
 def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")
     write_teacher(tmp_path / "teacher.onnx")
-    options = f"--setting {name} --images-seen 40 --batch 20 --seeds 1 --teacher-images 600"
+    options = f"--setting {name} --images-seen 40 --batch 20 --seeds 1 --teacher-images 60"
     options += f" --device cpu --threads 1 --data {tmp_path / 'faces'} --work {tmp_path / 'work'}"
     options += f" --pairs {tmp_path / 'pairs.txt'} --teacher {tmp_path / 'teacher.onnx'}"
     try:
