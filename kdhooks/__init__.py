@@ -28,6 +28,8 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks.views.student_view import StudentView
 from kdhooks.views.viewing import viewed
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClassShard",
     "ClassSplit",

@@ -1,0 +1,62 @@
+"""What a release says of itself: one version, and files that name what others pin."""
+
+import re
+import tomllib
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+import kdhooks
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str) -> str:
+    """A file of the repository; the copy that tests the wheel has some of them alone."""
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_installed_package_has_the_version_of_the_module() -> None:
+    assert metadata("kdhooks")["Version"] == kdhooks.__version__
+
+
+def test_changelog_and_citation_have_the_version_of_the_module() -> None:
+    first = re.search(r"^## \[([^]]+)\]", read("CHANGELOG.md"), re.MULTILINE)
+    cited = re.search(r"^version: (.+)$", read("CITATION.cff"), re.MULTILINE)
+    assert first is not None
+    assert cited is not None
+    assert {first[1], cited[1]} == {kdhooks.__version__}
+
+
+def test_pre_commit_runs_the_ruff_of_the_constraints() -> None:
+    pinned = re.search(r"^ruff==(.+)$", read("constraints.txt"), re.MULTILINE)
+    hook = re.search(
+        r"ruff-pre-commit\n +rev: v(.+)$", read(".pre-commit-config.yaml"), re.MULTILINE
+    )
+    assert pinned is not None
+    assert hook is not None
+    assert hook[1] == pinned[1]
+
+
+def test_each_promised_python_is_tried() -> None:
+    classifiers = tomllib.loads(read("pyproject.toml"))["project"]["classifiers"]
+    promised = re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
+    tried = re.findall(r'\{ python: "([\d.]+)"', read(".github/workflows/ci.yml"))
+    assert set(promised) == set(tried)
+
+
+def test_the_oldest_versions_that_are_allowed_are_tried() -> None:
+    """But torch's, whose builds of that age the tests have not seen."""
+    allowed = dict(
+        re.findall(
+            r'^    "(pluggy|numpy|einops)>=([\d.]+)",$', read("pyproject.toml"), re.MULTILINE
+        )
+    )
+    workflow = read(".github/workflows/ci.yml")
+    assert len(allowed) == 3
+    for name, version in allowed.items():
+        assert re.search(rf'{name}: "{re.escape(version)}', workflow), name
