@@ -14,7 +14,8 @@ from typing import Literal, get_args, get_origin
 from torch import Tensor
 
 from kdhooks import Schedule, methods
-from kdhooks.discovery import load
+from kdhooks.described import needs_of
+from kdhooks.discovery import create, load
 from kdhooks.kinds import Option, alternatives, described
 from kdhooks.options import REQUIRED, opened
 from kdhooks.recipe import Recipe
@@ -23,6 +24,8 @@ from kdhooks.teacher.table import TeacherTable
 from kdhooks.views.student_view import KINDS, ViewTable
 
 ROOT = Path(__file__).parents[1]
+INDEX = ROOT / "docs/methods/index.md"
+NEEDS = re.compile(r"^\| method \|.*\n(\|.*\n)+", re.MULTILINE)
 TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
 MARK = "†"
 README = "../../README.md"  # from a method's page
@@ -109,7 +112,28 @@ def tables(page: Path) -> list[str]:
     return [table(made, readme) for made in pages()[page]]
 
 
+def needs_table() -> str:
+    """Markdown: a row for each method of kdhooks' own, with what it can't do without."""
+    head = (
+        "method",
+        "paper",
+        "labels",
+        "class rows",
+        "own classifier",
+        "feature maps",
+        "torch teacher",
+    )
+    lines = [_row(head), "|---|---" + "|:-:" * (len(head) - 2) + "|"]
+    for info in methods():
+        if info.package.startswith("kdhooks "):
+            needs = vars(needs_of(create(info.name))).values()
+            marks = ("x" if needed else "" for needed in needs)
+            lines.append(_row((f"[`{info.name}`]({info.name}.md)", info.paper, *marks)))
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
+    INDEX.write_text(NEEDS.sub(lambda _: needs_table(), INDEX.read_text("utf-8")), "utf-8")
     for page in pages():
         page.write_text(_rewritten(page.read_text("utf-8"), iter(tables(page))), "utf-8")
 

@@ -10,13 +10,19 @@ import pytest
 from kdhooks import Options, Scheduled, option
 from kdhooks.discovery import create
 from kdhooks.options import declared_options
-from tests.option_tables import FOOTNOTE, TABLE, pages, table, tables
+from tests.option_tables import FOOTNOTE, INDEX, NEEDS, TABLE, needs_table, pages, table, tables
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_a_page_holds_the_tables_of_its_options(page: Path) -> None:
     found = [match.group() for match in TABLE.finditer(page.read_text("utf-8"))]
     assert found == tables(page), "run python -m tests.option_tables"
+
+
+def test_the_index_says_what_each_method_needs() -> None:
+    found = NEEDS.search(INDEX.read_text("utf-8"))
+    assert found is not None
+    assert found.group() == needs_table(), "run python -m tests.option_tables"
 
 
 class Inner(Options):

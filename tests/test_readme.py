@@ -26,6 +26,7 @@ from kdhooks.discovery import create, load
 from kdhooks.hookspecs import Specs
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.schedules import number_at
+from kdhooks.testing import check_method
 from kdhooks_integrations.arcface_torch import Attachment, Installation
 from kdhooks_plugins.fcd import FCD
 from kdhooks_plugins.kd import KD
@@ -311,6 +312,11 @@ def test_block_method() -> None:
     images, labels = batch()
     student(images)
     assert list(kd(images, labels)) == ["align"]
+
+
+def test_the_method_of_the_block_conforms() -> None:
+    names = run("method", student=Network().train(), teacher=trained())
+    check_method(names["Align"])
 
 
 def test_block_options() -> None:

@@ -27,7 +27,7 @@ def cases(options: Options) -> Mapping[str, float]:
 def run(case: str, options: Options) -> Result:
     size = Size(2, 1, 16, 4) if options.tiny else SIZES[case]
     if case == "realistic" and not options.cuda:
-        size = Size(32, 2, 112, 16)  # as docs/performance.md has it for a processor
+        size = Size(32, 2, 112, 16)  # as docs/results/performance.md has it for a processor
     torch.backends.cudnn.benchmark = True
     turns = 2 if options.tiny else 24 if options.cuda else 15
     found = measure(size, turns, options.device)
