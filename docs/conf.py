@@ -57,7 +57,10 @@ BELOW = {
     "methods/index": sorted(
         f"methods/{p.stem}" for p in DOCS.glob("methods/*.md") if p.stem != "index"
     ),
-    "results/index": ["results/papers", "results/lfw", "results/performance", "results/gpu/gpu"],
+    "results/index": [
+        *["results/papers", "results/lfw", "results/performance", "results/gpu/gpu"],
+        *(f"results/{p.stem}" for p in DOCS.glob("results/scale.md")),
+    ],
 }
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)?(?:#(?P<anchor>[^)\s]+))?(?=\))")
 
