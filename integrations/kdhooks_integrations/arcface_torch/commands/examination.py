@@ -29,6 +29,7 @@ from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _NO_LABELS = "labels = false, and no class is compared"
 _DEFAULT_CLASSES = 1000
+_EPOCH = 1000  # steps, for schedules that count epochs; the step that is tried is the first
 _GIB = 2**30
 
 
@@ -232,6 +233,7 @@ class Examination:
             ConstantLR(optimizer),
             self.recipe,
             accumulation=given.gradient_acc,
+            steps_per_epoch=_EPOCH,
         )
         if self.disputed and (attachment.distiller.labelled or attachment.distiller.inherited):
             attachment.remove()
