@@ -63,6 +63,16 @@ def test_the_errors_that_the_questions_quote_are_ones() -> None:
         assert text in strings
 
 
+def test_every_example_is_listed_with_files_that_exist() -> None:
+    text = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[([\w.-]+)\]\(\1\) \|", text, re.MULTILINE)
+    found = {path.name for path in (ROOT / "examples").iterdir()} - {"README.md", "__pycache__"}
+    assert sorted(listed) == sorted(found)
+    named = re.findall(r"examples/[\w./-]+", text)
+    assert len(named) > 4
+    assert all((ROOT / name).exists() for name in named)
+
+
 def test_the_recipe_of_a_live_teacher_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
