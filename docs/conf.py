@@ -58,8 +58,7 @@ BELOW = {
         f"methods/{p.stem}" for p in DOCS.glob("methods/*.md") if p.stem != "index"
     ),
     "results/index": [
-        *["results/papers", "results/lfw", "results/performance", "results/gpu/gpu"],
-        *(f"results/{p.stem}" for p in DOCS.glob("results/scale.md")),
+        f"results/{page}" for page in ("papers", "lfw", "performance", "scale", "gpu/gpu")
     ],
 }
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)?(?:#(?P<anchor>[^)\s]+))?(?=\))")
