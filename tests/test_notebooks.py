@@ -22,7 +22,8 @@ from tests.notebooks import WALK, read, run
 def names() -> dict[str, Any]:
     """What all of its cells leave behind."""
     try:
-        orl_files(), sface_file()
+        orl_files()
+        sface_file()
     except KDHooksError as error:
         pytest.skip(str(error))
     with warnings.catch_warnings():
