@@ -87,9 +87,11 @@ def _outside(link: re.Match[str], page: Path) -> str:
     if target.is_relative_to(DOCS):
         return link[0]  # Sphinx checks these
     if not target.exists():
-        log.warning("%s does not exist", target, location=str(page))
+        log.warning("%s does not exist", target, location=page.relative_to(DOCS).as_posix())
     elif anchor and anchor not in _anchors(target.read_text(encoding="utf-8")):
-        log.warning("%s has no section %s", target, anchor, location=str(page))
+        log.warning(
+            "%s has no section %s", target, anchor, location=page.relative_to(DOCS).as_posix()
+        )
     kind = "tree" if target.is_dir() else "blob"
     ending = f"#{anchor}" if anchor else ""
     return f"{REPOSITORY}/{kind}/main/{target.relative_to(ROOT).as_posix()}{ending}"
