@@ -354,7 +354,7 @@ def main() -> None:
     options = start(parser)
     found = {size: forms(size) for size in options.ranks}
     runs = [Run(method, CHECKED[0]) for method in ROUNDED]
-    errors = dict(zip(ROUNDED, on_ranks(1, runs, difference), strict=True))
+    errors: dict[str, Counts] = dict(zip(ROUNDED, on_ranks(1, runs, difference), strict=True))
     started = starts(CHECKED[1])
     checks = check() if options.check else []
     record = {"lines": found, "float16": errors, "starts": started, "checks": checks}
