@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teachers
 from kdhooks.classes.per_class import is_split, share_digests, whole_tables
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import ClassShard, gathering_once, world
+from kdhooks.classes.shards import ClassShard, world
 from kdhooks.classes.splits import ClassTables
 from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
@@ -403,7 +403,7 @@ class Distiller(nn.Module):
             number.move(self.step, self.steps_per_epoch)
         kind = step.student.device.type
         autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext(), gathering_once():
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
                 weighted[tap.name] = self._value(tap, loss, step) * self.weight(tap)
                 untouched.check(tap.name)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdhooks.classes.per_class import PerClass
-from kdhooks.classes.shards import before_gathering
+from kdhooks.classes.shards import before_gathering, gathering_once
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import declared_inside, full_name
@@ -100,7 +100,7 @@ class Replicas(NotCopied):
         """Run the losses inside, on a batch of `size` samples of this rank."""
         self._refuse_overwritten()
         self._average_gradients()
-        with self.same_sizes(size):
+        with self.same_sizes(size), gathering_once():
             yield
         self._average_buffers()
 

@@ -11,6 +11,13 @@ from tests.second_device import CUDA, FAR, in_a_process
 from tests.standin import Trainer
 
 
+@pytest.fixture(autouse=True)
+def algorithms() -> Iterator[None]:
+    """A test that asks for deterministic algorithms asks for itself alone."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def safe_globals() -> Iterator[None]:
     """What a test allows to be read from checkpoints is forbidden again."""

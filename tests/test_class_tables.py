@@ -22,6 +22,7 @@ from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
 
+SIZES = [3, 4]  # two ranks are in the tests of the methods
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "coupleface", "k": 3},
@@ -176,10 +177,10 @@ def scenarios(folder: str) -> dict[str, Results]:
 @pytest.fixture(scope="module")
 def of_sizes(tmp_path_factory: Any) -> tuple[dict[int, Any], Path]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return on_ranks([2, 3, 4], partial(scenarios, str(folder)), folder), folder
+    return on_ranks(SIZES, partial(scenarios, str(folder)), folder), folder
 
 
-@pytest.fixture(params=[2, 3, 4])
+@pytest.fixture(params=SIZES)
 def ranks(request: pytest.FixtureRequest, of_sizes: Any) -> tuple[list[Any], Path]:
     found, folder = of_sizes
     return found[request.param], folder

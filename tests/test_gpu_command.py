@@ -39,14 +39,17 @@ def test_the_parts_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 def test_every_part_runs_at_a_tiny_size_and_writes_its_record(tmp_path: Path) -> None:
-    assert main([*TINY, "--out", str(tmp_path)]) == 0
-    for part in PARTS:
+    parts = {
+        part: module for part, module in PARTS.items() if part != "faces"
+    }  # test_benchmarks.py
+    assert main([*TINY, "--out", str(tmp_path)], parts) == 0
+    for part in parts:
         found = statuses(tmp_path, part)
         assert found, part
         assert set(found.values()) <= {"done", "absent"}, part
     assert {"done"} == {*statuses(tmp_path, "trainer").values()}
     page = (tmp_path / "gpu.md").read_text()
-    assert all(f"\n## {part}\n" in page for part in PARTS)
+    assert all(f"\n## {part}\n" in page for part in parts)
     assert "| trainer | weight 0 of 21 methods is the plain run bit for bit | 0 of " in page
 
 

@@ -40,7 +40,7 @@ def column(*numbers: float) -> Tensor:
 @pytest.mark.parametrize("down", ["area", "bilinear", "bicubic"])
 def test_low_resolution_is_torchs_interpolation_of_each_image(down: Any, up: Any) -> None:
     given = images(4)
-    sizes = (14, 28, 20, 112)
+    sizes = (14, 28, 20, 25 if down == "area" else 112)  # the expected means take much memory
     found = Resample(sizes, down, up)(given, column(0.1, 0.3, 0.6, 0.9))
     for image, size, one in zip(given, sizes, found, strict=True):
         if down == "area":
