@@ -24,7 +24,6 @@ class _Mark(NamedTuple):
 
     tensor: int
     version: int
-    kind: tuple[torch.device, torch.dtype]  # a module that is moved has other tensors
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class _Place:
 
     def mark(self) -> _Mark:
         buffer = self.buffer
-        return _Mark(id(buffer), buffer._version, (buffer.device, buffer.dtype))
+        return _Mark(id(buffer), buffer._version)
 
     def replace(self, tensor: Tensor) -> None:
         """By a new tensor, since the backward pass may still need the values of the old one."""
@@ -151,7 +150,8 @@ class Replicas(NotCopied):
         """A DDP around the losses overwrites each rank's own classes with those of rank 0."""
         for place, before in zip(self._own, self._own_marks, strict=True):
             now = place.mark()
-            if now != before and now.kind == before.kind:
+            # In place: a module that is moved, as accelerate does, has other tensors.
+            if now.tensor == before.tensor and now.version != before.version:
                 raise KDHooksError(
                     f"the buffer '{place.name}' holds this rank's own classes, and was overwritten "
                     "after the last step; DistributedDataParallel does that to the buffers of the "
