@@ -43,7 +43,7 @@ class TeacherRows(PerClass):
         self.keep_rows("rows", own, kept)
         self._taken_by = taken_by
         if taken_by is not None:
-            self.rows = self.rows[:0]
+            self.rows = self.rows[:0].clone()  # a view would keep all rows in memory
 
     def shard(self) -> ClassShard:
         taken = self._taken_by

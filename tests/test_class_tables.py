@@ -325,6 +325,14 @@ def test_a_rank_reads_its_own_rows_and_never_holds_twice_as_many(
     assert_close(found[0], nn.functional.normalize(table[own]) if unit else table[own])
 
 
+def test_rows_that_a_host_takes_over_are_not_held_twice() -> None:
+    head = ClassSplit.whole(CLASSES).shard(rows())
+    kept = torch.float32
+    held = TeacherRows(Rows.open(rows()), ClassSplit.whole(CLASSES), [], kept, kept, head)
+    assert held.rows.untyped_storage().nbytes() == 0
+    assert held.shard().weight.data_ptr() == head.weight.data_ptr()
+
+
 def test_one_process_has_all_classes() -> None:
     assert ClassTables().split(5) == ClassSplit.whole(5) == ClassSplit(0, 5, 5)
     split = ClassSplit(2, 5, 9)
