@@ -1,5 +1,6 @@
 """Several gloo processes, for tests that compare them with one."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -18,6 +19,22 @@ Scenarios = Callable[[], dict[str, Results]]
 def here() -> tuple[int, int]:
     """Rank and world size."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def as_torchrun() -> None:
+    """The environment of this rank as torchrun sets it, for hosts that read it."""
+    rank, size = here()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
+        "TORCHELASTIC_RUN_ID": "none",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def group() -> "dist.ProcessGroup | None":

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller
 from kdhooks.recipe import Recipe
 from kdhooks.testing import tiny_batch, tiny_teacher
-from tests.ranks import Results, here, mine, on_two_ranks
+from tests.ranks import Results, as_torchrun, here, mine, on_two_ranks
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = [
@@ -79,18 +79,7 @@ def train(page: str, text: str = "") -> dict[str, Any]:
 
 
 def outcome(page: str) -> dict[str, Results]:
-    rank, size = here()
-    os.environ |= {  # as torchrun has them
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
-        "TORCHELASTIC_RUN_ID": "none",
-        "OMP_NUM_THREADS": "1",
-    }
+    as_torchrun()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = train(page)

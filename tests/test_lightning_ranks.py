@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from kdhooks.testing import tiny_teacher
 from tests.lightning_runs import PROJECTED, Faces, Manual, Whole, distil, fit, weights
-from tests.ranks import Results, here, on_two_ranks
+from tests.ranks import Results, as_torchrun, here, on_two_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
@@ -74,17 +74,7 @@ def trained(name: str) -> Results:
 
 
 def _scenarios() -> dict[str, Results]:
-    rank, size = here()
-    os.environ |= {  # as torchrun has them
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
-        "TORCHELASTIC_RUN_ID": "none",
-    }
+    as_torchrun()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {name: trained(name) for name in SCENARIOS}

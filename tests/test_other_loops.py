@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller, Teacher
 from kdhooks.taps import find, unwrap
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
-from tests.ranks import Results, here, mine, on_two_ranks
+from tests.ranks import Results, as_torchrun, here, mine, on_two_ranks
 from tests.test_guards import PROJECTED, SIZE, _parallel, total
 
 METHODS = [PROJECTED, "rkd", "at", "adadistill"]  # the last keeps centres, in a float buffer
@@ -157,18 +157,7 @@ WAYS = ("together", "before", "after", "after-wrapped")
 
 
 def _scenarios(name: str) -> dict[str, Results]:
-    rank, size = here()
-    os.environ |= {  # as torchrun has them
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
-        "TORCHELASTIC_RUN_ID": "none",
-        "OMP_NUM_THREADS": "1",
-    }
+    as_torchrun()
     make = HOSTS[name][1]
     found = {way: trained(make(False), way) for way in WAYS}
     found["nothing to train"] = trained(make(False), "after", NOTHING_TO_TRAIN)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdhooks.classes.splits import ClassSplit
 from kdhooks.errors import KDHooksError
+from kdhooks.names import full_name
 
 _LARGEST = 2**63  # an int64 is less
 
@@ -89,7 +90,7 @@ def digest(rows: Tensor, start: int) -> int:
 
 def share_digests(module: nn.Module) -> None:
     """Make the digest of each split table that of all ranks' rows; all ranks call this once."""
-    split = [m for m in module.modules() if isinstance(m, PerClass) and m.split.group is not None]
+    split = [one for _, one in _split_inside(module)]
     if not split:
         return
     of_ranks: list[list[dict[str, int]]] = [[] for _ in range(dist.get_world_size())]
@@ -100,25 +101,32 @@ def share_digests(module: nn.Module) -> None:
 
 def is_split(module: nn.Module) -> bool:
     """Whether a rank holds a part of the classes alone."""
-    return any(isinstance(m, PerClass) and m.split.group is not None for m in module.modules())
+    return any(True for _ in _split_inside(module))
+
+
+def _split_inside(module: nn.Module) -> Iterator[tuple[str, PerClass]]:
+    """The modules whose classes are split over ranks, with their names."""
+    for prefix, one in module.named_modules():
+        if isinstance(one, PerClass) and one.split.group is not None:
+            yield prefix, one
 
 
 def whole_tables(module: nn.Module) -> dict[str, Tensor]:
     """What a state dict holds of split tables, of all classes; all ranks call this together."""
     found: dict[str, Tensor] = {}
-    for prefix, one in module.named_modules():
-        if isinstance(one, PerClass) and (group := one.split.group) is not None:
-            start = f"{prefix}." if prefix else ""
-            for name in one._learnt:
-                found[f"{start}{name}"] = _whole(getattr(one, name), one.split, group)
-            state = one.get_extra_state()
-            state[:2] = torch.tensor([0, one.split.total])
-            found[f"{start}_extra_state"] = state
+    for prefix, one in _split_inside(module):
+        for name in one._learnt:
+            found[full_name(prefix, name)] = _whole(getattr(one, name), one.split)
+        state = one.get_extra_state()
+        state[:2] = torch.tensor([0, one.split.total])
+        found[full_name(prefix, "_extra_state")] = state
     return found
 
 
-def _whole(rows: Tensor, split: ClassSplit, group: dist.ProcessGroup) -> Tensor:
+def _whole(rows: Tensor, split: ClassSplit) -> Tensor:
     """(c …) of this rank -> (c …) of all, on the processor; a rank's rows at a time."""
+    group = split.group
+    assert group is not None
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(split)], device=rows.device), group)
     parts = []

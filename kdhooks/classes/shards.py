@@ -172,9 +172,7 @@ class ClassShard:
         """(b) -> (b e), (b), (b): the row of each sample's class here, which of the rows that is,
         and whether it is the sample's own: else the class is another rank's.
         """
-        local = labels - self.offset
-        mine = (local >= 0) & (local < len(self.weight))
-        index = local.clamp(0, len(self.weight) - 1)
+        index, mine = located(labels, self.offset, len(self.weight))
         return self.weight[index], index, mine
 
     def _at_own(self, values: Tensor, labels: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +182,14 @@ class ClassShard:
         local = (labels - self.offset)[:, None]
         column = local.clamp(0, values.shape[1] - 1)
         return column, amount[:, None] * (local == column)
+
+
+def located(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """(…) -> (…), (…): the row of each class among `count` classes from `start`, and whether the
+    class is one of these.
+    """
+    local = labels - start
+    return local.clamp(0, count - 1), (local >= 0) & (local < count)
 
 
 def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdhooks.classes.shards import ClassShard, gather, summed, world
+from kdhooks.classes.shards import ClassShard, gather, located, summed, world
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class ClassSplit:
 
     def places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(…) -> (…), (…): the row here of each class, and whether it is one of this rank's."""
-        mine = (labels >= self.start) & (labels < self.stop)
-        return (labels - self.start).clamp(0, len(self) - 1), mine
+        return located(labels, self.start, len(self))
 
     def on_any_rank(self, found: bool) -> bool:
         """Whether it is so on a rank that shares the classes; all ranks ask this together."""

@@ -7,7 +7,6 @@ a run that was stopped goes on from there; and digests of the rows, so that it s
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from kdhooks import KDHooksError
 from kdhooks.arguments import usable_device
+from kdhooks.classes.per_class import digest
 from kdhooks.classes.rows import Rows
 from kdhooks.progress import progress
 from kdhooks.tensor_files import user_path
@@ -139,7 +139,7 @@ def digests(rows: Rows, blocks: slice | None = None) -> list[str]:
     found = []
     for start in range(blocks.start * BLOCK, min(blocks.stop * BLOCK, rows.total), BLOCK):
         part = rows.slice(start, min(start + BLOCK, rows.total))
-        found.append(hashlib.sha256(part.numpy().data).hexdigest()[:16])
+        found.append(f"{digest(part, start):016x}")
     return found
 
 
