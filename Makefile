@@ -68,5 +68,5 @@ clean:
 
 .venv/.base: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(INSTALL) hatchling editables
+	$(INSTALL) hatchling hatch-fancy-pypi-readme editables
 	touch $@

@@ -48,7 +48,7 @@ python_use_unqualified_type_names = True
 
 NAVIGATION = {
     "Trainers": ["arcface_torch", "mmengine", "lightning", "fabric", "accelerate", "own_loop"],
-    "A run": ["recipe", "teachers-and-views", "methods/index", "performance"],
+    "A run": ["recipe", "teacher", "teachers-and-views", "methods/index", "performance", "checks"],
     "Afterwards": ["evaluate", "phones"],
     "Extending": ["writing-a-method", "api"],
     "Looking up": ["faq", "glossary", "coming-from", "pictures", "results/index"],
@@ -58,7 +58,7 @@ BELOW = {
         f"methods/{p.stem}" for p in DOCS.glob("methods/*.md") if p.stem != "index"
     ),
     "results/index": [
-        f"results/{page}" for page in ("papers", "lfw", "performance", "scale", "gpu/gpu")
+        f"results/{page}" for page in ("papers", "lfw", "orl", "performance", "scale", "gpu/gpu")
     ],
 }
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)?(?:#(?P<anchor>[^)\s]+))?(?=\))")

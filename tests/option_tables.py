@@ -1,10 +1,9 @@
-"""The tables of options in docs and README.md, written from the declarations.
+"""Writes the tables of options in docs from the declarations.
 
 `python -m tests.option_tables` rewrites them. In a new page, write `| option |` and `|---|` first.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,20 +24,21 @@ from kdhooks.views.student_view import KINDS, ViewTable
 
 ROOT = Path(__file__).parents[1]
 INDEX = ROOT / "docs/methods/index.md"
+RECIPE_PAGE = ROOT / "docs/recipe.md"
 NEEDS = re.compile(r"^\| method \|.*\n(\|.*\n)+", re.MULTILINE)
 TABLE = re.compile(r"^\| option \|.*\n(\|.*\n)+(\n† .*\n)?", re.MULTILINE)
 MARK = "†"
-README = "../../README.md"  # from a method's page
+RECIPE = "../recipe.md"  # from a method's page
 FOOTNOTE = (
-    f"{MARK} A number, or a [schedule]({README}#schedules) such as "
+    f"{MARK} A number, or a [schedule]({RECIPE}#schedules) such as "
     "`{ value = 1.0, warmup = 1000 }`.\n"
 )
 
 
-def table(made: type, readme: str = README) -> str:
+def table(made: type, recipe: str = RECIPE) -> str:
     """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`.
 
-    readme: the way from the page to README.md.
+    recipe: the path from the page to recipe.md; empty on that page itself.
     """
     every = opened(made).items()
     rows = [
@@ -53,7 +53,7 @@ def table(made: type, readme: str = README) -> str:
     head = ("option", "default", "range", "meaning")
     lines = [_row(head), "|---" * len(head) + "|", *(_row(row) for row in rows)]
     marked = any(Schedule in alternatives(option.kind) for _, option in every)
-    return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE.replace(README, readme)}" if marked else "")
+    return "\n".join(lines) + "\n" + (f"\n{FOOTNOTE.replace(RECIPE, recipe)}" if marked else "")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -100,16 +100,15 @@ def pages() -> dict[Path, Sequence[type]]:
     """The pages that hold tables, and the classes whose options are in them, in their order."""
     own = {info.name: load(info.name) for info in methods() if info.package.startswith("kdhooks ")}
     return {
-        ROOT / "README.md": [Schedule],
-        ROOT / "docs/recipe.md": [Recipe, TeacherTable, CacheOptions, ViewTable, *KINDS.values()],
+        RECIPE_PAGE: [Recipe, Schedule, TeacherTable, CacheOptions, ViewTable, *KINDS.values()],
         **{ROOT / "docs/methods" / f"{name}.md": [made] for name, made in own.items()},
     }
 
 
 def tables(page: Path) -> list[str]:
     """Those of a page, in their order."""
-    readme = os.path.relpath(ROOT / "README.md", page.parent)
-    return [table(made, readme) for made in pages()[page]]
+    recipe = "" if page == RECIPE_PAGE else RECIPE
+    return [table(made, recipe) for made in pages()[page]]
 
 
 def needs_table() -> str:

@@ -1,9 +1,8 @@
-"""What README says is true: its code runs, its tables are complete.
+"""The code of README.md and of the pages behind it runs, and the tables of README.md are complete.
 
-A code block is named by the word after its language; each name has its test here.
+A code block is named by the word after its language. Each name has its test here.
 """
 
-import inspect
 import re
 import sys
 import tomllib
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks import Distiller, StudentView, build, methods
+from kdhooks import Distiller, build, methods
 from kdhooks.cli import main
 from kdhooks.discovery import create, load
 from kdhooks.hookspecs import Specs
@@ -36,11 +35,22 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLASSES, DIM = 120, 12  # coupleface's k = 100 wants more classes than that
 
 HOOKS = [name for name in vars(Specs) if not name.startswith("_")]
+FENCED = re.compile(r"^```(\w+)(?: ([\w-]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str, *chosen: str) -> dict[str, tuple[str, str]]:
+    """Name -> language and text, of the chosen blocks of a page, or of all."""
+    found = FENCED.findall((ROOT / page).read_text(encoding="utf-8"))
+    every = {name or language: (language, text) for language, name, text in found}
+    return {name: every[name] for name in chosen or every}
+
+
 BLOCKS = {
-    name: (language, text)
-    for language, name, text in re.findall(
-        r"^```(\w+)(?: ([\w-]+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
-    )
+    **blocks("README.md"),
+    **blocks("docs/teacher.md"),
+    **blocks("docs/arcface_torch.md", "install-line", "attach"),
+    **blocks("docs/own_loop.md", "build"),
+    **blocks("docs/recipe.md", "schedules"),
 }
 
 
@@ -122,7 +132,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def run(block: str, **names: object) -> dict[str, Any]:
     """The names that a block leaves behind, run with the names given."""
     namespace: dict[str, Any] = {"torch": torch, **names}
-    exec(compile(BLOCKS[block][1], f"README.md, {block}", "exec"), namespace)
+    exec(compile(BLOCKS[block][1], f"block {block}", "exec"), namespace)
     return namespace
 
 
@@ -148,7 +158,7 @@ def terms_of_distiller(distiller: Distiller) -> list[str]:
 def test_block_recipe(folder: Path) -> None:
     recipe = Recipe.read(folder / "kd.toml")
     assert recipe.teachers[0].checkpoint == folder / "teacher" / "model.pt"
-    assert len(recipe.methods) == 2
+    assert len(recipe.methods) == 1
 
 
 def test_block_schedules() -> None:
@@ -171,16 +181,20 @@ def test_block_arcface_install(folder: Path, trainer: ModuleType) -> None:
     embedding = backbone(images)
     plain = F.cross_entropy(embedding @ head.weight.T, labels)
     loss = head.train()(embedding, labels)
-    assert terms_of(installed.attachment) == ["fcd", "coupleface"]
+    assert terms_of(installed.attachment) == ["fcd"]
     assert loss > plain + 1
     loss.backward()
 
 
-def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
+def test_block_install_line() -> None:
+    assert BLOCKS["install-line"] == BLOCKS["arcface-install"]
+
+
+def test_block_attach(folder: Path, trainer: ModuleType) -> None:
     backbone, head = Network().train(), PartialFC(None, DIM, CLASSES)
     opt, lr_scheduler = scheduled(ConstantLR, backbone, head)
     names = run(
-        "arcface-attach",
+        "attach",
         backbone=backbone,
         module_partial_fc=head,
         opt=opt,
@@ -188,7 +202,7 @@ def test_block_arcface_attach(folder: Path, trainer: ModuleType) -> None:
     )
     images, labels = batch()
     head(backbone(images), labels).backward()
-    assert terms_of(names["attachment"]) == ["fcd", "coupleface"]
+    assert terms_of(names["attachment"]) == ["fcd"]
 
 
 def test_block_mmengine() -> None:
@@ -292,13 +306,6 @@ def test_block_teacher_cache(folder: Path) -> None:
     assert (cache.folder, cache.hits) == (Path("teacher/cache"), CLASSES)
 
 
-def test_block_student_view(folder: Path) -> None:
-    (folder / "kd.toml").write_text(BLOCKS["student-view"][1])
-    kd = build("kd.toml", Network().train(), network=lambda name, state: get_model(name))
-    assert isinstance(kd.student_view, StudentView)
-    assert list(kd.student_view.parts) == ["mask", "low_resolution"]
-
-
 def test_block_class_means(onnx_file: Path) -> None:
     Path("kd.toml").write_text('methods = ["fcd"]\nteacher = { onnx = "w600k_r50.onnx" }')
     run("class-means", loader=[batch()], num_classes=CLASSES)
@@ -319,44 +326,46 @@ def test_the_method_of_the_block_conforms() -> None:
     check_method(names["Align"])
 
 
-def test_block_options() -> None:
-    student = Network().train()
-    names = run("method", student=student, teacher=trained())
-    names["kd"].remove()
-    kd = run("options", **{**names, "student": student})["kd"]
-    images, labels = batch()
-    student(images)
-    terms = kd(images, labels)
-    assert list(terms) == ["scaled"]
-    student(images)
-    kd(images, labels)
-    step = 1  # of the second forward; the scale falls from 4 to 1 in 1,000 steps
-    scale = 4.0 - 3.0 * step / 1000
-    with kd.paused():
-        plain = 1 - F.cosine_similarity(student(images), names["teacher"](images)).mean()
-    assert kd.metrics["scaled"].item() == pytest.approx(scale * plain.item(), rel=1e-4)
-
-
 def test_block_sh() -> None:
     """The two commands are goals of the Makefile."""
     assert re.findall(r"^make (\w+)", README, re.MULTILINE) == ["demo", "test"]
 
 
 def test_every_block_has_its_test() -> None:
-    names = {
-        f"test_block_{(name or language).replace('-', '_')}"
-        for name, (language, _) in BLOCKS.items()
-    }
+    names = {f"test_block_{name.replace('-', '_')}" for name in BLOCKS}
     assert names == {name for name in globals() if name.startswith("test_block_")}
 
 
 # --- the tables ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_every_hook_has_its_signature(hook: str) -> None:
-    arguments = list(inspect.signature(getattr(Specs, hook)).parameters)[1:]
-    assert f"`{hook}({', '.join(arguments)})`" in README
+GAINS = re.findall(
+    r"^\| ([A-Z]): .*? \| `(\w+)` \| (.*?) \| (.*?) \| (\d+) % \|$", README, re.MULTILINE
+)
+
+
+def test_there_are_three_gains() -> None:
+    assert [(setting, method) for setting, method, *_ in GAINS] == [
+        ("A", "proxylesskd"),
+        ("C", "acsr"),
+        ("D", "cakd"),
+    ]
+
+
+@pytest.mark.parametrize(("setting", "method", "labels", "taught", "share"), GAINS)
+def test_a_gain_is_that_of_the_results(
+    setting: str, method: str, labels: str, taught: str, share: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.papers.report import by_row, cells
+    from benchmarks.papers.results import read
+
+    records = read(ROOT / "docs/results/papers.jsonl")
+    head, *rows = cells(by_row(record for record in records if record["setting"] == setting))
+    (row,) = (row for row in rows if row[0].split(" ")[0] == method)
+    (alone,) = (row for row in rows if row[0] == "labels alone")
+    column = head.index("TAR at FAR 0.01")
+    assert (alone[column], row[column], row[head.index("gap")]) == (labels, taught, share)
 
 
 def table() -> dict[str, tuple[str, str]]:

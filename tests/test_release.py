@@ -24,6 +24,20 @@ def test_the_installed_package_has_the_version_of_the_module() -> None:
     assert metadata("kdhooks")["Version"] == kdhooks.__version__
 
 
+def test_every_link_works_where_a_package_index_shows_the_readme() -> None:
+    """Links are absolute there, and lead to files of the repository, or to sites of others."""
+    text = metadata("kdhooks").json["description"]
+    links = re.findall(r"\]\(([^)]+)\)", str(text))
+    ours = re.compile(
+        r"https://(?:github|raw\.githubusercontent)\.com/kdhooks/kdhooks/(?:blob/)?main/"
+    )
+    paths = [ours.sub("", link) for link in links if ours.match(link)]
+    assert all(link.startswith("https://") for link in links)
+    assert "docs/step.svg" in paths
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_changelog_and_citation_have_the_version_of_the_module() -> None:
     first = re.search(r"^## \[([^]]+)\]", read("CHANGELOG.md"), re.MULTILINE)
     cited = re.search(r"^version: (.+)$", read("CITATION.cff"), re.MULTILINE)
