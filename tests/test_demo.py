@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("onnxruntime")
 
 from kdhooks.onnx.session import OnnxModel
-from kdhooks.verification import Floats
+from kdhooks.verification import ROC, Floats, Verification
 from kdhooks_demo import training
 from kdhooks_demo.align import TEMPLATE, align, similarity
 from kdhooks_demo.faces import read_orl
@@ -31,6 +31,7 @@ from kdhooks_demo.main import main
 from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.packages import sface_file
 from kdhooks_demo.pairs import make_pairs
+from kdhooks_demo.report import Score, gains
 from kdhooks_demo.training import (
     ArcFaceHead,
     Lesson,
@@ -398,7 +399,8 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     export(TinyTeacher().eval(), torch.rand(2, 3, 112, 112), tmp_path / "teacher.onnx")
     data = written(made_faces(people=8), tmp_path / "faces")
     arguments = ["--data", data, "--teacher", tmp_path / "teacher.onnx", "--out", tmp_path / "out"]
-    arguments += ["--images-seen", 120, "--views", 2, "--couples", 2, "--seeds", 2, "--threads", 1]
+    arguments += ["--images-seen", 120, "--views", 2, "--couples", 2, "--threads", 1]
+    arguments += ["--full", "--seed", 0, "--seeds", 1, "--students", 2]
     try:
         assert main([str(argument) for argument in arguments]) == 0
     finally:
@@ -406,7 +408,8 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "train on 6 people, 24 images (56 with views and blends); test on 2 others" in printed
     results = (tmp_path / "out" / "results.md").read_text()
-    rows = [line.split("|")[1].strip() for line in results.splitlines()]
+    lines, sentences = results.split("\n\n")
+    rows = [line.split("|")[1].strip() for line in lines.splitlines()]
     assert rows[2:] == [
         "teacher",
         "labels alone",
@@ -415,11 +418,36 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "coupleface",
         "proxylesskd",
     ]
-    assert results.splitlines()[3].count("±") >= 3, "two seeds have a spread"
+    assert lines.splitlines()[3].count("±") >= 3, "two students have a spread"
+    assert [line.split(" adds ")[0] for line in sentences.splitlines()] == rows[4:]
+    assert "Next steps:" in printed
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
     student = OnnxModel(tmp_path / "out" / "fcd-1.onnx")
     assert student.embedding_dim == 128
     assert set(torch.load(tmp_path / "out" / "fcd-1.pt", weights_only=True)) >= {"stem.0.weight"}
+
+
+def test_a_gain_is_the_mean_of_the_pairs() -> None:
+    def score(accuracy: float, tar: float) -> Score:
+        nothing = np.zeros(1)
+        pairs = Verification(accuracy, 0.0, 0.0, {}, 0.0)
+        return Score(pairs, pairs, {0.001: 0.0, 0.01: tar}, ROC(nothing, nothing, nothing), 1.0)
+
+    scores = {
+        "teacher": [score(1.0, 1.0)],
+        "labels alone": [score(0.8, 0.5), score(0.7, 0.3)],
+        "fcd": [score(0.9, 0.6), score(0.9, 0.6)],
+    }
+    (line,) = gains(scores, "labels alone")
+    assert line == (
+        "fcd adds 20.0 ± 14.1 points of TAR at FAR 0.01 and 15.0 ± 7.1 points of accuracy to "
+        "labels alone (mean ± deviation over 2 pairs of students)"
+    )
+    one = {name: row[:1] for name, row in scores.items()}
+    assert gains(one, "labels alone")[0].endswith(
+        "adds 10.0 points of TAR at FAR 0.01 and 10.0 points of accuracy to labels alone "
+        "(one pair of students)"
+    )
 
 
 # --- the real ones ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Similarity transforms of images: onto the five-point template of ArcFace, and in general."""
+"""Similarity transforms of images, among them the alignment to ArcFace's five points."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ TEMPLATE: Points = np.array(  # insightface, utils/face_align.py: eyes, nose, co
 
 
 def similarity(source: Points, target: Points) -> Tensor:
-    """(n 2), (n 2) -> (2 3): turn, zoom and shift from source to target, least squares.
+    """(n 2), (n 2) -> (2 3): rotation, scale and shift from source to target, by least squares.
 
     In complex numbers it is the line z -> a z + b through the points.
     """
@@ -40,12 +40,12 @@ def affine(a: complex, b: complex) -> Tensor:
 
 
 def align(image: Tensor, landmarks: Points) -> Tensor:
-    """(k h w) and its landmarks (5 2) in pixels -> (k 112 112), the face at the template."""
+    """(k h w) and its landmarks (5 2) in pixels -> (k 112 112), aligned to the template."""
     return warp(image[None], similarity(TEMPLATE, landmarks)[None])[0]
 
 
 def warp(images: Tensor, back: Tensor) -> Tensor:
-    """(b k h w), (b 2 3) -> (b k 112 112); `back` carries a pixel of the result to the image.
+    """(b k h w), (b 2 3) -> (b k 112 112); `back` maps a pixel of the result to the image.
 
     A pixel's coordinates are those of its centre, as in OpenCV; past an edge, its last pixels.
     """

@@ -1,4 +1,4 @@
-"""Testing students on people whom none of them has seen."""
+"""Tests students on people whom none of them saw in training."""
 
 import time
 from collections.abc import Callable
@@ -24,12 +24,12 @@ MOST = 2_000_000  # pairs for a TAR
 
 
 def teacher_chunk(device: torch.device) -> int:
-    """How many images the teacher sees at a time."""
+    """The number of images in one call of the teacher."""
     return TEACHER_CHUNK if device.type == "cpu" else TEACHER_CHUNK_CUDA
 
 
 class Exam:
-    """The test's images, embedded by the teacher once.
+    """The images of the test, which the teacher has embedded once.
 
     Accuracy and EER are of the split's pairs, with as many of a kind; TAR, which needs many pairs
     of different people, and the ROC are of all pairs of the test's images.
@@ -105,7 +105,7 @@ class Exam:
 
 
 def _all_pairs(images: int) -> NDArray[np.int64]:
-    """(p 2), each pair once; a sample of them where they are too many."""
+    """(p 2), each pair once; a sample of them if they are too many."""
     rows = np.stack(np.triu_indices(images, 1), axis=1)
     if len(rows) > MOST:
         rows = rows[np.random.default_rng(0).permutation(len(rows))[:MOST]]

@@ -1,4 +1,4 @@
-"""Aligned faces in memory: those of ORL, or of any folder or zip with one directory a person."""
+"""Reads aligned faces: those of ORL, or of a folder or zip with one directory per person."""
 
 import json
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Faces:
 
 
 def read_orl() -> Faces:
-    """400 faces of 40 people, brought to ArcFace's template by landmarks of our own."""
+    """400 faces of 40 people, aligned to ArcFace's template by our own landmarks."""
     text = resources.files("kdhooks_demo").joinpath("orl_landmarks5.json").read_text()
     landmarks = {name: np.array(flat).reshape(5, 2) for name, flat in json.loads(text).items()}
     images = {
@@ -58,7 +58,7 @@ def read_orl() -> Faces:
 
 
 def read_faces(source: str | Path) -> Faces:
-    """The images …/person/image.jpg of a folder or a zip, aligned and 112x112 already."""
+    """The images …/person/image.jpg of a folder or zip, which are aligned and 112x112."""
     files = PictureFiles(source, "faces")
     found = dict(sorted(named_pictures(files, "faces").items()))
     if len({name.split("/")[0] for name in found}) < 2:

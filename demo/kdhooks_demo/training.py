@@ -1,4 +1,4 @@
-"""Students that start equal and see the same images: by labels alone, or by a method as well."""
+"""Trains students, on labels alone or with methods. All start equal and see the same images."""
 
 import math
 import time
@@ -41,8 +41,8 @@ class Maps:
 class Settings:
     """How every student of a table is trained.
 
-    `student` makes a network for an embedding of so many dimensions; `stages` are its paths to the
-    features that belong to the teacher's recorded ones, or to those of a live teacher.
+    `student` returns a network with the given embedding dimension. `stages` are the paths of its
+    features that are compared with the recorded features of the teacher, or of a live teacher.
     """
 
     images_seen: int = 18000
@@ -54,7 +54,7 @@ class Settings:
     adamw: bool = False  # for transformers; SGD with Nesterov's momentum if not
     student: Callable[[int], nn.Module] = SmallFaceNet
     stages: Sequence[str] = STAGES
-    view: nn.Module | None = None  # what the students see in place of the images; the teacher not
+    view: nn.Module | None = None  # changes the images for the students, not for the teacher
 
     @property
     def steps(self) -> int:
@@ -63,33 +63,33 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: which methods, and what the student learns from beside them."""
+    """A line of the table: its methods, and the share and the images of the labels' loss."""
 
     name: str
     methods: Sequence[object] = ()
-    labels: float = 1.0  # the weight of the labels' loss; 0: the teacher's classifier replaces it
-    part: str | None = None  # of the lesson's images; all of them if None
-    live: bool = False  # True: the methods change the teacher, so that it runs in every step
+    labels: float = 1.0  # the weight of the labels' loss
+    part: str | None = None  # the name of a part of the lesson's images; all of them if None
+    live: bool = False  # the methods change the teacher, so it runs in every step
     teachers: Sequence[int] = ()  # numbers of the lesson's teachers; all of them if empty
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the table's settings, by name
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What all students learn from; the teacher has seen every image once."""
+    """The material of all students. The teacher has embedded every image once."""
 
     images: Tensor  # (n 3 112 112) uint8
     labels: Tensor  # (n)
     embedding: Tensor  # (n e), the teacher's
     rows: Tensor  # (c e), the class means of these
-    parts: Mapping[str, Tensor]  # name -> rows of the n, for a Row that is taught by fewer images
+    parts: Mapping[str, Tensor]  # name -> rows of the n, for a Row with fewer images
     maps: Mapping[str, Maps] = field(default_factory=dict)
     teacher: nn.Module | None = None  # for rows whose teacher is live
-    teacher_stages: Sequence[str] = ()  # of that network, or the stages that were recorded
-    teachers: int = 1  # whose embeddings, and rows, lie side by side with equal widths
+    teacher_stages: Sequence[str] = ()  # stages of that network, or those that were recorded
+    teachers: int = 1  # their embeddings and rows of equal widths are concatenated
 
     def to(self, device: torch.device) -> "Lesson":
-        """Copy everything that a step reads to the device on which the students are trained.
+        """Copy everything that a step reads to the device of the training.
 
         The class means stay on the processor: each method takes its own copy of them.
         """
@@ -98,8 +98,8 @@ class Lesson:
 
 
 def means_of(embedding: Tensor, labels: Tensor) -> Tensor:
-    """(n e), (n) -> (c e): the class means of a teacher's known embeddings."""
-    known = Teacher(lambda images: embedding)  # it does not look at the images
+    """(n e), (n) -> (c e): the class means of recorded embeddings of a teacher."""
+    known = Teacher(lambda images: embedding)  # it ignores the images
     batches = [(torch.zeros(len(labels), 3, 1, 1), labels)]
     return class_means(known, batches, int(labels.max()) + 1, flip=False)
 
@@ -108,13 +108,15 @@ def means_of(embedding: Tensor, labels: Tensor) -> Tensor:
 class Trained:
     student: nn.Module
     seconds: float
-    losses: list[float] = field(default_factory=list)  # of the labels' loss, or of the method's
+    losses: list[float] = field(
+        default_factory=list
+    )  # the sum of the labels' loss and the terms, in each step
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
     looks: list[Mapping[str, Any]] = field(default_factory=list)  # see `train`
 
 
 class Remembered(nn.Module):
-    """A teacher whose outputs are known: of the images that `rows` says come next.
+    """A teacher whose outputs are recorded. `rows` are the numbers of the images of the next call.
 
     The rows lie on the device of the embeddings, and the outputs on that of the images.
     """
@@ -132,7 +134,7 @@ class Remembered(nn.Module):
         return self.embedding[self.rows].to(images.device)
 
     def keep(self, paths: set[str]) -> None:
-        """Drop the stages that no method taps, and hold the others on a GPU that has room."""
+        """Drop the stages that no method taps; load the others onto a GPU with enough memory."""
         for name, stage in list(self.stages.items()):
             if f"stages.{name}" not in paths:
                 del self.stages[name]
@@ -148,11 +150,11 @@ class RememberedStage(nn.Module):
 
     @property
     def size(self) -> int:
-        """Of all features, in bytes."""
+        """The size of all features, in bytes."""
         return len(self._rows) * int(self._stored[0].nbytes)
 
     def load(self, device: torch.device) -> None:
-        """Hold all features in the memory of the device from now on."""
+        """Load all features into the memory of the device."""
         shape = (len(self._rows), *self._stored.shape[1:])
         self._loaded = torch.empty(shape, dtype=torch.float16, device=device)
         for start in range(0, len(self._rows), CHUNK):
@@ -168,7 +170,7 @@ class RememberedStage(nn.Module):
 
 
 def _fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes take at most half of a GPU's free memory; others read the files."""
+    """Whether the bytes fit into half of a GPU's free memory. Otherwise the files are read."""
     return device.type == "cuda" and 2 * size <= torch.cuda.mem_get_info(device)[0]
 
 
@@ -183,8 +185,8 @@ class ArcFaceHead(nn.Module):
     def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b) -> (), in the precision of the weight.
 
-        Autocast is off, since the margin needs angles that half precision can't tell from 0, and
-        since CUDA's autocast would return arccosines in another precision than the cosines.
+        Autocast is off: half precision rounds small angles to 0, and CUDA's autocast would return
+        arccosines in another precision than the cosines.
         """
         with torch.autocast(embedding.device.type, enabled=False):
             embedding = embedding.to(self.weight.dtype)
@@ -207,11 +209,12 @@ def train(
 ) -> Trained:
     """Train one student on the device of the lesson's images.
 
-    All weights are drawn on the processor, so that a seed means the same ones on every device.
+    All weights are initialised on the processor, so that a seed means the same on every device.
+
     progress: called every few steps with the number of new steps and the last loss.
-    look: called with the student, in eval mode, `looks` times at equal distances, the last time at
-    the end. The shares that it returns are kept, with `images_seen`, with what the methods logged
-    in that step, and with `strength` and `agreement` of their gradient beside the labels'.
+    look: called with the student in eval mode, `looks` times at equal distances, and at the end.
+        Its shares are kept, with `images_seen`, the methods' log of that step, and the `strength`
+        and `agreement` of their gradient beside that of the labels' loss.
     """
     torch.manual_seed(seed)
     settings = replace(settings, **row.changes)
@@ -226,7 +229,7 @@ def train(
         for one in remembered:
             one.keep({path for tap in kd.taps for path in tap.teacher_paths})
     student.to(device)
-    head.to(device)  # its weight stays the same Parameter, so that the methods' shard holds it too
+    head.to(device)  # the weight stays the same Parameter, which the methods' shard holds too
     groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
     groups += kd.parameter_groups(settings.weight_decay) if kd else []
     optimizer = _optimizer(groups, settings)
@@ -234,10 +237,12 @@ def train(
         optimizer,
         settings.lr,
         total_steps=settings.steps,
-        pct_start=0.1 if settings.steps != 10 else 0.2,  # it divides by pct_start · steps - 1
+        pct_start=0.1
+        if settings.steps != 10
+        else 0.2,  # OneCycleLR divides by pct_start · steps - 1
         cycle_momentum=False,
     )
-    losses: list[Tensor] = []  # they stay on the device, which is not waited for in each step
+    losses: list[Tensor] = []  # on the device, so that no step waits for it
     cosines: list[Tensor] = []
     found: list[Mapping[str, Any]] = []
     started = time.perf_counter()
@@ -278,7 +283,7 @@ def train(
             student.train()
             looking += time.perf_counter() - paused
     trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines), found)
-    # The device is done, since all was read.
+    # Everything was read, so the device has finished.
     trained.seconds = time.perf_counter() - started - looking
     if kd:
         kd.remove()
@@ -294,7 +299,7 @@ def _distiller(
     row: Row,
     settings: Settings,
 ) -> Distiller:
-    """The row's methods, taught by what is remembered, or by the live teacher."""
+    """The row's methods, with the recorded outputs or the live teacher."""
     live = lesson.teacher if row.live else None
     recorded = [f"stages.{name}" for name in lesson.maps]
     theirs = list(lesson.teacher_stages) if row.live else recorded
@@ -312,13 +317,13 @@ def _distiller(
 
 
 def _parts(joined: Tensor, lesson: Lesson, row: Row) -> list[Tensor]:
-    """(n e) -> [(n e/m)]: what each of the row's teachers has in it."""
+    """(n e) -> [(n e/m)]: the part of each of the row's teachers."""
     parts = joined.chunk(lesson.teachers, dim=1)
     return [parts[number] for number in row.teachers or range(lesson.teachers)]
 
 
 def _compared(task: Tensor, terms: Tensor, student: nn.Module) -> dict[str, float]:
-    """The methods' gradient in the student's parameters, beside that of the labels' loss.
+    """Compare the methods' gradient in the student's parameters with that of the labels' loss.
 
     strength: the ratio of their norms; agreement: the cosine of the two.
     """
@@ -351,7 +356,7 @@ def _numbers(values: list[Tensor]) -> list[float]:
 
 
 def _batches(rows: Tensor, batch: int, steps: int, seed: int, device: torch.device) -> list[Tensor]:
-    """Every image once before any comes again, in an order drawn by the seed."""
+    """Batches in a random order by the seed. Every image comes once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     rounds = math.ceil(steps * batch / len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
@@ -359,15 +364,15 @@ def _batches(rows: Tensor, batch: int, steps: int, seed: int, device: torch.devi
 
 
 def as_input(images: Tensor) -> Tensor:
-    """(b 3 h w) uint8 -> (b 3 h w) in [-1, 1], as the trainers give it."""
+    """(b 3 h w) uint8 -> (b 3 h w) in [-1, 1], as the trainers scale images."""
     return ((images.float() - 127.5) / 127.5).contiguous(memory_format=_layout(images.device))
 
 
 def _layout(device: torch.device) -> torch.memory_format:
     """Channels last, which is faster on a processor.
 
-    On a GPU it is not: cuDNN's grouped convolutions in float32 are slow there, and PyTorch's own
-    depthwise kernels want the channels in front.
+    It is slower on a GPU: cuDNN's grouped convolutions in float32 are slow there, and PyTorch's own
+    depthwise kernels need contiguous channels.
     """
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
@@ -379,6 +384,6 @@ def embed(
     chunk: int = CHUNK,
     device: torch.device | None = None,
 ) -> Tensor:
-    """(n 3 112 112) uint8 -> (n d), on the images' device; the model runs on the one named."""
+    """(n 3 112 112) uint8 -> (n d), on the images' device. The model runs on `device`."""
     parts = [model(as_input(some.to(device or images.device))) for some in images.split(chunk)]
     return torch.cat(parts).to(images.device)
