@@ -65,13 +65,20 @@ class Viewing:
                 "student_view wrote into the trainer's images in place, which the teacher would "
                 "see as well; let it work on a clone"
             )
-        return seen
+        return _laid_out_like(images, seen)
 
     def _run(self, images: Tensor, draws: Draws) -> object:
         if self._takes_draws:
             return self.view(images, draws)
         with undisturbed_generators(draws.generator_seed(), images.device):
             return self.view(images)
+
+
+def _laid_out_like(images: Tensor, seen: Tensor) -> Tensor:
+    """The student then runs in the memory format that the trainer has chosen."""
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return _laid_out_like(images, seen)
+    return seen.contiguous(memory_format=torch.channels_last)
 
 
 def viewed(
