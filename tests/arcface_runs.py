@@ -1,4 +1,4 @@
-"""Methods, and the lines and runs that the tests of the arcface_torch adapter share."""
+"""Methods, script lines and runs shared by the tests of the arcface_torch adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ METHODS: dict[str, dict[str, object]] = {
     "coupleface": COUPLEFACE,
     "proxylesskd": {"name": "proxylesskd"},
 }
-EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
+EVERY: dict[str, dict[str, object]] = {  # all methods, with all kinds of state that they keep
     **METHODS,
     "acsr": {"name": "acsr", "weight": {"value": 5.0, "warmup": 4}},
     "adadistill": {"name": "adadistill"},
@@ -55,7 +55,7 @@ EQUAL_ROWS = (
 
 
 def trained(trainer: Trainer, **config: Any) -> Path:
-    """The output of a plain run that has learnt its identities."""
+    """Train without kdhooks until the identities are learned; return the output folder."""
     (report, *_) = trainer.run(steps=60, sample_rate=1.0, seed=1, verbose=100, **config)
     assert sum(report["losses"][-10:]) < 0.2 * sum(report["losses"][:10])
     return Path(report["output"])
@@ -74,7 +74,7 @@ def recipe(teacher: dict[str, str], *methods: object, **more: object) -> dict[st
 
 
 def install(teacher: dict[str, str], *methods: object, **more: object) -> str:
-    """The line a user adds."""
+    """Return the lines that a user adds."""
     given = recipe(teacher, *methods, **more)
     return (
         "from kdhooks_integrations import arcface_torch\n"
@@ -93,7 +93,7 @@ def attach(teacher: dict[str, str], *methods: object, **more: object) -> str:
 
 
 def outcome(report: Report) -> dict[str, object]:
-    """What a run came to; two runs that agree here agree to the last bit."""
+    """Return the results of a run; runs with equal results agree to the last bit."""
     assert "error" not in report, report
     return {key: report[key] for key in OUTCOME}
 
@@ -109,7 +109,7 @@ def rows_of(folder: Path) -> Tensor:
 
 
 def same(found: Any, expected: Any) -> None:
-    """Two checkpoints, entry by entry, to the last bit."""
+    """Check that two checkpoints agree to the last bit, entry by entry."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:

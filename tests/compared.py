@@ -1,5 +1,5 @@
-"""A method that compares the student's classifier with the teacher's: on one process, and with the
-classes split over ranks.
+"""Runs of a method that compares the student's classifier with the teacher's: in one process, and
+with the classes split over ranks.
 """
 
 import torch
@@ -20,7 +20,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def scenario(tap: ClassifierShare, split: tuple[int, ...], labels: Tensor) -> Results:
-    """DDP takes the mean of the student's gradient; of a shard's, nobody does."""
+    """Return results of one step. DDP averages the student's gradient, but not that of a shard."""
     classes, b = sum(split), len(labels)
     student = nn.Linear(5, 4).double()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Several gloo processes, for tests that compare them with one."""
+"""Runs several gloo processes, for tests that compare them with one process."""
 
 import os
 import warnings
@@ -17,12 +17,12 @@ Scenarios = Callable[[], dict[str, Results]]
 
 
 def here() -> tuple[int, int]:
-    """Rank and world size."""
+    """Return rank and world size."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def as_torchrun() -> None:
-    """The environment of this rank as torchrun sets it, for hosts that read it."""
+    """Set the environment of this rank as torchrun does, for hosts that read it."""
     rank, size = here()
     os.environ |= {
         "RANK": str(rank),
@@ -31,7 +31,7 @@ def as_torchrun() -> None:
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
+        "MASTER_PORT": "29500",  # nothing listens there: the process group already exists
         "TORCHELASTIC_RUN_ID": "none",
         "OMP_NUM_THREADS": "1",
     }
@@ -42,13 +42,13 @@ def group() -> "dist.ProcessGroup | None":
 
 
 def mine(batch: Tensor) -> Tensor:
-    """This rank's part of a batch."""
+    """Return this rank's part of a batch."""
     rank, size = here()
     return batch.chunk(size)[rank]
 
 
 def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """As DDP leaves them on every rank."""
+    """Return the gradients as DDP leaves them on every rank."""
     out = {}
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
@@ -61,14 +61,14 @@ def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def on_two_ranks(scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
-    """What each of two processes found; scenarios is a function of a test module."""
+    """Return the results of each of two processes; scenarios is a function of a test module."""
     return on_ranks([2], scenarios, folder)[2]
 
 
 def on_ranks(
     sizes: Sequence[int], scenarios: Scenarios, folder: Path
 ) -> dict[int, list[dict[str, Results]]]:
-    """The same of as many processes as each of the sizes says, in turn."""
+    """Return the same for each number of processes in `sizes`, run one after another."""
     spawn(_main, (sizes, scenarios, str(folder)), nprocs=max(sizes))
     return {
         size: [torch.load(folder / f"{rank}_of_{size}.pt") for rank in range(size)]
