@@ -22,9 +22,9 @@ from tests.standin.backbones import get_model
 
 
 def refused(one: Trainer, teacher: dict[str, str], method: object, **changed: Any) -> str:
-    """The message of a run that must not come to an end.
+    """Return the message of a run that must be refused.
 
-    changed: keys of the trainer's config, of the recipe, and else of its teacher.
+    changed: keys of the trainer's config, of the recipe, or else of the recipe's teacher.
     """
     config = {key: changed.pop(key) for key in ("embedding_size", "num_classes") if key in changed}
     more = {key: changed.pop(key) for key in ("taps", "metods") if key in changed}

@@ -1,4 +1,4 @@
-"""Several teachers in arcface_torch: installed, attached and launched; on ranks; resumed."""
+"""Several teachers in arcface_torch: installed, attached or launched; on several ranks; resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ def toml(folder: Path, *teachers: Table) -> str:
 
 
 def several(*teachers: Table) -> Any:
-    """As the lines of `tests.arcface_runs` take one teacher."""
+    """Return teachers in place of the one teacher that `tests.arcface_runs` expects."""
     return list(teachers)
 
 
-def test_a_toml_file_says_the_same_wherever_it_is_named(
+def test_a_toml_file_has_the_same_effect_wherever_it_is_named(
     one: Trainer, teacher: Table, wide: Table, tmp_path: Path
 ) -> None:
     file = toml(tmp_path, teacher, wide)
@@ -61,7 +61,7 @@ def test_weight_zero_is_the_plain_run(two: Trainer, teacher: Table, wide: Table)
 def test_two_ranks_equal_one_on_the_same_global_batch(
     one: Trainer, two: Trainer, teacher: Table, wide: Table
 ) -> None:
-    """Each rank reads its own classes of both teachers."""
+    """Each rank reads only its own classes, from both teachers."""
     line = install(several(teacher, wide), *ALL)
     same: dict[str, Any] = {"network": "frozen", "after_schedule": EQUAL_ROWS, **NOT_COMPRESSED}
     ask = {
@@ -95,7 +95,7 @@ def test_resume_equals_the_straight_run(
 
 
 def test_the_head_takes_the_joined_rows_over(one: Trainer, teacher: Table, wide: Table) -> None:
-    """A student as wide as both teachers together."""
+    """The student is as wide as both teachers together."""
     line = install(several(teacher, wide), {"name": "proxylesskd"})
     ask = {
         "lengths": "module_partial_fc.weight.norm(dim=1).tolist()",
@@ -130,10 +130,10 @@ def test_the_teacher_whose_classes_are_in_another_order_is_named(
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
-def test_a_cache_stands_for_the_teacher(
+def test_a_cache_replaces_the_teacher(
     request: pytest.FixtureRequest, teacher: Table, tmp_path: Path, ranks: str
 ) -> None:
-    """To the last bit."""
+    """The run repeats the one that filled the cache, to the last bit."""
     trainer: Trainer = request.getfixturevalue(ranks)
     method = {"name": "fcd", "weight": 8.0}
     filled = install({**teacher, "cache": str(tmp_path / "cache")}, method)

@@ -1,4 +1,6 @@
-"""In arcface_torch: the factor of the trainer's own loss, no labels, the teacher's accuracy."""
+"""arcface_torch with a factor for the trainer's own loss, without labels, and with the teacher's
+accuracy in the log.
+"""
 
 from typing import Any
 
@@ -21,7 +23,7 @@ ASKED = {"first": "opt.noted[0]", "last": "opt.noted[1]"}
 
 
 def gradients(trainer: Trainer, line: str) -> tuple[list[list[float]], list[float]]:
-    """Of a layer of the backbone, and the largest of the head, in each step."""
+    """Return the gradient of a backbone layer, and the largest one of the head, in each step."""
     (report, *_) = trainer.run(line, before_loop=GRADIENTS, ask=ASKED, **NOT_COMPRESSED)
     assert "error" not in report, report
     return report["extra"]["first"], report["extra"]["last"]
@@ -118,7 +120,7 @@ def test_a_head_that_computes_a_term_has_no_factor_besides(
 
 
 def test_classes_of_other_data_are_not_compared(one: Trainer) -> None:
-    """The trainer's labels are dummies; the teacher knows five other people."""
+    """The trainer's labels have no meaning, and the teacher's classes are five other people."""
     fewer = described(trained(one, num_classes=5))
     (report,) = one.run(install(fewer, FCD, labels=False))
     assert "error" not in report

@@ -1,4 +1,4 @@
-"""What the student of arcface_torch sees in place of the trainer's images."""
+"""arcface_torch's student sees views of the trainer's images."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ TABLE: dict[str, Any] = {"mask": {"p": 0.5}, "low_resolution": {"sizes": [4, 8],
 VIEW: dict[str, Any] = {"student_view": TABLE, "seed": 3}
 IDLE = {**FCD, "weight": 0.0}
 
-# A plain run whose backbone is given the views: the step and the position of the first sample are
-# counted here as a reader of the documentation would.
+# A plain run whose backbone gets the views. It counts the step and the position of the first sample
+# independently, from the documentation.
 BY_HAND = f"""
 from kdhooks import StudentView, viewed
 counted, view = [], StudentView(**{TABLE!r})
@@ -70,7 +70,7 @@ def test_resume_equals_the_straight_run(
 
 
 def test_cached_equals_uncached(one: Trainer, teacher: dict[str, str], tmp_path: Path) -> None:
-    """The cache is filled by the first run, and the second asks the teacher for nothing new."""
+    """The second run fills the cache; the third one finds all its embeddings there."""
     losses = []
     for cache in ({}, {"cache": str(tmp_path)}, {"cache": str(tmp_path)}):
         ask = {"hits": "getattr(installed.attachment.distiller._session.cache, 'hits', None)"}
@@ -86,7 +86,7 @@ def test_cached_equals_uncached(one: Trainer, teacher: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize("compiled", ["module", "before DDP", "after DDP"])
-def test_a_compiled_backbone_is_viewed_or_refused(
+def test_a_compiled_backbone_gets_the_views(
     one: Trainer, teacher: dict[str, str], compiled: str
 ) -> None:
     line = install(teacher, IDLE, **VIEW)

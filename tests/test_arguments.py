@@ -1,4 +1,4 @@
-"""Options that no machine can follow are refused while the command line is read."""
+"""Impossible options are refused while the command line is parsed."""
 
 import re
 from argparse import ArgumentTypeError
@@ -15,7 +15,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "\u0663", "0x1", "1_0"])
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
+def test_only_a_whole_number_is_accepted(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match=f"at least 0; found {re.escape(text)}$"):
         at_least(0)(text)
 

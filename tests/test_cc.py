@@ -1,4 +1,6 @@
-"""Correlation congruence against its equations and a public code; two ranks against one process."""
+"""Correlation congruence agrees with its equations and with public code; two ranks agree with one
+process.
+"""
 
 import math
 
@@ -52,7 +54,7 @@ def test_gives_the_golden_value(terms: int, value: float) -> None:
 
 
 # Tencent/TFace, commit 171ec1434aca0972e111663ac646c9c1e3e44b5b, in recognition/tasks/ekd, with
-# torch 2.13.0 on the processor, g = torch.Generator().manual_seed(0), dtype=torch.float64:
+# torch 2.13.0 on the CPU, g = torch.Generator().manual_seed(0), dtype=torch.float64:
 #   s, t = torch.randn(6, 5, generator=g).requires_grad_(), torch.randn(6, 7, generator=g)
 #   value = distillation.cc.CC(0.4, terms)(s, t); value.backward()
 #   print(value.item(), s.grad.abs().sum().item())
@@ -64,7 +66,7 @@ def test_gives_the_golden_value(terms: int, value: float) -> None:
         (5, 0.051851102606, 0.066871631234),
     ],
 )
-def test_gives_what_a_public_code_gives(terms: int, value: float, total: float) -> None:
+def test_agrees_with_public_code(terms: int, value: float, total: float) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
     teacher = torch.randn(6, 7, generator=generator, dtype=torch.float64)
@@ -91,7 +93,7 @@ def test_agrees_with_the_equation(gamma: float, terms: int, b: int, d: int, e: i
 
 
 def test_two_terms_are_similarity_preservation_times_a_constant() -> None:
-    """Why two are not the default."""
+    """This is why two terms are not the default."""
     similarities = SP().embedding_tap().loss(golden.S, golden.T, golden.Y)
     found = made(terms=2)(golden.S, golden.T, golden.Y)
     assert_close(found, 0.8**2 * math.exp(-1.6) * similarities)

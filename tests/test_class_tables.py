@@ -1,4 +1,4 @@
-"""Tables with a row for each class: split over ranks they teach what whole ones teach."""
+"""Tables with a row for each class train the same student whether split over ranks or whole."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
 
-SIZES = [3, 4]  # two ranks are in the tests of the methods
+SIZES = [3, 4]  # the methods' own tests run two ranks
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "coupleface", "k": 3},
@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "proxylesskd": {"name": "proxylesskd", "head": "own", "scale": 8.0},
     "thkd": {"name": "thkd", "scale": 8.0},
 }
-# Of the labelled samples of all ranks if the rows are split, and of each rank's if they are not.
+# Their losses average the labelled samples of all ranks if the rows are split, else of each rank.
 OF_ALL = ("adadistill", "quality", "proxylesskd", "thkd")
 
 
@@ -68,7 +68,7 @@ def rows() -> Tensor:
 
 
 def images_of(step: int, labels: Tensor) -> Tensor:
-    """Near those of their class, so that the teacher knows them."""
+    """Return images near the pattern of their class, so that the teacher recognises them."""
     return patterns()[labels] + 0.2 * normal(20 + step, BATCH, 3, 2, 2)
 
 
@@ -83,7 +83,7 @@ def distiller(student: Student, method: dict[str, Any], **options: Any) -> Disti
 
 
 def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> list[Tensor]:
-    """The losses of some optimizer steps, of two batches each."""
+    """Run some optimizer steps of two batches each; return the losses."""
     kd.accumulation = ACCUMULATED
     groups = [{"params": list(student.parameters())}, *kd.parameter_groups(0.0)]
     optimizer, losses = torch.optim.SGD(groups, lr=0.1), []
@@ -104,7 +104,7 @@ def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> li
 
 
 def _average(student: nn.Module) -> None:
-    """As DistributedDataParallel does; the distiller averages those of its losses."""
+    """Average the student's gradients, as DistributedDataParallel does."""
     if dist.is_initialized():
         for parameter in student.parameters():
             assert parameter.grad is not None
@@ -134,7 +134,7 @@ def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results
 
 
 def resumed(method: dict[str, Any], folder: str) -> Results:
-    """From each rank's own state, after a stop, against the straight run."""
+    """Return the losses of the straight run, and of one resumed from each rank's own state."""
     rank, size = here()
     student = Student()
     with distiller(student, method) as kd:
@@ -153,7 +153,7 @@ def resumed(method: dict[str, Any], folder: str) -> Results:
 
 
 def copied() -> Results:
-    """A student with kd as a child, as callbacks that average weights copy it."""
+    """Copy a student that has kd as a child, as callbacks that average weights do."""
     student = Student()
     with distiller(student, METHODS["adadistill"]) as kd:
         student.kd = kd
@@ -188,7 +188,7 @@ def ranks(request: pytest.FixtureRequest, of_sizes: Any) -> tuple[list[Any], Pat
 
 @pytest.mark.parametrize("name", METHODS)
 def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
-    """Values, gradients and state; some samples have no label, and the split is uneven."""
+    """Values, gradients and state agree; some samples have no label, and the split is uneven."""
     found, _ = ranks
     for of_rank in found:
         split, whole = of_rank[name], of_rank[f"{name}, whole"]
@@ -201,10 +201,10 @@ def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
         assert_close(split["state"], whole["state"], rtol=1e-5, atol=1e-6)
 
 
-# The others take the mean over the relations of each rank's samples, of which some have fewer.
+# "near" averages over the relations of each rank's samples, whose number differs between ranks.
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "near"])
 def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
-    """The factor of the gradients is 1."""
+    """The gradients have the same scale too."""
     found, _ = ranks
     alone = outcome(METHODS[name], lowest=0)
     losses = torch.stack([of_rank[f"{name}, labelled"]["losses"] for of_rank in found])
@@ -215,7 +215,7 @@ def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["averaged", "icdface", "adadistill"])
-def test_each_rank_goes_on_from_its_own_state_to_the_last_bit(ranks: Any, name: str) -> None:
+def test_each_rank_resumes_from_its_own_state_to_the_last_bit(ranks: Any, name: str) -> None:
     found, _ = ranks
     for of_rank in found:
         straight, again = of_rank[f"{name}, resumed"].values()
@@ -279,7 +279,7 @@ def test_other_classes_are_refused() -> None:
         kd.load_state_dict(state)
 
 
-def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
+def test_frozen_rows_in_float16_stay_so_and_change_the_losses_little() -> None:
     for name in ("static", "proxylesskd", "thkd", "adadistill"):
         student, precise = Student(), outcome(METHODS[name])
         with distiller(student, METHODS[name], table_dtype="float16") as kd:
@@ -287,7 +287,7 @@ def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
             frozen = [table for table in tables_of(kd) if table.dtype == torch.float16]
             assert [len(one) for one in frozen] == [CLASSES]
             kd.load_state_dict(kd.state_dict())
-        # Centres only start at the rows, before these are rounded.
+        # Centres start at the rows before rounding.
         assert torch.equal(losses, precise["losses"]) == (name == "adadistill")
         assert_close(losses, precise["losses"], rtol=2e-3, atol=2e-3)
 

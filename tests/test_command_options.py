@@ -1,4 +1,4 @@
-"""Options of the commands around arcface_torch: each is explained, and wrong ones get words."""
+"""Options of arcface_torch's commands: the help explains each, and wrong ones are refused."""
 
 import argparse
 import json
@@ -236,7 +236,7 @@ def test_the_documentation_names_every_key(capsys: Captured) -> None:
 
 
 def keys(content: object) -> Iterator[str]:
-    """All keys at any depth, but for those that are names of settings or of terms."""
+    """Yield the keys at any depth, except names of settings and of terms."""
     if isinstance(content, list):
         for one in content[:1]:
             yield from keys(one)
