@@ -1,4 +1,6 @@
-"""EC-KD: both terms against their equations; which filters are chosen; once per optimiser step."""
+"""Both terms of EC-KD agree with their equations; the right filters are chosen, once per optimiser
+step.
+"""
 
 import itertools
 from typing import get_args
@@ -28,7 +30,7 @@ FILTERS = torch.from_numpy(np.sin(0.4 * _i + 0.9 * _k + 0.2))
 
 
 class Student(nn.Module):
-    """A layer of each kind that the choice of filters has to tell apart."""
+    """Has a layer of each kind that the choice of filters must distinguish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def consistency(d: int = 6, e: int = 6, **options: object) -> nn.Module:
-    """With a factor of 1 and no regressor, unless they are given."""
+    """Return the loss, by default with a factor of 1 and without a regressor."""
     given_ = {"regressor": False, "consistency_weight": 1.0, **options}
     tap = ECKD(**given_).embedding_tap(Model(None, d), Model(None, e))  # type: ignore[arg-type]
     assert tap is not None
@@ -61,7 +63,7 @@ def parameters(student: nn.Module, **options: object) -> ParameterTap:
 
 
 def overlap(**options: object) -> nn.Module:
-    """Of one layer, with a factor of 1."""
+    """Return the loss of one layer, with a factor of 1."""
     layer = nn.Sequential(nn.Conv2d(1, 2, 1))
     return parameters(layer, exclusivity_weight=1.0, **options).loss
 
@@ -132,7 +134,7 @@ def test_all_options_agree_with_the_equation(
     assert_close(gradient(weight).numpy(), central_differences(loss, at), rtol=1e-6, atol=1e-7)
 
 
-def test_filters_that_share_no_position_cost_nothing() -> None:
+def test_filters_that_share_no_position_have_no_loss() -> None:
     filters = torch.tensor([[0.3, -2.0, 0, 0], [0, 0, 0.7, 0], [0, 0, 0, 11.1]])
     assert exclusivity(filters) == 0
     assert exclusivity(torch.ones(3, 4)) > 0
@@ -186,7 +188,7 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
     value, _ = overlap(mean_overlap=False)([weight])
     assert value.dtype == torch.float32
     assert_close(value.double(), exclusivity(weight.double()), rtol=1e-5, atol=0)
-    assert value > 65504  # what float16 can't hold
+    assert value > 65504  # beyond the range of float16
 
 
 # --- which filters ---------------------------------------------------------------------------
@@ -254,7 +256,7 @@ GRID = [*itertools.product(HARDNESS, [0.0, 0.4, 2.0], [False, True], [False, Tru
 def test_consistency_agrees_with_the_equation(
     b: int, d: int, e: int, hardness: str, gamma: float, mean_one: bool, unit_length: bool
 ) -> None:
-    """With the regressor where widths differ; hardness held fixed, as no gradient goes there."""
+    """The regressor is used if widths differ. The hardness is fixed, since it has no gradient."""
     student, teacher = normal(1, b, d).requires_grad_(), normal(2, b, e)
     module = consistency(
         d,
@@ -305,7 +307,7 @@ def test_hard_samples_weigh_more_and_by_the_same_factor_at_any_scale() -> None:
 
 @drawn
 @given(sizes, st.sampled_from(HARDNESS), st.booleans())
-def test_equal_embeddings_cost_nothing_and_get_no_gradient(
+def test_equal_embeddings_have_no_loss_and_no_gradient(
     size: tuple[int, int, int], hardness: str, mean_one: bool
 ) -> None:
     b, d, seed = size
@@ -357,7 +359,7 @@ def test_gradient_reaches_student_and_regressor_alone(regressor: bool) -> None:
     assert all(gradient(p).any() for p in module.parameters())
 
 
-def test_the_regressor_is_all_the_state() -> None:
+def test_only_the_regressor_has_state() -> None:
     first, second = consistency(4, 6, regressor=True), consistency(4, 6, regressor=True)
     assert list(first.state_dict()) == ["regressor.weight"]
     second.load_state_dict(first.state_dict())
@@ -406,7 +408,7 @@ def test_either_term_can_stand_alone(options: dict[str, object], terms: list[str
     assert list(made(images, labels)) == terms
 
 
-def test_the_weight_scales_both_terms_and_their_own_factors_one_each() -> None:
+def test_the_weight_scales_both_terms_and_each_factor_scales_one() -> None:
     images, labels = tiny_batch()
     terms: list[dict[str, Tensor]] = []
     for options in (
@@ -428,7 +430,7 @@ def test_the_weight_scales_both_terms_and_their_own_factors_one_each() -> None:
 
 @pytest.mark.parametrize("forwards", [1, 2, 5])
 def test_exclusivity_counts_once_per_optimiser_step(forwards: int) -> None:
-    """Where a host adds up the gradients of several forwards."""
+    """Some hosts accumulate the gradients of several forwards."""
     student, made = distilled(consistency_weight=0.0)
     made.accumulation = forwards
     images, labels = tiny_batch()

@@ -1,4 +1,4 @@
-"""`kdhooks export`: the student and nothing else, in files that others load."""
+"""`kdhooks export` writes only the student, into files that other software can load."""
 
 import hashlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The trainer's, with what a run leaves behind."""
+    """Return the trainer's folder with the files of a finished run."""
     monkeypatch.chdir(tmp_path)
     state = settled().state_dict()
     torch.save(state, tmp_path / "model.pt")
@@ -58,7 +58,7 @@ def test_the_student_alone_is_written(checkpoint: str, folder: Path, capsys: Cap
     assert not [name for name in weights if "kdhooks" in name or "projector" in name]
 
 
-def test_what_is_left_of_the_distillation_is_refused(folder: Path, capsys: Captured) -> None:
+def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured) -> None:
     torch.save({**settled().state_dict(), "projector.weight": torch.ones(2)}, "left.pt")
     assert main(["export", "left.pt", "--network", "tiny"]) == 2
     said = capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_what_can_not_be_exported(
 
 
 def fresh() -> nn.Module:
-    """As it was made."""
+    """Return a network whose running statistics are untrained."""
     model = settled()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -113,7 +113,7 @@ def fresh() -> nn.Module:
     return model
 
 
-def test_an_error_of_the_exporter_leaves_what_was_there(
+def test_an_error_of_the_exporter_leaves_earlier_files_unchanged(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(network: nn.Module, images: Any, path: str, **options: object) -> None:
@@ -142,7 +142,7 @@ def test_one_of_several_sets_of_weights_can_be_named(folder: Path, capsys: Captu
 
 
 class Unstable(nn.Module):
-    """It counts its calls, which no graph does."""
+    """A network that counts its calls, which a graph cannot do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_what_insightface_reads(tmp_path: Path) -> None:
 
 
 def detector(path: Path) -> None:
-    """In SCRFD's form, of images of 128: one face, always at the same place."""
+    """Write a detector in SCRFD's form for 128x128 images, which always finds the same face."""
     make, to_tensor = onnx.helper, onnx.numpy_helper.from_array
     nodes, outputs, tensors = [], [], []
     for kind, width in (("score", 1), ("box", 4), ("points", 10)):
@@ -233,7 +233,7 @@ def detector(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.estimate. is deprecated:FutureWarning")  # insightface's
 def test_face_analysis_takes_the_student(folder: Path) -> None:
-    """In a pack of its own, with a detector beside it; the embedding is torch's."""
+    """It reads a pack of student and detector, and its embedding equals torch's."""
     insightface = pytest.importorskip("insightface.app").FaceAnalysis
     zoo, align = (
         pytest.importorskip(f"insightface.{n}") for n in ("model_zoo", "utils.face_align")
@@ -256,7 +256,7 @@ def test_face_analysis_takes_the_student(folder: Path) -> None:
 
 
 def test_our_own_reader_finds_it_in_the_pack(folder: Path) -> None:
-    """A pack's recognition model is told by its graph, from 128 numbers on."""
+    """A pack's recognition model is recognised by its graph, with at least 128 outputs."""
     pack = folder / "models" / "ours"
     network = settled()
     network.add_module("features", nn.Linear(WIDTH, 128))

@@ -1,4 +1,4 @@
-"""Networks by package.module:factory, and what keeps one from being made."""
+"""Networks are built from package.module:factory, and errors explain why one cannot be built."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Feature consistency: every distance against its equation, values and gradients."""
+"""Values and gradients of every distance of feature consistency agree with their equations."""
 
 from typing import get_args
 
@@ -91,7 +91,7 @@ def test_the_forms_differ_by_the_factors_that_the_docstring_states() -> None:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_equal_embeddings_cost_nothing_and_get_no_gradient(distance: Distance) -> None:
+def test_equal_embeddings_have_no_loss_and_no_gradient(distance: Distance) -> None:
     student = golden.T.clone().requires_grad_()
     value = made(distance)(student, golden.T, golden.Y)
     value.backward()
@@ -110,7 +110,7 @@ def test_ignores_the_lengths_of_embeddings(
     assert_close(module(ours * student, theirs * teacher, any_labels(b)), expected)
 
 
-def test_raw_mse_heeds_the_lengths_of_embeddings() -> None:
+def test_raw_mse_depends_on_the_lengths_of_embeddings() -> None:
     module = made("raw_mse")
     before = module(golden.S, golden.T, golden.Y)
     assert_close(module(2 * golden.S, 2 * golden.T, golden.Y), 4 * before)
@@ -166,7 +166,7 @@ def test_gradient_reaches_student_and_projector_alone(distance: Distance, projec
     assert len(list(module.parameters())) == int(projector)
 
 
-def test_the_weight_is_the_taps() -> None:
+def test_the_tap_has_the_weight() -> None:
     assert FCD().embedding_tap(Model(None, 4), Model(None, 4)).weight == 32
     assert FCD(weight=8).embedding_tap(Model(None, 4), Model(None, 4)).weight == 8
 

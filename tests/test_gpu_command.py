@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks.gpu`: every part at a tiny size, and what it survives."""
+"""`python -m benchmarks.gpu` runs every part at a tiny size, and survives failures and kills."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_every_part_runs_at_a_tiny_size_and_writes_its_record(tmp_path: Path) ->
 
 
 def odd(out: Path, *options: str) -> int:
-    """Two parts: of the first, a case fails, one kills its process, and one is absent."""
+    """Run two parts; in the first, some cases fail, one crashes, and one is absent."""
     return main([*TINY, "--out", str(out), *options], ODD)
 
 
@@ -77,15 +77,15 @@ def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
     page = (tmp_path / "gpu.md").read_text()
     assert "- **failing: failed**: `ZeroDivisionError: division by zero`" in page
     assert "- absent: absent: no odd hardware" in page
-    assert "| good |\n| half |\n| last |" in page, "what has figures is shown"
+    assert "| good |\n| half |\n| last |" in page, "cases with results are shown"
 
 
-def test_only_what_is_not_done_is_run_again(tmp_path: Path) -> None:
+def test_only_unfinished_cases_are_run_again(tmp_path: Path) -> None:
     odd(tmp_path)
     first = record(tmp_path, "odd")
     odd(tmp_path)
     second = record(tmp_path, "odd")
-    assert second["good"] == first["good"]  # with the moment at which it was made
+    assert second["good"] == first["good"]  # including its time
     assert second["failing"]["traceback"] == first["failing"]["traceback"]
     odd(tmp_path, "--again", "--parts", "even")
     assert record(tmp_path, "even")["only"]["result"] == {"runs": 2}
@@ -173,7 +173,7 @@ def test_a_killed_run_continues_and_leaves_nothing_running(
 
 
 def alive(process: int) -> bool:
-    """Zombies, which nobody waits for here, are dead."""
+    """Return whether the process runs; zombies do not count."""
     try:
         return " Z" not in Path(f"/proc/{process}/stat").read_text()[:40]
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def alive(process: int) -> bool:
         (["--parts", "everything"], "invalid choice: 'everything'"),
     ],
 )
-def test_what_could_only_fail_later_is_refused(
+def test_wrong_options_are_refused_before_the_run(
     options: list[str],
     message: str,
     tmp_path: Path,
@@ -207,7 +207,7 @@ def test_what_could_only_fail_later_is_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_out_that_is_no_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_that_is_not_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         odd(Path("/dev/null"))
     assert "--out must be a folder that can be written; " in capsys.readouterr().err

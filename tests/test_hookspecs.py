@@ -1,4 +1,4 @@
-"""Each hook, asked through a Distiller: what it is given, and what becomes of its answer."""
+"""A Distiller passes the right arguments to each hook, and uses its result."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 
 
 def step(method: object, **options: object) -> dict[str, Tensor]:
-    """The terms of a first step with this method."""
+    """Return the terms of a first step with this method."""
     student, (images, labels) = TinyFaceNet().train(), tiny_batch()
     with Distiller(student, tiny_teacher(), [method], input_shape=(3, 32, 32), **options) as kd:  # type: ignore[arg-type]
         student(images)
