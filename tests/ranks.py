@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,38 +62,27 @@ def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
 
 def on_two_ranks(scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
     """Return the results of each of two processes; scenarios is a function of a test module."""
-    return on_ranks([2], scenarios, folder)[2]
+    return on_ranks(2, scenarios, folder)
 
 
-def on_ranks(
-    sizes: Sequence[int], scenarios: Scenarios, folder: Path
-) -> dict[int, list[dict[str, Results]]]:
-    """Return the same for each number of processes in `sizes`, run one after another."""
-    spawn(_main, (sizes, scenarios, str(folder)), nprocs=max(sizes))
-    return {
-        size: [torch.load(folder / f"{rank}_of_{size}.pt") for rank in range(size)]
-        for size in sizes
-    }
-
-
-def _main(rank: int, sizes: Sequence[int], scenarios: Scenarios, folder: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    for size in sizes:
-        if rank < size:
-            _run(rank, size, scenarios, folder)
+def on_ranks(size: int, scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
+    """Return the results of each of `size` processes."""
+    spawn(_run, (size, scenarios, str(folder)), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def _run(rank: int, size: int, scenarios: Scenarios, folder: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting_of_{size}",
+        init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=120),
     )
     try:
-        torch.save(scenarios(), f"{folder}/{rank}_of_{size}.pt")
+        torch.save(scenarios(), f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
 
-SIZES = [3, 4]  # the methods' own tests run two ranks
+RANKS = 3  # the methods' own tests run two ranks
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "coupleface", "k": 3},
@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Their losses average the labelled samples of all ranks if the rows are split, else of each rank.
 OF_ALL = ("adadistill", "quality", "proxylesskd", "thkd")
+# "near" averages over the relations of each rank's samples, whose number differs between ranks.
+AS_ONE = [name for name in METHODS if name != "near"]
 
 
 class Student(nn.Module):
@@ -135,16 +137,16 @@ def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results
 
 def resumed(method: dict[str, Any], folder: str) -> Results:
     """Return the losses of the straight run, and of one resumed from each rank's own state."""
-    rank, size = here()
+    rank, _ = here()
     student = Student()
     with distiller(student, method) as kd:
         train(student, kd, range(STEPS))
         saved = {"student": student.state_dict(), "kd": kd.state_dict()}
-        torch.save(saved, f"{folder}/{size}_{rank}.pt")
-        torch.save(kd.whole_state_dict(), f"{folder}/{size}_whole.pt")
+        torch.save(saved, f"{folder}/own_{rank}.pt")
+        torch.save(kd.whole_state_dict(), f"{folder}/whole.pt")
         straight = train(student, kd, range(STEPS, 2 * STEPS))
     again = Student()
-    loaded = torch.load(f"{folder}/{size}_{rank}.pt", weights_only=True)
+    loaded = torch.load(f"{folder}/own_{rank}.pt", weights_only=True)
     again.load_state_dict(loaded["student"])
     with distiller(again, method) as kd:
         kd.load_state_dict(loaded["kd"])
@@ -165,8 +167,10 @@ def scenarios(folder: str) -> dict[str, Results]:
     found: dict[str, Results] = {}
     for name, method in METHODS.items():
         found[name] = outcome(method)
-        found[f"{name}, whole"] = outcome(method, sharded=False)
-        found[f"{name}, labelled"] = outcome(method, lowest=0)
+        if name not in OF_ALL:
+            found[f"{name}, whole"] = outcome(method, sharded=False)
+        if name in AS_ONE:
+            found[f"{name}, labelled"] = outcome(method, lowest=0)
     for name in ("averaged", "icdface", "adadistill"):
         found[f"{name}, resumed"] = resumed(METHODS[name], folder)
     found["copied"] = copied()
@@ -175,25 +179,18 @@ def scenarios(folder: str) -> dict[str, Results]:
 
 
 @pytest.fixture(scope="module")
-def of_sizes(tmp_path_factory: Any) -> tuple[dict[int, Any], Path]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return on_ranks(SIZES, partial(scenarios, str(folder)), folder), folder
-
-
-@pytest.fixture(params=SIZES)
-def ranks(request: pytest.FixtureRequest, of_sizes: Any) -> tuple[list[Any], Path]:
-    found, folder = of_sizes
-    return found[request.param], folder
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(RANKS, partial(scenarios, str(folder)), folder), folder
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
     """Values, gradients and state agree; some samples have no label, and the split is uneven."""
     found, _ = ranks
+    alone = outcome(METHODS[name]) if name in OF_ALL else None
     for of_rank in found:
-        split, whole = of_rank[name], of_rank[f"{name}, whole"]
-        if name in OF_ALL:
-            whole = outcome(METHODS[name])
+        split, whole = of_rank[name], alone or of_rank[f"{name}, whole"]
         assert split["split"]
         assert not whole["split"]
         assert split["bytes"] < whole["bytes"]
@@ -201,8 +198,7 @@ def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
         assert_close(split["state"], whole["state"], rtol=1e-5, atol=1e-6)
 
 
-# "near" averages over the relations of each rank's samples, whose number differs between ranks.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "near"])
+@pytest.mark.parametrize("name", AS_ONE)
 def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
     """The gradients have the same scale too."""
     found, _ = ranks
@@ -236,15 +232,15 @@ def test_a_student_with_split_tables_is_copied(ranks: Any) -> None:
 
 
 def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:
-    found, folder = ranks
+    _, folder = ranks
     with distiller(Student(), METHODS["adadistill"]) as kd:
-        kd.load_state_dict(torch.load(folder / f"{len(found)}_whole.pt", weights_only=True))
+        kd.load_state_dict(torch.load(folder / "whole.pt", weights_only=True))
         assert kd.step == STEPS * ACCUMULATED
 
 
 def test_a_part_of_the_state_is_refused_by_another_number_of_ranks(ranks: Any) -> None:
-    found, folder = ranks
-    state = torch.load(folder / f"{len(found)}_0.pt", weights_only=True)["kd"]
+    _, folder = ranks
+    state = torch.load(folder / "own_0.pt", weights_only=True)["kd"]
     with (
         distiller(Student(), METHODS["adadistill"]) as kd,
         pytest.raises(KDHooksError, match=r"holds the classes 0 to \d, and this rank has thos"),
