@@ -1,4 +1,4 @@
-"""A Distiller supports each kind of tap, and each hook that declares one."""
+"""A Distiller supports each kind of tap, and each hook."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,7 @@ from kdhooks import (
     Teacher,
     hookimpl,
 )
+from kdhooks.hookspecs import Specs
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.small_distiller import Gap, Method, distil, student
 
@@ -155,7 +156,9 @@ def test_hook_embedding_tap() -> None:
     assert method.widths == (12, 12)
 
 
-def test_hook_parameter_tap_counts_once_an_optimiser_step() -> None:
+def test_hook_parameter_tap() -> None:
+    """The term counts once per optimiser step."""
+
     class Size(nn.Module):
         def forward(self, parameters: list[Tensor]) -> Tensor:
             """[(…)] -> ()."""
@@ -239,3 +242,28 @@ def test_hook_adapt_teacher() -> None:
     assert module is not None
     assert all(p.grad is None for p in module.parameters())
     assert not module.training
+
+
+def test_hook_student_view() -> None:
+    class Mirrored(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            """(b 3 h w) -> (b 3 h w)."""
+            return images.flip(3)
+
+    class Viewing(Method):
+        @hookimpl
+        def student_view(self) -> nn.Module:
+            return Mirrored()
+
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Viewing(), net=net)
+    seen: list[Tensor] = []
+    net.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(images)
+    kd(images, labels)
+    assert torch.equal(seen[0], images.flip(3))
+
+
+def test_every_hook_has_its_test() -> None:
+    hooks = {f"test_hook_{name}" for name in vars(Specs) if not name.startswith("_")}
+    assert hooks == {name for name in globals() if name.startswith("test_hook_")}
