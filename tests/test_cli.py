@@ -235,16 +235,6 @@ def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr("kdhooks.cli.import_module", missing)
 
 
-@pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export"])
-def test_a_command_lists_its_options_with_examples(command: str, capsys: Captured) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"usage: kdhooks {command} ")
-    assert f"\n    kdhooks {command} " in printed
-
-
 def test_the_help_lists_every_command(capsys: Captured) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

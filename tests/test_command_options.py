@@ -70,13 +70,15 @@ def test_every_option_says_its_default_or_that_it_is_required(command: str) -> N
 
 
 @pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export", "evaluate"])
-def test_the_first_line_of_help_is_a_sentence_about_the_command(
+def test_help_starts_with_a_sentence_about_the_command_and_has_examples(
     command: str, capsys: Captured
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: kdhooks {command} ")
+    assert f"\n    kdhooks {command} " in printed
     first = printed[printed.index("\n\n") + 2 :].splitlines()[0]
     assert first.startswith(f"`kdhooks {command}` ")
     assert first[-1] in ".,"

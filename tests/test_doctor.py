@@ -248,25 +248,6 @@ def test_a_fault_is_reported_under_its_check(
     assert said in found[check][1]
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--recipe", "absent.toml"], "doctor: there is no recipe 'absent.toml'"),
-        (
-            ["--recipe", "kd.toml", "--batch-size", "1"],
-            "--batch-size: must be a whole number, at least 2; found 1",
-        ),
-        (["--recipe", "kd.toml", "--trainer", "absent"], "--trainer must be a folder"),
-    ],
-)
-def test_a_wrong_command_is_no_fault_of_the_recipe(
-    argv: list[str], said: str, capsys: Captured
-) -> None:
-    Path("kd.toml").write_text(f'methods = ["fcd"]\n{TEACHER}')
-    assert main(["doctor", *STUDENT, *argv]) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_images_equal_the_trainers(folder: Path) -> None:
     """Both kinds of folder give the same pictures, labels and range."""
     pictures = people(CLASSES, 4)
