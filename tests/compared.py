@@ -7,16 +7,12 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard
 from kdhooks.declarations import Step
+from tests.maps import normal
 from tests.ranks import Results, group, here, mean_gradients, mine
 
 
 def whole(rows: Tensor) -> ClassShard:
     return ClassShard(rows, 0, len(rows))
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def scenario(tap: ClassifierShare, split: tuple[int, ...], labels: Tensor) -> Results:

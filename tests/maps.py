@@ -47,6 +47,11 @@ def labels(b: int) -> Tensor:
     return torch.zeros(b, dtype=torch.long)
 
 
+def gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
 def seeded(loss: nn.Module, seed: int = 7) -> nn.Module:
     """Convert the loss to float64, and replace its initial weights by reproducible ones."""
     loss.double()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError, Model, Teacher
@@ -16,6 +16,8 @@ from kdhooks.declarations import Step
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.adadistill import AdaDistill, AdaptiveCentres
 from tests import golden
+from tests.compared import whole
+from tests.maps import normal
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import adadistill as reference
 from tests.references.differences import central_differences
@@ -24,15 +26,6 @@ drawn = settings(deadline=None, max_examples=40)
 ALPHAS = [0.997599, 0.992380, 0.941135, 0.981498]  # of S2, T, Y2 and the unit rows W2
 # The centre of class 0, before normalisation.
 CENTRE = [0.488769, 0.542157, 0.509949, 0.397233, 0.221801, 0.011353]
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
 
 
 def declared(width: int = 6, rows: int = 6, **options: Any) -> AdaptiveCentres:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
@@ -12,25 +12,13 @@ from kdhooks.testing import check_method
 from kdhooks_plugins.aird import AIRD, InstancesAndRelations
 from kdhooks_plugins.fcd import EmbeddingDistance
 from tests import golden
+from tests.maps import gradient, normal
+from tests.maps import labels as any_labels
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import aird as reference
 from tests.references.differences import central_differences
 
 GOLDEN = 1.13766845
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 def test_gives_the_golden_value() -> None:

@@ -17,6 +17,8 @@ from kdhooks.testing import check_method
 from kdhooks_plugins.cc import CC, Correlations
 from kdhooks_plugins.sp import SP
 from tests import golden
+from tests.maps import gradient, normal
+from tests.maps import labels as any_labels
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import cc as reference
 from tests.references.differences import central_differences
@@ -29,20 +31,6 @@ def made(gamma: Scheduled = 0.4, terms: int = 3, global_batch: bool = True) -> C
     loss = CC(gamma=gamma, terms=terms, global_batch=global_batch).embedding_tap().loss
     assert isinstance(loss, Correlations)
     return loss
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 @pytest.mark.parametrize(("terms", "value"), [(2, 0.00601680), (3, 0.00525510)])

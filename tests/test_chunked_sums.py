@@ -27,6 +27,7 @@ from kdhooks_plugins.kd import KD
 from kdhooks_plugins.margindistillation import MarginDistillation
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from kdhooks_plugins.thkd import THKD
+from tests.maps import normal
 
 WIDTH = 6
 METHODS: dict[str, Callable[[], Any]] = {
@@ -48,11 +49,6 @@ def _numbers() -> Iterator[None]:
     before = dict(NUMBERS)
     yield
     NUMBERS.update(before)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def loss_of(name: str) -> nn.Module:

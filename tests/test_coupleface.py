@@ -19,6 +19,7 @@ from kdhooks.classes.rows import Rows
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.neighbours import mine_into
 from tests import golden
+from tests.maps import gradient, normal
 from tests.references import coupleface as reference
 from tests.references.differences import central_differences
 from tests.references.fcd import embedding_distance, linear, unit
@@ -58,18 +59,8 @@ def expected_of(loss: MutualRelations, prototypes: Tensor) -> reference.CoupleFa
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = 0) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # --- golden values ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller, KDHooksError, Schedule
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins.ekd import EKD, SimilarityRanks
+from tests.maps import gradient, normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import ekd as reference
 from tests.references.differences import central_differences
@@ -40,18 +41,8 @@ def expected_of(loss: SimilarityRanks) -> reference.EKD:
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = -1) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # Tencent/TFace, commit 171ec1434aca0972e111663ac646c9c1e3e44b5b, in recognition/tasks/ekd, with

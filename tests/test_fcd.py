@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
 from kdhooks_plugins.fcd import FCD, Distance
 from tests import golden
+from tests.maps import labels as any_labels
+from tests.maps import normal
 from tests.references import fcd as reference
 from tests.references.differences import central_differences
 
@@ -25,15 +27,6 @@ drawn = settings(deadline=None, max_examples=40)
 def made(distance: Distance, d: int = 6, e: int = 6, projector: bool = False) -> nn.Module:
     method = FCD(distance=distance, projector=projector)
     return method.embedding_tap(Model(None, d), Model(None, e)).loss.double()
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
 
 
 @pytest.mark.parametrize(("distance", "expected"), golden.EMBEDDING_DISTANCE.items())

@@ -17,6 +17,7 @@ from kdhooks.classes.rows import Rows
 from kdhooks.testing import check_method
 from kdhooks_plugins.icdface import ICDFace, SimilarityDistributions, log_histogram, places
 from tests import golden
+from tests.maps import gradient, normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import icdface as reference
 from tests.references.differences import central_differences
@@ -39,18 +40,8 @@ def expected_of(loss: SimilarityDistributions) -> reference.ICDFace:
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = -1) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # --- histograms ------------------------------------------------------------------------------
