@@ -43,6 +43,11 @@ EVERY: dict[str, dict[str, object]] = {  # all methods, with all kinds of state 
     "sp": {"name": "sp"},
     "thkd": {"name": "thkd"},
 }
+TOGETHER: dict[str, list[dict[str, object]]] = {  # all of them, in as few runs as possible
+    "one of each": [m for name, m in EVERY.items() if name not in ("bank", "own", "proxylesskd")],
+    "bank and own": [EVERY["bank"], EVERY["own"]],
+    "proxylesskd": [EVERY["proxylesskd"]],
+}
 PROJECTED = [{**FCD, "projector": True}, {**COUPLEFACE, "projector": True}]
 OUTCOME = ("losses", "verified", "backbone", "head", "generator", "groups", "files")
 NOT_COMPRESSED: dict[str, Any] = {"compress": False, "sample_rate": 1.0, "lr": 0.02}
@@ -118,3 +123,16 @@ def same(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected)
     else:
         assert found == expected
+
+
+def resumed_as_straight(trainer: Trainer, line: str, **config: Any) -> list[Report]:
+    """Check that two epochs equal one epoch and a resumed one; return the straight run."""
+    config = {"sample_rate": 1.0, "num_epoch": 2, **config}
+    straight = trainer.run(line, **config)
+    stopped = trainer.run(line, **config, before_loop="cfg.num_epoch = 1")
+    resumed = trainer.run(line, **config, resume=stopped[0]["output"])
+    for whole, first, second in zip(straight, stopped, resumed, strict=True):
+        assert first["losses"] + second["losses"] == whole["losses"]
+        for part in ("backbone", "head", "auxiliaries"):
+            assert second[part] == whole[part]
+    return straight

@@ -8,10 +8,10 @@ import torch
 
 from tests.arcface_runs import (
     EQUAL_ROWS,
-    EVERY,
     METHODS,
     NOT_COMPRESSED,
     PROJECTED,
+    TOGETHER,
     described,
     install,
     outcome,
@@ -31,11 +31,11 @@ def test_auxiliaries_stay_equal_on_two_ranks_with_uneven_classes(
     assert first["parameters"] == second["parameters"]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("methods", TOGETHER)
 def test_every_method_stays_equal_on_two_ranks(
-    two: Trainer, teacher: dict[str, str], method: str
+    two: Trainer, teacher: dict[str, str], methods: str
 ) -> None:
-    first, second = two.run(install(teacher, EVERY[method]), gradient_acc=2)
+    first, second = two.run(install(teacher, *TOGETHER[methods]), gradient_acc=2)
     assert first["auxiliaries"] == second["auxiliaries"]
     assert first["parameters"] == second["parameters"]
 

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.arcface_runs import COUPLEFACE, EVERY, FCD, PROJECTED, install, outcome, same, saved
+from tests.arcface_runs import (
+    COUPLEFACE,
+    FCD,
+    PROJECTED,
+    TOGETHER,
+    install,
+    outcome,
+    resumed_as_straight,
+    same,
+    saved,
+)
 from tests.standin import Trainer
 
 
@@ -35,28 +45,14 @@ def test_resume_equals_the_straight_run(
     trainer: Trainer = request.getfixturevalue(ranks)
     banks = {**PROJECTED[1], "relations": "bank"}, {"name": "icdface", "projector": True}
     line = install(wide, PROJECTED[0], *banks)  # each rank has banks for its own classes
-    whole: dict[str, Any] = {"sample_rate": 1.0, "num_epoch": 2}
-    straight = trainer.run(line, **whole)
-    stopped = trainer.run(line, **whole, before_loop="cfg.num_epoch = 1")
-    resumed = trainer.run(line, **whole, resume=stopped[0]["output"])
-    for whole_run, first, second in zip(straight, stopped, resumed, strict=True):
-        assert first["losses"] + second["losses"] == whole_run["losses"]
-        for what in ("backbone", "head", "auxiliaries"):
-            assert second[what] == whole_run[what]
+    resumed_as_straight(trainer, line)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("methods", TOGETHER)
 def test_resume_equals_the_straight_run_with_every_method(
-    one: Trainer, teacher: dict[str, str], method: str
+    one: Trainer, teacher: dict[str, str], methods: str
 ) -> None:
-    line, whole = install(teacher, EVERY[method]), {"num_epoch": 2, "gradient_acc": 3}
-    fixed: dict[str, Any] = {**whole, "sample_rate": 1.0}
-    (straight,) = one.run(line, **fixed)
-    (stopped,) = one.run(line, **fixed, before_loop="cfg.num_epoch = 1")
-    (resumed,) = one.run(line, **fixed, resume=stopped["output"])
-    assert stopped["losses"] + resumed["losses"] == straight["losses"]
-    for what in ("backbone", "head", "auxiliaries"):
-        assert resumed[what] == straight[what]
+    resumed_as_straight(one, install(teacher, *TOGETHER[methods]), gradient_acc=3)
 
 
 def test_a_plain_checkpoint_can_be_resumed_with_a_method(

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.arcface_runs import EQUAL_ROWS, NOT_COMPRESSED, PROJECTED, install, outcome
+from tests.arcface_runs import (
+    EQUAL_ROWS,
+    NOT_COMPRESSED,
+    PROJECTED,
+    install,
+    outcome,
+    resumed_as_straight,
+)
 from tests.standin import Trainer
 
 Table = dict[str, str]
@@ -83,15 +90,7 @@ def test_resume_equals_the_straight_run(
     request: pytest.FixtureRequest, teacher: Table, wide: Table, ranks: str
 ) -> None:
     trainer: Trainer = request.getfixturevalue(ranks)
-    line = install(several(teacher, wide), *ALL)
-    whole: dict[str, Any] = {"sample_rate": 1.0, "num_epoch": 2}
-    straight = trainer.run(line, **whole)
-    stopped = trainer.run(line, **whole, before_loop="cfg.num_epoch = 1")
-    resumed = trainer.run(line, **whole, resume=stopped[0]["output"])
-    for whole_run, first, second in zip(straight, stopped, resumed, strict=True):
-        assert first["losses"] + second["losses"] == whole_run["losses"]
-        for what in ("backbone", "head", "auxiliaries"):
-            assert second[what] == whole_run[what]
+    resumed_as_straight(trainer, install(several(teacher, wide), *ALL))
 
 
 def test_the_head_takes_the_joined_rows_over(one: Trainer, teacher: Table, wide: Table) -> None:

@@ -2,13 +2,20 @@
 accuracy in the log.
 """
 
-from typing import Any
-
 import pytest
 
 from kdhooks.errors import listed
 from kdhooks.guards import WITHOUT_LABELS
-from tests.arcface_runs import FCD, NOT_COMPRESSED, attach, described, install, outcome, trained
+from tests.arcface_runs import (
+    FCD,
+    NOT_COMPRESSED,
+    attach,
+    described,
+    install,
+    outcome,
+    resumed_as_straight,
+    trained,
+)
 from tests.standin import Trainer
 
 NOTHING = {**FCD, "weight": 0.0}
@@ -84,13 +91,7 @@ def test_several_heads_have_one_factor(one: Trainer, teacher: dict[str, str]) ->
 
 def test_a_schedule_is_followed_and_resumed(one: Trainer, teacher: dict[str, str]) -> None:
     line = install(teacher, FCD, task_weight=FALLING)
-    fixed: dict[str, Any] = {"num_epoch": 2, "steps": 2, "sample_rate": 1.0}
-    (straight,) = one.run(line, **fixed)
-    (stopped,) = one.run(line, **fixed, before_loop="cfg.num_epoch = 1")
-    (resumed,) = one.run(line, **fixed, resume=stopped["output"])
-    assert stopped["losses"] + resumed["losses"] == straight["losses"]
-    assert resumed["backbone"] == straight["backbone"]
-    assert resumed["head"] == straight["head"]
+    (straight,) = resumed_as_straight(one, line, steps=2)
     shares = {step: value for step, tag, value in straight["logged"] if tag == "kdhooks/task"}
     weighted = {s: v for s, tag, v in straight["logged"] if tag == "kdhooks/task/weighted"}
     assert weighted[4] < 0.6 * shares[4]

@@ -109,6 +109,7 @@ class Trainer:
             "RANK": str(rank),
             "WORLD_SIZE": str(self._ranks),
             "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # avoids a pool of compiler processes
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
         }
