@@ -262,7 +262,7 @@ def test_without_centring_no_mean_is_kept() -> None:
 
 @drawn
 @given(sizes, st.booleans())
-def test_teacher_attention_in_place_of_the_students_costs_nothing(
+def test_teacher_attention_in_place_of_the_students_has_no_loss(
     size: tuple[int, int, int, int], center: bool
 ) -> None:
     b, k, side, seed = size
@@ -289,7 +289,7 @@ def test_ignores_the_scale_of_each_stage(size: tuple[int, int, int, int], center
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_gradient_reaches_student_and_own_weights_alone(
+def test_gradient_reaches_only_student_and_own_weights(
     ours: tuple[Shape, ...], theirs: tuple[Shape, ...]
 ) -> None:
     loss = made(ours, theirs)

@@ -185,7 +185,7 @@ def test_the_order_of_the_batch_moves_no_centre(b: int, c: int, e: int, seed: in
     assert_close(ours.centres.norm(dim=1), torch.ones(c, dtype=torch.float64))
 
 
-def test_a_student_that_knows_nothing_makes_the_centre_the_teachers_embedding() -> None:
+def test_a_student_orthogonal_to_the_teacher_moves_the_centre_to_the_teacher() -> None:
     student, teacher = (
         torch.eye(3, dtype=torch.float64),
         torch.eye(3, dtype=torch.float64).roll(1, 0),

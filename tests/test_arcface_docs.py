@@ -62,7 +62,7 @@ def test_the_script_gets_its_arguments() -> None:
     assert own == ["configs/ms1mv3_r50"]
 
 
-def test_the_teacher_is_trained_without_a_recipe_where_the_recipe_looks_for_it() -> None:
+def test_the_teacher_is_trained_without_a_recipe_at_the_path_in_the_recipe() -> None:
     words = shlex.split(BLOCKS["teacher"])
     options, (config,) = run._options(words[words.index("run") + 1 :])
     assert (options.recipe, options.compat) == (None, True)

@@ -204,7 +204,7 @@ def test_weight_zero_is_the_plain_run(one: Trainer, teacher: dict[str, str], whe
 
 
 @pytest.mark.parametrize("gradient_acc", [1, 2])
-def test_weight_zero_of_every_method_at_once_is_the_plain_run(
+def test_weight_zero_of_all_methods_together_is_the_plain_run(
     one: Trainer, teacher: dict[str, str], gradient_acc: int
 ) -> None:
     nothing = [{**m, "weight": 0.0} for name, m in EVERY.items() if name not in ("bank", "own")]

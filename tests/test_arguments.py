@@ -50,7 +50,7 @@ def test_a_device_that_is_not_there_is_refused(text: str, said: str) -> None:
         usable_device(text)
 
 
-def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert make_folder(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(KDHooksError, match=r"--out must be a folder .*can't be made \(File exists"):

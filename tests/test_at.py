@@ -168,7 +168,7 @@ def test_a_dead_stage_has_a_finite_gradient(distance: str, p: float) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     student, teacher = maps.STUDENT.clone().requires_grad_(), maps.TEACHER.clone().requires_grad_()
     loss = made((3, 7, 7))
     value(loss, [student], [teacher]).backward()

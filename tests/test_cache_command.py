@@ -182,7 +182,7 @@ def test_verify_names_incomplete_files(
     assert ("damaged and lost records again" in printed) == bool(status)
 
 
-def test_a_part_that_can_not_be_read_is_named(
+def test_a_part_that_cannot_be_read_is_named(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache(*BUILD, "folders")
@@ -259,7 +259,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
         (("build", "--recipe", "bare.toml", "--data", "folders"), 'add cache = "cache" below'),
     ],
 )
-def test_a_wrong_command_is_told_how_to_continue(
+def test_a_wrong_command_is_refused_with_a_fix(
     argv: tuple[str, ...], said: str, capsys: Captured
 ) -> None:
     for name in ("empty", "small"):

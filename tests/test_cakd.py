@@ -30,7 +30,7 @@ drawn = settings(deadline=None, max_examples=25)
 
 @pytest.mark.parametrize("attention", ["mse", "kl"])
 @pytest.mark.parametrize("standardise", [True, False])
-def test_equal_features_with_tied_projections_cost_nothing(
+def test_equal_features_with_tied_projections_have_no_loss(
     attention: str, standardise: bool
 ) -> None:
     shape = (3, 4, 4)
@@ -93,7 +93,7 @@ def test_scaling_a_projection_does_not_lower_the_loss(standardise: bool) -> None
         assert_close(after, before, rtol=0.1, atol=0)
 
 
-def test_what_all_faces_share_changes_nothing() -> None:
+def test_features_that_all_faces_share_change_nothing() -> None:
     student, teacher = inputs(*SHAPES[1])
     loss = made(*SHAPES[1])
     moved = [[x + 5 * torch.rand_like(x[:1]) for x in side] for side in (student, teacher)]

@@ -140,7 +140,7 @@ def test_precisions_agree(size: tuple[int, int, int]) -> None:
     assert_close(single.double(), exact, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_reaches_the_student_alone_and_there_is_no_state() -> None:
+def test_gradient_reaches_only_the_student_and_there_is_no_state() -> None:
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module = made()
     module(student, teacher, golden.Y).backward()

@@ -237,7 +237,9 @@ def test_arrays_become_tensors(tmp_path: Path) -> None:
     assert_is_the_teacher(loaded(tmp_path / "new.pt"))
 
 
-def test_what_can_not_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_converted_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     (tmp_path / "notes.pt").write_text("notes")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "empty.pt").read_bytes()[:-9])

@@ -277,7 +277,7 @@ def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
     assert_close(found, shard.cosines(x).logsumexp(dim=1))
 
 
-def test_ones_own_cosine_is_that_of_the_own_class() -> None:
+def test_own_cosines_are_those_of_the_labels_classes() -> None:
     shard = ClassShard(normal(2, 12, 3), 0, 12)
     x, labels = normal(3, 4, 3), torch.tensor([0, 11, 5, -1])
     cosines = F.cosine_similarity(x, shard.weight[labels]) * (labels >= 0)

@@ -140,7 +140,7 @@ def never() -> Iterator[tuple[Tensor, Tensor]]:
     yield tiny_batch()
 
 
-def test_a_file_that_can_not_be_written_is_refused_before_the_pass(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_the_pass(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path, "is a folder; name a file in it"),
         (tmp_path / "no" / "sums.pt", r"there is no folder '.*no' to write 'sums\.pt' in"),

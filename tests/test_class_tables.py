@@ -185,7 +185,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
+def test_split_tables_train_like_whole_ones(ranks: Any, name: str) -> None:
     """Values, gradients and state agree; some samples have no label, and the split is uneven."""
     found, _ = ranks
     alone = outcome(METHODS[name]) if name in OF_ALL else None

@@ -151,7 +151,7 @@ def test_version(capsys: Captured) -> None:
         (["methodes"], "invalid choice: 'methodes'"),
     ],
 )
-def test_what_argparse_refuses(argv: list[str], said: str, capsys: Captured) -> None:
+def test_wrong_arguments_are_refused(argv: list[str], said: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2

@@ -56,7 +56,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("command", list(parsers()))
-def test_every_option_says_its_default_or_that_it_is_required(command: str) -> None:
+def test_every_option_states_its_default_or_that_it_is_required(command: str) -> None:
     for action in parsers()[command]._actions:
         if action.dest == "help":
             continue

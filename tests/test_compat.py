@@ -1,4 +1,4 @@
-"""Each repair of `kdhooks run --compat` mends what was broken, and is skipped if not needed."""
+"""Each repair of `kdhooks run --compat` fixes what was broken, and is skipped if not needed."""
 
 import builtins
 import pickle

@@ -266,7 +266,7 @@ def test_the_projector_is_linear_and_trained(d: int, e: int, relations: str) -> 
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
-def test_equal_embeddings_without_slack_cost_nothing(two_sided: bool) -> None:
+def test_equal_embeddings_without_slack_have_no_loss(two_sided: bool) -> None:
     student = golden.T.clone().requires_grad_()
     loss = made(golden.W, q=0.0, two_sided=two_sided)
     value, notes = loss(student, golden.T, golden.Y)
@@ -276,7 +276,7 @@ def test_equal_embeddings_without_slack_cost_nothing(two_sided: bool) -> None:
     assert_close(gradient(student), torch.zeros_like(student))
 
 
-def test_equal_embeddings_in_a_bank_cost_nothing() -> None:
+def test_equal_embeddings_in_a_bank_have_no_loss() -> None:
     loss = made(golden.W, q=0.0, relations="bank")
     for _ in range(3):
         student = golden.T.clone().requires_grad_()
@@ -385,7 +385,7 @@ def test_precisions_agree(size: tuple[int, int, int, int], relations: str, two_s
 @pytest.mark.parametrize(
     ("relations", "projector"), list(itertools.product(RELATIONS, [False, True]))
 )
-def test_gradient_reaches_student_and_projector_alone(relations: str, projector: bool) -> None:
+def test_gradient_reaches_only_student_and_projector(relations: str, projector: bool) -> None:
     loss = made(golden.W, relations=relations, projector=projector)
     for _ in range(2):
         student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()

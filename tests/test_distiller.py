@@ -116,7 +116,7 @@ def test_the_global_generators_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_initial_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     def projector(seed: int) -> Tensor:
         torch.rand(seed + 1)
         kd = distil({"name": "fcd", "projector": True}, seed=seed)

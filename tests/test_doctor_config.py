@@ -173,7 +173,7 @@ def test_the_line_would_install_if_it_could() -> None:
         ("1 / 0", "found ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_config_that_can_not_be_read(text: str, said: str, capsys: Captured) -> None:
+def test_a_config_that_cannot_be_read(text: str, said: str, capsys: Captured) -> None:
     Path("configs/x.py").write_text(text)
     words = refusal(capsys, "--config", "configs/x")
     assert words.startswith("kdhooks: --config: 'configs/x' must be read as train_v2.py reads it;")

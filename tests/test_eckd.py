@@ -337,7 +337,7 @@ def test_precisions_agree(size: tuple[int, int, int], hardness: str, mean_one: b
 
 
 @pytest.mark.parametrize("regressor", [False, True])
-def test_gradient_reaches_student_and_regressor_alone(regressor: bool) -> None:
+def test_gradient_reaches_only_student_and_regressor(regressor: bool) -> None:
     module = consistency(regressor=regressor)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y)[0].backward()

@@ -223,7 +223,7 @@ def test_precisions_agree(seed: int) -> None:
         assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     student, teacher = normal(1, 6, 4).requires_grad_(), normal(2, 6, 4).requires_grad_()
     loss = made(**SHORT)
     loss(student, teacher, torch.arange(6) // 2)[0].backward()

@@ -64,7 +64,7 @@ def written(folder: Path, kind: str, rows: Tensor) -> Path:
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "named.pt", "safetensors", ""])
 def test_it_trains_as_the_teacher_does(kind: str, tmp_path: Path) -> None:
-    """They only differ in the rounding, since the batch sizes differ."""
+    """They differ only by rounding, since the batch sizes differ."""
     _, _, rows = data()
     rows_of_classes = tiny_teacher().classifier
     source = written(tmp_path, kind, rows) if kind else rows

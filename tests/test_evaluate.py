@@ -259,7 +259,7 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
     assert [model["model"] for model in found["models"]] == ["file", "ours", "teacher", "teacher.1"]
     first, *others = tested["results"]
     for result in others:
-        # Joined teachers have unit embeddings before those of the mirror images are added.
+        # Several teachers used as one normalise an embedding before the mirror image's is added.
         joined = "teacher" in (result["first"], result["second"])
         assert figures(result) == pytest.approx(figures(first), abs=0.1 if joined else 1e-5)
     assert len(others) == 3 + 3 * 2  # two joined teachers have 256 numbers
@@ -342,7 +342,7 @@ def test_images_of_another_size_are_refused(capsys: Captured, tmp_path: Path) ->
     assert "'0' is 112x112 (width x height), where 96x96 is needed" in said
 
 
-def test_a_set_that_can_not_be_evaluated_is_named_before_the_long_pass(
+def test_a_set_that_cannot_be_evaluated_is_named_before_the_long_pass(
     capsys: Captured, tmp_path: Path
 ) -> None:
     pictures, _ = pickle.loads(Path("lfw.bin").read_bytes())

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("checkpoint", ["model.pt", "checkpoint_gpu_0.pt"])
-def test_the_student_alone_is_written(checkpoint: str, folder: Path, capsys: Captured) -> None:
+def test_only_the_student_is_written(checkpoint: str, folder: Path, capsys: Captured) -> None:
     assert main(["export", checkpoint, "--network", "tiny", "--out", "out/it"]) == 0
     written = torch.load("out/it/model.pt", weights_only=True)
     expected = settled().state_dict()
@@ -87,7 +87,7 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
         ([".", "--network", "tiny"], "'.' is a folder; name the file in it; it holds: backbones"),
     ],
 )
-def test_what_can_not_be_exported(
+def test_a_model_that_cannot_be_exported_is_refused(
     argv: list[str], said: str, folder: Path, capsys: Captured
 ) -> None:
     Path("taken/model.onnx").mkdir(parents=True)
@@ -192,7 +192,7 @@ def graph(path: Path, takes: list[Any], gives: list[Any], nodes: list[str]) -> P
         (["b", 3, 112, 112], ["b", 8], ["Sub_0", "Mul_1"], "first nodes: Sub_0, Mul_1; take the"),
     ],
 )
-def test_what_insightface_would_misread(
+def test_graphs_that_insightface_would_misread_are_refused(
     takes: list[Any], gives: list[Any], nodes: list[str], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(KDHooksError) as error:
@@ -200,7 +200,7 @@ def test_what_insightface_would_misread(
     assert said in str(error.value)
 
 
-def test_what_insightface_reads(tmp_path: Path) -> None:
+def test_graphs_that_insightface_reads_are_accepted(tmp_path: Path) -> None:
     for nodes in (["Sub_0"], ["/Sub", "/Mul"], ["a"] * 8 + ["Sub_0", "Mul_1"]):
         check_for_insightface(graph(tmp_path / "m.onnx", ["b", 3, 112, 112], ["b", 8], nodes))
 

@@ -121,9 +121,7 @@ def test_batch_norms_that_the_exporter_left_are_folded(tmp_path: Path) -> None:
     assert nn.functional.cosine_similarity(found, expected).mean() > 0.99
 
 
-def test_a_float16_file_takes_float32_images_unless_it_is_asked(
-    folder: Path, capsys: Captured
-) -> None:
+def test_a_float16_file_takes_float32_images_by_default(folder: Path, capsys: Captured) -> None:
     for more, kind in (([], 1), (["--float16-images"], 10)):
         assert main([*FLOAT16, *more]) == 0
         assert cosine("out/model_float16.onnx") > 0.9999
@@ -212,7 +210,9 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--int8", "--calibrate", "faces", "--calibration-method", "x"], "invalid choice: 'x'"),
     ],
 )
-def test_what_is_refused(argv: list[str], said: str, folder: Path, capsys: Captured) -> None:
+def test_wrong_options_are_refused(
+    argv: list[str], said: str, folder: Path, capsys: Captured
+) -> None:
     small, other = np.zeros((16, 16, 3), np.uint8), next(iter(people(1, 1)))[0]
     for name, pixels in (("one/a", other), ("small/a", small), ("small/b", small)):
         Path(name).parent.mkdir(exist_ok=True)

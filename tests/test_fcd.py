@@ -148,7 +148,7 @@ def test_precisions_agree(size: tuple[int, int, int], distance: Distance) -> Non
 
 @pytest.mark.parametrize("projector", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_gradient_reaches_student_and_projector_alone(distance: Distance, projector: bool) -> None:
+def test_gradient_reaches_only_student_and_projector(distance: Distance, projector: bool) -> None:
     module = made(distance, projector=projector)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y).backward()

@@ -251,7 +251,7 @@ def test_precisions_agree(seed: int) -> None:
         assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     loss = made(3, 6, 6)
     for _ in range(2):
         student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()

@@ -1,6 +1,6 @@
 """ACSR from its equations (docs/methods/acsr.md): one stage, level, sample and pixel at a time.
 
-Weights have their names in the module's state dict. Attention is (b k h w): (b k 1 1) for
+Weights are keyed by their names in the module's state dict. Attention is (b k h w): (b k 1 1) for
 channels, (b 1 h w) for pixels.
 """
 

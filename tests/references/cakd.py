@@ -1,6 +1,6 @@
 """URFM and its losses from their equations: one sample, token, head and number at a time.
 
-Weights have their names in the module's state dict.
+Weights are keyed by their names in the module's state dict.
 """
 
 import math

@@ -20,7 +20,7 @@ class ICDFace:
     gamma: float = 50.0
     nodes: int = 101
     step: int = 1
-    banks: dict[int, list[Entry]] = field(default_factory=dict)  # the latest entry is the last
+    banks: dict[int, list[Entry]] = field(default_factory=dict)  # the newest entry comes last
 
     def loss(self, student: Matrix, teacher: Matrix, labels: list[int]) -> float:
         fcd = embedding_distance(student, teacher, "l2")

@@ -1,6 +1,6 @@
 """ReviewKD from its equations: one stage, level and pixel at a time.
 
-Weights have their names in the module's state dict.
+Weights are keyed by their names in the module's state dict.
 """
 
 import math

@@ -42,7 +42,7 @@ _DEFAULTS = {
 
 
 class Trainer:
-    """`ranks` processes; a run with the same arguments as an earlier one is not repeated."""
+    """Trains in `ranks` processes; does not repeat a run with the arguments of an earlier one."""
 
     def __init__(self, ranks: int, folder: Path) -> None:
         self.folder = folder

@@ -47,7 +47,7 @@ class IResNet(nn.Module):
 
 
 class FrozenNorms(IResNet):
-    """Does not use batch statistics, so that two ranks can equal one."""
+    """Does not use batch statistics, so that two ranks can equal one process."""
 
     def train(self, mode: bool = True) -> "FrozenNorms":
         super().train(mode)
