@@ -16,7 +16,7 @@ test: .venv/.test
 # A first look, in about a minute: what a method may declare, a plain loop, recipes, and each method
 # against an independent reference, without what takes long: several ranks, acsr and cakd.
 METHODS := $(shell sed -n 's/^\(.*\) = "kdhooks_plugins\..*/\1/p' pyproject.toml)
-FAST := asking discovery hookspecs options schedules recipe distiller distiller_arguments \
+FAST := asking discovery options schedules recipe distiller distiller_arguments \
     distiller_refused distiller_taps method_docs release conformance $(filter-out acsr cakd,$(METHODS))
 test-fast: .venv/.fast
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST:%=tests/test_%.py) \

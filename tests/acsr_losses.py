@@ -1,4 +1,4 @@
-"""Losses of ACSR between stages of given shapes, their costs, and the paths of CBAM's gates."""
+"""ACSR losses between stages of given shapes, their values, and the paths of CBAM's gates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,10 +48,10 @@ Steps = list[Arrays]  # the attention of each stage, in each step so far
 
 
 class Expected:
-    """The terms of the last step from the equations, with the student's means held constant.
+    """The terms of the last step, from the equations, with the student's means held constant.
 
-    They are those of the first call: the loss does not differentiate them, so that neither may a
-    quotient of differences.
+    The means are those of the first call. The loss does not differentiate them, so they must not
+    change in a difference quotient either.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Expected:
         self.held: dict[str, Arrays] = {}
 
     def __call__(self, ours: dict[str, Steps], weights: dict[str, np.ndarray]) -> dict[str, float]:
-        """-> the own and the fused distance of each stage and kind, by the names of the log."""
+        """Return the own and the fused distance of each stage and kind, named as in the log."""
         terms: dict[str, float] = {}
         for kind, steps in ours.items():
             review = reference.channel_review if kind == "channel" else reference.spatial_review

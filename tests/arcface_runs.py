@@ -1,4 +1,4 @@
-"""Methods, and the lines and runs that the tests of the arcface_torch adapter share."""
+"""Methods, script lines and runs shared by the tests of the arcface_torch adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ METHODS: dict[str, dict[str, object]] = {
     "coupleface": COUPLEFACE,
     "proxylesskd": {"name": "proxylesskd"},
 }
-EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from step to step
+EVERY: dict[str, dict[str, object]] = {  # all methods, with all kinds of state that they keep
     **METHODS,
     "acsr": {"name": "acsr", "weight": {"value": 5.0, "warmup": 4}},
     "adadistill": {"name": "adadistill"},
@@ -43,6 +43,11 @@ EVERY: dict[str, dict[str, object]] = {  # with whatever each of them keeps from
     "sp": {"name": "sp"},
     "thkd": {"name": "thkd"},
 }
+TOGETHER: dict[str, list[dict[str, object]]] = {  # all of them, in as few runs as possible
+    "one of each": [m for name, m in EVERY.items() if name not in ("bank", "own", "proxylesskd")],
+    "bank and own": [EVERY["bank"], EVERY["own"]],
+    "proxylesskd": [EVERY["proxylesskd"]],
+}
 PROJECTED = [{**FCD, "projector": True}, {**COUPLEFACE, "projector": True}]
 OUTCOME = ("losses", "verified", "backbone", "head", "generator", "groups", "files")
 NOT_COMPRESSED: dict[str, Any] = {"compress": False, "sample_rate": 1.0, "lr": 0.02}
@@ -55,7 +60,7 @@ EQUAL_ROWS = (
 
 
 def trained(trainer: Trainer, **config: Any) -> Path:
-    """The output of a plain run that has learnt its identities."""
+    """Train without kdhooks until the identities are learned; return the output folder."""
     (report, *_) = trainer.run(steps=60, sample_rate=1.0, seed=1, verbose=100, **config)
     assert sum(report["losses"][-10:]) < 0.2 * sum(report["losses"][:10])
     return Path(report["output"])
@@ -74,7 +79,7 @@ def recipe(teacher: dict[str, str], *methods: object, **more: object) -> dict[st
 
 
 def install(teacher: dict[str, str], *methods: object, **more: object) -> str:
-    """The line a user adds."""
+    """Return the lines that a user adds."""
     given = recipe(teacher, *methods, **more)
     return (
         "from kdhooks_integrations import arcface_torch\n"
@@ -93,7 +98,7 @@ def attach(teacher: dict[str, str], *methods: object, **more: object) -> str:
 
 
 def outcome(report: Report) -> dict[str, object]:
-    """What a run came to; two runs that agree here agree to the last bit."""
+    """Return the results of a run; runs with equal results agree to the last bit."""
     assert "error" not in report, report
     return {key: report[key] for key in OUTCOME}
 
@@ -109,7 +114,7 @@ def rows_of(folder: Path) -> Tensor:
 
 
 def same(found: Any, expected: Any) -> None:
-    """Two checkpoints, entry by entry, to the last bit."""
+    """Check that two checkpoints agree to the last bit, entry by entry."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
@@ -118,3 +123,16 @@ def same(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected)
     else:
         assert found == expected
+
+
+def resumed_as_straight(trainer: Trainer, line: str, **config: Any) -> list[Report]:
+    """Check that two epochs equal one epoch and a resumed one; return the straight run."""
+    config = {"sample_rate": 1.0, "num_epoch": 2, **config}
+    straight = trainer.run(line, **config)
+    stopped = trainer.run(line, **config, before_loop="cfg.num_epoch = 1")
+    resumed = trainer.run(line, **config, resume=stopped[0]["output"])
+    for whole, first, second in zip(straight, stopped, resumed, strict=True):
+        assert first["losses"] + second["losses"] == whole["losses"]
+        for part in ("backbone", "head", "auxiliaries"):
+            assert second[part] == whole[part]
+    return straight

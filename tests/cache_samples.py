@@ -1,4 +1,4 @@
-"""Teachers that count their images, views to embed, and folders with a cache of them."""
+"""Teachers that count their images, views to embed, and folders with cached embeddings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ Log = pytest.LogCaptureFixture
 
 
 class Counting(nn.Module):
-    """A teacher that notes how many images each of its calls got."""
+    """A teacher that records the number of images of each call."""
 
     def __init__(self, dim: int = 12, gain: float = 1.0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def started(
 
 
 def counts(session: TeacherSession) -> list[int]:
-    """Images of each call since the last time."""
+    """Return the number of images of each call since the last count."""
     module = session.teacher.module
     assert isinstance(module, Counting)
     calls, module.calls = module.calls, []
@@ -58,7 +58,7 @@ def counts(session: TeacherSession) -> list[int]:
 
 
 def views(start: int, stop: int) -> Tensor:
-    """Different images, the same ones for the same numbers."""
+    """Return distinct images; the same numbers always select the same images."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (64, *SHAPE), generator=generator)[start:stop]
     return (pixels.float() - 127.5) / 127.5
@@ -69,7 +69,7 @@ def stored(folder: Path) -> int:
 
 
 def filled(folder: Path, stop: int = 8) -> Tensor:
-    """A folder with some views; their embeddings."""
+    """Cache the first views in a folder; return their embeddings."""
     teacher = started(folder)
     embedding = teacher(views(0, stop)).embedding
     teacher.close()

@@ -1,4 +1,4 @@
-"""Losses of CAKD between stages of given shapes, and what they cost."""
+"""CAKD losses between stages of given shapes, and their values."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ SMALL: dict[str, Any] = {
     "collapse": {"every": 0},
 }
 
-# The last stage of student and teacher: maps, tokens (n k), and maps (h w k) as of timm's Swin.
+# The last stage of student and teacher: maps, tokens (n k), and maps (h w k) as in timm's Swin.
 SHAPES: list[tuple[Shape, Shape]] = [
     ((3, 3, 3), (3, 3, 3)),
     ((2, 3, 3), (5, 3, 3)),
@@ -39,7 +39,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def made(ours: Shape, theirs: Shape, **options: Any) -> LocalFeatures:
-    """Both sides are trained, unless the options say otherwise."""
+    """Return a loss that trains both sides, unless the options change `teacher_side`."""
     matching = {"teacher_side": "shared", **options.pop("matching", {})}
     method = CAKD(**{**SMALL, "prompts": {"number": 0}, "matching": matching, **options})
     loss = maps.seeded(method.feature_tap(model(ours), model(theirs)).loss)

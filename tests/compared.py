@@ -1,5 +1,5 @@
-"""A method that compares the student's classifier with the teacher's: on one process, and with the
-classes split over ranks.
+"""Runs of a method that compares the student's classifier with the teacher's: in one process, and
+with the classes split over ranks.
 """
 
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassifierShare, ClassShard
 from kdhooks.declarations import Step
+from tests.maps import normal
 from tests.ranks import Results, group, here, mean_gradients, mine
 
 
@@ -14,13 +15,8 @@ def whole(rows: Tensor) -> ClassShard:
     return ClassShard(rows, 0, len(rows))
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def scenario(tap: ClassifierShare, split: tuple[int, ...], labels: Tensor) -> Results:
-    """DDP takes the mean of the student's gradient; of a shard's, nobody does."""
+    """Return results of one step. DDP averages the student's gradient, but not that of a shard."""
     classes, b = sum(split), len(labels)
     student = nn.Linear(5, 4).double()
     with torch.no_grad():

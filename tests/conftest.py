@@ -1,4 +1,4 @@
-"""What tests of several files need."""
+"""Fixtures shared by several test files."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,14 +13,14 @@ from tests.standin import Trainer
 
 @pytest.fixture(autouse=True)
 def algorithms() -> Iterator[None]:
-    """A test that asks for deterministic algorithms asks for itself alone."""
+    """Reset deterministic algorithms after each test, so that no test affects another."""
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def safe_globals() -> Iterator[None]:
-    """What a test allows to be read from checkpoints is forbidden again."""
+    """Restore the list of classes that may be read from checkpoints."""
     before = torch.serialization.get_safe_globals()
     yield
     torch.serialization.clear_safe_globals()
@@ -29,7 +29,7 @@ def safe_globals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    """A stand-in for arcface_torch's trainer on one rank; it remembers its runs."""
+    """A stand-in for arcface_torch's trainer on one rank; it does not repeat equal runs."""
     trainer = Trainer(1, tmp_path_factory.mktemp("one"))
     yield trainer
     trainer.close()
@@ -45,25 +45,25 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
 
 @pytest.fixture(scope="session")
 def teacher(one: Trainer) -> dict[str, str]:
-    """The table of a recipe that names what the trainer has learnt."""
+    """The teacher table of a recipe, for a network that the trainer has trained."""
     return described(trained(one))
 
 
 @pytest.fixture(scope="session")
 def wide(one: Trainer) -> dict[str, str]:
-    """A teacher of another network and another width."""
+    """A teacher with another network and another embedding width."""
     return described(trained(one, network="wide", embedding_size=24), "wide")
 
 
 @pytest.fixture(scope="module", params=[FAR, CUDA])
 def place(request: pytest.FixtureRequest) -> str:
-    """The device that is compared with the processor."""
+    """The device that is compared with the CPU."""
     found: str = request.param
     return found
 
 
 @pytest.fixture(scope="module")
 def process(place: str) -> Iterator[ProcessPoolExecutor]:
-    """A process that may use this device, for the tests of one file."""
+    """A process that can use this device, shared by the tests of one file."""
     with in_a_process(place) as pool:
         yield pool

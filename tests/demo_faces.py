@@ -1,4 +1,4 @@
-"""Faces that the demo's tests make, in memory and as files."""
+"""Generated faces for the demo's tests, in memory and as files."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from kdhooks_demo.faces import Faces
 
 
 def made_faces(people: int = 6, images: int = 4) -> Faces:
-    """Each person a pattern of colours, each image a little different."""
+    """Return faces: a colour pattern for each person, with different noise in each image."""
     generator = np.random.default_rng(0)
     patterns = generator.integers(40, 215, (people, 3, 7, 7))
     pixels, names = [], []

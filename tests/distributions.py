@@ -1,4 +1,4 @@
-"""Installed distributions made by hand: what importlib.metadata needs, and no more."""
+"""Writes installed distributions with the minimum that importlib.metadata needs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def write_distribution(
     folder: Path, name: str, methods: Mapping[str, str], source: str = "", version: str = "1.0"
 ) -> None:
-    """Put a distribution into a folder on sys.path; its one module is named as it is.
+    """Write a distribution into a folder on sys.path; its only module has the same name.
 
     methods: entry point -> "module:attribute".
     """

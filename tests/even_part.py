@@ -1,4 +1,4 @@
-"""A part that ends well, and counts how often it was run."""
+"""A benchmark part that succeeds and counts its runs."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,7 @@
-"""Inputs by formula, and what the equations give on them: computed once in numpy, float64.
+"""Inputs by formula, and the results of the equations on them, computed once in numpy (float64).
 
 S, T (b d): student and teacher embeddings; W (c d): classifier rows; Y (b): labels.
-S2, W2, Y2: the same of a well trained student, with a class a sample.
+S2, W2, Y2: the same for a well-trained student, with a different class for each sample.
 """
 
 import numpy as np

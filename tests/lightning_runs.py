@@ -1,4 +1,4 @@
-"""LightningModules of several styles, and short fits of them."""
+"""LightningModules in several styles, and short fits of them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def recipe(*methods: Any, **keys: Any) -> dict[str, Any]:
 
 
 class Faces(LightningModule):  # type: ignore[misc]  # lightning may not be installed
-    """A backbone and a head, a pair a batch, one loss."""
+    """A backbone and a head, trained with one loss; each batch is a pair."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Faces(LightningModule):  # type: ignore[misc]  # lightning may not be inst
 
 
 class Manual(Faces):
-    """The same, by manual optimization."""
+    """The same with manual optimization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Manual(Faces):
 
 
 class Whole(LightningModule):  # type: ignore[misc]  # lightning may not be installed
-    """The module is the network itself, as in many a tutorial. It has no BatchNorm."""
+    """The module itself is the network, as in many tutorials. It has no BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Whole(LightningModule):  # type: ignore[misc]  # lightning may not be inst
 
 
 class Batches:
-    """A loader with a length; Lightning would take a list for several loaders."""
+    """A loader with a length; Lightning would treat a list as several loaders."""
 
     def __init__(self, batches: list[Any]) -> None:
         self._batches = batches
@@ -112,7 +112,7 @@ class Batches:
 
 
 def loader(wrap: Callable[[Any], Any] = lambda pair: pair) -> Batches:
-    """Two batches of 12 faces; on several ranks, each rank's part of them."""
+    """Return two batches of 12 faces; with several ranks, this rank's part of each."""
     images, labels = tiny_batch(copies=4)
     pairs = zip(images.split(12), labels.split(12), strict=True)
     return Batches([wrap([mine(part) for part in pair]) for pair in pairs])

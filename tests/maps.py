@@ -1,4 +1,4 @@
-"""What the tests of feature methods share: maps by formula, models of given shapes, gradients."""
+"""Helpers for the tests of feature methods: maps by formula, models of given shapes, gradients."""
 
 import copy
 from collections.abc import Callable
@@ -21,16 +21,16 @@ def _by_formula(wave: Callable[..., np.ndarray]) -> Tensor:
 STUDENT = _by_formula(lambda b, c, h, w: np.sin(0.3 * b + 0.5 * c + 0.7 * h + 1.1 * w))
 TEACHER = _by_formula(lambda b, c, h, w: np.cos(0.2 * b + 0.4 * c - 0.3 * h + 0.9 * w + 0.1))
 
-# What the equations give on them: computed once in numpy, float64.
+# The results of the equations on these maps, computed once in numpy (float64).
 GOLDEN_HCL = 0.65930426
 GOLDEN_AT = 0.00907406
 GOLDEN_COSINE = 0.22231449  # 1 - cos of mean_c F²
 GOLDEN_HCCSL = 0.13389579  # levels {full, 4, 2}
-GOLDEN_HCCSL_EMPTY_LEVEL = 0.12496941  # and 1, which adds nothing but its weight
+GOLDEN_HCCSL_EMPTY_LEVEL = 0.12496941  # with a level 1, which adds only its weight
 
 
 def model(*shapes: Shape) -> Model:
-    """One that a method may see: stages 's0', 's1', … of these shapes."""
+    """Return the description of a model with stages 's0', 's1', … of these shapes."""
     return Model(None, 4, tuple(Stage(f"s{k}", shape) for k, shape in enumerate(shapes)))
 
 
@@ -47,8 +47,13 @@ def labels(b: int) -> Tensor:
     return torch.zeros(b, dtype=torch.long)
 
 
+def gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
 def seeded(loss: nn.Module, seed: int = 7) -> nn.Module:
-    """In float64, with weights that are neither chance nor the ones and zeros of a start."""
+    """Convert the loss to float64, and replace its initial weights by reproducible ones."""
     loss.double()
     with torch.no_grad():
         for place, parameter in enumerate(loss.parameters()):
@@ -64,7 +69,7 @@ def weights(loss: nn.Module) -> dict[str, np.ndarray]:
 def check_reads_no_value(
     loss: nn.Module, student: tuple[Shape, ...], teacher: tuple[Shape, ...]
 ) -> None:
-    """On the meta device, whose tensors hold none: so nothing waits for a device, or branches."""
+    """Run the loss on the meta device, whose tensors have no values to wait for or branch on."""
     loss = copy.deepcopy(loss).to("meta")
     ours, theirs = (
         [x.to("meta").requires_grad_() for x in features(1, 3, *shapes)]
@@ -82,7 +87,9 @@ def check_gradients(
     expected: Callable[[list[np.ndarray], dict[str, np.ndarray]], float],
     directions: int = 3,
 ) -> None:
-    """Of the features and of the weights: the reference's slope along random directions."""
+    """Compare the gradients of features and weights with the reference's slope along random
+    directions.
+    """
     inputs = [x.clone().requires_grad_() for x in student]
     loss.zero_grad()
     loss(inputs, teacher, labels(len(teacher[0])))[0].backward()

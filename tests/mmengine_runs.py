@@ -1,4 +1,4 @@
-"""Models, data and configs of MMEngine's kind, and runs of them; none knows kdhooks."""
+"""Models, data and configs as MMEngine's users write them, without kdhooks, and their runs."""
 
 import itertools
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ DOORS = ("model", "hook")
 each_door = pytest.mark.parametrize("door", DOORS)
 each_runner = pytest.mark.parametrize("kind", RUNNERS)
 QUIET = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of mmengine's own, on new torch
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # from mmengine, with new torch
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning"),
 ]
@@ -32,7 +32,7 @@ _numbers = itertools.count()
 
 
 class Flat(nn.Module):
-    """Without batch statistics, so that two ranks can equal one."""
+    """A network without batch statistics, so that two ranks can equal one process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Recogniser(BaseModel):  # type: ignore[misc]  # mmengine has no types
 
 
 class _LastStage(BaseModule):  # type: ignore[misc]
-    """A backbone that puts out a tuple of stages, as mmpretrain's do."""
+    """A backbone that returns a tuple of stages, as mmpretrain's do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _LinearHead(nn.Module):
 
 @MODELS.register_module()
 class Classifier(BaseModel):  # type: ignore[misc]
-    """img_backbone, neck and head, with data samples: the shape of mmpretrain's models."""
+    """A model built like mmpretrain's, with img_backbone, neck, head and data samples."""
 
     def __init__(self, data_preprocessor: Any = None) -> None:
         super().__init__(data_preprocessor)
@@ -113,7 +113,7 @@ class Classifier(BaseModel):  # type: ignore[misc]
 
 @MODELS.register_module()
 class Tutorial(BaseModel):  # type: ignore[misc]
-    """As in MMEngine's own first steps: no defaults, no mode but these two."""
+    """A model as in MMEngine's tutorial: no default arguments, and only these two modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Tutorial(BaseModel):  # type: ignore[misc]
 
 
 def Taught() -> nn.Module:
-    """A teacher with statistics of its own."""
+    """Return a teacher with BatchNorm statistics."""
     module = tiny_teacher().module
     assert module is not None
     return module
@@ -146,7 +146,7 @@ def trained_teacher() -> nn.Module:
 
 
 def _element(number: int, label: Tensor) -> BaseDataElement:
-    """As mmpretrain packs it: the number that BaseDataset gives each sample, and its label."""
+    """Return a data sample as mmpretrain packs it, with BaseDataset's index and the label."""
     return BaseDataElement(metainfo={"sample_idx": number}, gt_label=label.reshape(1))
 
 
@@ -172,7 +172,7 @@ DATASETS.register_module("Samples", module=Samples)  # pyright: ignore[reportArg
 
 @HOOKS.register_module()
 class Spy(Hook):  # type: ignore[misc]
-    """Notes what each step came to; dies before the step `kill`."""
+    """Records the outputs of each step; raises before the step `kill`."""
 
     def __init__(self, kill: int = -1) -> None:
         self.kill = kill
@@ -190,7 +190,7 @@ class Spy(Hook):  # type: ignore[misc]
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmp(AmpOptimWrapper):  # type: ignore[misc]
-    """MMEngine's own wants a device."""
+    """AmpOptimWrapper on a CPU; MMEngine's requires an accelerator."""
 
     def __init__(self, **options: Any) -> None:
         OptimWrapper.__init__(self, **options)
@@ -237,7 +237,7 @@ def hook(**changes: Any) -> dict[str, Any]:
 
 
 def both(door: str, **changes: Any) -> dict[str, Any]:
-    """The same distillation by either door."""
+    """Return the same distillation, by a model or by a hook."""
     student = changes.pop("student", STUDENT)
     if door == "model":
         return {"model": distilled(student, **changes)}
@@ -245,7 +245,7 @@ def both(door: str, **changes: Any) -> dict[str, Any]:
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two epochs of three steps; changes replace whole keys, but for these three."""
+    """Return two epochs of three steps; changes replace whole keys, except data, kill and hooks."""
     kind, kill = changes.pop("data", "dict"), changes.pop("kill", -1)
     hooks = changes.pop("hooks", [])
     collate = "pseudo_collate" if kind == "sample" else "default_collate"

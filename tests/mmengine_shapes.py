@@ -1,4 +1,4 @@
-"""Small models of mmpretrain's shapes: how they are built, and what each part puts out."""
+"""Small models with the structure of mmpretrain's, and with the same outputs of each part."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ IMAGENET: dict[str, Any] = {
 
 
 class Mixup:
-    """Half of each image and half of the next one; so with the scores."""
+    """Averages each image with the next one, and their scores too."""
 
     def mix(self, inputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         return (inputs + inputs.roll(1, 0)) / 2, (scores + scores.roll(1, 0)) / 2
@@ -35,7 +35,7 @@ class Augments:
 
 @MODELS.register_module()
 class ShapedPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]  # mmengine has no types
-    """Channels are turned round by `to_rgb`, and batch_augments mix in training."""
+    """`to_rgb` reverses the channels; batch_augments mix the images of a training step."""
 
     mean: Tensor
     std: Tensor
@@ -75,7 +75,7 @@ def conv(k: int, out: int, stride: int) -> nn.Module:
 
 
 class InTurn(BaseModule):  # type: ignore[misc]
-    """Puts out what it is told of the outputs of its layers, as a tuple."""
+    """Returns a tuple of the outputs of those layers whose numbers are in `out`."""
 
     def __init__(self, out: Sequence[int] = (-1,)) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class InTurn(BaseModule):  # type: ignore[misc]
 
 @MODELS.register_module()
 class ShapedMobileNet(InTurn):
-    """layer0 to layer6, of which layer0, 1, 3 and 5 halve the map."""
+    """layer0 to layer6; layers 0, 2, 4 and 5 halve the map."""
 
     def __init__(self, out: Sequence[int] = (-1,)) -> None:
         super().__init__(out)
@@ -108,7 +108,7 @@ class ShapedMobileNet(InTurn):
 
 @MODELS.register_module()
 class ShapedConvNeXt(InTurn):
-    """What halves the map is beside the stages."""
+    """The layers that halve the map are outside of the stages."""
 
     def __init__(self, out: Sequence[int] = (-1,)) -> None:
         super().__init__(out)
@@ -124,7 +124,7 @@ class ShapedConvNeXt(InTurn):
 
 
 class FFN(nn.Module):
-    """As mmcv's: with the residual inside."""
+    """As in mmcv, the residual connection is inside."""
 
     add_identity = True
 
@@ -140,7 +140,7 @@ class FFN(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """ln1, attn, ln2, ffn."""
+    """Has the submodules ln1, attn, ln2 and ffn."""
 
     def __init__(self, width: int = 8, heads: int = 2) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class EncoderLayer(nn.Module):
 
 @MODELS.register_module()
 class VisionTransformer(BaseModule):  # type: ignore[misc]
-    """mmpretrain's: the name of another one that has `blocks`, and a class token in front."""
+    """mmpretrain's, with a class token in front. timm's class of this name has `blocks`."""
 
     def __init__(self, registers: int = 0, depth: int = 4, says: bool = True) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class ShapedSwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Its blocks, and the halving of the map behind them; puts out (tokens, (h, w))."""
+    """Runs its blocks, then may halve the map; returns (tokens, (h, w))."""
 
     def __init__(self, width: int, halves: bool) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class Pool(nn.Module):
 
 
 class NormProduct(nn.Linear):
-    """Rows that are cosines; k of them for a class."""
+    """Scores each class by the largest cosine with its k rows."""
 
     def __init__(self, d: int, classes: int, k: int) -> None:
         super().__init__(d, classes * k, bias=False)
@@ -280,7 +280,7 @@ class ShapedLinear(nn.Module):
 
 @MODELS.register_module()
 class ShapedClassifier(BaseModel):  # type: ignore[misc]
-    """backbone, neck and head of their configs; its data_preprocessor is of its own kind."""
+    """Builds backbone, neck and head from configs; its data_preprocessor is ShapedPreprocessor."""
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ WIDTHS = {
 
 
 def shaped(kind: str, head: str = "ShapedArcFace", **changes: Any) -> dict[str, Any]:
-    """The config of a classifier; keys of the backbone's as `backbone={…}`."""
+    """Return the config of a classifier; `backbone={…}` adds keys to the backbone's config."""
     backbone = {"type": kind, **changes.pop("backbone", {})}
     neck = None if kind == "VisionTransformer" else {"type": "Pool"}
     rows = {"type": head, "d": WIDTHS[kind], **changes.pop("head_options", {})}
@@ -320,7 +320,7 @@ def shaped(kind: str, head: str = "ShapedArcFace", **changes: Any) -> dict[str, 
 
 
 def batch(labels: bool = True) -> dict[str, Any]:
-    """Pixels, as a loader gives them."""
+    """Return pixels as a loader does."""
     images, classes = tiny_batch(copies=2)
     pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round()
     samples = [BaseDataElement(gt_label=one.reshape(1)) for one in classes]
@@ -331,7 +331,7 @@ def batch(labels: bool = True) -> dict[str, Any]:
 
 
 def losses(model: Any, data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Those of one training step, as train_step makes them."""
+    """Return the losses of one training step, computed as train_step does."""
     given = model.train().data_preprocessor(batch() if data is None else data, True)
     found: dict[str, Any] = model(**given, mode="loss")
     return found

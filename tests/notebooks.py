@@ -25,7 +25,7 @@ def read(path: Path = WALK) -> dict[str, Any]:
 
 
 def run(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Run the cells in their order, with their outputs in place; returns the names they leave."""
+    """Run the cells in order, store their outputs in place, and return the names they define."""
     names: dict[str, Any] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
@@ -45,7 +45,7 @@ def _text(printed: str) -> dict[str, Any]:
 
 
 def _picture(figure: Any) -> dict[str, Any]:
-    """A PNG of few bytes."""
+    """Return a small PNG."""
     content = io.BytesIO()
     figure.savefig(content, dpi=60, bbox_inches="tight")
     data = {"image/png": base64.b64encode(content.getvalue()).decode(), "text/plain": ["<Figure>"]}

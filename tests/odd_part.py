@@ -1,4 +1,4 @@
-"""A part whose cases end in every way."""
+"""A benchmark part with one case for each way in which a case can end."""
 
 import os
 from collections.abc import Mapping, Sequence

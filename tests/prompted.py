@@ -1,4 +1,4 @@
-"""Transformer teachers with prompts, on their own and in a Distiller."""
+"""Transformer teachers with prompts, alone and in a Distiller."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "collapse": {"every": 0},
 }
 
-# A maker, the path of its last stage, and of the last block in there.
+# A factory, the path of its last stage, and the path of the last block in that stage.
 VIT = (TinyViT, "blocks.2", "blocks.2")
 SWIN = (TinySwin, "layers.2", "layers.2.1")
 FLAT = (FlatSwin, "layers.2", "layers.2.1")
@@ -33,7 +33,7 @@ TEACHERS = pytest.mark.parametrize(
 
 
 def prompts_of(network: nn.Module, t: int = 3, **options: Any) -> Prompts:
-    """Far from 0, so that they matter."""
+    """Return prompts far from 0, so that they change the output."""
     prompts = Prompts(transformer_blocks(network), t, **options)
     with torch.no_grad():
         for place, tokens in enumerate(prompts.prompts):

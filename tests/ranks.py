@@ -1,8 +1,8 @@
-"""Several gloo processes, for tests that compare them with one."""
+"""Runs several gloo processes, for tests that compare them with one process."""
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ Scenarios = Callable[[], dict[str, Results]]
 
 
 def here() -> tuple[int, int]:
-    """Rank and world size."""
+    """Return rank and world size."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def as_torchrun() -> None:
-    """The environment of this rank as torchrun sets it, for hosts that read it."""
+    """Set the environment of this rank as torchrun does, for hosts that read it."""
     rank, size = here()
     os.environ |= {
         "RANK": str(rank),
@@ -31,7 +31,7 @@ def as_torchrun() -> None:
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # nobody listens: the ranks have met by now
+        "MASTER_PORT": "29500",  # nothing listens there: the process group already exists
         "TORCHELASTIC_RUN_ID": "none",
         "OMP_NUM_THREADS": "1",
     }
@@ -42,13 +42,13 @@ def group() -> "dist.ProcessGroup | None":
 
 
 def mine(batch: Tensor) -> Tensor:
-    """This rank's part of a batch."""
+    """Return this rank's part of a batch."""
     rank, size = here()
     return batch.chunk(size)[rank]
 
 
 def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """As DDP leaves them on every rank."""
+    """Return the gradients as DDP leaves them on every rank."""
     out = {}
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
@@ -61,39 +61,28 @@ def mean_gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def on_two_ranks(scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
-    """What each of two processes found; scenarios is a function of a test module."""
-    return on_ranks([2], scenarios, folder)[2]
+    """Return the results of each of two processes; scenarios is a function of a test module."""
+    return on_ranks(2, scenarios, folder)
 
 
-def on_ranks(
-    sizes: Sequence[int], scenarios: Scenarios, folder: Path
-) -> dict[int, list[dict[str, Results]]]:
-    """The same of as many processes as each of the sizes says, in turn."""
-    spawn(_main, (sizes, scenarios, str(folder)), nprocs=max(sizes))
-    return {
-        size: [torch.load(folder / f"{rank}_of_{size}.pt") for rank in range(size)]
-        for size in sizes
-    }
-
-
-def _main(rank: int, sizes: Sequence[int], scenarios: Scenarios, folder: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    for size in sizes:
-        if rank < size:
-            _run(rank, size, scenarios, folder)
+def on_ranks(size: int, scenarios: Scenarios, folder: Path) -> list[dict[str, Results]]:
+    """Return the results of each of `size` processes."""
+    spawn(_run, (size, scenarios, str(folder)), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def _run(rank: int, size: int, scenarios: Scenarios, folder: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting_of_{size}",
+        init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=120),
     )
     try:
-        torch.save(scenarios(), f"{folder}/{rank}_of_{size}.pt")
+        torch.save(scenarios(), f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""A device of its own on a machine without one: it computes on the processor, but its tensors mix
-with the processor's as little as a GPU's do, and it knows when the host waits for it.
+"""A simulated second device: it computes on the CPU, but like a GPU it refuses to mix its tensors
+with the CPU's, and it detects when the host waits for it.
 
-Torch allows one such device a process, and for good: `in_a_process` makes a process for it. Where
-there is a GPU, the same tests run on it too, in a process of their own: see `Native`.
+Torch allows one such device per process and cannot remove it, so `in_a_process` creates a process
+for it. On a machine with a GPU, the same tests also run on the GPU, in another process: see
+`Native`.
 """
 
 import os
@@ -24,13 +25,13 @@ from tests import second_streams
 
 python_devices = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch takes no device that is written in Python",
+    reason="this torch does not support devices written in Python",
 )
 
 
 def _has_cuda() -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of a driver that is too old
+        warnings.simplefilter("ignore")  # torch warns if the driver is too old
         return torch.cuda.is_available()
 
 
@@ -45,11 +46,11 @@ _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Far(Tensor):
-    """A tensor of that device; what it holds is `near`."""
+    """A tensor of that device; `near` has its values."""
 
     near: Tensor
     held: second_streams.Held
-    is_cuda = True  # what is done for CUDA is done here
+    is_cuda = True  # so that code for CUDA runs here too
 
     @staticmethod
     def __new__(cls, near: Tensor) -> "Far":
@@ -77,7 +78,7 @@ class Far(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """While it is entered, tensors can be made on, and moved to, `torch.device(NAME, 0)`."""
+    """While entered, tensors can be created on, and moved to, `torch.device(NAME, 0)`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,7 +86,7 @@ class Device(TorchDispatchMode):
 
     @contextmanager
     def never_waited_for(self) -> Iterator[None]:
-        """Inside, what makes the host wait raises."""
+        """Inside, an operator that makes the host wait raises."""
         self._refusing = True
         try:
             yield
@@ -108,7 +109,7 @@ class Device(TorchDispatchMode):
 
 
 def _refuse_mixed(func: Any, far: list[Far], near: list[Tensor]) -> None:
-    """A single number may come from the processor, and copies may go to and fro."""
+    """Allow only single numbers from the CPU, and copies in both directions."""
     if far and func not in _COPIES and any(x.ndim for x in near):
         raise RuntimeError(f"tensors must be on one device; {func} found {NAME}:0 and cpu")
 
@@ -126,7 +127,7 @@ def _waits(func: Any, args: Any, options: dict[str, Any], far: list[Far], to_far
 
 
 def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
-    """What is written in place stays the tensor that it was."""
+    """Compute on the CPU; a result that was written in place is the original tensor."""
     known = {id(x.near): x for x in far}
 
     def near(x: Any) -> Any:
@@ -144,7 +145,7 @@ def _computed(func: Any, given: Any, far: list[Far], to_far: bool) -> Any:
 
 
 class Native:
-    """CUDA or the processor, with the interface of `Device`."""
+    """CUDA or the CPU, with the interface of `Device`."""
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
@@ -159,7 +160,7 @@ class Native:
     def never_waited_for(self) -> Iterator[None]:
         """Inside, torch raises an error when the host waits for CUDA.
 
-        Waiting for an event is allowed, and so `Sent.get` is: torch doesn't count it.
+        Waiting for an event is allowed, and therefore `Sent.get` too: torch does not count it.
         """
         if not self._cuda:
             yield
@@ -173,20 +174,20 @@ class Native:
 
 
 def device_at(place: str) -> Device | Native:
-    """The device of that name: NAME, "cuda" or "cpu"."""
+    """Return the device of that name: NAME, "cuda" or "cpu"."""
     return Device() if place == NAME else Native(cuda=place == "cuda")
 
 
 def in_a_process(place: str = NAME) -> ProcessPoolExecutor:
-    """A process in which tensors can be made on that device, and on the processor."""
+    """Start a process in which tensors can be created on that device and on the CPU."""
     prepare = _register if place == NAME else _prepare
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare)
 
 
 def _prepare() -> None:
-    """Makes CUDA compute in float32 proper, and lets it be deterministic."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # spares a pool of compiler processes
+    """Make CUDA compute in full float32, and allow deterministic algorithms."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # avoids a pool of compiler processes
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -202,5 +203,5 @@ def _register() -> None:
     second_streams.install()
     Tensor.pin_memory = lambda self: self  # type: ignore[assignment, method-assign, misc]
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter stays the same one
-    torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(…, device=NAME) passes us by
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter stays the same object
+    torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(…, device=NAME) bypasses us

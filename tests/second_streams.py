@@ -1,10 +1,11 @@
-"""Streams of the second device, by which it knows what may run at the same time.
+"""Streams of the second device; they detect races, as vector clocks do.
 
-Each operator ticks its stream's clock; what waits takes over the clock that it waits for. An
-operator may touch memory that another stream wrote, or write what another one touched, only after
-that: else on a GPU the two would race. Memory belongs to the stream that it was made on, which
-gives it away again as soon as nobody holds it: then whatever other streams did with it must be
-over, or known to the allocator by `record_stream`.
+Each operator ticks the clock of its stream. A stream that waits for another one merges the other's
+clock into its own. Only after such a wait may an operator touch memory that another stream wrote,
+or write memory that another stream touched: otherwise the two would race on a GPU. Memory belongs
+to the stream on which it was allocated, which reuses it as soon as no tensor holds it. By then,
+work of other streams on this memory must be finished, or reported to the allocator with
+`record_stream`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 
 
 class Stream:
-    """For `torch.cuda.Stream`."""
+    """Replaces `torch.cuda.Stream`."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
@@ -34,7 +35,7 @@ class Stream:
 
 
 class Event:
-    """For `torch.cuda.Event`: a host that waits for it is behind all that came before it."""
+    """Replaces `torch.cuda.Event`: a host that has waited for it comes after all work before it."""
 
     def record(self, stream: Stream) -> None:
         self._clock = dict(stream.clock)
@@ -67,7 +68,7 @@ def entered(stream: Stream) -> Iterator[None]:
 
 
 class Memory:
-    """Of one storage: who made it, who wrote it last, and who touched it last."""
+    """The streams that allocated a storage, wrote it last, and touched it last."""
 
     def __init__(self) -> None:
         self.owner = current()
@@ -86,7 +87,7 @@ class Memory:
             self.wrote = stream, tick
 
     def free(self) -> None:
-        """Others may still be at work; those that are recorded are waited for."""
+        """Other streams may still use the memory; the allocator waits only for recorded ones."""
         for stream, tick in self.touched.items():
             if stream not in self.recorded and not self.owner.after(stream, tick):
                 faults.append("memory was given away while another stream uses it")
@@ -96,7 +97,7 @@ _memories: dict[int, Memory] = {}
 
 
 class Held:
-    """What a tensor of the device holds of its memory, as long as it lives."""
+    """A tensor's hold on its memory, as long as the tensor lives."""
 
     def __init__(self, near: torch.Tensor) -> None:
         self._key = near.untyped_storage()._cdata
@@ -111,7 +112,7 @@ class Held:
 
 
 def ran(func: Any, args: Sequence[Any], read: Sequence[Held], made: Sequence[Held]) -> None:
-    """An operator on the current stream; one that works in place writes its first argument."""
+    """Record an operator on the current stream; an in-place operator writes its first argument."""
     tick = current().tick()
     written = getattr(args[0], "held", None) if args and func._schema.is_mutable else None
     for held in read:

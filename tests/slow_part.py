@@ -1,4 +1,4 @@
-"""A part whose second case does not end before the file `not endless` is there."""
+"""A benchmark part whose second case runs until the file `not endless` exists."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""A student, a method made of one tap, and a Distiller of both."""
+"""A student, a method with one tap, and a Distiller of both."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Gap(nn.Module):
 
 
 class Method:
-    """A method made of one tap."""
+    """A method with one tap."""
 
     def __init__(self, name: str = "gap", weight: Weight = 1.0, loss: nn.Module | None = None):
         self.tap = EmbeddingTap(name, loss or Gap(), weight)

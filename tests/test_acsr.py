@@ -1,5 +1,5 @@
-"""Attention, fusion and pyramid of ACSR agree with their equations, with the module's own weights;
-and no weight of the fusion turns the student's own attention away from the teacher's."""
+"""Attention, fusion and pyramid of ACSR agree with their equations for the module's own weights;
+no weight of the fusion moves the student's own attention away from the teacher's."""
 
 import copy
 from typing import Any
@@ -130,11 +130,11 @@ def test_the_loss_agrees_with_the_equations(
     )
 
 
-# --- the fusion turns nothing away -----------------------------------------------------------
+# --- the fusion moves no attention away from the teacher's -----------------------------------
 
 
 class _Signed(SpatialFusion):
-    """What is refused to the fusion: a weight of any sign on the own map."""
+    """A fusion with a negative weight on the own map, which the real one excludes."""
 
     def forward(self, attention: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         own, fused = super().forward(attention)
@@ -142,8 +142,9 @@ class _Signed(SpatialFusion):
 
 
 def towards_the_teacher(review: AttentionReview, seed: int, wild: float) -> Tensor:
-    """The smallest inner product, over stages and samples: of the descent of a stage's fused
-    distance by the student's own attention, with what the teacher's has beside its mean."""
+    """Return the smallest inner product over stages and samples: of the negative gradient of a
+    stage's fused distance by the student's own attention, and of the teacher's attention less
+    its mean."""
     with torch.no_grad():
         for place, parameter in enumerate(review.parameters()):
             parameter.copy_(wild * normal(seed + place, *parameter.shape))
@@ -166,7 +167,7 @@ def reviews(**options: Any) -> nn.ModuleDict:
 
 @drawn
 @given(seeds, st.sampled_from([0.1, 1.0, 10.0]), st.sampled_from(KINDS))
-def test_no_weight_of_the_fusion_turns_the_own_attention_away(
+def test_no_weight_of_the_fusion_moves_the_own_attention_away(
     seed: int, wild: float, kind: str
 ) -> None:
     review = reviews()[kind]
@@ -227,14 +228,14 @@ def test_the_shallowest_term_alone_reaches_the_deepest_stage_through_the_review(
     assert (gradient is not None and bool(gradient.any())) == fused
 
 
-# --- what all images have in common ----------------------------------------------------------
+# --- centring --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("center", [True, False])
-def test_one_map_for_all_faces_agrees_with_none_of_them_once_the_mean_is_taken_off(
+def test_centring_removes_what_all_faces_share(
     center: bool,
 ) -> None:
-    """What all aligned faces share makes an uncentred cosine that says nothing of any face."""
+    """Without centring, the part that all aligned faces share dominates the cosine."""
     loss = made(ONE, center=center, attention="spatial")
     shared = [2 + normal(90 + k, 1, *shape).abs() for k, shape in enumerate(ONE)]
     notes: dict[str, Tensor] = {}
@@ -256,12 +257,12 @@ def test_without_centring_no_mean_is_kept() -> None:
     assert {name.split(".")[-1] for name, _ in made(ONE).named_buffers()} == {"average", "weight"}
 
 
-# --- what the method must keep ---------------------------------------------------------------
+# --- invariances and gradients ---------------------------------------------------------------
 
 
 @drawn
 @given(sizes, st.booleans())
-def test_teacher_attention_in_place_of_the_students_costs_nothing(
+def test_teacher_attention_in_place_of_the_students_has_no_loss(
     size: tuple[int, int, int, int], center: bool
 ) -> None:
     b, k, side, seed = size
@@ -288,7 +289,7 @@ def test_ignores_the_scale_of_each_stage(size: tuple[int, int, int, int], center
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_gradient_reaches_student_and_own_weights_alone(
+def test_gradient_reaches_only_student_and_own_weights(
     ours: tuple[Shape, ...], theirs: tuple[Shape, ...]
 ) -> None:
     loss = made(ours, theirs)
@@ -377,15 +378,15 @@ def test_channels_alone_need_no_pixels() -> None:
     assert len(list(declared(*sides, attention="channel").loss.parameters())) == 4
 
 
-def test_the_weight_is_the_taps() -> None:
+def test_the_tap_has_the_weight() -> None:
     sides = model((2, 4, 4), (3, 2, 2)), model((2, 4, 4), (3, 2, 2))
     assert declared(*sides).weight == 30
     assert declared(*sides, weight=1).weight == 1
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_a_first_batch_of_one_face_teaches_next_to_nothing(copies: int) -> None:
-    """Less their mean its attention is rounding, which must not be brought to length 1."""
+def test_a_first_batch_of_one_face_has_almost_no_gradient(copies: int) -> None:
+    """Less its mean, its attention is a rounding error, which must not be scaled to length 1."""
     shapes: tuple[Shape, ...] = ((6, 28, 28), (9, 14, 14), (12, 7, 7))
 
     def gradient(x: list[Tensor], y: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""ACSR compares the gates of networks with CBAM, channel and spatial, by their logits."""
+"""ACSR compares the logits of channel and spatial gates if both networks have CBAM."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ STAGES = ["layer1", "layer2"]
 
 
 class CBAM(nn.Module):
-    """As in A-SKD: the logits of both gates come out of a submodule, then a sigmoid."""
+    """As in A-SKD: for both gates, a submodule returns the logits and another the sigmoid."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ CBAM_OPTIONS: list[dict[str, Any]] = [
     {"center": False, **gates(channel="channel_sigmoid", spatial="spatial_sigmoid")},
     {"attention": "spatial", **gates(spatial="conv")},
     {"attention": "channel", **gates(channel="channel_logits")},
-    gates(channel="channel_logits"),  # and the energy of the pixels
+    gates(channel="channel_logits"),  # with the energy of the pixels
     gates(spatial="conv"),
 ]
 
@@ -76,7 +76,7 @@ def test_conforms_on_cbam(options: dict[str, Any]) -> None:
 
 
 def cbam_loss(**options: Any) -> ReviewedAttention:
-    """Of stages (3 6 6), (4 3 3) to (5 5 5), (6 4 4), by both gates of each."""
+    """Return the loss of both gates between stages (3 6 6), (4 3 3) and (5 5 5), (6 4 4)."""
     ours: tuple[Shape, ...] = ((3, 6, 6), (4, 3, 3))
     return made(ours, ((5, 5, 5), (6, 4, 4)), **gates(channel="mlp", spatial="conv"), **options)
 

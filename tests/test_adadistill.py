@@ -1,4 +1,4 @@
-"""AdaDistill: centres and loss against their equations, on one rank and on two."""
+"""AdaDistill's centres and loss agree with their equations, on one rank and on two."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, Distiller, KDHooksError, Model, Teacher
@@ -16,22 +16,16 @@ from kdhooks.declarations import Step
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.adadistill import AdaDistill, AdaptiveCentres
 from tests import golden
+from tests.compared import whole
+from tests.maps import normal
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import adadistill as reference
 from tests.references.differences import central_differences
 
 drawn = settings(deadline=None, max_examples=40)
 ALPHAS = [0.997599, 0.992380, 0.941135, 0.981498]  # of S2, T, Y2 and the unit rows W2
-CENTRE = [0.488769, 0.542157, 0.509949, 0.397233, 0.221801, 0.011353]  # 0, before it is unit length
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
+# The centre of class 0, before normalisation.
+CENTRE = [0.488769, 0.542157, 0.509949, 0.397233, 0.221801, 0.011353]
 
 
 def declared(width: int = 6, rows: int = 6, **options: Any) -> AdaptiveCentres:
@@ -56,7 +50,7 @@ def test_gives_the_golden_values() -> None:
 def test_three_steps_agree_with_the_equations(
     b: int, c: int, e: int, margin_type: str, weighted: bool, lowest: int
 ) -> None:
-    """With several samples of a class, and samples without a label."""
+    """Batches have several samples of a class, and samples without a label."""
     loss = declared(e, e, margin_type=margin_type, weighted=weighted, scale=16.0)
     rows = 3 * normal(7, c, e)
     centres = F.normalize(rows).numpy()
@@ -93,7 +87,7 @@ def test_gives_the_golden_values_of_the_re_run(geometry: float, expected: float,
     lengths.deviation.fill_(10.0)
     student = (golden.S2 + 0.6 * golden.T.flip(1)) * torch.tensor([[5.0], [10], [20], [25]])
     value, notes = loss(student, golden.T, golden.Y2, whole(golden.W2))
-    assert_close(value.item(), expected, rtol=0, atol=2e-8)  # no angle of these passes 0 or π
+    assert_close(value.item(), expected, rtol=0, atol=2e-8)  # all these angles stay within 0 and π
     assert_close(notes["q"].item(), q, rtol=0, atol=6e-11)
     assert_close(lengths.mean.item(), 20.14921324, rtol=0, atol=6e-9)
     assert_close(lengths.deviation.item(), 10.27291724, rtol=0, atol=6e-9)
@@ -106,7 +100,7 @@ def test_gives_the_golden_values_of_the_re_run(geometry: float, expected: float,
 def test_margins_of_each_sample_agree_with_the_equations(
     b: int, c: int, e: int, margin_type: str, quality: float, geometry: float, lowest: int
 ) -> None:
-    """Three steps; quality counts with adaface alone."""
+    """Compare three steps; only adaface uses quality."""
     ada = margin_type == "adaface"
     options = {"quality": quality} if ada else {}
     loss = declared(e, e, margin_type=margin_type, m=0.7, geometry=geometry, scale=16.0, **options)
@@ -138,7 +132,7 @@ def test_margins_of_each_sample_agree_with_the_equations(
 
 
 def test_longer_embeddings_have_a_larger_margin_against_the_others() -> None:
-    """AdaFace's margin at a cosine of 0: -m2, from 0 with q = -1 to 2 m with q = 1."""
+    """At a cosine of 0, AdaFace's margin m2 grows from 0 for q = -1 to 2 m for q = 1."""
     margins = declared(3, 3, margin_type="adaface", quality=1.0).margins.eval()
     assert margins.lengths is not None
     margins.lengths.deviation.fill_(10.0)
@@ -191,7 +185,7 @@ def test_the_order_of_the_batch_moves_no_centre(b: int, c: int, e: int, seed: in
     assert_close(ours.centres.norm(dim=1), torch.ones(c, dtype=torch.float64))
 
 
-def test_a_student_that_knows_nothing_makes_the_centre_the_teachers_embedding() -> None:
+def test_a_student_orthogonal_to_the_teacher_moves_the_centre_to_the_teacher() -> None:
     student, teacher = (
         torch.eye(3, dtype=torch.float64),
         torch.eye(3, dtype=torch.float64).roll(1, 0),
@@ -328,7 +322,7 @@ def test_classes_split_over_ranks_are_those_of_one_process(
 
 
 def test_estimates_of_lengths_are_those_of_all_ranks(ranks: list[dict[str, Results]]) -> None:
-    """Also where every rank holds all classes, and the loss is of its own batch alone."""
+    """This also holds if every rank has all classes and computes the loss of its own batch."""
     expected = _scenario(**_ADA)["same"]["state"]
     assert set(expected) == {"lengths.mean", "lengths.deviation"}
     for found in ranks:
@@ -338,14 +332,14 @@ def test_estimates_of_lengths_are_those_of_all_ranks(ranks: list[dict[str, Resul
 def test_ranks_that_hold_all_classes_move_the_same_centres(
     ranks: list[dict[str, Results]],
 ) -> None:
-    """As in a DistributedDataParallel without a classifier that is split."""
+    """This is the case of DistributedDataParallel without a split classifier."""
     expected = _scenario()["centres"]
     for found in ranks:
         assert_close(found["whole"]["centres"], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_centres_are_the_teachers_rows_before_the_first_step() -> None:
-    """An average of the model's weights (EMA), for one, needs them to be there."""
+    """An average of the model's weights (EMA) reads them before the first step."""
     rows = normal(1, 6, 12).float()
     teacher = Teacher(tiny_teacher().module or nn.Identity(), classifier=rows)
     kd = Distiller(TinyFaceNet(), teacher, ["adadistill"], input_shape=(3, 32, 32))

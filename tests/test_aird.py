@@ -1,9 +1,9 @@
-"""Instance and relation distillation against its equations; two ranks against one process."""
+"""Instance and relation distillation agrees with its equations, and two ranks with one process."""
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
@@ -12,25 +12,13 @@ from kdhooks.testing import check_method
 from kdhooks_plugins.aird import AIRD, InstancesAndRelations
 from kdhooks_plugins.fcd import EmbeddingDistance
 from tests import golden
+from tests.maps import gradient, normal
+from tests.maps import labels as any_labels
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import aird as reference
 from tests.references.differences import central_differences
 
 GOLDEN = 1.13766845
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 def test_gives_the_golden_value() -> None:
@@ -63,14 +51,14 @@ def test_without_relations_it_is_fcd() -> None:
     assert_close(value, EmbeddingDistance("cosine")(golden.S, golden.T, golden.Y))
 
 
-def test_the_teachers_own_embeddings_cost_nothing_in_any_length() -> None:
+def test_the_loss_is_0_for_the_teachers_embeddings_of_any_length() -> None:
     value, notes = InstancesAndRelations()(0.3 * golden.T, golden.T, golden.Y)
     assert_close(value.item(), 0.0)
     assert_close(notes["relation"].item(), 0.0)
 
 
 def test_images_of_one_person_are_not_pushed_apart() -> None:
-    """A contrast with one class a face would: its minimum is not at the teacher's embeddings."""
+    """A contrastive loss with one class per image would push them apart."""
     teacher = normalize(torch.tensor([[1.0, 0.1, 0.0], [1.0, -0.1, 0.0], [0.0, 0.0, 1.0]]).double())
     student = teacher.clone().requires_grad_()
     _, notes = InstancesAndRelations(1.0, 0.1)(student, teacher, any_labels(3))
@@ -151,7 +139,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
 def test_the_relations_of_two_ranks_are_those_of_one_process(
     ranks: list[dict[str, Results]],
 ) -> None:
-    """The instances are each rank's own, whose mean is that of one process."""
+    """Each rank has its own instance term; the mean over ranks is that of one process."""
     alone = _scenario(global_batch=True)
     first, second = (found["global"] for found in ranks)
     assert_close((first["loss"] + second["loss"]) / 2, alone["loss"])

@@ -1,4 +1,4 @@
-"""docs/arcface_torch.md: its commands are ones that exist, and its recipes are read."""
+"""The commands in docs/arcface_torch.md exist, and its recipes can be read."""
 
 import argparse
 import ast
@@ -23,7 +23,7 @@ COMMANDS = [line for line in TEXT.splitlines() if "kdhooks " in line and re.matc
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What each command would have done: the options that it understood."""
+    """Return the parsed options of each command, which is then not run."""
     seen: list[dict[str, Any]] = []
 
     plain: Callable[..., Any] = argparse.ArgumentParser.parse_args
@@ -62,7 +62,7 @@ def test_the_script_gets_its_arguments() -> None:
     assert own == ["configs/ms1mv3_r50"]
 
 
-def test_the_teacher_is_trained_without_a_recipe_where_the_recipe_looks_for_it() -> None:
+def test_the_teacher_is_trained_without_a_recipe_at_the_path_in_the_recipe() -> None:
     words = shlex.split(BLOCKS["teacher"])
     options, (config,) = run._options(words[words.index("run") + 1 :])
     assert (options.recipe, options.compat) == (None, True)
@@ -81,7 +81,7 @@ def test_a_recipe_is_read(block: str, tmp_path: Path) -> None:
     assert recipe.taps.student.stages == recipe.taps.teacher.stages == stages
 
 
-def test_the_python_is_python() -> None:
+def test_the_python_block_can_be_parsed() -> None:
     assert ast.parse(BLOCKS["face-analysis"]).body
 
 

@@ -1,4 +1,4 @@
-"""The line in a trainer of arcface_torch does the same wherever it stands, and harms no run."""
+"""The added line has the same effect at each place in arcface_torch's script, and harms no run."""
 
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,18 @@ from tests.standin import Trainer
 PREAMBLE = "from tests.standin.utils import PolynomialWarmup\n"
 
 
-# --- where the line stands -----------------------------------------------------------------------
+# --- the place of the line -----------------------------------------------------------------------
 
 
 def test_a_run_repeats_to_the_last_bit(one: Trainer) -> None:
-    """The twin of the tests below: what they compare does not vary by itself."""
+    """The companion of the tests below: the results that they compare are deterministic."""
     (first,), (again,) = one.run(), one.run(fresh=True)
     assert outcome(again) == outcome(first)
     assert outcome(one.run(seed=7)[0]) != outcome(first)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_line_does_the_same_wherever_it_stands(
+def test_the_line_has_the_same_effect_at_each_place(
     one: Trainer, teacher: dict[str, str], method: str
 ) -> None:
     line = install(teacher, METHODS[method])
@@ -48,7 +48,9 @@ def test_the_line_does_the_same_wherever_it_stands(
     assert in_config["losses"] != one.run()[0]["losses"]
 
 
-def test_a_toml_file_says_the_same(one: Trainer, teacher: dict[str, str], tmp_path: Path) -> None:
+def test_a_toml_file_has_the_same_effect(
+    one: Trainer, teacher: dict[str, str], tmp_path: Path
+) -> None:
     file = tmp_path / "kd.toml"
     table = "\n".join(f"{key} = '{value}'" for key, value in teacher.items())
     file.write_text(f"methods = ['fcd']\ninput_shape = [3, 32, 32]\n[teacher]\n{table}\n")
@@ -60,13 +62,13 @@ def test_a_toml_file_says_the_same(one: Trainer, teacher: dict[str, str], tmp_pa
 def test_a_cached_run_repeats_the_run_that_filled_the_cache(
     ranks: str, teacher: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """To the last bit; and without a cache but for the rounding."""
+    """They agree to the last bit; a run without a cache differs only by rounding."""
     trainer: Trainer = request.getfixturevalue(ranks)
     cached = install({**teacher, "cache": str(tmp_path / "cache")}, FCD)
     filling, repeating = (trainer.run(cached, fresh=True) for _ in range(2))
     assert [outcome(report) for report in filling] == [outcome(report) for report in repeating]
     files = list((tmp_path / "cache").glob("*.keys"))
-    assert len(files) == len(filling)  # each rank filled one, and the second run added nothing
+    assert len(files) == len(filling)  # one per rank; the second run added none
     plain = trainer.run(install(teacher, FCD))
     assert filling[0]["losses"] != plain[0]["losses"]
     assert filling[0]["losses"] == pytest.approx(plain[0]["losses"], rel=1e-3)
@@ -79,7 +81,7 @@ def test_two_installs_count_once(one: Trainer, teacher: dict[str, str]) -> None:
     assert outcome(twice) == outcome(once)
 
 
-def test_remove_gives_the_trainer_back(one: Trainer, teacher: dict[str, str]) -> None:
+def test_remove_restores_the_trainer(one: Trainer, teacher: dict[str, str]) -> None:
     (removed,) = one.run(
         below_imports="plain = get_model\n" + install(teacher, FCD, COUPLEFACE),
         before_loop="installed.remove()",
@@ -176,7 +178,7 @@ def test_a_fork_may_subclass_what_the_line_wraps(one: Trainer, teacher: dict[str
     assert report["extra"] == {"head": True}
 
 
-def test_a_head_called_otherwise_is_refused(one: Trainer, teacher: dict[str, str]) -> None:
+def test_a_head_with_another_call_is_refused(one: Trainer, teacher: dict[str, str]) -> None:
     line = "module_partial_fc.register_forward_hook(lambda h, given, loss: (loss, 1))\n"
     (report,) = one.run(after_schedule=line + attach(teacher, FCD))
     assert "PartialFC_V2 must be called with embeddings and labels and return" in report["message"]
@@ -192,12 +194,9 @@ def test_a_copy_of_the_head_is_left_alone(one: Trainer, teacher: dict[str, str])
 # --- do no harm ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("methods", [["fcd"], ["coupleface"], ["proxylesskd"], list(METHODS)])
 @pytest.mark.parametrize("where", ["config_line", "below_imports", "after_schedule"])
-def test_weight_zero_is_the_plain_run(
-    one: Trainer, teacher: dict[str, str], methods: list[str], where: str
-) -> None:
-    nothing = [{**METHODS[method], "weight": 0.0} for method in methods]
+def test_weight_zero_is_the_plain_run(one: Trainer, teacher: dict[str, str], where: str) -> None:
+    nothing = [{**method, "weight": 0.0} for method in METHODS.values()]
     line = (attach if where == "after_schedule" else install)(teacher, *nothing)
     there: dict[str, Any] = {where: line}
     (report,) = one.run(**there)
@@ -205,7 +204,7 @@ def test_weight_zero_is_the_plain_run(
 
 
 @pytest.mark.parametrize("gradient_acc", [1, 2])
-def test_weight_zero_of_every_method_at_once_is_the_plain_run(
+def test_weight_zero_of_all_methods_together_is_the_plain_run(
     one: Trainer, teacher: dict[str, str], gradient_acc: int
 ) -> None:
     nothing = [{**m, "weight": 0.0} for name, m in EVERY.items() if name not in ("bank", "own")]
@@ -224,11 +223,11 @@ def test_weight_zero_with_projectors_is_the_plain_run(one: Trainer, wide: dict[s
 def test_schedules_count_the_epochs_of_the_trainers_config(
     one: Trainer, teacher: dict[str, str]
 ) -> None:
-    """3 steps of 12 images in an epoch; the 37th image makes no step."""
+    """An epoch has 3 steps of 12 images; the 37th image is dropped."""
     weight = {"value": 8.0, "start": 1, "warmup": 0.5, "unit": "epoch"}
     line = install(teacher, {**FCD, "weight": weight})
     distiller = "installed.attachment.distiller"
-    ask = {"weight": f"{distiller}.weight({distiller}.taps[0])"}  # of the step after the last
+    ask = {"weight": f"{distiller}.weight({distiller}.taps[0])"}  # after the last step
     found = [
         one.run(below_imports=line, num_image=37, steps=steps, ask=ask)[0]["extra"]["weight"]
         for steps in (2, 3, 4, 5)
@@ -246,7 +245,7 @@ def test_epochs_that_the_config_does_not_know_are_refused(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_model_pt_has_the_students_keys_alone(
+def test_model_pt_has_only_the_students_keys(
     one: Trainer, teacher: dict[str, str], wide: dict[str, str], method: str
 ) -> None:
     plain = set(saved(one.run()[0], "model.pt"))

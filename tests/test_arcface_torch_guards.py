@@ -1,4 +1,4 @@
-"""Heads that are not arcface_torch's PartialFC, and schedules that are not torch's."""
+"""Checks of heads that are not arcface_torch's PartialFC, and of schedules that are not torch's."""
 
 import sys
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ class OfEachSample(Head):
 
 
 class PastItsHooks(Head):
-    """As arcface_torch's PartialFC of 2021, which calls its own forward."""
+    """Like arcface_torch's PartialFC of 2021, which calls its own forward."""
 
     def forward_backward(self, embedding: Tensor, labels: Tensor) -> Tensor:
         return self.forward(embedding, labels)

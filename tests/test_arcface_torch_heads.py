@@ -16,7 +16,9 @@ from tests.standin import Trainer
 def test_heads_that_are_called_with_the_optimizer(
     one: Trainer, wide: dict[str, str], sample_rate: float
 ) -> None:
-    """They put the sampled rows first into the last group, where no auxiliary may be."""
+    """They put the sampled rows first into the optimizer's last group, so this group must not have
+    auxiliary parameters.
+    """
     old: dict[str, Any] = {"old_head": True, "sample_rate": sample_rate}
     idle = [{**method, "weight": 0.0} for method in PROJECTED]
     (plain,) = one.run(**old)
@@ -116,13 +118,13 @@ def test_a_plain_checkpoint_does_not_replace_the_teachers_rows(
 
 
 def test_a_schedule_of_its_weight_is_refused(one: Trainer, teacher: dict[str, str]) -> None:
-    """The head is frozen: with weight 0 nothing would train."""
+    """The head is frozen, so with weight 0 nothing would be trained."""
     later = {"name": "proxylesskd", "weight": {"value": 1.0, "start": 2}}
     (report,) = one.run(install(teacher, later))
     assert "proxylesskd: its weight must be a number" in report["message"]
 
 
-def test_it_shows_in_the_log(one: Trainer, teacher: dict[str, str]) -> None:
+def test_the_log_has_its_loss(one: Trainer, teacher: dict[str, str]) -> None:
     (report,) = one.run(install(teacher, {"name": "proxylesskd", "weight": 0.5}), steps=2)
     logged = {tag: value for _, tag, value in report["logged"]}
     assert logged["kdhooks/proxylesskd/weighted"] == pytest.approx(sum(report["losses"]) / 2)

@@ -1,4 +1,4 @@
-"""The trainer's logger gets every term, and what has been left out or summed up is said."""
+"""The trainer's logger receives every term, skipped steps are counted, and a run is summarised."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_a_term_that_fails_in_the_last_step_is_noticed_before_the_student_is_sav
     assert not (Path(report["output"]) / "model.pt").exists()
 
 
-def test_the_whole_run_is_summed_up(one: Trainer, teacher: dict[str, str]) -> None:
+def test_the_means_of_the_whole_run_are_available(one: Trainer, teacher: dict[str, str]) -> None:
     ask = {
         "whole": "installed.attachment._interval.overall()['fcd']",
         "fcd": "[v for _, tag, v in callback_logging.writer.logged if tag == 'kdhooks/fcd']",

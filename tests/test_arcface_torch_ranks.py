@@ -1,4 +1,4 @@
-"""Several processes train the same student together, and agree with one process."""
+"""Several processes train one student, and agree with a single process."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 
 from tests.arcface_runs import (
     EQUAL_ROWS,
-    EVERY,
     METHODS,
     NOT_COMPRESSED,
     PROJECTED,
+    TOGETHER,
     described,
     install,
     outcome,
@@ -31,17 +31,17 @@ def test_auxiliaries_stay_equal_on_two_ranks_with_uneven_classes(
     assert first["parameters"] == second["parameters"]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("methods", TOGETHER)
 def test_every_method_stays_equal_on_two_ranks(
-    two: Trainer, teacher: dict[str, str], method: str
+    two: Trainer, teacher: dict[str, str], methods: str
 ) -> None:
-    first, second = two.run(install(teacher, EVERY[method]), gradient_acc=2)
+    first, second = two.run(install(teacher, *TOGETHER[methods]), gradient_acc=2)
     assert first["auxiliaries"] == second["auxiliaries"]
     assert first["parameters"] == second["parameters"]
 
 
-def test_auxiliaries_begin_equal_on_two_ranks(one: Trainer, two: Trainer) -> None:
-    """Even where a method's own weights were drawn before, from generators that differ by rank."""
+def test_auxiliaries_start_equal_on_two_ranks(one: Trainer, two: Trainer) -> None:
+    """Even if a method drew its own weights earlier, from generators that differ between ranks."""
     method = (
         "import torch\n"
         "from kdhooks import EmbeddingTap, hookimpl\n"
@@ -61,7 +61,7 @@ def test_auxiliaries_begin_equal_on_two_ranks(one: Trainer, two: Trainer) -> Non
 
 
 @pytest.mark.parametrize("classes", [5, 6])
-def test_rows_are_split_anew_for_two_ranks(one: Trainer, two: Trainer, classes: int) -> None:
+def test_rows_are_split_again_for_two_ranks(one: Trainer, two: Trainer, classes: int) -> None:
     folder = trained(one, num_classes=classes)
     reports = two.run(install(described(folder), "proxylesskd"), num_classes=classes)
     assert torch.equal(rows_of(Path(reports[0]["output"])), rows_of(folder))
@@ -77,7 +77,9 @@ def test_rows_of_two_ranks_are_joined_for_one(one: Trainer, two: Trainer) -> Non
 def test_two_ranks_equal_one_on_the_same_global_batch(
     one: Trainer, two: Trainer, teacher: dict[str, str], wide: dict[str, str], methods: list[str]
 ) -> None:
-    """Without batch statistics, where the trainer itself agrees; the losses' mean over ranks."""
+    """The network has no batch statistics, so that the trainer itself agrees. The losses are means
+    over the ranks.
+    """
     projected = {
         "fcd": PROJECTED[0],
         "coupleface": PROJECTED[1],
@@ -124,7 +126,7 @@ def test_a_term_that_fails_on_one_rank_is_left_out_on_both(
 def test_four_ranks_equal_one(
     one: Trainer, wide: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Six classes over four ranks: two of them hold two, two hold one."""
+    """Of the four ranks, two have two of the six classes and two have one."""
     four = Trainer(4, tmp_path_factory.mktemp("four"))
     own = {"name": "proxylesskd", "head": "own", "projector": True}
     line = install(wide, *PROJECTED, own)

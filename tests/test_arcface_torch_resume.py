@@ -1,4 +1,4 @@
-"""Parameters of the methods are trained, saved and resumed with those of the trainer."""
+"""The methods' parameters are trained, saved and resumed with the trainer's."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.arcface_runs import COUPLEFACE, EVERY, FCD, PROJECTED, install, outcome, same, saved
+from tests.arcface_runs import (
+    COUPLEFACE,
+    FCD,
+    PROJECTED,
+    TOGETHER,
+    install,
+    outcome,
+    resumed_as_straight,
+    same,
+    saved,
+)
 from tests.standin import Trainer
 
 
@@ -24,7 +34,7 @@ def test_auxiliaries_join_the_optimizer_and_learn(
     ask = {"first": "opt.param_groups[-1]['params'][0] is module_partial_fc.weight"}
     (report,) = one.run(install(wide, method), ask=ask)
     assert report["groups"] == [34, parameters, 1]
-    assert report["extra"] == {"first": True}  # forks count on it
+    assert report["extra"] == {"first": True}  # forks rely on it
     assert report["auxiliaries"] != report["first_auxiliaries"]
 
 
@@ -34,29 +44,15 @@ def test_resume_equals_the_straight_run(
 ) -> None:
     trainer: Trainer = request.getfixturevalue(ranks)
     banks = {**PROJECTED[1], "relations": "bank"}, {"name": "icdface", "projector": True}
-    line = install(wide, PROJECTED[0], *banks)  # each rank has the banks of its own classes
-    whole: dict[str, Any] = {"sample_rate": 1.0, "num_epoch": 2}
-    straight = trainer.run(line, **whole)
-    stopped = trainer.run(line, **whole, before_loop="cfg.num_epoch = 1")
-    resumed = trainer.run(line, **whole, resume=stopped[0]["output"])
-    for whole_run, first, second in zip(straight, stopped, resumed, strict=True):
-        assert first["losses"] + second["losses"] == whole_run["losses"]
-        for what in ("backbone", "head", "auxiliaries"):
-            assert second[what] == whole_run[what]
+    line = install(wide, PROJECTED[0], *banks)  # each rank has banks for its own classes
+    resumed_as_straight(trainer, line)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("methods", TOGETHER)
 def test_resume_equals_the_straight_run_with_every_method(
-    one: Trainer, teacher: dict[str, str], method: str
+    one: Trainer, teacher: dict[str, str], methods: str
 ) -> None:
-    line, whole = install(teacher, EVERY[method]), {"num_epoch": 2, "gradient_acc": 3}
-    fixed: dict[str, Any] = {**whole, "sample_rate": 1.0}
-    (straight,) = one.run(line, **fixed)
-    (stopped,) = one.run(line, **fixed, before_loop="cfg.num_epoch = 1")
-    (resumed,) = one.run(line, **fixed, resume=stopped["output"])
-    assert stopped["losses"] + resumed["losses"] == straight["losses"]
-    for what in ("backbone", "head", "auxiliaries"):
-        assert resumed[what] == straight[what]
+    resumed_as_straight(one, install(teacher, *TOGETHER[methods]), gradient_acc=3)
 
 
 def test_a_plain_checkpoint_can_be_resumed_with_a_method(
@@ -86,7 +82,7 @@ def test_a_plain_checkpoint_can_be_resumed_with_auxiliaries(
     assert moved["backbone"] != straight["backbone"]
 
 
-def test_a_run_without_kdhooks_goes_on_from_a_checkpoint_with_it(
+def test_a_run_without_kdhooks_resumes_a_checkpoint_with_it(
     one: Trainer, wide: dict[str, str]
 ) -> None:
     whole: dict[str, Any] = {"num_epoch": 2, "sample_rate": 1.0}
@@ -157,17 +153,17 @@ DIES_IN_ITS_SECOND_SAVE = (
 
 
 @pytest.mark.parametrize("distilled", [True, False])
-def test_a_kill_while_it_saves_loses_no_more_than_the_epoch(
+def test_a_kill_during_a_save_loses_at_most_the_epoch(
     one: Trainer, teacher: dict[str, str], tmp_path: Path, distilled: bool
 ) -> None:
     line = install(teacher, COUPLEFACE) if distilled else ""
     whole: dict[str, Any] = {"num_epoch": 3, "sample_rate": 1.0}
     doomed = Trainer(1, tmp_path)
-    with pytest.raises(AssertionError, match="the stand-in died"):
+    with pytest.raises(AssertionError, match="the stand-in exited"):
         doomed.run(line, **whole, before_loop=DIES_IN_ITS_SECOND_SAVE)
     doomed.close()
     (resumed,) = one.run(line, **whole, resume=str(tmp_path / "run1"))
-    if not distilled:  # the twin: the trainer's own file is spoilt
+    if not distilled:  # the companion: the trainer's own file is damaged
         assert "error" in resumed
         return
     (straight,) = one.run(line, **whole)

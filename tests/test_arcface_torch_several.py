@@ -1,4 +1,4 @@
-"""Several teachers in arcface_torch: installed, attached and launched; on ranks; resumed."""
+"""Several teachers in arcface_torch: installed, attached or launched; on several ranks; resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.arcface_runs import EQUAL_ROWS, NOT_COMPRESSED, PROJECTED, install, outcome
+from tests.arcface_runs import (
+    EQUAL_ROWS,
+    NOT_COMPRESSED,
+    PROJECTED,
+    install,
+    outcome,
+    resumed_as_straight,
+)
 from tests.standin import Trainer
 
 Table = dict[str, str]
@@ -27,11 +34,11 @@ def toml(folder: Path, *teachers: Table) -> str:
 
 
 def several(*teachers: Table) -> Any:
-    """As the lines of `tests.arcface_runs` take one teacher."""
+    """Return teachers in place of the one teacher that `tests.arcface_runs` expects."""
     return list(teachers)
 
 
-def test_a_toml_file_says_the_same_wherever_it_is_named(
+def test_a_toml_file_has_the_same_effect_wherever_it_is_named(
     one: Trainer, teacher: Table, wide: Table, tmp_path: Path
 ) -> None:
     file = toml(tmp_path, teacher, wide)
@@ -61,7 +68,7 @@ def test_weight_zero_is_the_plain_run(two: Trainer, teacher: Table, wide: Table)
 def test_two_ranks_equal_one_on_the_same_global_batch(
     one: Trainer, two: Trainer, teacher: Table, wide: Table
 ) -> None:
-    """Each rank reads its own classes of both teachers."""
+    """Each rank reads only its own classes, from both teachers."""
     line = install(several(teacher, wide), *ALL)
     same: dict[str, Any] = {"network": "frozen", "after_schedule": EQUAL_ROWS, **NOT_COMPRESSED}
     ask = {
@@ -83,19 +90,11 @@ def test_resume_equals_the_straight_run(
     request: pytest.FixtureRequest, teacher: Table, wide: Table, ranks: str
 ) -> None:
     trainer: Trainer = request.getfixturevalue(ranks)
-    line = install(several(teacher, wide), *ALL)
-    whole: dict[str, Any] = {"sample_rate": 1.0, "num_epoch": 2}
-    straight = trainer.run(line, **whole)
-    stopped = trainer.run(line, **whole, before_loop="cfg.num_epoch = 1")
-    resumed = trainer.run(line, **whole, resume=stopped[0]["output"])
-    for whole_run, first, second in zip(straight, stopped, resumed, strict=True):
-        assert first["losses"] + second["losses"] == whole_run["losses"]
-        for what in ("backbone", "head", "auxiliaries"):
-            assert second[what] == whole_run[what]
+    resumed_as_straight(trainer, install(several(teacher, wide), *ALL))
 
 
 def test_the_head_takes_the_joined_rows_over(one: Trainer, teacher: Table, wide: Table) -> None:
-    """A student as wide as both teachers together."""
+    """The student is as wide as both teachers together."""
     line = install(several(teacher, wide), {"name": "proxylesskd"})
     ask = {
         "lengths": "module_partial_fc.weight.norm(dim=1).tolist()",
@@ -130,10 +129,10 @@ def test_the_teacher_whose_classes_are_in_another_order_is_named(
 
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
-def test_a_cache_stands_for_the_teacher(
+def test_a_cache_replaces_the_teacher(
     request: pytest.FixtureRequest, teacher: Table, tmp_path: Path, ranks: str
 ) -> None:
-    """To the last bit."""
+    """The run repeats the one that filled the cache, to the last bit."""
     trainer: Trainer = request.getfixturevalue(ranks)
     method = {"name": "fcd", "weight": 8.0}
     filled = install({**teacher, "cache": str(tmp_path / "cache")}, method)

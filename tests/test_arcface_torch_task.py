@@ -1,12 +1,21 @@
-"""In arcface_torch: the factor of the trainer's own loss, no labels, the teacher's accuracy."""
-
-from typing import Any
+"""arcface_torch with a factor for the trainer's own loss, without labels, and with the teacher's
+accuracy in the log.
+"""
 
 import pytest
 
 from kdhooks.errors import listed
 from kdhooks.guards import WITHOUT_LABELS
-from tests.arcface_runs import FCD, NOT_COMPRESSED, attach, described, install, outcome, trained
+from tests.arcface_runs import (
+    FCD,
+    NOT_COMPRESSED,
+    attach,
+    described,
+    install,
+    outcome,
+    resumed_as_straight,
+    trained,
+)
 from tests.standin import Trainer
 
 NOTHING = {**FCD, "weight": 0.0}
@@ -21,7 +30,7 @@ ASKED = {"first": "opt.noted[0]", "last": "opt.noted[1]"}
 
 
 def gradients(trainer: Trainer, line: str) -> tuple[list[list[float]], list[float]]:
-    """Of a layer of the backbone, and the largest of the head, in each step."""
+    """Return the gradient of a backbone layer, and the largest one of the head, in each step."""
     (report, *_) = trainer.run(line, before_loop=GRADIENTS, ask=ASKED, **NOT_COMPRESSED)
     assert "error" not in report, report
     return report["extra"]["first"], report["extra"]["last"]
@@ -82,13 +91,7 @@ def test_several_heads_have_one_factor(one: Trainer, teacher: dict[str, str]) ->
 
 def test_a_schedule_is_followed_and_resumed(one: Trainer, teacher: dict[str, str]) -> None:
     line = install(teacher, FCD, task_weight=FALLING)
-    fixed: dict[str, Any] = {"num_epoch": 2, "steps": 2, "sample_rate": 1.0}
-    (straight,) = one.run(line, **fixed)
-    (stopped,) = one.run(line, **fixed, before_loop="cfg.num_epoch = 1")
-    (resumed,) = one.run(line, **fixed, resume=stopped["output"])
-    assert stopped["losses"] + resumed["losses"] == straight["losses"]
-    assert resumed["backbone"] == straight["backbone"]
-    assert resumed["head"] == straight["head"]
+    (straight,) = resumed_as_straight(one, line, steps=2)
     shares = {step: value for step, tag, value in straight["logged"] if tag == "kdhooks/task"}
     weighted = {s: v for s, tag, v in straight["logged"] if tag == "kdhooks/task/weighted"}
     assert weighted[4] < 0.6 * shares[4]
@@ -118,7 +121,7 @@ def test_a_head_that_computes_a_term_has_no_factor_besides(
 
 
 def test_classes_of_other_data_are_not_compared(one: Trainer) -> None:
-    """The trainer's labels are dummies; the teacher knows five other people."""
+    """The trainer's labels have no meaning, and the teacher's classes are five other people."""
     fewer = described(trained(one, num_classes=5))
     (report,) = one.run(install(fewer, FCD, labels=False))
     assert "error" not in report

@@ -1,4 +1,4 @@
-"""Teachers of arcface_torch from checkpoints of any shape, and from other code."""
+"""arcface_torch's teachers are read from checkpoints of any structure, and built by other code."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def loaded(folder: Path, content: Any, network: str = "tiny") -> dict[str, Tenso
 
 @pytest.mark.parametrize("network", ["tiny", "backbones:teacher"])
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.model."])
-def test_a_head_beside_the_backbone_does_not_give_the_width(
+def test_a_head_beside_the_backbone_does_not_determine_the_width(
     prefix: str, network: str, folder: Path
 ) -> None:
     state = settled().state_dict()

@@ -1,4 +1,4 @@
-"""What a method declares is checked before the first step."""
+"""A method's declarations are checked before the first step."""
 
 import pytest
 import torch

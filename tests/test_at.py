@@ -1,4 +1,4 @@
-"""Attention transfer: both distances against their equation, on maps and on tokens."""
+"""Both distances of attention transfer agree with their equation, on maps and on tokens."""
 
 from typing import Any, get_args
 
@@ -37,7 +37,7 @@ def declared(student: Model, teacher: Model, **options: Any) -> FeatureTap:
 
 
 def made(*shapes: Shape, **options: Any) -> nn.Module:
-    """Between two networks of the same stages."""
+    """Return the loss between two networks with the same stages."""
     return declared(model(*shapes), model(*shapes), **options).loss
 
 
@@ -59,7 +59,7 @@ def test_gives_the_golden_value(distance: str, expected: float) -> None:
 
 
 def test_maps_with_channels_last_are_read_as_such() -> None:
-    """As timm's Swin puts them out: (h w k)."""
+    """timm's Swin returns such maps (h w k)."""
     ours, theirs = features(1, 2, (5, 4, 4)), features(9, 2, (12, 4, 4))
     last = [x.permute(0, 2, 3, 1) for x in theirs]
     loss = declared(model((5, 4, 4)), model((4, 4, 12))).loss
@@ -168,7 +168,7 @@ def test_a_dead_stage_has_a_finite_gradient(distance: str, p: float) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     student, teacher = maps.STUDENT.clone().requires_grad_(), maps.TEACHER.clone().requires_grad_()
     loss = made((3, 7, 7))
     value(loss, [student], [teacher]).backward()
@@ -280,7 +280,7 @@ def test_a_teacher_that_is_a_function_has_no_stages() -> None:
 
 
 class MaskedNet(nn.Module):
-    """Tokens of 8 x 8 patches, of which training drops a quarter, as arcface_torch's ViT does."""
+    """Returns tokens of 8 x 8 patches; drops a quarter in training, as arcface_torch's ViT does."""
 
     def __init__(self) -> None:
         super().__init__()

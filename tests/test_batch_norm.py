@@ -1,4 +1,4 @@
-"""Batch norms that are adapted to a test, against a mixture that is written out."""
+"""Batch norms adapted to test images agree with an explicitly computed mixture."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def probes(count: int = 12) -> Tensor:
 
 
 def mixed(model: nn.Sequential, images: Tensor, share: float) -> Tensor:
-    """Each batch norm by hand, from the batch's own moments and the training's."""
+    """Compute each batch norm by hand, from the moments of the batch and of the training."""
     x = images
     for layer in model:
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -51,7 +51,7 @@ def test_statistics_are_the_mixture_of_the_training_and_the_test(share: float) -
     assert not adapted.training
 
 
-def test_a_share_of_1_is_what_training_mode_normalises_by() -> None:
+def test_a_share_of_1_equals_training_mode() -> None:
     model, images = network(), probes()
     found = adapted_batch_norm(model, [images], 1.0)(images)
     assert_close(found, model.train()(images))
@@ -71,7 +71,7 @@ def test_a_share_of_0_changes_no_bit_and_the_model_is_left_as_it_was() -> None:
 
 
 def test_the_first_layers_statistics_are_those_of_all_batches() -> None:
-    """Of uneven ones too, in any order."""
+    """The batches may have different sizes and come in any order."""
     model, images = network(), probes(10)
     whole = adapted_batch_norm(model, [images]).state_dict()
     parts = adapted_batch_norm(model, [images[7:], images[:7]]).state_dict()

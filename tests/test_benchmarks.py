@@ -1,4 +1,4 @@
-"""The benchmarks: who is trained on, what is compared with what."""
+"""The benchmarks run, compare the right quantities, and report what is missing."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def options(tmp_path: Path, **more: Any) -> Options:
     return Options(torch.device("cpu"), out=tmp_path, work=tmp_path / "work", **more)
 
 
-def test_the_part_faces_says_what_is_absent(
+def test_the_part_faces_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Absent, match="no --faces was given"):
@@ -50,10 +50,10 @@ def test_the_part_faces_says_what_is_absent(
         faces_part.run("students", options(tmp_path, tiny=False, faces=faces))
 
 
-def test_the_part_faces_runs_on_made_up_faces(
+def test_the_part_faces_runs_on_generated_faces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a transformer that is distilled from the made-up teacher, which takes one step."""
+    """A transformer is distilled from a generated teacher, for one step."""
     monkeypatch.setattr(faces_part, "_installed", lambda package: False)
     result = faces_part.run("D", options(tmp_path, tiny=True))
     assert [record["row"] for record in result["records"]] == [TEACHER, LABELS]
@@ -66,7 +66,7 @@ def test_the_part_faces_runs_on_made_up_faces(
 def test_the_part_faces_fails_if_a_row_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The finished rows stay in the file, unless everything is run again."""
+    """Finished rows stay in the file unless everything is run again."""
     code, rows = 1, [TEACHER]
 
     def benchmark(command: list[str], stdout: IO[str], **_: Any) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def test_the_part_faces_fails_if_a_row_is_missing(
         faces_part.run("A", tiny)
     rows = [LABELS]
     with pytest.raises(RuntimeError, match=r"exit code 1.*: none"):
-        faces_part.run("A", tiny)  # for example other settings, which it refuses
+        faces_part.run("A", tiny)  # for example because of other settings
     code, rows = 0, []
     assert [r["row"] for r in faces_part.run("A", tiny)["records"]] == [TEACHER, LABELS]
     rows = [LABELS]
@@ -107,7 +107,7 @@ def test_the_part_faces_asks_whether_the_papers_of_a_setting_teach() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a benchmark's command; the names and texts of what it leaves."""
+    """Return a function that runs a benchmark and returns the files that it wrote."""
 
     def command(module: str, options: str) -> dict[str, bytes]:
         common = f"--device cpu --turns 2 --threads {torch.get_num_threads()} --out {tmp_path}"
@@ -159,7 +159,7 @@ def cached(folder: Path) -> teacher_cache.Measurement:
 
 
 def test_the_cached_step_of_the_benchmark_is_a_cached_one(tmp_path: Path) -> None:
-    """Else `times` raises; the student's ratio to itself is 1."""
+    """Otherwise `times` raises. The student's ratio to itself is 1."""
     times = cached(tmp_path / "cache").times(turns=3)
     assert times["student alone"]["clock_ratio"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
 
@@ -179,7 +179,7 @@ def test_the_parts_of_a_cached_step_are_timed_and_traced(run: Run) -> None:
     assert ms["kdhooks"] > ms["hash"] + ms["look-up"] + ms["loss terms"]
 
 
-def test_the_overhead_of_every_way_at_hand_is_measured() -> None:
+def test_the_overhead_of_every_available_way_is_measured() -> None:
     size = Size(2, 1, 16, 4)
     found = measure(size, 2, torch.device("cpu"))
     rows = found["rows"]

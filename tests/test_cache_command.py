@@ -1,4 +1,4 @@
-"""`kdhooks cache`: a cache filled ahead of a training is the one that the training finds."""
+"""`kdhooks cache` fills a cache before a training, and the training finds it."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def write_pictures(folder: Path) -> None:
-    """The same ones in a folder, in a zip and as records."""
+    """Write the same pictures into a folder, into a zip file and as records."""
     pictures = people(CLASSES, 4)
     write_records(folder / "records", pictures)
     with zipfile.ZipFile(folder / "faces.zip", "w") as archive:
@@ -73,7 +73,7 @@ def teacher() -> TeacherSession:
 
 
 @pytest.mark.parametrize("data", ["folders", "faces.zip", "records"])
-def test_what_build_embeds_a_training_finds(data: str, capsys: Captured) -> None:
+def test_a_training_finds_the_embeddings_of_build(data: str, capsys: Captured) -> None:
     cache(*BUILD, data)
     printed = capsys.readouterr()
     assert printed.out == f"cache: {VIEWS} views of 24 pictures, of which 0 were there\n"
@@ -85,8 +85,8 @@ def test_what_build_embeds_a_training_finds(data: str, capsys: Captured) -> None
     assert found.cache.hits == found.cache.asked == 72
 
 
-def test_build_goes_on_where_it_was_stopped(capsys: Captured) -> None:
-    """With nothing but the first ten pictures, whose mirror images were not written any more."""
+def test_build_resumes_after_a_stop(capsys: Captured) -> None:
+    """Only the first ten pictures were written, without their mirror images."""
     found = teacher()
     found(faces()[0][:10])
     found.close()
@@ -105,9 +105,7 @@ def test_build_again_embeds_nothing(capsys: Captured) -> None:
     assert sorted(path.name for path in Path("cache").iterdir()) == files
 
 
-def test_build_ends_where_the_bound_does(
-    capsys: Captured, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_build_stops_at_max_gb(capsys: Captured, caplog: pytest.LogCaptureFixture) -> None:
     text = RECIPE.replace('"cache"', f'{{ path = "cache", max_gb = {25 * (12 + 2 * WIDTH)}e-9 }}')
     Path("kd.toml").write_text(text)
     cache(*BUILD, "folders", status=1)
@@ -116,7 +114,7 @@ def test_build_ends_where_the_bound_does(
     assert len(keys) == 20
 
 
-def test_info_says_what_is_there(capsys: Captured) -> None:
+def test_info_describes_the_cache(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     capsys.readouterr()
     cache("info", "cache")
@@ -168,7 +166,7 @@ def test_verify_counts_damaged_records(capsys: Captured) -> None:
         ("rows", None, 1, "{}.rows is cut short: 0 rows for 48 keys"),
     ],
 )
-def test_verify_tells_half_a_file_from_a_whole_one(
+def test_verify_names_incomplete_files(
     suffix: str, cut: int | None, status: int, said: str, capsys: Captured
 ) -> None:
     cache(*BUILD, "folders")
@@ -184,7 +182,7 @@ def test_verify_tells_half_a_file_from_a_whole_one(
     assert ("damaged and lost records again" in printed) == bool(status)
 
 
-def test_a_part_that_can_not_be_read_is_named(
+def test_a_part_that_cannot_be_read_is_named(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache(*BUILD, "folders")
@@ -210,12 +208,6 @@ def test_a_part_that_vanishes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: [path, path.with_name("gone.keys")])
     with pytest.raises(KDHooksError, match=r"gone\.keys' can't be read \(No such file.*verify cac"):
         teacher()
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
-def test_a_device_that_is_not_there_is_refused(device: str, capsys: Captured) -> None:
-    cache(*BUILD, "folders", "--device", device, status=2)
-    assert "--device: must " in capsys.readouterr().err
 
 
 def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
@@ -267,7 +259,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
         (("build", "--recipe", "bare.toml", "--data", "folders"), 'add cache = "cache" below'),
     ],
 )
-def test_a_wrong_command_says_the_way_out(
+def test_a_wrong_command_is_refused_with_a_fix(
     argv: tuple[str, ...], said: str, capsys: Captured
 ) -> None:
     for name in ("empty", "small"):
@@ -279,7 +271,7 @@ def test_a_wrong_command_says_the_way_out(
 
 
 def test_build_embeds_the_rest_before_it_names_unreadable_pictures(capsys: Captured) -> None:
-    """Headers that are no picture's are found before; what is cut short, in the pass."""
+    """Files that are no pictures are found before the pass, truncated pictures during it."""
     cut = [Path("folders", name) for name in ("person0/000.png", "person1/001.png")]
     for path in cut:
         Image.open(path).save(path, "JPEG")
@@ -334,7 +326,7 @@ def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
         assert "24 of 24 pictures are there" in capsys.readouterr().out
 
 
-def test_build_says_which_teacher_has_no_cache(capsys: Captured) -> None:
+def test_build_names_the_teacher_without_a_cache(capsys: Captured) -> None:
     write_several(first="")
     cache(*BUILD, "folders")
     printed = capsys.readouterr()
@@ -345,7 +337,7 @@ def test_build_says_which_teacher_has_no_cache(capsys: Captured) -> None:
     assert 'has no teacher.cache; add cache = "cache"' in capsys.readouterr().err
 
 
-def test_build_goes_on_for_one_teacher_when_the_cache_of_another_is_full(
+def test_build_continues_for_one_teacher_if_the_cache_of_another_is_full(
     capsys: Captured,
 ) -> None:
     write_several(first='cache = { path = "cache", max_gb = 1e-6 }\n')
@@ -365,7 +357,7 @@ def test_verify_compares_with_the_teacher_whose_cache_it_is(capsys: Captured) ->
 # --- in place of the teacher ---------------------------------------------------------------------
 
 
-def test_what_build_embeds_stands_for_the_teacher(capsys: Captured) -> None:
+def test_the_embeddings_of_build_replace_the_teacher(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     expected, images = teacher(), faces()[0]
     wanted = [expected(seen).embedding for seen in (images, images.flip(-1))]

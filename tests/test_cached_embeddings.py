@@ -1,4 +1,4 @@
-"""A folder that `kdhooks cache build` fills stands for the teacher, which is then not loaded."""
+"""A folder filled by `kdhooks cache build` replaces the teacher, which is then not loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ METHODS: list[object] = ["fcd", "rkd"]
 
 
 def run(teacher: Any, batches: list[Tensor], *methods: object) -> list[Tensor]:
-    """The loss of each step, and the student's weights at the end."""
+    """Return the loss of each step, and the student's weights at the end."""
     net = student()
     kd = Distiller(net, teacher, methods or METHODS, **SIZE)
     optimizer = torch.optim.SGD([*net.parameters(), *kd.parameters()], lr=1e-3)
@@ -43,7 +43,7 @@ def batches() -> list[Tensor]:
 
 
 def test_it_trains_as_the_teacher_and_its_cache_do(tmp_path: Path) -> None:
-    """To the bit: both read the same rows."""
+    """They agree to the last bit because both read the same rows."""
     filled(tmp_path)
     network = Counting()
     expected = run(Teacher(network, cache=tmp_path), batches())

@@ -1,4 +1,4 @@
-"""CAKD keeps what it must, notices constant features, and refuses options that make no sense."""
+"""CAKD has its invariances, detects constant features, and refuses contradictory options."""
 
 import logging
 from typing import Any
@@ -25,12 +25,12 @@ from tests.transformers import TinyViT
 drawn = settings(deadline=None, max_examples=25)
 
 
-# --- what the method must keep ---------------------------------------------------------------
+# --- invariances and gradients ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["mse", "kl"])
 @pytest.mark.parametrize("standardise", [True, False])
-def test_equal_features_with_tied_projections_cost_nothing(
+def test_equal_features_with_tied_projections_have_no_loss(
     attention: str, standardise: bool
 ) -> None:
     shape = (3, 4, 4)
@@ -44,7 +44,7 @@ def test_equal_features_with_tied_projections_cost_nothing(
 
 
 def routes(loss: LocalFeatures) -> dict[str, bool]:
-    """What gets a gradient."""
+    """Return which inputs and parameters get a gradient."""
     ours, theirs = SHAPES[1]
     student, teacher = inputs(ours, theirs)
     x, y = student[0].requires_grad_(), teacher[0].requires_grad_()
@@ -80,8 +80,8 @@ def test_who_gets_a_gradient(prompted: bool, teacher_side: str, without: set[str
 
 
 @pytest.mark.parametrize("standardise", [False, True])
-def test_a_projection_that_shrinks_or_grows_is_no_way_out(standardise: bool) -> None:
-    """As it would be if it could make all faces alike on both sides."""
+def test_scaling_a_projection_does_not_lower_the_loss(standardise: bool) -> None:
+    """Otherwise both projections could shrink until all faces look alike."""
     student, teacher = inputs(*SHAPES[1])
     loss = made(*SHAPES[1], matching={"standardise": standardise})
     before = loss(student, teacher, labels(3))[1]["feature"]
@@ -93,7 +93,7 @@ def test_a_projection_that_shrinks_or_grows_is_no_way_out(standardise: bool) -> 
         assert_close(after, before, rtol=0.1, atol=0)
 
 
-def test_what_all_faces_share_changes_nothing() -> None:
+def test_features_that_all_faces_share_change_nothing() -> None:
     student, teacher = inputs(*SHAPES[1])
     loss = made(*SHAPES[1])
     moved = [[x + 5 * torch.rand_like(x[:1]) for x in side] for side in (student, teacher)]
@@ -133,7 +133,7 @@ def test_a_map_and_its_tokens_are_the_same() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_students_gradient_keeps_its_memory_format(layout: torch.memory_format) -> None:
-    """Else the backward pass of a whole network goes on in the other format."""
+    """Otherwise the whole network's backward pass would continue in the other format."""
     student, teacher = inputs(*SHAPES[1])
     loss = made(*SHAPES[1])
     x = (student[0].to(memory_format=layout).requires_grad_() * 1).requires_grad_()
@@ -181,7 +181,7 @@ def test_constant_features_are_refused_every_so_many_steps() -> None:
     value(loss, student, same)
 
 
-def test_features_that_differ_are_let_through_and_so_is_what_can_not_be_judged() -> None:
+def test_varied_features_single_images_and_evaluation_are_accepted() -> None:
     loss = made(*SHAPES[1], collapse={"every": 1})
     student, teacher = inputs(*SHAPES[1])
     value(loss, student, teacher)
@@ -202,7 +202,7 @@ def test_the_threshold_is_an_option() -> None:
 # --- the other terms -------------------------------------------------------------------------
 
 
-def test_the_embedding_term_is_fcds() -> None:
+def test_the_embedding_term_is_that_of_fcd() -> None:
     tap = CAKD(embedding_weight=2.0, weight=3.0).embedding_tap(model((2, 2, 2)), model((2, 2, 2)))
     assert tap is not None
     assert tap.weight == 3.0
@@ -231,7 +231,7 @@ def salient(map_: Tensor | str) -> dict[str, Any]:
     return {"positions": {"distance": "saliency", "saliency": map_}}
 
 
-# --- the whole, and refusals -----------------------------------------------------------------
+# --- the whole method, and refusals ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_student_may_be_a_transformer() -> None:
     )
 
 
-def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
+def test_a_convolutional_teacher_gets_no_prompts_and_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, "kdhooks")
@@ -372,7 +372,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_that_is_said(
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(KDHooksError, match=message):
         CAKD(**options)
 

@@ -26,7 +26,7 @@ SIZES = [(7, 7), (12, 12), (14, 14), (4, 4), (2, 2), (3, 5), (1, 1)]
 
 
 def tokens(x: np.ndarray, shape: Shape) -> np.ndarray:
-    """(b …) -> (b n k), by what the shape says."""
+    """(b …) -> (b n k), according to the shape."""
     if len(shape) == 2:
         return x
     channels_last = shape[0] == shape[1] != shape[2]
@@ -36,7 +36,7 @@ def tokens(x: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 class Expected:
-    """What the equations give for a loss, piece by piece."""
+    """The terms of a loss, computed from the equations."""
 
     def __init__(self, loss: LocalFeatures, ours: Shape, theirs: Shape, **options: Any) -> None:
         self.loss, self.ours, self.theirs, self.matching = (
@@ -140,7 +140,7 @@ def test_the_anchor_is_the_nose_and_the_buckets_are_many() -> None:
 
 
 def test_a_place_on_the_face_has_one_position_on_grids_of_different_sizes() -> None:
-    """Every third pixel of 21 x 21 lies where those of 7 x 7 do."""
+    """Every third pixel of a 21 x 21 grid has the same place as a pixel of a 7 x 7 grid."""
     positions = FacialPositions()
     fine = positions.distances((21, 21)).view(21, 21)[1::3, 1::3].flatten()
     assert_close(fine, positions.distances((7, 7)))
@@ -198,7 +198,7 @@ def test_prompts_in_front_of_the_pixels_have_positions_of_their_own() -> None:
 
 @pytest.mark.parametrize("teacher_side", ["fixed", "detached"])
 def test_a_fixed_teacher_side_is_a_constant(teacher_side: str) -> None:
-    """It has URFM, positions and self-attention of its own, which are saved and never trained."""
+    """It has its own URFM, positions and self-attention, which are saved but never trained."""
     ours, theirs = SHAPES[2]
     loss = made(ours, theirs, matching={"teacher_side": teacher_side})
     expected = Expected(loss, ours, theirs)
@@ -216,7 +216,7 @@ def test_a_fixed_teacher_side_is_a_constant(teacher_side: str) -> None:
     assert {"theirs.project.weight", "target.table", "msa.1.out.weight"} <= set(stored)
 
 
-def test_the_anchor_reads_the_teachers_embedding_off_its_side_and_trains_that_alone() -> None:
+def test_the_anchor_trains_only_the_teacher_side_to_predict_the_teachers_embedding() -> None:
     ours, theirs = SHAPES[2]
     loss = made(ours, theirs, matching={"teacher_side": "anchored", "anchor_weight": 2.0})
     expected = Expected(loss, ours, theirs)

@@ -1,4 +1,6 @@
-"""Correlation congruence against its equations and a public code; two ranks against one process."""
+"""Correlation congruence agrees with its equations and with public code; two ranks agree with one
+process.
+"""
 
 import math
 
@@ -15,6 +17,8 @@ from kdhooks.testing import check_method
 from kdhooks_plugins.cc import CC, Correlations
 from kdhooks_plugins.sp import SP
 from tests import golden
+from tests.maps import gradient, normal
+from tests.maps import labels as any_labels
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import cc as reference
 from tests.references.differences import central_differences
@@ -29,20 +33,6 @@ def made(gamma: Scheduled = 0.4, terms: int = 3, global_batch: bool = True) -> C
     return loss
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
-
-
 @pytest.mark.parametrize(("terms", "value"), [(2, 0.00601680), (3, 0.00525510)])
 def test_gives_the_golden_value(terms: int, value: float) -> None:
     found = made(terms=terms)(golden.S, golden.T, golden.Y)
@@ -52,7 +42,7 @@ def test_gives_the_golden_value(terms: int, value: float) -> None:
 
 
 # Tencent/TFace, commit 171ec1434aca0972e111663ac646c9c1e3e44b5b, in recognition/tasks/ekd, with
-# torch 2.13.0 on the processor, g = torch.Generator().manual_seed(0), dtype=torch.float64:
+# torch 2.13.0 on the CPU, g = torch.Generator().manual_seed(0), dtype=torch.float64:
 #   s, t = torch.randn(6, 5, generator=g).requires_grad_(), torch.randn(6, 7, generator=g)
 #   value = distillation.cc.CC(0.4, terms)(s, t); value.backward()
 #   print(value.item(), s.grad.abs().sum().item())
@@ -64,7 +54,7 @@ def test_gives_the_golden_value(terms: int, value: float) -> None:
         (5, 0.051851102606, 0.066871631234),
     ],
 )
-def test_gives_what_a_public_code_gives(terms: int, value: float, total: float) -> None:
+def test_agrees_with_public_code(terms: int, value: float, total: float) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
     teacher = torch.randn(6, 7, generator=generator, dtype=torch.float64)
@@ -91,7 +81,7 @@ def test_agrees_with_the_equation(gamma: float, terms: int, b: int, d: int, e: i
 
 
 def test_two_terms_are_similarity_preservation_times_a_constant() -> None:
-    """Why two are not the default."""
+    """This is why two terms are not the default."""
     similarities = SP().embedding_tap().loss(golden.S, golden.T, golden.Y)
     found = made(terms=2)(golden.S, golden.T, golden.Y)
     assert_close(found, 0.8**2 * math.exp(-1.6) * similarities)
@@ -150,7 +140,7 @@ def test_precisions_agree(size: tuple[int, int, int]) -> None:
     assert_close(single.double(), exact, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_reaches_the_student_alone_and_there_is_no_state() -> None:
+def test_gradient_reaches_only_the_student_and_there_is_no_state() -> None:
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module = made()
     module(student, teacher, golden.Y).backward()

@@ -1,4 +1,4 @@
-"""Checkpoints of any shape are read into the network that they are of, and others are refused."""
+"""Checkpoints of any structure are read into their network; those of another one are refused."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ def trained() -> nn.Module:
 
 
 def state_of(prefix: str = "", seed: int | None = None) -> State:
-    """The weights of the tiny teacher, or with a seed, weights of another one."""
+    """Return the weights of the tiny teacher or, with a seed, those of another one."""
     state = trained().state_dict()
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -65,13 +65,15 @@ PREFIXES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [*((wrap, "module.") for wrap in WRAPPERS), *((WRAPPERS[2], prefix) for prefix in PREFIXES)],
+)
 def test_weights_are_found_in_any_dictionary_and_behind_any_prefix(
     wrap: Callable[[Any], object], prefix: str, tmp_path: Path, caplog: Log
 ) -> None:
     state = state_of(prefix)
-    state["kdhooks.distiller.losses.fcd.projector.weight"] = torch.ones(1)  # of a student once
+    state["kdhooks.distiller.losses.fcd.projector.weight"] = torch.ones(1)  # of a past student
     torch.save(wrap(state), tmp_path / "model.pt")
     with caplog.at_level(logging.INFO, "kdhooks"):
         assert_is_the_teacher(loaded(tmp_path / "model.pt"))
@@ -80,7 +82,7 @@ def test_weights_are_found_in_any_dictionary_and_behind_any_prefix(
         assert f"{prefix.rstrip('.')}';" in caplog.text
 
 
-def test_what_stands_beside_the_prefix_is_left_out(tmp_path: Path, caplog: Log) -> None:
+def test_tensors_without_the_prefix_are_ignored(tmp_path: Path, caplog: Log) -> None:
     besides = {"n_averaged": torch.tensor(3), "head.weight": torch.ones(5, 12)}
     torch.save({**state_of("module."), **besides}, tmp_path / "averaged.pt")
     with caplog.at_level(logging.INFO, "kdhooks"):
@@ -89,7 +91,7 @@ def test_what_stands_beside_the_prefix_is_left_out(tmp_path: Path, caplog: Log) 
 
 
 def test_a_file_without_counters_of_batches_is_read(tmp_path: Path) -> None:
-    """As torch before 0.4.1 wrote it."""
+    """torch before 0.4.1 wrote such files."""
     state = {k: v for k, v in state_of().items() if not k.endswith("num_batches_tracked")}
     assert len(state) < len(state_of())
     torch.save(state, tmp_path / "old.pt")
@@ -99,7 +101,7 @@ def test_a_file_without_counters_of_batches_is_read(tmp_path: Path) -> None:
     assert_is_the_teacher(loaded(tmp_path / "older.pt"))
 
 
-def test_counters_that_an_average_or_half_precision_made_fractions_are_read(
+def test_counters_in_floating_point_are_read(
     tmp_path: Path,
 ) -> None:
     torch.save({key: value.double() for key, value in state_of().items()}, tmp_path / "mean.pt")
@@ -164,7 +166,7 @@ def test_a_file_of_another_network_is_refused(content: object, found: str, tmp_p
 
 
 def test_a_deeper_network_with_the_same_names_is_refused(tmp_path: Path) -> None:
-    """All weights of the smaller network are there, and of the same shapes."""
+    """The file has all weights of the smaller network, with the same shapes."""
     torch.save({"backbone": {**state_of(), "stage9.weight": torch.ones(1)}}, tmp_path / "m.pt")
     with pytest.raises(KDHooksError, match=r"1 are not the network's \(stage9\.weight\)"):
         loaded(tmp_path / "m.pt")
@@ -235,7 +237,9 @@ def test_arrays_become_tensors(tmp_path: Path) -> None:
     assert_is_the_teacher(loaded(tmp_path / "new.pt"))
 
 
-def test_what_can_not_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_converted_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     (tmp_path / "notes.pt").write_text("notes")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "empty.pt").read_bytes()[:-9])

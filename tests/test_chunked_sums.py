@@ -1,4 +1,4 @@
-"""Losses by chunks of classes: as of all at once, and never the scores of all."""
+"""Losses computed by chunks of classes equal those of all classes, and never hold all scores."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from kdhooks_plugins.kd import KD
 from kdhooks_plugins.margindistillation import MarginDistillation
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from kdhooks_plugins.thkd import THKD
+from tests.maps import normal
 
 WIDTH = 6
 METHODS: dict[str, Callable[[], Any]] = {
@@ -50,11 +51,6 @@ def _numbers() -> Iterator[None]:
     NUMBERS.update(before)
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def loss_of(name: str) -> nn.Module:
     hook = METHODS[name]().classifier_share
     tap = hook() if name in COMPARE else hook(Model(None, WIDTH), Model(None, WIDTH))
@@ -71,7 +67,7 @@ def forward(
     dtype: torch.dtype = torch.float64,
     wrapped: Callable[[nn.Module], Any] = lambda loss: loss,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what it trains."""
+    """Return the loss and the tensors that it trains."""
     NUMBERS["cpu"] = rows_at_a_time * max(b, WIDTH)
     student = normal(seed, b, WIDTH).to(dtype).requires_grad_()
     head = normal(seed + 1, c, WIDTH).to(dtype).requires_grad_()
@@ -87,7 +83,7 @@ def forward(
 def outcome(
     name: str, seed: int, b: int, c: int, some: int, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """Value and gradients."""
+    """Return the value and the gradients."""
     value, inputs = forward(name, seed, b, c, some, dtype)
     value.backward()
     gradients = [x.grad for x in inputs if x.grad is not None]
@@ -98,14 +94,14 @@ def outcome(
 @pytest.mark.parametrize("name", METHODS)
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**16), st.integers(1, 8), st.integers(1, 40), st.integers(1, 15))
-def test_chunks_of_any_size_give_what_all_classes_at_once_do(
+def test_chunks_of_any_size_agree_with_one_chunk(
     name: str, seed: int, b: int, c: int, some: int
 ) -> None:
     assert_close(outcome(name, seed, b, c, some), outcome(name, seed, b, c, c))
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made inside has."""
+    """Records the size of the largest tensor that is created inside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,7 +121,7 @@ def test_the_scores_of_all_classes_are_never_held(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b, c = 64, 3000
-    monkeypatch.setattr(gkd, "_BINS", 64)  # else of one size, which is above that of so few classes
+    monkeypatch.setattr(gkd, "_BINS", 64)  # its default would exceed the limit below
     with Largest() as largest:
         outcome(name, 1, b, c, 100)
     assert largest.numbers <= c * WIDTH, "rows and their gradient are the largest"
@@ -169,7 +165,7 @@ def test_frozen_rows_are_measured_once_and_trained_ones_again_for_their_gradient
         assert_close(rows.grad, other.grad)
 
 
-def test_large_scores_and_chunks_without_any_are_borne() -> None:
+def test_large_scores_and_chunks_without_any_are_handled() -> None:
     NUMBERS["cpu"] = 4
     x = torch.tensor([[1.0, -1.0]], dtype=torch.float64).requires_grad_()
     rows = torch.tensor([[-1e30, 0.0], [0.0, 1e4], [0.0, -1e4], [0.0, -1e4]]).double()
@@ -281,7 +277,7 @@ def test_chunks_of_a_shard_are_its_classes_in_order() -> None:
     assert_close(found, shard.cosines(x).logsumexp(dim=1))
 
 
-def test_ones_own_cosine_is_that_of_the_own_class() -> None:
+def test_own_cosines_are_those_of_the_labels_classes() -> None:
     shard = ClassShard(normal(2, 12, 3), 0, 12)
     x, labels = normal(3, 4, 3), torch.tensor([0, 11, 5, -1])
     cosines = F.cosine_similarity(x, shard.weight[labels]) * (labels >= 0)
@@ -316,7 +312,7 @@ def test_a_mean_without_any_log_is_that_of_all_chunks(trained: bool) -> None:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("gone", [(0, 1), (0, 1, 2, 3), (2, 3), (4, 5), (6,), (1, 2, 3, 4, 5, 6)])
 def test_a_chunk_may_be_left_out_whole(gone: tuple[int, ...], trained: bool) -> None:
-    """Of two classes at a time, by a score of -inf; the softmax of such a chunk is not defined."""
+    """A chunk has two classes. All its scores are -inf, so its softmax is undefined."""
     x, rows = normal(1, 3, 4).requires_grad_(), normal(2, 7, 4).requires_grad_(trained)
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[1, list(gone)] = True
@@ -341,10 +337,10 @@ def test_a_chunk_may_be_left_out_whole(gone: tuple[int, ...], trained: bool) -> 
         assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler reads it
 @pytest.mark.parametrize("name", ["kd", "thkd"])
 def test_chunks_are_not_compiled_each(name: str) -> None:
-    """A compiled loss has as many graphs for ten chunks as for one, and is the same loss."""
+    """A compiled loss has as many graphs for ten chunks as for one, and the same value."""
     graphs: dict[int, int] = {}
     for size in (20, 2):
         counted = CompileCounterWithBackend("aot_eager")
@@ -384,7 +380,7 @@ def test_the_rows_lengths_are_computed_once_however_many_chunks(
     assert 0 < others < c / 2, "the embeddings' alone, a few of each chunk"
 
 
-def test_a_mean_by_scores_that_are_trained_is_refused() -> None:
+def test_a_mean_weighted_by_trained_scores_is_refused() -> None:
     """Its gradient would need all chunks."""
 
     def of(x: Tensor, rows: Tensor, start: int) -> Wanted:

@@ -1,4 +1,4 @@
-"""Class means stand in for a classifier."""
+"""Class means can replace a classifier."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_an_embedding_without_a_direction_is_named(value: float) -> None:
         class_means(Teacher(embed), [(images, labels)], 6)
 
 
-def test_an_embedding_for_each_image_is_wanted() -> None:
+def test_each_image_needs_an_embedding() -> None:
     teacher = Teacher(lambda images: images.mean(dim=(2, 3))[:1])
     with pytest.raises(KDHooksError, match="an embedding an image; found 1 for 12"):
         class_means(teacher, [tiny_batch()], 6)
@@ -140,7 +140,7 @@ def never() -> Iterator[tuple[Tensor, Tensor]]:
     yield tiny_batch()
 
 
-def test_a_file_that_can_not_be_written_is_refused_before_the_pass(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_the_pass(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path, "is a folder; name a file in it"),
         (tmp_path / "no" / "sums.pt", r"there is no folder '.*no' to write 'sums\.pt' in"),
@@ -169,11 +169,11 @@ def test_a_file_of_something_else_is_refused(content: object, said: str, tmp_pat
     assert (tmp_path / "sums.pt").read_bytes() == before
 
 
-# --- stopped and gone on with ----------------------------------------------------------------
+# --- stopped and resumed passes --------------------------------------------------------------
 
 
 class Counted:
-    """A teacher that counts the images it sees; or another one."""
+    """A teacher that counts its images; `turned` makes it a different teacher."""
 
     def __init__(self, dim: int = 12, turned: bool = False) -> None:
         self.seen, self._turned = 0, turned
@@ -187,7 +187,7 @@ class Counted:
 
 
 def batches_until(stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Six batches of three images; an interruption comes in the place of one."""
+    """Yield six batches of three images; raise an interruption in place of batch `stop`."""
     images, labels = tiny_batch(copies=3)
     for number in range(6):
         if number == stop:
@@ -197,20 +197,20 @@ def batches_until(stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pass that stopped in the middle: four of six batches are kept, two by two."""
+    """Return the file of a stopped pass: the sums of four of six batches, saved every two."""
     monkeypatch.setattr("kdhooks.teacher.class_means.SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         class_means(Teacher(Counted()), batches_until(5), 6, save=tmp_path / "sums")
     return tmp_path / "sums"
 
 
-def test_a_stopped_pass_goes_on_where_it_was(partial: Path) -> None:
+def test_a_stopped_pass_resumes(partial: Path) -> None:
     straight = class_means(Teacher(Counted()), batches_until(), 6)
     counted = Counted()
     torch.testing.assert_close(
         class_means(Teacher(counted), batches_until(), 6, save=partial), straight, rtol=0, atol=0
     )
-    assert counted.seen == 2 * 2 * 3 + 1  # two batches, mirrored too, and the probe
+    assert counted.seen == 2 * 2 * 3 + 1  # two batches with their mirror images, and the probe
     counted = Counted()
     class_means(Teacher(counted), batches_until(), 6, save=partial)
     assert counted.seen == 1
@@ -234,7 +234,7 @@ def test_damaged_sums_are_refused(changes: dict[str, object], partial: Path) -> 
         class_means(Teacher(Counted()), batches_until(), 6, save=partial)
 
 
-def test_the_teacher_is_a_teacher() -> None:
+def test_the_teacher_must_be_a_teacher() -> None:
     for given in (tiny_teacher().module, "r50"):
         with pytest.raises(KDHooksError, match=r"teacher must be a kdhooks.Teacher, as Teacher\(m"):
             class_means(given, [tiny_batch()], 6)  # type: ignore[arg-type]

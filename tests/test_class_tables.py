@@ -1,4 +1,4 @@
-"""Tables with a row for each class: split over ranks they teach what whole ones teach."""
+"""Tables with a row for each class train the same student whether split over ranks or whole."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
 from tests.ranks import Results, here, mine, on_ranks
 
-SIZES = [3, 4]  # two ranks are in the tests of the methods
+RANKS = 3  # the methods' own tests run two ranks
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "coupleface", "k": 3},
@@ -36,8 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "proxylesskd": {"name": "proxylesskd", "head": "own", "scale": 8.0},
     "thkd": {"name": "thkd", "scale": 8.0},
 }
-# Of the labelled samples of all ranks if the rows are split, and of each rank's if they are not.
+# Their losses average the labelled samples of all ranks if the rows are split, else of each rank.
 OF_ALL = ("adadistill", "quality", "proxylesskd", "thkd")
+# "near" averages over the relations of each rank's samples, whose number differs between ranks.
+AS_ONE = [name for name in METHODS if name != "near"]
 
 
 class Student(nn.Module):
@@ -68,7 +70,7 @@ def rows() -> Tensor:
 
 
 def images_of(step: int, labels: Tensor) -> Tensor:
-    """Near those of their class, so that the teacher knows them."""
+    """Return images near the pattern of their class, so that the teacher recognises them."""
     return patterns()[labels] + 0.2 * normal(20 + step, BATCH, 3, 2, 2)
 
 
@@ -83,7 +85,7 @@ def distiller(student: Student, method: dict[str, Any], **options: Any) -> Disti
 
 
 def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> list[Tensor]:
-    """The losses of some optimizer steps, of two batches each."""
+    """Run some optimizer steps of two batches each; return the losses."""
     kd.accumulation = ACCUMULATED
     groups = [{"params": list(student.parameters())}, *kd.parameter_groups(0.0)]
     optimizer, losses = torch.optim.SGD(groups, lr=0.1), []
@@ -104,7 +106,7 @@ def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> li
 
 
 def _average(student: nn.Module) -> None:
-    """As DistributedDataParallel does; the distiller averages those of its losses."""
+    """Average the student's gradients, as DistributedDataParallel does."""
     if dist.is_initialized():
         for parameter in student.parameters():
             assert parameter.grad is not None
@@ -134,17 +136,17 @@ def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results
 
 
 def resumed(method: dict[str, Any], folder: str) -> Results:
-    """From each rank's own state, after a stop, against the straight run."""
-    rank, size = here()
+    """Return the losses of the straight run, and of one resumed from each rank's own state."""
+    rank, _ = here()
     student = Student()
     with distiller(student, method) as kd:
         train(student, kd, range(STEPS))
         saved = {"student": student.state_dict(), "kd": kd.state_dict()}
-        torch.save(saved, f"{folder}/{size}_{rank}.pt")
-        torch.save(kd.whole_state_dict(), f"{folder}/{size}_whole.pt")
+        torch.save(saved, f"{folder}/own_{rank}.pt")
+        torch.save(kd.whole_state_dict(), f"{folder}/whole.pt")
         straight = train(student, kd, range(STEPS, 2 * STEPS))
     again = Student()
-    loaded = torch.load(f"{folder}/{size}_{rank}.pt", weights_only=True)
+    loaded = torch.load(f"{folder}/own_{rank}.pt", weights_only=True)
     again.load_state_dict(loaded["student"])
     with distiller(again, method) as kd:
         kd.load_state_dict(loaded["kd"])
@@ -153,7 +155,7 @@ def resumed(method: dict[str, Any], folder: str) -> Results:
 
 
 def copied() -> Results:
-    """A student with kd as a child, as callbacks that average weights copy it."""
+    """Copy a student that has kd as a child, as callbacks that average weights do."""
     student = Student()
     with distiller(student, METHODS["adadistill"]) as kd:
         student.kd = kd
@@ -165,8 +167,10 @@ def scenarios(folder: str) -> dict[str, Results]:
     found: dict[str, Results] = {}
     for name, method in METHODS.items():
         found[name] = outcome(method)
-        found[f"{name}, whole"] = outcome(method, sharded=False)
-        found[f"{name}, labelled"] = outcome(method, lowest=0)
+        if name not in OF_ALL:
+            found[f"{name}, whole"] = outcome(method, sharded=False)
+        if name in AS_ONE:
+            found[f"{name}, labelled"] = outcome(method, lowest=0)
     for name in ("averaged", "icdface", "adadistill"):
         found[f"{name}, resumed"] = resumed(METHODS[name], folder)
     found["copied"] = copied()
@@ -175,25 +179,18 @@ def scenarios(folder: str) -> dict[str, Results]:
 
 
 @pytest.fixture(scope="module")
-def of_sizes(tmp_path_factory: Any) -> tuple[dict[int, Any], Path]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return on_ranks(SIZES, partial(scenarios, str(folder)), folder), folder
-
-
-@pytest.fixture(params=SIZES)
-def ranks(request: pytest.FixtureRequest, of_sizes: Any) -> tuple[list[Any], Path]:
-    found, folder = of_sizes
-    return found[request.param], folder
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(RANKS, partial(scenarios, str(folder)), folder), folder
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
-    """Values, gradients and state; some samples have no label, and the split is uneven."""
+def test_split_tables_train_like_whole_ones(ranks: Any, name: str) -> None:
+    """Values, gradients and state agree; some samples have no label, and the split is uneven."""
     found, _ = ranks
+    alone = outcome(METHODS[name]) if name in OF_ALL else None
     for of_rank in found:
-        split, whole = of_rank[name], of_rank[f"{name}, whole"]
-        if name in OF_ALL:
-            whole = outcome(METHODS[name])
+        split, whole = of_rank[name], alone or of_rank[f"{name}, whole"]
         assert split["split"]
         assert not whole["split"]
         assert split["bytes"] < whole["bytes"]
@@ -201,10 +198,9 @@ def test_split_tables_teach_what_whole_ones_do(ranks: Any, name: str) -> None:
         assert_close(split["state"], whole["state"], rtol=1e-5, atol=1e-6)
 
 
-# The others take the mean over the relations of each rank's samples, of which some have fewer.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "near"])
+@pytest.mark.parametrize("name", AS_ONE)
 def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
-    """The factor of the gradients is 1."""
+    """The gradients have the same scale too."""
     found, _ = ranks
     alone = outcome(METHODS[name], lowest=0)
     losses = torch.stack([of_rank[f"{name}, labelled"]["losses"] for of_rank in found])
@@ -215,7 +211,7 @@ def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["averaged", "icdface", "adadistill"])
-def test_each_rank_goes_on_from_its_own_state_to_the_last_bit(ranks: Any, name: str) -> None:
+def test_each_rank_resumes_from_its_own_state_to_the_last_bit(ranks: Any, name: str) -> None:
     found, _ = ranks
     for of_rank in found:
         straight, again = of_rank[f"{name}, resumed"].values()
@@ -236,15 +232,15 @@ def test_a_student_with_split_tables_is_copied(ranks: Any) -> None:
 
 
 def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:
-    found, folder = ranks
+    _, folder = ranks
     with distiller(Student(), METHODS["adadistill"]) as kd:
-        kd.load_state_dict(torch.load(folder / f"{len(found)}_whole.pt", weights_only=True))
+        kd.load_state_dict(torch.load(folder / "whole.pt", weights_only=True))
         assert kd.step == STEPS * ACCUMULATED
 
 
 def test_a_part_of_the_state_is_refused_by_another_number_of_ranks(ranks: Any) -> None:
-    found, folder = ranks
-    state = torch.load(folder / f"{len(found)}_0.pt", weights_only=True)["kd"]
+    _, folder = ranks
+    state = torch.load(folder / "own_0.pt", weights_only=True)["kd"]
     with (
         distiller(Student(), METHODS["adadistill"]) as kd,
         pytest.raises(KDHooksError, match=r"holds the classes 0 to \d, and this rank has thos"),
@@ -279,7 +275,7 @@ def test_other_classes_are_refused() -> None:
         kd.load_state_dict(state)
 
 
-def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
+def test_frozen_rows_in_float16_stay_so_and_change_the_losses_little() -> None:
     for name in ("static", "proxylesskd", "thkd", "adadistill"):
         student, precise = Student(), outcome(METHODS[name])
         with distiller(student, METHODS[name], table_dtype="float16") as kd:
@@ -287,7 +283,7 @@ def test_frozen_rows_in_float16_stay_so_and_teach_nearly_the_same() -> None:
             frozen = [table for table in tables_of(kd) if table.dtype == torch.float16]
             assert [len(one) for one in frozen] == [CLASSES]
             kd.load_state_dict(kd.state_dict())
-        # Centres only start at the rows, before these are rounded.
+        # Centres start at the rows before rounding.
         assert torch.equal(losses, precise["losses"]) == (name == "adadistill")
         assert_close(losses, precise["losses"], rtol=2e-3, atol=2e-3)
 

@@ -1,4 +1,4 @@
-"""The command: what it prints, and how it says what is wrong."""
+"""The command's output and its error messages."""
 
 import json
 import subprocess
@@ -151,7 +151,7 @@ def test_version(capsys: Captured) -> None:
         (["methodes"], "invalid choice: 'methodes'"),
     ],
 )
-def test_what_argparse_refuses(argv: list[str], said: str, capsys: Captured) -> None:
+def test_wrong_arguments_are_refused(argv: list[str], said: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
@@ -168,7 +168,7 @@ def test_an_error_is_one_line_and_status_2(capsys: Captured) -> None:
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], int]], None]:
-    """Stand in for the demonstration."""
+    """Return a function that replaces the demonstration."""
 
     def replace(run: Callable[[list[str]], int]) -> None:
         module = ModuleType("kdhooks_demo.main")
@@ -190,7 +190,7 @@ def test_demo_gets_its_own_options(demo: Callable[..., None]) -> None:
     assert seen == ["--seeds", "3", "--help"]
 
 
-def test_the_demo_says_its_options(capsys: Captured) -> None:
+def test_the_demo_lists_its_options(capsys: Captured) -> None:
     for package in ("PIL", "matplotlib", "onnxruntime", "tqdm"):
         pytest.importorskip(package)
     with pytest.raises(SystemExit) as end:
@@ -227,22 +227,12 @@ def test_an_import_error_of_our_own_is_not_taken_for_a_missing_extra(
 
 
 def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """As if the demonstration imported a package that is not installed."""
+    """Act as if the demonstration imported a package that is not installed."""
 
     def missing(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.setattr("kdhooks.cli.import_module", missing)
-
-
-@pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export"])
-def test_a_command_says_its_options_with_examples(command: str, capsys: Captured) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"usage: kdhooks {command} ")
-    assert f"\n    kdhooks {command} " in printed
 
 
 def test_the_help_lists_every_command(capsys: Captured) -> None:

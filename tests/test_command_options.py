@@ -1,4 +1,4 @@
-"""Options of the commands around arcface_torch: each is explained, and wrong ones get words."""
+"""Options of arcface_torch's commands: the help explains each, and wrong ones are refused."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("command", list(parsers()))
-def test_every_option_says_its_default_or_that_it_is_required(command: str) -> None:
+def test_every_option_states_its_default_or_that_it_is_required(command: str) -> None:
     for action in parsers()[command]._actions:
         if action.dest == "help":
             continue
@@ -70,13 +70,15 @@ def test_every_option_says_its_default_or_that_it_is_required(command: str) -> N
 
 
 @pytest.mark.parametrize("command", ["run", "doctor", "taps", "cache", "export", "evaluate"])
-def test_the_first_line_of_help_is_a_sentence_about_the_command(
+def test_help_starts_with_a_sentence_about_the_command_and_has_examples(
     command: str, capsys: Captured
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: kdhooks {command} ")
+    assert f"\n    kdhooks {command} " in printed
     first = printed[printed.index("\n\n") + 2 :].splitlines()[0]
     assert first.startswith(f"`kdhooks {command}` ")
     assert first[-1] in ".,"
@@ -236,7 +238,7 @@ def test_the_documentation_names_every_key(capsys: Captured) -> None:
 
 
 def keys(content: object) -> Iterator[str]:
-    """All keys at any depth, but for those that are names of settings or of terms."""
+    """Yield the keys at any depth, except names of settings and of terms."""
     if isinstance(content, list):
         for one in content[:1]:
             yield from keys(one)

@@ -1,4 +1,4 @@
-"""Each repair of `kdhooks run --compat`: what was broken, and that it is whole; needed or not."""
+"""Each repair of `kdhooks run --compat` fixes what was broken, and is skipped if not needed."""
 
 import builtins
 import pickle
@@ -24,7 +24,7 @@ Schedule = torch.optim.lr_scheduler.LRScheduler
 
 @pytest.fixture(autouse=True)
 def _modules() -> Iterator[None]:
-    """mxnet and scipy as they were, afterwards."""
+    """Restore mxnet and scipy after each test."""
     before = {name: module for name, module in sys.modules.items() if _ours(name)}
     yield
     for name in [name for name in sys.modules if _ours(name)]:
@@ -37,7 +37,7 @@ def _ours(name: str) -> bool:
 
 
 def warmup(optimizer: torch.optim.Optimizer) -> Any:
-    """As PolynomialLRWarmup of the trainer is made."""
+    """Return a schedule that is created like the trainer's PolynomialLRWarmup."""
 
     class Warmup(Schedule):
         def __init__(self) -> None:
@@ -56,7 +56,7 @@ def test_schedules_take_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     with pytest.raises(TypeError, match="verbose"):
         warmup(optimizer)
-    monkeypatch.setattr(Schedule, "__init__", Schedule.__init__)  # put back afterwards
+    monkeypatch.setattr(Schedule, "__init__", Schedule.__init__)  # restored afterwards
     assert "verbose" in (compat.scheduler_verbose("") or "")
     schedule = warmup(optimizer)
     optimizer.step()
@@ -66,7 +66,7 @@ def test_schedules_take_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def strict_scipy(broken: bool) -> ModuleType:
-    """scipy.interpolate, as far as it is asked, old or new."""
+    """Return the part of scipy.interpolate that is used, with or without the defect."""
 
     class interp1d:
         def __init__(self, x: Any, y: Any, kind: str = "linear", fill: float = 0.0) -> None:
@@ -117,7 +117,7 @@ def test_the_real_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interpolate.interp1d(far, thresholds, kind="slinear")(0.05) == pytest.approx(1.5)
 
 
-def test_without_scipy_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.interpolate", None)
     assert compat.repeated_abscissae("") is None
 
@@ -126,7 +126,7 @@ def test_numpy_has_the_names_that_a_script_uses(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AttributeError):
         np.float  # type: ignore[attr-defined]  # noqa: B018
     monkeypatch.setitem(vars(np), "float", builtins.float)
-    monkeypatch.delitem(vars(np), "float")  # so that it goes again afterwards
+    monkeypatch.delitem(vars(np), "float")  # so that it is removed afterwards
     assert compat.numpy_aliases("img.astype(np.float32)") is None
     said = compat.numpy_aliases("img = img.astype(np.float)")
     assert said == "numpy has the names that the script uses again: float"
@@ -134,7 +134,7 @@ def test_numpy_has_the_names_that_a_script_uses(monkeypatch: pytest.MonkeyPatch)
     assert "int" not in vars(np)
 
 
-def test_only_what_is_needed_is_said(
+def test_only_necessary_repairs_are_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     steps = (lambda source: f"mended {source}", lambda source: None)
@@ -185,7 +185,7 @@ def test_records_are_read_as_the_trainer_reads_them(tmp_path: Path) -> None:
 
 
 def test_a_record_may_hold_the_magic_number_itself(tmp_path: Path) -> None:
-    """It is cut there, and the number comes back where it was."""
+    """The record is split at the number, which is restored when the record is read."""
     content = b"a" + MAGIC + b"bcd" + MAGIC
     entry = labelled(2.0, 9, content)
     written = record(b"first") + record(entry)
@@ -198,7 +198,7 @@ def test_a_record_may_hold_the_magic_number_itself(tmp_path: Path) -> None:
 
 
 def test_a_picture_and_its_mirror(tmp_path: Path) -> None:
-    """A verification file, as the trainer's load_bin goes through it."""
+    """Read a verification file as the trainer's load_bin does."""
     write_pairs(tmp_path / "x.bin", 3, 4)
     images, same = pickle.loads((tmp_path / "x.bin").read_bytes())
     assert (len(images), same) == (8, [True, False, True, False])
@@ -208,7 +208,7 @@ def test_a_picture_and_its_mirror(tmp_path: Path) -> None:
     torch.testing.assert_close(mirrored.flip(2), torch.from_numpy(picture.asnumpy()))
 
 
-def test_a_picture_that_is_none_has_words() -> None:
+def test_an_unreadable_picture_is_named() -> None:
     with pytest.raises(KDHooksError, match="records: a picture can't be read as an image of the"):
         recordio.imdecode(b"no picture")
 

@@ -1,4 +1,4 @@
-"""Every installed method keeps the rules; and each rule can be broken."""
+"""Every installed method follows the rules, and a method that breaks a rule is noticed."""
 
 import random
 from functools import partial
@@ -24,7 +24,7 @@ def test_installed_method_conforms_with_equal_stages(name: str) -> None:
 
 
 class _Mean(nn.Module):
-    """A loss that keeps all rules; the classes below each break one."""
+    """A loss that follows all rules; each class below breaks one."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -73,7 +73,7 @@ class _HiddenState(_Mean):
 
 
 class _LateCounter(_HiddenState):
-    """The calls count from the fifth on."""
+    """The number of calls only matters from the fifth call on."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -114,7 +114,7 @@ class _EditsLabels(_Mean):
 
 
 class _ClampsLabels(_Mean):
-    """Nothing is changed but a label of -1."""
+    """Changes only labels of -1."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -149,7 +149,7 @@ class _DrawsElsewhere(_Mean):
 
 
 class _Bfloat16(_Mean):
-    """The same rounding whatever the precision of the inputs."""
+    """Rounds to bfloat16, whatever the precision of the inputs."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -190,7 +190,7 @@ class _RoundedGradient(_Mean):
 
 
 class _SlightRounding(_Mean):
-    """As much as bfloat16 does to a mean over the batch."""
+    """Errs as much as bfloat16 in a mean over the batch."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -219,7 +219,7 @@ class _NoSampleLeft(_Mean):
 
 
 class _LastClass(_Mean):
-    """Gives each class a weight, and a sample without a class that of the last one."""
+    """Weights each class, and treats a sample without a class as the last class."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -240,7 +240,7 @@ class _Sum(_Mean):
 
 
 class _Root(_Mean):
-    """Without a gradient at 0."""
+    """Has no finite gradient at 0."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -372,6 +372,6 @@ def test_a_method_that_declares_to_need_no_labels_ignores_them(
 
 def test_equal_stages_must_have_a_gradient() -> None:
     rule = "roots: a method has a finite value and gradient if the student equals the teacher"
-    check_method(_FeatureMethod)  # stages of other widths are never equal
+    check_method(_FeatureMethod)  # stages of different widths are never equal
     with pytest.raises(AssertionError, match=rule):
         check_method(_FeatureMethod, teacher=partial(tiny_teacher, width=4))

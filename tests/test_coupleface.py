@@ -19,6 +19,7 @@ from kdhooks.classes.rows import Rows
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.neighbours import mine_into
 from tests import golden
+from tests.maps import gradient, normal
 from tests.references import coupleface as reference
 from tests.references.differences import central_differences
 from tests.references.fcd import embedding_distance, linear, unit
@@ -40,7 +41,7 @@ def declared(rows: Tensor, d: int | None = None, **options: Any) -> MutualRelati
 
 
 def made(prototypes: Tensor, d: int | None = None, **options: Any) -> MutualRelations:
-    """In float64; the rows are read as float32, so put the exact ones in place."""
+    """Return the loss in float64, with the exact rows in place of those read as float32."""
     loss = declared(prototypes, d, **options).double()
     if loss.bank_momentum is None:
         loss.prototypes.copy_(nn.functional.normalize(prototypes))
@@ -58,18 +59,8 @@ def expected_of(loss: MutualRelations, prototypes: Tensor) -> reference.CoupleFa
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = 0) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # --- golden values ---------------------------------------------------------------------------
@@ -108,7 +99,7 @@ def test_k_is_cut_to_the_other_classes_with_a_warning(caplog: pytest.LogCaptureF
     assert "k = 100, but there are only 4 other classes" in caplog.text
 
 
-def test_says_how_many_classes_have_neighbours_passed_over(
+def test_logs_how_many_classes_have_skipped_neighbours(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, "kdhooks"):
@@ -177,7 +168,7 @@ def test_static_relations_agree_with_the_equation(
 def test_bank_relations_agree_with_the_equation_step_by_step(
     momentum: float, two_sided: bool, alpha: Scheduled
 ) -> None:
-    """Some classes come late, some twice in a batch, some samples have no label."""
+    """Some classes appear late or twice in a batch, and some samples have no label."""
     c, d = 6, 4
     prototypes = normal(9, c, d)
     loss = made(
@@ -221,7 +212,7 @@ def test_a_bank_without_momentum_holds_the_latest_embedding() -> None:
     assert not loss.student_bank[3:].any()
 
 
-def test_an_empty_bank_gives_feature_consistency_alone() -> None:
+def test_an_empty_bank_leaves_only_feature_consistency() -> None:
     student = golden.S.clone().requires_grad_()
     value, notes = made(golden.W, relations="bank")(student, golden.T, golden.Y)
     value.backward()
@@ -230,7 +221,7 @@ def test_an_empty_bank_gives_feature_consistency_alone() -> None:
     assert_close(value.item(), embedding_distance(golden.S.numpy(), golden.T.numpy(), "l2"))
 
 
-def test_a_warm_up_scales_alpha_and_not_what_is_logged() -> None:
+def test_a_warm_up_scales_alpha_but_not_the_logged_term() -> None:
     loss = made(golden.W, alpha=Schedule(value=2.0, warmup=4))
     for step in range(6):
         loss.alpha.move(step, None)
@@ -271,11 +262,11 @@ def test_the_projector_is_linear_and_trained(d: int, e: int, relations: str) -> 
     assert_close(gradient(projector).numpy(), by_weight, rtol=1e-6, atol=1e-8)
 
 
-# --- acceptance ------------------------------------------------------------------------------
+# --- special cases ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
-def test_equal_embeddings_without_slack_cost_nothing(two_sided: bool) -> None:
+def test_equal_embeddings_without_slack_have_no_loss(two_sided: bool) -> None:
     student = golden.T.clone().requires_grad_()
     loss = made(golden.W, q=0.0, two_sided=two_sided)
     value, notes = loss(student, golden.T, golden.Y)
@@ -285,7 +276,7 @@ def test_equal_embeddings_without_slack_cost_nothing(two_sided: bool) -> None:
     assert_close(gradient(student), torch.zeros_like(student))
 
 
-def test_equal_embeddings_in_a_bank_cost_nothing() -> None:
+def test_equal_embeddings_in_a_bank_have_no_loss() -> None:
     loss = made(golden.W, q=0.0, relations="bank")
     for _ in range(3):
         student = golden.T.clone().requires_grad_()
@@ -297,7 +288,7 @@ def test_equal_embeddings_in_a_bank_cost_nothing() -> None:
 
 @pytest.mark.parametrize("q", [-0.1, 0.0, 0.03])
 def test_a_relation_below_the_teachers_gets_no_gradient(q: float) -> None:
-    """Opposite to every neighbour: R_s is below R_t - q, and rad is silent."""
+    """The student points away from every neighbour, so R_s is below R_t - q and rad is 0."""
     prototypes = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]], dtype=torch.float64)
     student = torch.tensor([[-0.7, -0.7]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
@@ -394,7 +385,7 @@ def test_precisions_agree(size: tuple[int, int, int, int], relations: str, two_s
 @pytest.mark.parametrize(
     ("relations", "projector"), list(itertools.product(RELATIONS, [False, True]))
 )
-def test_gradient_reaches_student_and_projector_alone(relations: str, projector: bool) -> None:
+def test_gradient_reaches_only_student_and_projector(relations: str, projector: bool) -> None:
     loss = made(golden.W, relations=relations, projector=projector)
     for _ in range(2):
         student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
@@ -411,7 +402,7 @@ def test_gradient_reaches_student_and_projector_alone(relations: str, projector:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_goes_on_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path) -> None:
+def test_resumes_bit_by_bit_from_its_state_dict(momentum: float, tmp_path: Path) -> None:
     def fresh() -> MutualRelations:
         return declared(golden.W, relations="bank", bank_momentum=momentum, projector=True)
 
@@ -443,7 +434,7 @@ def test_prototypes_may_come_from_a_file(tmp_path: Path) -> None:
     assert_close(loss.prototypes.norm(dim=1), torch.ones(5))
 
 
-def test_prototypes_given_go_before_the_teachers_classifier() -> None:
+def test_given_prototypes_override_the_teachers_classifier() -> None:
     loss = declared(golden.W, prototypes=golden.W2)
     assert_close(loss.prototypes, nn.functional.normalize(golden.W2).float())
 

@@ -1,4 +1,4 @@
-"""The demo on faces that the test makes: who is trained on, who is tested, and the whole of it."""
+"""The demo on generated faces: its parts, and a whole run."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -103,7 +103,7 @@ def lesson() -> Lesson:
     return Lesson(faces.images, faces.labels, embedding, embedding[::4].contiguous(), {})
 
 
-def test_training_depends_on_the_seed_alone() -> None:
+def test_training_depends_only_on_the_seed() -> None:
     settings = Settings(images_seen=24, batch=8)
     row = Row("fcd", ["fcd"])
     runs = [train(lesson(), row, settings, seed) for seed in (0, 0, 1)]
@@ -111,7 +111,7 @@ def test_training_depends_on_the_seed_alone() -> None:
     assert runs[0].losses != runs[2].losses
 
 
-def test_labels_alone_have_no_teacher_and_proxylesskd_no_head() -> None:
+def test_training_on_labels_has_no_teacher_and_proxylesskd_no_head() -> None:
     settings = Settings(images_seen=8, batch=8)
     labels, fcd, proxyless = (
         train(lesson(), row, settings, 0).losses[0]
@@ -125,8 +125,8 @@ def test_labels_alone_have_no_teacher_and_proxylesskd_no_head() -> None:
     assert proxyless == 0
 
 
-def test_a_student_is_looked_at_in_between_and_in_the_end() -> None:
-    """In eval mode, so that looking changes nothing."""
+def test_a_student_is_evaluated_during_and_after_training() -> None:
+    """It is in eval mode, so that this changes nothing."""
     modes: list[bool] = []
 
     def look(student: nn.Module) -> dict[str, float]:
@@ -142,8 +142,8 @@ def test_a_student_is_looked_at_in_between_and_in_the_end() -> None:
     assert looked.losses == train(lesson(), row, settings, 0).losses
 
 
-def test_a_look_says_how_strong_the_methods_are_beside_the_labels() -> None:
-    """In the first step two students are equal, so only the weight differs."""
+def test_a_look_compares_the_methods_gradient_with_that_of_the_labels() -> None:
+    """In the first step, both students are equal and only the weight differs."""
     settings = Settings(images_seen=8, batch=4)
 
     def looks(methods: list[object], labels: float = 1.0) -> list[Any]:
@@ -179,7 +179,7 @@ def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
 
 
 def test_a_row_may_be_taught_by_some_of_several_teachers() -> None:
-    """A teacher that stands twice teaches like its embedding written twice."""
+    """Selecting a teacher twice has the effect of repeating its embedding."""
     first = lesson()
     other = first.embedding.flip(1)
     settings = Settings(images_seen=24, batch=8)
@@ -220,7 +220,7 @@ def test_a_live_teacher_is_run_in_every_step() -> None:
     assert calls >= settings.steps
 
 
-def test_progress_is_told_every_step_in_the_end() -> None:
+def test_progress_counts_every_step() -> None:
     told: list[tuple[int, float]] = []
     settings = Settings(images_seen=52, batch=4)
     losses = train(
@@ -257,8 +257,8 @@ def test_only_tapped_stages_are_remembered(tmp_path: Path) -> None:
 def taught(place: str, row: Row) -> tuple[list[float], Floats]:
     """Train and embed on a device that raises if the host waits for it after the first step.
 
-    The layout of images in memory is the processor's where the processor does the sums, since
-    they are rounded otherwise in another.
+    If the device computes on the CPU, images have the CPU's memory layout, since another one would
+    change the rounding.
     """
     torch.use_deterministic_algorithms(False)
     device = device_at(place)
@@ -297,7 +297,7 @@ def taught(place: str, row: Row) -> tuple[list[float], Floats]:
 @pytest.mark.parametrize(
     "row", [Row("labels"), Row("fcd", ["fcd"]), Row("acsr", ["acsr"])], ids=lambda row: row.name
 )
-def test_another_device_teaches_the_same_and_is_never_waited_for(
+def test_another_device_trains_the_same_student_without_waits(
     process: ProcessPoolExecutor, place: str, row: Row
 ) -> None:
     there = process.submit(taught, place, row).result()
@@ -305,12 +305,12 @@ def test_another_device_teaches_the_same_and_is_never_waited_for(
     if place == NAME:
         np.testing.assert_allclose(there[0], here[0], rtol=1e-5)
         np.testing.assert_allclose(there[1], here[1], rtol=1e-3, atol=1e-4)
-    else:  # CUDA sums in another order, and each step enlarges the difference
+    else:  # CUDA sums in another order, and each step amplifies the difference
         np.testing.assert_allclose(there[0][0], here[0][0], rtol=1e-3)
         assert np.isfinite(there[1]).all()
 
 
-def test_a_lesson_moves_to_a_device_but_for_its_class_means() -> None:
+def test_a_lesson_moves_to_a_device_except_its_class_means() -> None:
     moved = lesson().to(torch.device("meta"))
     assert moved.rows.device.type == "cpu"
     assert {x.device.type for x in (moved.images, moved.labels, moved.embedding)} == {"meta"}
@@ -330,7 +330,7 @@ def test_the_head_is_arcface() -> None:
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """On the processor, autocast returns angles in float32, as it does on CUDA."""
+    """Makes autocast on the CPU return angles in float32, as on CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.acos and torch.is_autocast_enabled("cpu"):
@@ -342,7 +342,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def made_head(dtype: torch.dtype) -> tuple[ArcFaceHead, Tensor, Tensor]:
-    """The head, embeddings of which the first lies on the row of its class, and the labels."""
+    """Return head, embeddings and labels; the first embedding equals the row of its class."""
     generator = torch.Generator().manual_seed(0)
     head = ArcFaceHead(8, 3, margin=0.3, scale=16.0)
     with torch.no_grad():
@@ -378,7 +378,7 @@ def test_a_head_under_autocast_would_be_noticed(dtype: torch.dtype) -> None:
             cosine.scatter(1, labels[:, None], own)
 
 
-# --- the whole -------------------------------------------------------------------------------
+# --- the whole demo --------------------------------------------------------------------------
 
 
 class TinyTeacher(nn.Module):
@@ -399,7 +399,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     export(TinyTeacher().eval(), torch.rand(2, 3, 112, 112), tmp_path / "teacher.onnx")
     data = written(made_faces(people=8), tmp_path / "faces")
     arguments = ["--data", data, "--teacher", tmp_path / "teacher.onnx", "--out", tmp_path / "out"]
-    arguments += ["--images-seen", 120, "--views", 2, "--couples", 2, "--threads", 1]
+    arguments += ["--images-seen", 60, "--views", 2, "--couples", 2, "--threads", 1]
     arguments += ["--full", "--seed", 0, "--seeds", 1, "--students", 2]
     try:
         assert main([str(argument) for argument in arguments]) == 0
@@ -450,7 +450,7 @@ def test_a_gain_is_the_mean_of_the_pairs() -> None:
     )
 
 
-# --- the real ones ---------------------------------------------------------------------------
+# --- real faces and a real teacher -----------------------------------------------------------
 
 
 def _installed(package: str) -> bool:

@@ -1,4 +1,4 @@
-"""The demo's faces and pairs: who is trained on, who is tested, and files that are refused."""
+"""The demo's faces and pairs: people for training and for testing, and files that are refused."""
 
 import zipfile
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def test_pictures_of_nobody_are_skipped_and_logged(
     assert "faces: skipped 1 images in no person's folder: sheet.png" in caplog.text
 
 
-# --- who trains, who is tested ---------------------------------------------------------------
+# --- people for training and for testing -----------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -155,9 +155,7 @@ def test_lfw_pairs_are_read_from_the_last_fifth_of_the_folds(tmp_path: Path) -> 
         ("2 1\np1 1 2\np1 1 p2 2\np1 1 2\np1 one 2", 'must be "person 1 4" or "person 1 other 2"'),
     ],
 )
-def test_pairs_files_that_say_something_else_are_refused(
-    text: str, match: str, tmp_path: Path
-) -> None:
+def test_malformed_pairs_files_are_refused(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(KDHooksError, match=match):
         read_pairs(tmp_path / "pairs.txt")
@@ -215,8 +213,8 @@ def test_a_share_of_people_is_a_share(share: float) -> None:
         split_by_people(made_faces(), share, 0)
 
 
-def test_pairs_are_balanced_where_few_pairs_of_two_people_are_there() -> None:
-    """Two people with many images of the one: 45 pairs of one person, 10 of two."""
+def test_pairs_are_balanced_if_there_are_few_pairs_of_two_people() -> None:
+    """Most images are of one person: there are 45 pairs of one person, and 10 of two people."""
     faces = made_faces(people=2, images=10)
     few = faces.where(np.arange(20) < 11)
     pairs = make_pairs(few, 0)

@@ -1,4 +1,4 @@
-"""Numbers and folders on the demo's command line, refused before anything runs."""
+"""Wrong numbers on the demo's command line are refused before anything runs."""
 
 import pytest
 
@@ -42,6 +42,6 @@ def test_a_number_out_of_range_is_refused(
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
 def test_short_trainings_have_a_schedule(steps: int) -> None:
-    """OneCycleLR divides by 0 for a tenth of 10 steps."""
+    """OneCycleLR divides by 0 if its warm-up, a tenth of the steps, has one step."""
     trained = train(lesson(), Row("labels"), Settings(images_seen=4 * steps, batch=4), 0)
     assert len(trained.losses) == steps

@@ -107,7 +107,7 @@ class OnlyDeterministic(TorchDispatchMode):
 
 @contextmanager
 def torchs_own() -> Iterator[None]:
-    """Inside, torch itself raises the error, on CUDA alone."""
+    """Inside, torch itself raises the error, but only on CUDA."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -122,9 +122,9 @@ def check_of(place: str) -> AbstractContextManager[Any]:
 def trained(
     place: str, make: Callable[[], object], transformer: bool = False, half: bool = False
 ) -> list[Tensor]:
-    """Each step's loss, and then the student's and the losses' weights.
+    """Return each step's loss, followed by the weights of the student and of the losses.
 
-    The student's stages are the larger ones, so that they are pooled. half: under autocast.
+    The student's stages are larger than the teacher's, so they are pooled. half: under autocast.
     """
     torch.manual_seed(0)
     student = TinyFaceNet().to(place).train()
@@ -175,7 +175,7 @@ both_teachers = pytest.mark.parametrize("transformer", [False, True])
 
 @both_teachers
 @every_method
-def test_a_method_uses_operators_with_a_deterministic_form_alone(
+def test_a_method_uses_only_operators_with_a_deterministic_form(
     name: str, options: dict[str, Any], transformer: bool
 ) -> None:
     if "prompts" in options and not transformer:
@@ -264,11 +264,11 @@ def test_pooling_keeps_the_dtype_and_a_tensor_of_that_size() -> None:
         assert_close(pool(x, size), F.adaptive_avg_pool2d(x, size))
 
 
-# --- that it would be noticed --------------------------------------------------------------------
+# --- nondeterministic operators are noticed ------------------------------------------------------
 
 
 class _Pooling(nn.Module):
-    """Compares maps that are pooled adaptively."""
+    """Compares adaptively pooled maps."""
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
         """[(b k h w)], [(b k h w)], (b) -> ()."""

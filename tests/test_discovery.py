@@ -1,4 +1,4 @@
-"""Methods are found by entry point, looked up lazily; what is wrong with one is said by name."""
+"""Methods are found by entry point and imported lazily; errors name the method."""
 
 import sys
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def test_an_unknown_name_gets_its_near_miss() -> None:
         load("couplefase")
 
 
-def test_a_name_unlike_any_gets_the_list_alone() -> None:
+def test_a_name_unlike_any_gets_only_the_list() -> None:
     with pytest.raises(KDHooksError, match="no method 'zzz' is installed; installed: "):
         load("zzz")
 
@@ -120,7 +120,7 @@ def test_an_attribute_that_is_not_there_is_named(path: Path) -> None:
         load("fake")
 
 
-def test_a_broken_plugin_takes_no_other_down(path: Path) -> None:
+def test_a_broken_plugin_does_not_affect_others(path: Path) -> None:
     source = '"""Broken, 2021."""\nimport fake_dependency'
     write_distribution(path, "fake_broken", {"broken": "fake_broken:Method"}, source)
     assert info("broken").paper == "Broken, 2021."
@@ -151,7 +151,7 @@ def test_nobody_takes_the_name_of_a_built_in_method(path: Path) -> None:
         load("fcd")
 
 
-def test_a_class_is_no_method() -> None:
+def test_a_class_is_refused_as_a_method() -> None:
     with pytest.raises(KDHooksError, match=r"method FCD is a class; give an object, with its \(\)"):
         create(FCD)
 

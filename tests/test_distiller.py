@@ -1,4 +1,4 @@
-"""One step goes from taps through the teacher to the losses, and nothing else happens beside it."""
+"""One step goes from taps through the teacher to the losses, without side effects."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ def test_terms_are_weighted_and_named_in_the_order_of_the_methods() -> None:
 
 
 class Counted(Gap):
-    """Logs a count and a flag beside its loss."""
+    """Logs a count and a flag together with its loss."""
 
     def forward(  # type: ignore[override]
         self, student: Tensor, teacher: Tensor, labels: Tensor
@@ -42,7 +42,7 @@ class Counted(Gap):
         return loss, {"pairs": (labels >= 0).sum(), "found": (labels >= 0).any()}
 
 
-def test_counts_are_logged_as_numbers_of_which_a_host_can_take_the_mean() -> None:
+def test_counts_are_logged_as_numbers_that_have_a_mean() -> None:
     net, (images, labels) = student(), tiny_batch()
     kd = distil(Method("gap", loss=Counted()), net=net)
     net(images)
@@ -116,7 +116,7 @@ def test_the_global_generators_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_initial_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     def projector(seed: int) -> Tensor:
         torch.rand(seed + 1)
         kd = distil({"name": "fcd", "projector": True}, seed=seed)
@@ -187,7 +187,7 @@ def test_state_dict_holds_no_teacher_and_restores_the_step() -> None:
 
 
 class Table(Gap):
-    """A loss with a matrix that decays, and a table inside that does not."""
+    """A loss with a matrix that decays, and with a table that does not."""
 
     def __init__(self, spared: str = "rows") -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def test_a_copy_has_no_teacher_and_disturbs_nothing() -> None:
     assert not teacher.training
 
 
-def test_a_copy_that_is_called_says_that_it_is_one() -> None:
+def test_calling_a_copy_is_refused() -> None:
     kd, (images, labels) = distil("fcd"), tiny_batch()
     copied = copy.deepcopy(kd)
     with pytest.raises(KDHooksError, match="a copy of a Distiller has no teacher and no hooks"):
@@ -263,7 +263,7 @@ def test_losses_run_in_float32_inside_autocast() -> None:
     assert seen == [torch.float32] * 3
 
 
-def test_the_teacher_is_skipped_where_no_loss_needs_it_but_for_the_first_check() -> None:
+def test_a_teacher_that_no_loss_needs_runs_only_for_the_first_check() -> None:
     calls: list[int] = []
     module = tiny_teacher().module
     assert module is not None

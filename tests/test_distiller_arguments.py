@@ -1,4 +1,4 @@
-"""The arguments of a Distiller and of a Teacher are checked before anything is done with them."""
+"""The arguments of a Distiller and of a Teacher are checked before they are used."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def methods_of(methods: Any) -> list[str]:
     return list(Distiller(student(), tiny_teacher(), methods, input_shape=SMALL).losses)
 
 
-def test_an_array_or_an_iterator_of_names_will_do() -> None:
+def test_an_array_or_an_iterator_of_names_is_accepted() -> None:
     assert methods_of(np.array(["fcd", "sp"])) == ["fcd", "sp"]
     assert methods_of(iter(["fcd", "sp"])) == ["fcd", "sp"]
 

@@ -1,4 +1,4 @@
-"""A Distiller refuses, leaves out or reports what would train the wrong thing."""
+"""A Distiller refuses, omits or reports anything that would train the student wrongly."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_is_refused_in_the_first_step() -> None:
 
 
 class FailsOnce(Gap):
-    """Not finite in its second step."""
+    """A loss that is not finite in its second step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_no_checkpoint_is_written_after_a_term_that_was_not_finite() -> None:
     for _ in range(2):
         net(images)
         kd(images, labels)
-    for _ in range(2):  # however often it is tried
+    for _ in range(2):  # each attempt is refused
         with pytest.raises(KDHooksError, match="step 2: gap not finite"):
             kd.state_dict()
 
@@ -103,7 +103,7 @@ def test_a_teacher_that_fails_on_some_images_names_their_labels() -> None:
     def failing(images: Tensor) -> Tensor:
         calls.append(1)
         embedding: Tensor = module(images).clone()
-        if len(calls) == 3:  # the probe, one step, this one
+        if len(calls) == 3:  # after the probe and one step
             embedding[[1, 4]] = torch.nan
         return embedding
 
@@ -118,7 +118,7 @@ def test_a_teacher_that_fails_on_some_images_names_their_labels() -> None:
         kd(images, labels)
 
 
-def test_skipping_goes_on_without_the_terms_of_the_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipping_continues_without_the_terms_of_the_step(caplog: pytest.LogCaptureFixture) -> None:
     net, (images, labels) = student(), tiny_batch()
     loss = FailsOnce()
     kd = distil(Method(loss=loss), net=net, nonfinite="skip")
@@ -142,7 +142,7 @@ def test_skipping_goes_on_without_the_terms_of_the_step(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     "method", ["adadistill", {"name": "coupleface", "k": 2, "relations": "bank"}]
 )
-def test_what_is_left_out_spoils_no_bank(method: object) -> None:
+def test_skipped_terms_do_not_change_a_bank(method: object) -> None:
     known = tiny_teacher()
     module, calls = known.module, []
     assert module is not None
@@ -163,7 +163,7 @@ def test_what_is_left_out_spoils_no_bank(method: object) -> None:
     assert all(torch.isfinite(buffer).all() for buffer in kd.buffers())
 
 
-def test_what_to_do_with_them_has_two_names() -> None:
+def test_nonfinite_must_be_raise_or_skip() -> None:
     with pytest.raises(KDHooksError, match="nonfinite must be 'raise' or 'skip'; found 'pass'"):
         distil("fcd", nonfinite="pass")
 
@@ -176,7 +176,7 @@ def test_what_to_do_with_them_has_two_names() -> None:
         (lambda x: torch.ones(len(x), 12), "the same embedding .mean cosine 1.00000"),
     ],
 )
-def test_a_teacher_that_knows_nothing_is_refused(
+def test_a_teacher_with_useless_embeddings_is_refused(
     teacher: Callable[[Tensor], Tensor], match: str
 ) -> None:
     net, (images, labels) = student(), tiny_batch()
@@ -186,7 +186,7 @@ def test_a_teacher_that_knows_nothing_is_refused(
         kd(images, labels)
 
 
-def test_a_single_constant_image_is_no_proof_against_the_teacher() -> None:
+def test_a_batch_of_one_constant_image_does_not_refuse_the_teacher() -> None:
     net = student()
     kd = distil(Method(), net=net)
     images = torch.zeros(4, *SMALL)

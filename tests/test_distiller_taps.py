@@ -1,4 +1,4 @@
-"""A Distiller serves each kind of tap, and each hook that declares one."""
+"""A Distiller supports each kind of tap, and each hook."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,7 @@ from kdhooks import (
     Teacher,
     hookimpl,
 )
+from kdhooks.hookspecs import Specs
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.small_distiller import Gap, Method, distil, student
 
@@ -32,7 +33,7 @@ class StageMeans(nn.Module):
 
 
 class Stages:
-    """Taps what `student.stages` and `teacher.stages` name."""
+    """Taps the stages in `student.stages` and `teacher.stages`."""
 
     @hookimpl
     def feature_tap(self, student: Model, teacher: Model) -> FeatureTap:
@@ -60,7 +61,7 @@ def test_hook_feature_tap() -> None:
 
 
 def order(steps: int, seen: Callable[[Tensor, int], Tensor]) -> list[str]:
-    """In which teacher and student run; seen: (images, step) -> what the teacher is given."""
+    """Return the order of teacher and student. seen: (images, step) -> the teacher's images."""
     net, teacher = student(), tiny_teacher()
     kd = distil("fcd", net=net, teacher=teacher)
     images, labels = tiny_batch()
@@ -74,16 +75,16 @@ def order(steps: int, seen: Callable[[Tensor, int], Tensor]) -> list[str]:
     return found
 
 
-def test_the_teacher_runs_at_the_students_entrance_but_for_the_first_step() -> None:
-    """Where the student's activations take no memory yet; the first step has checks to make."""
+def test_the_teacher_runs_before_the_student_except_in_the_first_step() -> None:
+    """The student's activations take no memory yet. The first step makes checks instead."""
     assert order(3, lambda images, step: images) == ["s", "t", "t", "s", "t", "s"]
 
 
-def test_a_teacher_of_other_images_is_asked_for_them_alone() -> None:
+def test_a_teacher_of_other_images_runs_only_on_them() -> None:
     assert order(3, lambda images, step: images.clone()) == ["s", "t"] * 3
 
 
-def test_a_teacher_of_other_images_from_some_step_on_is_asked_for_them_alone_in_the_end() -> None:
+def test_a_teacher_that_gets_other_images_later_finally_runs_only_on_them() -> None:
     found = order(11, lambda images, step: images.clone() if step else images)
     assert found == ["s", "t", *8 * ["t", "s", "t"], *2 * ["s", "t"]]
 
@@ -105,14 +106,14 @@ def test_a_student_that_is_checkpointed_as_a_whole_is_recorded_once() -> None:
 
 
 class Conditioned(TinyFaceNet):
-    """Takes something else before the images."""
+    """Takes another argument before the images."""
 
     def forward(self, domain: Tensor, images: Tensor) -> Tensor:  # type: ignore[override]
         embedding: Tensor = super().forward(images)
         return embedding + domain.sum()
 
 
-def test_a_student_may_take_something_else_first() -> None:
+def test_a_student_may_take_another_argument_first() -> None:
     net, (images, labels) = Conditioned().train(), tiny_batch()
     domain = torch.zeros(len(images))
     kd = distil("fcd", net=net, run_student=lambda images: net(domain[: len(images)], images))
@@ -155,7 +156,9 @@ def test_hook_embedding_tap() -> None:
     assert method.widths == (12, 12)
 
 
-def test_hook_parameter_tap_counts_once_an_optimiser_step() -> None:
+def test_hook_parameter_tap() -> None:
+    """The term counts once per optimiser step."""
+
     class Size(nn.Module):
         def forward(self, parameters: list[Tensor]) -> Tensor:
             """[(…)] -> ()."""
@@ -212,7 +215,7 @@ def test_hook_classifier_share(kind: type[ClassifierShare]) -> None:
 
 def test_hook_adapt_teacher() -> None:
     class Prompted(nn.Module):
-        """Trains a shift of the teacher's embedding, and nothing of the teacher."""
+        """Trains a shift of the teacher's embedding, but not the teacher."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -239,3 +242,28 @@ def test_hook_adapt_teacher() -> None:
     assert module is not None
     assert all(p.grad is None for p in module.parameters())
     assert not module.training
+
+
+def test_hook_student_view() -> None:
+    class Mirrored(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            """(b 3 h w) -> (b 3 h w)."""
+            return images.flip(3)
+
+    class Viewing(Method):
+        @hookimpl
+        def student_view(self) -> nn.Module:
+            return Mirrored()
+
+    net, (images, labels) = student(), tiny_batch()
+    kd = distil(Viewing(), net=net)
+    seen: list[Tensor] = []
+    net.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(images)
+    kd(images, labels)
+    assert torch.equal(seen[0], images.flip(3))
+
+
+def test_every_hook_has_its_test() -> None:
+    hooks = {f"test_hook_{name}" for name in vars(Specs) if not name.startswith("_")}
+    assert hooks == {name for name in globals() if name.startswith("test_hook_")}

@@ -1,4 +1,4 @@
-"""The pages that the site adds: what they quote exists, and what they show runs."""
+"""The site's own pages quote names and errors that exist, and show code that runs."""
 
 import ast
 import re
@@ -38,14 +38,14 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
 def test_every_public_name_of_an_adapter_is_in_the_reference(host: str) -> None:
     folder = Path(kdhooks.__file__).parents[1]
     package = folder / "integrations/kdhooks_integrations" / host / "__init__.py"
-    if not package.exists():  # of the wheel
+    if not package.exists():  # in the wheel
         package = folder / "kdhooks_integrations" / host / "__init__.py"
     (line,) = re.findall(r"^__all__ = (\[.*\])$", package.read_text(encoding="utf-8"), re.MULTILINE)
     for name in ast.literal_eval(line):
         assert f":: kdhooks_integrations.{host}.{name}\n" in page("api.md")
 
 
-def test_the_errors_that_the_questions_quote_are_ones() -> None:
+def test_the_errors_that_the_faq_quotes_exist() -> None:
     folder = Path(kdhooks.__file__).parent
     strings = " ".join(
         "".join(
@@ -84,7 +84,7 @@ def test_the_recipe_of_a_live_teacher_is_read(
 
 
 def test_the_pair_of_modules_is_compared() -> None:
-    """As the table of mmrazor's words has it, on the modules of another network."""
+    """The recipe is the one for mmrazor's users, with modules of another network."""
     text = block("coming-from.md", "fitnet").replace("{{_base_.model}}", "None")
     names: dict[str, dict[str, list[dict[str, str]]]] = {}
     exec(text, {}, names)

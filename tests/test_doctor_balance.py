@@ -1,4 +1,4 @@
-"""What doctor concludes from the gradients, and the head that it takes them from."""
+"""doctor's conclusions from the gradients, and the head that it computes them with."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_term_that_dwarfs_the_task_is_named_with_its_balancing_weight() -> Non
     )
 
 
-def test_without_clipping_the_words_do_not_speak_of_it() -> None:
+def test_without_clipping_the_conclusion_does_not_mention_it() -> None:
     (said,) = of(0.1, gkd=2).conclusions()
     assert "; the task keeps 5 % of the step; weight = 0.05 would balance them" in said
     assert "clipping at 5" in of(0.1, 4, gkd=2).conclusions()[0], "batches are summed first"
@@ -71,7 +71,7 @@ def test_several_terms_may_dwarf_the_task_together() -> None:
     assert of(1, fcd=4, at=4).conclusions() == []
 
 
-def test_a_task_without_a_gradient_is_not_divided_by() -> None:
+def test_a_task_without_a_gradient_gives_no_ratio() -> None:
     found = of(0, fcd=3)
     assert found.conclusions() == []
     assert found.ratio("fcd") is None
@@ -110,7 +110,7 @@ class Pull2:
 
 
 class Checkpointed(TinyFaceNet):
-    """As arcface_torch's vit_b: autograd.grad can't go through it."""
+    """Like arcface_torch's vit_b, it does not support autograd.grad."""
 
     def forward(self, images: Tensor) -> Tensor:
         run = super().forward
@@ -144,7 +144,7 @@ def clipped_norm(backbone: nn.Module) -> float:
     return float(torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5))
 
 
-def test_the_whole_is_the_gradient_of_the_step() -> None:
+def test_the_whole_gradient_is_that_of_the_step() -> None:
     tried = trial(Pull2(3.0))
     found = tried.balance()
     tried.step()
@@ -185,7 +185,7 @@ def test_half_precision_measures_the_same_with_a_scaled_loss() -> None:
 
 
 class Narrow(nn.Module):
-    """Its gradients have a range, as those of float16 have."""
+    """Has gradients of limited range, as in float16."""
 
     least, most = 1e-4, 300.0
 

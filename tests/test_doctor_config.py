@@ -1,4 +1,4 @@
-"""`kdhooks doctor --config`: the student, the head and the step are those of the training."""
+"""`kdhooks doctor --config` uses the student, the head and the step of the training."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_the_config_decides_and_its_base_fills_in(named: str, capsys: Captured) 
     assert said["settings"][0] == "ok"
 
 
-def test_an_option_wins_and_the_report_says_so(capsys: Captured) -> None:
+def test_an_option_overrides_the_config_and_is_reported(capsys: Captured) -> None:
     write_config(Path(), "x", **TRAINING, fp16=True)
     options = ("--network", "tiny", "--batch-size", "4", "--num-classes", "7", "--no-fp16")
     found = report(capsys, "--config", "configs/x", *options)
@@ -93,7 +93,7 @@ def test_a_folder_without_get_config_is_merged_in_the_same_way(capsys: Captured)
     assert (by_hand["lr"], by_hand["weight_decay"]) == (0.02, 5e-4)
 
 
-def test_a_lone_config_says_what_is_assumed(capsys: Captured) -> None:
+def test_a_lone_config_reports_the_assumed_settings(capsys: Captured) -> None:
     write_config(Path(), "x", **TRAINING)
     Path("configs/base.py").unlink()
     Path("utils/utils_config.py").unlink()
@@ -153,7 +153,7 @@ def test_a_recipe_in_python_is_named_as_such(capsys: Captured) -> None:
 
 
 def test_the_line_would_install_if_it_could() -> None:
-    """Otherwise the tests above would prove nothing."""
+    """If it could not, the tests above would prove nothing."""
     with pytest.raises(KDHooksError, match="main program has no get_mo"):
         arcface_torch.install("kd.toml")
 
@@ -173,7 +173,7 @@ def test_the_line_would_install_if_it_could() -> None:
         ("1 / 0", "found ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_config_that_can_not_be_read(text: str, said: str, capsys: Captured) -> None:
+def test_a_config_that_cannot_be_read(text: str, said: str, capsys: Captured) -> None:
     Path("configs/x.py").write_text(text)
     words = refusal(capsys, "--config", "configs/x")
     assert words.startswith("kdhooks: --config: 'configs/x' must be read as train_v2.py reads it;")
@@ -266,7 +266,7 @@ def test_a_network_of_another_width_than_the_head_is_a_fault(capsys: Captured) -
     assert "as the head has, embedding_size 24 (configs/x); found 16" in text
 
 
-def test_a_factory_gets_what_the_command_line_says(capsys: Captured) -> None:
+def test_a_factory_gets_the_options_of_the_command_line(capsys: Captured) -> None:
     options = ("--network", "backbones:own", "--embedding-size", "16")
     assert checks(report(capsys, *options))["student"][1].endswith("embedding 16")
     found = report(capsys, *options, "--fp16", status=1)

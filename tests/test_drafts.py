@@ -1,4 +1,4 @@
-"""Drafts of files: all of them appear, or none does."""
+"""Either all draft files appear, or none."""
 
 import os
 import shutil
@@ -28,7 +28,9 @@ def test_the_files_appear_when_the_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_error_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
+def test_an_error_leaves_earlier_files_unchanged(
+    error: type[BaseException], tmp_path: Path
+) -> None:
     write(tmp_path, "a", text="old")
     with pytest.raises(error), drafts(tmp_path) as draft:  # noqa: PT012 - the block is the subject
         write(draft, "a", "b")
@@ -38,10 +40,10 @@ def test_an_error_leaves_what_was_there(error: type[BaseException], tmp_path: Pa
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 @pytest.mark.parametrize("done", [False, True])
-def test_an_interruption_between_two_files_takes_the_first_back(
+def test_an_interruption_between_two_files_restores_the_first(
     moved: int, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before or after the file that is being replaced has its place."""
+    """The interruption comes before or after a file is replaced."""
     write(tmp_path, "a", "c", text="old")
     replace, calls = os.replace, []
 
@@ -58,7 +60,7 @@ def test_an_interruption_between_two_files_takes_the_first_back(
     assert content(tmp_path) == {"a": "old", "c": "old"}
 
 
-def test_a_copy_that_fails_leaves_what_was_there(
+def test_a_failed_copy_leaves_earlier_files_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(source: Any, target: Any) -> None:
@@ -71,7 +73,7 @@ def test_a_copy_that_fails_leaves_what_was_there(
     assert content(tmp_path) == {"a": "old"}
 
 
-def test_weights_get_their_place_before_the_graph_that_names_them(
+def test_weights_appear_before_the_graph_that_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, placed = os.replace, []

@@ -1,4 +1,6 @@
-"""EC-KD: both terms against their equations; which filters are chosen; once per optimiser step."""
+"""Both terms of EC-KD agree with their equations; the right filters are chosen, once per optimiser
+step.
+"""
 
 import itertools
 from typing import get_args
@@ -15,6 +17,8 @@ from kdhooks import Distiller, KDHooksError, Model, ParameterTap
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins.eckd import ECKD, Hardness, convolutions, exclusivity
 from tests import golden
+from tests.maps import gradient, normal
+from tests.maps import labels as any_labels
 from tests.references import eckd as reference
 from tests.references.differences import central_differences
 from tests.references.fcd import linear
@@ -28,7 +32,7 @@ FILTERS = torch.from_numpy(np.sin(0.4 * _i + 0.9 * _k + 0.2))
 
 
 class Student(nn.Module):
-    """A layer of each kind that the choice of filters has to tell apart."""
+    """Has a layer of each kind that the choice of filters must distinguish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,13 +45,8 @@ class Student(nn.Module):
         self.fc = nn.Linear(4, 6)
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def consistency(d: int = 6, e: int = 6, **options: object) -> nn.Module:
-    """With a factor of 1 and no regressor, unless they are given."""
+    """Return the loss, by default with a factor of 1 and without a regressor."""
     given_ = {"regressor": False, "consistency_weight": 1.0, **options}
     tap = ECKD(**given_).embedding_tap(Model(None, d), Model(None, e))  # type: ignore[arg-type]
     assert tap is not None
@@ -61,18 +60,9 @@ def parameters(student: nn.Module, **options: object) -> ParameterTap:
 
 
 def overlap(**options: object) -> nn.Module:
-    """Of one layer, with a factor of 1."""
+    """Return the loss of one layer, with a factor of 1."""
     layer = nn.Sequential(nn.Conv2d(1, 2, 1))
     return parameters(layer, exclusivity_weight=1.0, **options).loss
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # --- exclusivity -----------------------------------------------------------------------------
@@ -132,7 +122,7 @@ def test_all_options_agree_with_the_equation(
     assert_close(gradient(weight).numpy(), central_differences(loss, at), rtol=1e-6, atol=1e-7)
 
 
-def test_filters_that_share_no_position_cost_nothing() -> None:
+def test_filters_that_share_no_position_have_no_loss() -> None:
     filters = torch.tensor([[0.3, -2.0, 0, 0], [0, 0, 0.7, 0], [0, 0, 0, 11.1]])
     assert exclusivity(filters) == 0
     assert exclusivity(torch.ones(3, 4)) > 0
@@ -186,7 +176,7 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
     value, _ = overlap(mean_overlap=False)([weight])
     assert value.dtype == torch.float32
     assert_close(value.double(), exclusivity(weight.double()), rtol=1e-5, atol=0)
-    assert value > 65504  # what float16 can't hold
+    assert value > 65504  # beyond the range of float16
 
 
 # --- which filters ---------------------------------------------------------------------------
@@ -246,7 +236,7 @@ def test_consistency_has_the_golden_value(mean_one: bool, expected: float) -> No
     assert_close(notes["squared_distance"].item(), golden.EMBEDDING_DISTANCE["l2"])
 
 
-GRID = [*itertools.product(HARDNESS, [0.0, 0.4, 2.0], [False, True], [False, True])]
+GRID = [*itertools.product(HARDNESS, [0.4, 2.0], [False, True], [False, True])]
 
 
 @pytest.mark.parametrize(("hardness", "gamma", "mean_one", "unit_length"), GRID)
@@ -254,7 +244,7 @@ GRID = [*itertools.product(HARDNESS, [0.0, 0.4, 2.0], [False, True], [False, Tru
 def test_consistency_agrees_with_the_equation(
     b: int, d: int, e: int, hardness: str, gamma: float, mean_one: bool, unit_length: bool
 ) -> None:
-    """With the regressor where widths differ; hardness held fixed, as no gradient goes there."""
+    """The regressor is used if widths differ. The hardness is fixed, since it has no gradient."""
     student, teacher = normal(1, b, d).requires_grad_(), normal(2, b, e)
     module = consistency(
         d,
@@ -305,7 +295,7 @@ def test_hard_samples_weigh_more_and_by_the_same_factor_at_any_scale() -> None:
 
 @drawn
 @given(sizes, st.sampled_from(HARDNESS), st.booleans())
-def test_equal_embeddings_cost_nothing_and_get_no_gradient(
+def test_equal_embeddings_have_no_loss_and_no_gradient(
     size: tuple[int, int, int], hardness: str, mean_one: bool
 ) -> None:
     b, d, seed = size
@@ -347,7 +337,7 @@ def test_precisions_agree(size: tuple[int, int, int], hardness: str, mean_one: b
 
 
 @pytest.mark.parametrize("regressor", [False, True])
-def test_gradient_reaches_student_and_regressor_alone(regressor: bool) -> None:
+def test_gradient_reaches_only_student_and_regressor(regressor: bool) -> None:
     module = consistency(regressor=regressor)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y)[0].backward()
@@ -357,7 +347,7 @@ def test_gradient_reaches_student_and_regressor_alone(regressor: bool) -> None:
     assert all(gradient(p).any() for p in module.parameters())
 
 
-def test_the_regressor_is_all_the_state() -> None:
+def test_only_the_regressor_has_state() -> None:
     first, second = consistency(4, 6, regressor=True), consistency(4, 6, regressor=True)
     assert list(first.state_dict()) == ["regressor.weight"]
     second.load_state_dict(first.state_dict())
@@ -406,7 +396,7 @@ def test_either_term_can_stand_alone(options: dict[str, object], terms: list[str
     assert list(made(images, labels)) == terms
 
 
-def test_the_weight_scales_both_terms_and_their_own_factors_one_each() -> None:
+def test_the_weight_scales_both_terms_and_each_factor_scales_one() -> None:
     images, labels = tiny_batch()
     terms: list[dict[str, Tensor]] = []
     for options in (
@@ -428,7 +418,7 @@ def test_the_weight_scales_both_terms_and_their_own_factors_one_each() -> None:
 
 @pytest.mark.parametrize("forwards", [1, 2, 5])
 def test_exclusivity_counts_once_per_optimiser_step(forwards: int) -> None:
-    """Where a host adds up the gradients of several forwards."""
+    """Some hosts accumulate the gradients of several forwards."""
     student, made = distilled(consistency_weight=0.0)
     made.accumulation = forwards
     images, labels = tiny_batch()

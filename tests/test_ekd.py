@@ -1,4 +1,4 @@
-"""EKD against its equations and the authors' code; thresholds over time; two ranks against one."""
+"""EKD agrees with its equations and the authors' code, and two ranks agree with one process."""
 
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from kdhooks import Distiller, KDHooksError, Schedule
 from kdhooks.testing import TinyFaceNet, check_method, tiny_batch, tiny_teacher
 from kdhooks_plugins.ekd import EKD, SimilarityRanks
+from tests.maps import gradient, normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import ekd as reference
 from tests.references.differences import central_differences
@@ -40,22 +41,12 @@ def expected_of(loss: SimilarityRanks) -> reference.EKD:
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = -1) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
 
 
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
-
-
 # Tencent/TFace, commit 171ec1434aca0972e111663ac646c9c1e3e44b5b, in recognition/tasks/ekd, with
-# torch 2.13.0 on the processor, g = torch.Generator().manual_seed(0), and
+# torch 2.13.0 on the CPU, g = torch.Generator().manual_seed(0), and
 # normal = partial(torch.randn, generator=g, dtype=torch.float64):
 #   loss = distillation.ekd.EKD().double()
 #   ours, theirs, labels = normal(5, 8), normal(5, 6), torch.arange(5).repeat(5)[:24]
@@ -75,7 +66,7 @@ GOLDEN_THRESHOLDS = [
 ]
 
 
-def test_gives_what_the_authors_code_gives() -> None:
+def test_agrees_with_the_authors_code() -> None:
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = made(bias_correction=False)
     ours, theirs, labels = normal(5, 8), normal(5, 6), torch.arange(5).repeat(5)[:24]
@@ -97,7 +88,7 @@ def test_gives_what_the_authors_code_gives() -> None:
 def test_agrees_with_the_equations_step_by_step(
     b: int, c: int, d: int, e: int, momentum: float, bias_correction: bool
 ) -> None:
-    """Some batches have no positive pair, some no negative one, and some samples no label."""
+    """Some batches have no positive or no negative pair, and some samples have no label."""
     weights = {"positive_weight": 0.7, "negative_weight": 0.4}
     loss = made(momentum=momentum, bias_correction=bias_correction, **SHORT, **weights)
     expected = expected_of(loss)
@@ -123,7 +114,7 @@ def test_agrees_with_the_equations_step_by_step(
 
 
 def test_a_corrected_threshold_has_no_memory_of_its_start() -> None:
-    """The same batch again costs the same; without the correction the start at 0 fades away."""
+    """The same batch has the same loss again; without the correction, the start at 0 fades."""
     batch = normal(1, 8, 4), normal(2, 8, 4), torch.arange(8) // 2
     corrected, plain = made(**SHORT), made(bias_correction=False, **SHORT)
     first = corrected(*batch)[0]
@@ -144,7 +135,7 @@ def test_more_thresholds_than_negative_pairs_repeat_the_hardest() -> None:
 
 
 @pytest.mark.parametrize("person", [0, -1])
-def test_without_negative_pairs_nothing_is_known_and_nothing_moves(person: int) -> None:
+def test_without_negative_pairs_the_loss_is_0_and_thresholds_stay(person: int) -> None:
     loss, student = made(), normal(1, 5, 4).requires_grad_()
     value, notes = loss(student, normal(2, 5, 4), torch.full((5,), person))
     value.backward()
@@ -170,7 +161,7 @@ def test_evaluation_is_no_step_and_leaves_the_thresholds() -> None:
         assert torch.equal(value, before[key])
 
 
-def test_goes_on_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
+def test_resumes_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
     def step(loss: SimilarityRanks, seed: int) -> Tensor:
         value: Tensor = loss(normal(seed, 6, 4), normal(seed + 9, 6, 4), labels_of(seed, 6, 3))[0]
         return value
@@ -179,7 +170,7 @@ def test_goes_on_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
     for seed in range(3):
         step(straight, seed)
     torch.save(straight.state_dict(), tmp_path / "loss.pt")
-    assert not torch.equal(step(resumed, 3), step(straight, 3))  # the past does matter
+    assert not torch.equal(step(resumed, 3), step(straight, 3))  # the past matters
     resumed.load_state_dict(torch.load(tmp_path / "loss.pt"))
     straight.load_state_dict(torch.load(tmp_path / "loss.pt"))
     for seed in range(3, 6):
@@ -232,7 +223,7 @@ def test_precisions_agree(seed: int) -> None:
         assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     student, teacher = normal(1, 6, 4).requires_grad_(), normal(2, 6, 4).requires_grad_()
     loss = made(**SHORT)
     loss(student, teacher, torch.arange(6) // 2)[0].backward()
@@ -283,7 +274,7 @@ def _scenario(global_batch: bool) -> Results:
         student.weight.copy_(normal(20, 4, 5))
         student.bias.copy_(normal(21, 4))
     loss, values = made(global_batch=global_batch, **SHORT), []
-    for step in range(3):  # the whole batch has positive pairs across the ranks
+    for step in range(3):  # some positive pairs are on two ranks
         embedding, labels = student(mine(normal(23 + step, 8, 5))), mine(torch.arange(8) % 5)
         values.append(loss(embedding, mine(normal(33 + step, 8, 7)), labels)[0])
     torch.stack(values).sum().backward()
@@ -292,7 +283,7 @@ def _scenario(global_batch: bool) -> Results:
 
 
 def _in_a_distiller() -> Results:
-    """Each rank has other images and, with pairs of its own batch alone, other thresholds."""
+    """Each rank has its own images and only their pairs, so its thresholds differ."""
     student, (images, labels) = TinyFaceNet().train(), tiny_batch()
     method = EKD(global_batch=False)
     kd = Distiller(student, tiny_teacher(), [method], input_shape=(3, 32, 32))

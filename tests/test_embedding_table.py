@@ -1,4 +1,4 @@
-"""A table with a row for each sample stands for the teacher, in a loop that gives indices."""
+"""A table with a row for each sample replaces the teacher in a loop that passes indices."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ SIZE: dict[str, Any] = {"input_shape": SMALL}
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels, and the teacher's embedding of each image."""
+    """Return images, labels, and the teacher's embedding of each image."""
     images, labels = tiny_batch(copies=4)
     with TeacherSession(tiny_teacher()) as session:
         return images, labels, session(images).embedding
 
 
 def run(teacher: Any, *, indexed: bool, steps: int = 4) -> list[Tensor]:
-    """The losses of random batches, and the student's weights after them."""
+    """Return the losses of random batches, and the student's weights after them."""
     images, labels, _ = data()
     net = student()
     kd = Distiller(net, teacher, ["fcd", "rkd", "thkd"], **SIZE)
@@ -64,7 +64,7 @@ def written(folder: Path, kind: str, rows: Tensor) -> Path:
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "named.pt", "safetensors", ""])
 def test_it_trains_as_the_teacher_does(kind: str, tmp_path: Path) -> None:
-    """But for the rounding of batches of another size."""
+    """They differ only by rounding, since the batch sizes differ."""
     _, _, rows = data()
     rows_of_classes = tiny_teacher().classifier
     source = written(tmp_path, kind, rows) if kind else rows
@@ -158,7 +158,9 @@ def test_wrong_indices_are_refused_in_every_step(indices: Any, words: str, step:
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "pt", ""])
-def test_what_is_no_table_is_refused(rows: Tensor, words: str, kind: str, tmp_path: Path) -> None:
+def test_a_tensor_that_is_no_table_is_refused(
+    rows: Tensor, words: str, kind: str, tmp_path: Path
+) -> None:
     with pytest.raises(KDHooksError, match=words):
         EmbeddingTable(written(tmp_path, kind, rows) if kind else rows)
 

@@ -1,4 +1,4 @@
-"""`kdhooks evaluate`: the figures are those of the embeddings; what can't be measured has words."""
+"""`kdhooks evaluate` reports the embeddings' figures, and explains what it cannot measure."""
 
 import json
 import pickle
@@ -38,7 +38,7 @@ from tests.trainer_folder import (
 )
 
 Captured = pytest.CaptureFixture[str]
-PAIRS = 46  # no multiple of the folds
+PAIRS = 46  # not a multiple of the folds
 RECIPE = """methods = ["fcd"]
 seed = 5
 [teacher]
@@ -186,7 +186,7 @@ def test_a_view_does_not_depend_on_the_batch() -> None:
 
 
 def test_pictures_with_pairs_are_those_of_a_verification_file(capsys: Captured) -> None:
-    """The same pairs and folds, from a zip with one folder for each person."""
+    """They have the same pairs and folds; the pictures are in a zip with a folder per person."""
     samples = people(4, 6)
     lines, of = ["2 6"], [[pixels for pixels, who in samples if who == c] for c in range(4)]
     for fold in range(2):
@@ -259,10 +259,10 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
     assert [model["model"] for model in found["models"]] == ["file", "ours", "teacher", "teacher.1"]
     first, *others = tested["results"]
     for result in others:
-        # A teacher of several sums the mirror images of unit embeddings.
+        # Several teachers used as one normalise an embedding before the mirror image's is added.
         joined = "teacher" in (result["first"], result["second"])
         assert figures(result) == pytest.approx(figures(first), abs=0.1 if joined else 1e-5)
-    assert len(others) == 3 + 3 * 2  # two equal teachers as one have 256 numbers
+    assert len(others) == 3 + 3 * 2  # two joined teachers have 256 numbers
     assert {one["second"] for one in tested["refused"] if one["first"] == "teacher"} == {
         "file", "ours", "teacher.1",
     }  # fmt: skip
@@ -311,7 +311,7 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
         ((*ONE, "--far", "2"), "argument --far: must lie between 0 and 1; found '2'"),
     ],
 )
-def test_what_can_not_be_evaluated_has_words(
+def test_a_wrong_command_is_refused_with_a_reason(
     argv: tuple[str, ...], said: str, capsys: Captured
 ) -> None:
     before = Path("lfw.bin").read_bytes()
@@ -342,7 +342,7 @@ def test_images_of_another_size_are_refused(capsys: Captured, tmp_path: Path) ->
     assert "'0' is 112x112 (width x height), where 96x96 is needed" in said
 
 
-def test_a_set_that_can_not_be_evaluated_is_named_before_the_long_pass(
+def test_a_set_that_cannot_be_evaluated_is_named_before_the_long_pass(
     capsys: Captured, tmp_path: Path
 ) -> None:
     pictures, _ = pickle.loads(Path("lfw.bin").read_bytes())
@@ -357,7 +357,7 @@ def test_a_set_that_can_not_be_evaluated_is_named_before_the_long_pass(
 
 
 def test_an_error_after_the_progress_starts_a_line(capsys: Captured, tmp_path: Path) -> None:
-    """Of a picture whose header alone is whole."""
+    """The fault is a picture of which only the header is intact."""
     pictures, same = pickle.loads(Path("lfw.bin").read_bytes())
     pictures[3] = pictures[3][:200]
     (tmp_path / "cut.bin").write_bytes(pickle.dumps((pictures, same)))
@@ -398,7 +398,7 @@ def test_a_rate_that_is_too_small_to_measure_is_not_shown(capsys: Captured) -> N
     assert "\n-: too few pairs of different people to measure that FAR\n" in printed
 
 
-def test_a_fold_of_one_kind_is_told(capsys: Captured, tmp_path: Path) -> None:
+def test_a_fold_of_one_kind_is_reported(capsys: Captured, tmp_path: Path) -> None:
     pictures, same = pickle.loads(Path("lfw.bin").read_bytes())
     order = sorted(range(PAIRS), key=lambda place: same[place])
     sides = [pictures[2 * place + side] for place in order for side in (0, 1)]

@@ -1,4 +1,4 @@
-"""docs/evaluate.md: its commands are understood, its blocks run, and it names every key of JSON."""
+"""The commands in docs/evaluate.md are valid, its code runs, and it names every key of the JSON."""
 
 import json
 import re

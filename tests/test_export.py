@@ -1,4 +1,4 @@
-"""`kdhooks export`: the student and nothing else, in files that others load."""
+"""`kdhooks export` writes only the student, into files that other software can load."""
 
 import hashlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The trainer's, with what a run leaves behind."""
+    """Return the trainer's folder with the files of a finished run."""
     monkeypatch.chdir(tmp_path)
     state = settled().state_dict()
     torch.save(state, tmp_path / "model.pt")
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("checkpoint", ["model.pt", "checkpoint_gpu_0.pt"])
-def test_the_student_alone_is_written(checkpoint: str, folder: Path, capsys: Captured) -> None:
+def test_only_the_student_is_written(checkpoint: str, folder: Path, capsys: Captured) -> None:
     assert main(["export", checkpoint, "--network", "tiny", "--out", "out/it"]) == 0
     written = torch.load("out/it/model.pt", weights_only=True)
     expected = settled().state_dict()
@@ -58,7 +58,7 @@ def test_the_student_alone_is_written(checkpoint: str, folder: Path, capsys: Cap
     assert not [name for name in weights if "kdhooks" in name or "projector" in name]
 
 
-def test_what_is_left_of_the_distillation_is_refused(folder: Path, capsys: Captured) -> None:
+def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured) -> None:
     torch.save({**settled().state_dict(), "projector.weight": torch.ones(2)}, "left.pt")
     assert main(["export", "left.pt", "--network", "tiny"]) == 2
     said = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_what_is_left_of_the_distillation_is_refused(folder: Path, capsys: Captu
         ([".", "--network", "tiny"], "'.' is a folder; name the file in it; it holds: backbones"),
     ],
 )
-def test_what_can_not_be_exported(
+def test_a_model_that_cannot_be_exported_is_refused(
     argv: list[str], said: str, folder: Path, capsys: Captured
 ) -> None:
     Path("taken/model.onnx").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_what_can_not_be_exported(
 
 
 def fresh() -> nn.Module:
-    """As it was made."""
+    """Return a network whose running statistics are untrained."""
     model = settled()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -113,7 +113,7 @@ def fresh() -> nn.Module:
     return model
 
 
-def test_an_error_of_the_exporter_leaves_what_was_there(
+def test_an_error_of_the_exporter_leaves_earlier_files_unchanged(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(network: nn.Module, images: Any, path: str, **options: object) -> None:
@@ -142,7 +142,7 @@ def test_one_of_several_sets_of_weights_can_be_named(folder: Path, capsys: Captu
 
 
 class Unstable(nn.Module):
-    """It counts its calls, which no graph does."""
+    """A network that counts its calls, which a graph cannot do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def graph(path: Path, takes: list[Any], gives: list[Any], nodes: list[str]) -> P
         (["b", 3, 112, 112], ["b", 8], ["Sub_0", "Mul_1"], "first nodes: Sub_0, Mul_1; take the"),
     ],
 )
-def test_what_insightface_would_misread(
+def test_graphs_that_insightface_would_misread_are_refused(
     takes: list[Any], gives: list[Any], nodes: list[str], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(KDHooksError) as error:
@@ -200,13 +200,13 @@ def test_what_insightface_would_misread(
     assert said in str(error.value)
 
 
-def test_what_insightface_reads(tmp_path: Path) -> None:
+def test_graphs_that_insightface_reads_are_accepted(tmp_path: Path) -> None:
     for nodes in (["Sub_0"], ["/Sub", "/Mul"], ["a"] * 8 + ["Sub_0", "Mul_1"]):
         check_for_insightface(graph(tmp_path / "m.onnx", ["b", 3, 112, 112], ["b", 8], nodes))
 
 
 def detector(path: Path) -> None:
-    """In SCRFD's form, of images of 128: one face, always at the same place."""
+    """Write a detector in SCRFD's form for 128x128 images, which always finds the same face."""
     make, to_tensor = onnx.helper, onnx.numpy_helper.from_array
     nodes, outputs, tensors = [], [], []
     for kind, width in (("score", 1), ("box", 4), ("points", 10)):
@@ -233,7 +233,7 @@ def detector(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.estimate. is deprecated:FutureWarning")  # insightface's
 def test_face_analysis_takes_the_student(folder: Path) -> None:
-    """In a pack of its own, with a detector beside it; the embedding is torch's."""
+    """It reads a pack of student and detector, and its embedding equals torch's."""
     insightface = pytest.importorskip("insightface.app").FaceAnalysis
     zoo, align = (
         pytest.importorskip(f"insightface.{n}") for n in ("model_zoo", "utils.face_align")
@@ -256,7 +256,7 @@ def test_face_analysis_takes_the_student(folder: Path) -> None:
 
 
 def test_our_own_reader_finds_it_in_the_pack(folder: Path) -> None:
-    """A pack's recognition model is told by its graph, from 128 numbers on."""
+    """A pack's recognition model is recognised by its graph, with at least 128 outputs."""
     pack = folder / "models" / "ours"
     network = settled()
     network.add_module("features", nn.Linear(WIDTH, 128))

@@ -1,4 +1,4 @@
-"""`kdhooks export --int8` and `--float16`: what they write, what they refuse, what they leave."""
+"""`kdhooks export --int8` and `--float16`: files, refusals, and the state after a failure."""
 
 import importlib
 import os
@@ -33,13 +33,13 @@ Captured = pytest.CaptureFixture[str]
 EXPORT = ("export", "model.pt", "--network", "tiny", "--out", "out")
 INT8 = (*EXPORT, "--int8", "--calibrate", "faces")
 FLOAT16 = (*EXPORT, "--float16", "--data", "faces")
-# 2 folds of a pair of one person and a pair of two; nobody of the last three is in one of them.
+# 2 folds, each with a pair of one person and a pair of two. The last three people are in no pair.
 PAIRS = "2 1\np0 0 1\np0 2 p1 2\np2 0 1\np1 0 p2 1\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The trainer's with a student, and 4 faces of each of 6 people."""
+    """Return the trainer's folder with a student, and with 4 faces of each of 6 people."""
     monkeypatch.chdir(tmp_path)
     torch.save(settled().state_dict(), "model.pt")
     for pixels, who in people(CLASSES, 4):
@@ -95,8 +95,8 @@ def test_weights_are_int8_with_a_scale_for_each_channel_and_batch_norms_are_gone
     assert not [node for node in norms if node.input[0] in behind]
 
 
-def test_batch_norms_are_folded_where_the_exporter_left_them(tmp_path: Path) -> None:
-    """An older exporter does; here the exporter is told that the network trains."""
+def test_batch_norms_that_the_exporter_left_are_folded(tmp_path: Path) -> None:
+    """Older exporters do not fold them; here the exporter keeps them for training."""
     network = nn.Sequential(
         nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 8)
     )
@@ -121,9 +121,7 @@ def test_batch_norms_are_folded_where_the_exporter_left_them(tmp_path: Path) -> 
     assert nn.functional.cosine_similarity(found, expected).mean() > 0.99
 
 
-def test_a_float16_file_takes_float32_images_unless_it_is_asked(
-    folder: Path, capsys: Captured
-) -> None:
+def test_a_float16_file_takes_float32_images_by_default(folder: Path, capsys: Captured) -> None:
     for more, kind in (([], 1), (["--float16-images"], 10)):
         assert main([*FLOAT16, *more]) == 0
         assert cosine("out/model_float16.onnx") > 0.9999
@@ -212,7 +210,9 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--int8", "--calibrate", "faces", "--calibration-method", "x"], "invalid choice: 'x'"),
     ],
 )
-def test_what_is_refused(argv: list[str], said: str, folder: Path, capsys: Captured) -> None:
+def test_wrong_options_are_refused(
+    argv: list[str], said: str, folder: Path, capsys: Captured
+) -> None:
     small, other = np.zeros((16, 16, 3), np.uint8), next(iter(people(1, 1)))[0]
     for name, pixels in (("one/a", other), ("small/a", small), ("small/b", small)):
         Path(name).parent.mkdir(exist_ok=True)
@@ -233,7 +233,7 @@ def test_what_is_refused(argv: list[str], said: str, folder: Path, capsys: Captu
 def test_a_file_that_loses_the_embeddings_is_refused_and_nothing_is_written(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Activations that grey pictures calibrate are cut off for all faces."""
+    """Calibration on grey pictures clips the activations of all faces."""
     grey = Path("grey")
     grey.mkdir()
     for name in "ab":
@@ -255,7 +255,7 @@ def test_the_least_cosine_is_the_users(folder: Path, capsys: Captured) -> None:
     assert not Path("out").exists()
 
 
-def test_an_error_of_the_converter_gets_words(tmp_path: Path) -> None:
+def test_an_error_of_the_converter_is_explained(tmp_path: Path) -> None:
     export_onnx(settled(), tmp_path / "m.onnx")
 
     def broken() -> Iterator[torch.Tensor]:
@@ -266,7 +266,7 @@ def test_an_error_of_the_converter_gets_words(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-# --- what a failure leaves -----------------------------------------------------------------------
+# --- the state after a failure -------------------------------------------------------------------
 
 QUANTISE = ("onnxruntime.quantization", "quantize_static")
 STAGES: dict[str, tuple[Any, str]] = {
@@ -285,15 +285,19 @@ STAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_in_any_stage_leaves_what_was_there(
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [("out", OSError(28, "No space left on device")), ("new", KeyboardInterrupt())],
+)
+def test_a_failure_in_any_stage_leaves_earlier_files_unchanged(
     stage: str,
+    out: str,
     error: BaseException,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Captured,
 ) -> None:
-    """At the end of the stage, so that whatever it writes is there."""
+    """The failure comes at the end of the stage, after it has written its files."""
     owner, name = STAGES[stage]
     owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     plain: Callable[..., Any] = getattr(owner, name)
@@ -307,24 +311,22 @@ def test_a_failure_in_any_stage_leaves_what_was_there(
     for file in names:
         Path("out", file).write_text("of an earlier run")
     monkeypatch.setattr(owner, name, fails)
-    argv = [*INT8, "--float16", "--pairs", "pairs.txt"]
+    argv = [*INT8, "--float16", "--pairs", "pairs.txt", "--out", out]
     if isinstance(error, KeyboardInterrupt):
-        for out in ("out", "new"):
-            with pytest.raises(KeyboardInterrupt):
-                main([*argv[:5], out, *argv[6:]])
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
     else:
-        for out in ("out", "new"):
-            assert main([*argv[:5], out, *argv[6:]]) == 2
-            assert "No space left on device" in capsys.readouterr().err
+        assert main(argv) == 2
+        assert "No space left on device" in capsys.readouterr().err
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(names)
     assert {path.read_text() for path in Path("out").iterdir()} == {"of an earlier run"}
     assert not Path("new").exists()
 
 
-def test_weights_in_a_file_beside_the_graph_come_and_go_with_it(
+def test_weights_in_a_separate_file_are_replaced_with_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the exporters write networks of 2 GB and more."""
+    """The exporters write networks of 2 GB and more in this form."""
     plain: Callable[..., Any] = torch.onnx.export
 
     def large(network: nn.Module, images: Any, path: str, **options: Any) -> None:
@@ -357,7 +359,7 @@ def test_weights_in_a_file_beside_the_graph_come_and_go_with_it(
 @pytest.mark.filterwarnings("ignore:.estimate. is deprecated:FutureWarning")  # insightface's
 @pytest.mark.parametrize("form", ["int8", "float16"])
 def test_a_pack_of_insightface_takes_the_file(form: str, folder: Path) -> None:
-    """With a detector beside it; the embedding is close to torch's."""
+    """The pack also has a detector. The embedding is close to torch's."""
     analysis = pytest.importorskip("insightface.app").FaceAnalysis
     align = pytest.importorskip("insightface.utils.face_align")
     assert main([*INT8, "--float16"]) == 0

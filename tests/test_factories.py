@@ -1,4 +1,4 @@
-"""Networks by package.module:factory, and what keeps one from being made."""
+"""Networks are built from package.module:factory, and errors explain why one cannot be built."""
 
 import sys
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ def test_a_plain_recipe_makes_its_teacher(name: str, tmp_path: Path) -> None:
         ("some_nets:text", "must make an nn.Module; found str"),
     ],
 )
-def test_what_can_not_be_made_is_named(name: str, said: str) -> None:
+def test_a_network_that_cannot_be_built_is_named(name: str, said: str) -> None:
     with pytest.raises(KDHooksError, match=f"teacher.network '{name}' {said}"):
         made_by(factory_named(name, "teacher.network"), name, "teacher.network")
 

@@ -1,4 +1,4 @@
-"""Feature consistency: every distance against its equation, values and gradients."""
+"""Values and gradients of every distance of feature consistency agree with their equations."""
 
 from typing import get_args
 
@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import KDHooksError, Model
 from kdhooks_plugins.fcd import FCD, Distance
 from tests import golden
+from tests.maps import labels as any_labels
+from tests.maps import normal
 from tests.references import fcd as reference
 from tests.references.differences import central_differences
 
@@ -25,15 +27,6 @@ drawn = settings(deadline=None, max_examples=40)
 def made(distance: Distance, d: int = 6, e: int = 6, projector: bool = False) -> nn.Module:
     method = FCD(distance=distance, projector=projector)
     return method.embedding_tap(Model(None, d), Model(None, e)).loss.double()
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def any_labels(b: int) -> Tensor:
-    return torch.zeros(b, dtype=torch.long)
 
 
 @pytest.mark.parametrize(("distance", "expected"), golden.EMBEDDING_DISTANCE.items())
@@ -91,7 +84,7 @@ def test_the_forms_differ_by_the_factors_that_the_docstring_states() -> None:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_equal_embeddings_cost_nothing_and_get_no_gradient(distance: Distance) -> None:
+def test_equal_embeddings_have_no_loss_and_no_gradient(distance: Distance) -> None:
     student = golden.T.clone().requires_grad_()
     value = made(distance)(student, golden.T, golden.Y)
     value.backward()
@@ -110,7 +103,7 @@ def test_ignores_the_lengths_of_embeddings(
     assert_close(module(ours * student, theirs * teacher, any_labels(b)), expected)
 
 
-def test_raw_mse_heeds_the_lengths_of_embeddings() -> None:
+def test_raw_mse_depends_on_the_lengths_of_embeddings() -> None:
     module = made("raw_mse")
     before = module(golden.S, golden.T, golden.Y)
     assert_close(module(2 * golden.S, 2 * golden.T, golden.Y), 4 * before)
@@ -155,7 +148,7 @@ def test_precisions_agree(size: tuple[int, int, int], distance: Distance) -> Non
 
 @pytest.mark.parametrize("projector", [False, True])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_gradient_reaches_student_and_projector_alone(distance: Distance, projector: bool) -> None:
+def test_gradient_reaches_only_student_and_projector(distance: Distance, projector: bool) -> None:
     module = made(distance, projector=projector)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y).backward()
@@ -166,7 +159,7 @@ def test_gradient_reaches_student_and_projector_alone(distance: Distance, projec
     assert len(list(module.parameters())) == int(projector)
 
 
-def test_the_weight_is_the_taps() -> None:
+def test_the_tap_has_the_weight() -> None:
     assert FCD().embedding_tap(Model(None, 4), Model(None, 4)).weight == 32
     assert FCD(weight=8).embedding_tap(Model(None, 4), Model(None, 4)).weight == 8
 

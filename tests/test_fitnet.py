@@ -1,4 +1,4 @@
-"""FitNet: every distance and connector against its equation, on maps, tokens and vectors."""
+"""FitNet's distances and connectors agree with their equations, on maps, tokens and vectors."""
 
 import re
 from functools import partial
@@ -32,7 +32,7 @@ SHAPES: list[tuple[Shape, Shape]] = [
 
 
 def declared(ours: Shape, theirs: Shape, **options: Any) -> nn.Module:
-    """The loss between outputs of these shapes, in float64."""
+    """Return the loss between outputs of these shapes, in float64."""
     return seeded(FitNet(**options).feature_tap(model(ours), model(theirs)).loss)
 
 
@@ -103,8 +103,8 @@ def test_normalised_features_have_a_root_mean_square_of_one(distance: str) -> No
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_center_takes_the_mean_over_all_images_off(distance: str) -> None:
-    """The mean of batches that differ, weighted 0.99 to 1, at the smaller size."""
+def test_center_subtracts_the_mean_over_all_images(distance: str) -> None:
+    """The mean is over two different batches with weights 0.99 and 1, at the smaller size."""
     loss = declared((3, 2, 2), (3, 4, 4), distance=distance, connector="none", center=True)
     batches = [(normal(k, 3, 3, 2, 2), 5 + normal(9 + k, 3, 3, 4, 4)) for k in range(2)]
     first, second = (value(loss, [s], [t]) for s, t in batches)
@@ -136,7 +136,7 @@ def test_pairs_are_added() -> None:
 
 
 def test_gives_the_golden_values() -> None:
-    """Computed once by the reference; mean squares of sines and cosines by formula."""
+    """The reference computed these values once, for maps of sines and cosines."""
     pair = [maps.STUDENT], [maps.TEACHER]
     golden = {"l2": 0.9161769334, "l1": 0.7719855400, "cosine": 0.9068651734, "kl": 0.0632097664}
     for distance, number in golden.items():
@@ -211,7 +211,7 @@ def test_conforms_without_a_connector(distance: str) -> None:
     check_method(FitNet, teacher=teacher, distance=distance, connector="none")
 
 
-# --- where it is tapped ----------------------------------------------------------------------
+# --- tapped submodules -----------------------------------------------------------------------
 
 
 def distil(frozen: Teacher | None = None, **more: Any) -> tuple[TinyFaceNet, Distiller]:
@@ -229,7 +229,7 @@ def test_the_default_is_the_last_stage_of_both_sides() -> None:
 
 
 def test_any_submodule_is_tapped_without_stages() -> None:
-    """Its shape is probed: here the convolution inside of a stage, and a linear layer."""
+    """The shapes of a convolution inside a stage and of a linear layer are probed."""
     paths: dict[str, Any] = {"student": ["layer2.0", "fc"], "teacher": ["layer3.0", "fc"]}
     student, kd = distil(**paths, stages={"student_stages": None, "teacher_stages": None})
     images, targets = tiny_batch()
@@ -239,7 +239,7 @@ def test_any_submodule_is_tapped_without_stages() -> None:
         student(images)
         kd(images, targets)["fitnet"].backward()
     assert student.fc.weight.grad is not None
-    assert student.layer3[0].weight.grad is not None  # in front of fc
+    assert student.layer3[0].weight.grad is not None  # before fc
     assert kd.metrics.keys() == {"fitnet", "fitnet/pair1", "fitnet/pair2"}
 
 
@@ -255,7 +255,7 @@ def test_probing_leaves_no_trace_in_the_models() -> None:
 
 
 def test_the_embedding_is_the_output() -> None:
-    """As TFace has it: the mean squared difference of the embeddings."""
+    """As in TFace, this is the mean squared difference of the embeddings."""
     student, kd = distil(student="", teacher="", connector="none")
     images, targets = tiny_batch()
     with kd:

@@ -1,4 +1,4 @@
-"""F-SKD: the authors' code, the equation, and the mean that is taken off."""
+"""F-SKD agrees with the authors' code and the equation, and centring has the intended effect."""
 
 from functools import partial
 from typing import Any
@@ -45,8 +45,8 @@ def terms(
     return reference.feature_similarity(ours, theirs, connectors, means or [None] * len(ours))
 
 
-def test_gives_the_number_of_the_authors_code() -> None:
-    """20 times the mean over four stages of equal widths."""
+def test_agrees_with_the_authors_code() -> None:
+    """The number is 20 times the mean over four stages of equal widths."""
     # github.com/kangkzeng/feature-similarity-KD, commit 5a0b9bdc8aa64648a45eba2e722b8c7c17142bdb.
     # `python golden.py` executed the function cosine_loss of train_student.py, taken out of the
     # file by ast, on these features, added cosine_loss(student, teacher) / 4 over the stages as
@@ -68,7 +68,7 @@ def test_gives_the_number_of_the_authors_code() -> None:
 def test_agrees_with_the_equation(
     ours: tuple[Shape, ...], theirs: tuple[Shape, ...], center: bool
 ) -> None:
-    """In the second step, so that the mean is one of two batches."""
+    """Compare the second step, in which the mean is over two batches."""
     loss = declared(model(*ours), model(*theirs), center=center)
     before, teacher = features(5, 4, *theirs), features(9, 3, *theirs)
     student = features(1, 3, *ours)
@@ -87,7 +87,7 @@ def test_agrees_with_the_equation(
     expected = terms(student, teacher, weights(loss), means)
     assert_close(found.item(), float(np.mean(expected)))
     assert_close([notes[f"stage{k}"].item() for k in range(1, len(ours) + 1)], expected)
-    loss.eval()  # so that the mean stays
+    loss.eval()  # keeps the mean constant
     maps.check_gradients(
         loss, student, teacher, lambda x, own: float(np.mean(terms(x, teacher, own, means)))
     )
@@ -97,7 +97,7 @@ def test_agrees_with_the_equation(
     ("center", "channels", "learned"),
     [(False, 3, 0), (False, 5, 1), (True, 3, 1), (True, 5, 1)],
 )
-def test_a_connector_stands_where_widths_differ_or_the_mean_is_taken_off(
+def test_different_widths_or_centring_need_a_connector(
     center: bool, channels: int, learned: int
 ) -> None:
     loss = declared(model((3, 4, 4)), model((channels, 4, 4)), center=center)
@@ -120,7 +120,7 @@ def test_ignores_the_scale_of_both_sides(center: bool) -> None:
 
 
 def test_the_same_map_on_all_faces_changes_nothing_if_centred() -> None:
-    """Uncentred, a student that knows that map alone is rewarded for it."""
+    """Without centring, a student is rewarded for returning only that map."""
     common, teacher = 10 * normal(1, 1, 3, 4, 4), normal(2, 4, 3, 4, 4)
     blind = normal(3, 4, 3, 4, 4)
     sides = model((3, 4, 4)), model((3, 4, 4))

@@ -1,4 +1,6 @@
-"""Grouped KD: values and gradients against the equation; groups; classes split over two ranks."""
+"""Grouped KD agrees with its equation, groups are the right classes, and two ranks agree with one
+process.
+"""
 
 from typing import Any
 
@@ -18,14 +20,15 @@ from kdhooks_plugins._margin import scores
 from kdhooks_plugins.gkd import GKD, GroupedScores
 from kdhooks_plugins.kd import KD
 from tests import golden
-from tests.compared import normal, scenario, whole
+from tests.compared import scenario, whole
+from tests.maps import normal
 from tests.ranks import Results, on_two_ranks
 from tests.references import gkd as reference
 from tests.references.differences import central_differences
 
 
 def made(**options: Any) -> GroupedScores:
-    """The paper's form, unless the options say otherwise."""
+    """Return the loss, by default in the paper's form."""
     loss = GKD(**{"standardize": False, **options}).classifier_share().loss
     assert isinstance(loss, GroupedScores)
     return loss
@@ -47,8 +50,7 @@ def test_gives_the_golden_values() -> None:
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.93, "largest": 4}, {"tau": 1.0}])
-@pytest.mark.parametrize("margin", [0.0, 0.35])
-@pytest.mark.parametrize("scale", [4.0, 64.0])
+@pytest.mark.parametrize(("scale", "margin"), [(4.0, 0.35), (64.0, 0.0)])
 @pytest.mark.parametrize(("b", "c", "d", "e"), [(1, 2, 3, 3), (5, 9, 3, 6), (4, 7, 6, 2)])
 def test_agrees_with_the_equation(
     b: int,
@@ -92,8 +94,8 @@ def test_agrees_with_the_equation(
 def test_groups_of_many_classes_are_those_of_sorted_scores(
     dtype: torch.dtype, alike: int, scale: float, away: float, options: dict[str, Any]
 ) -> None:
-    """With scores around 0, and with all of one sample's near the least that there is, where
-    float32 tells few of them apart.
+    """Most scores are around 0. Those of one sample are all near the lowest possible score, where
+    float32 distinguishes few of them.
     """
     student, labels = normal(1, 6, 8).to(dtype), labels_of(2, 6, 3000)
     rows = whole((normal(3, 3000, 8) - away * student[0]).to(dtype))
@@ -116,8 +118,8 @@ def test_groups_of_many_classes_are_those_of_sorted_scores(
 def test_a_score_that_rounding_moves_into_a_bin_is_not_lost(
     edge: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 these lie just below the edge of the bin that their place is rounded into: the
-    first two if the bins have no slack at all, the others if they have it at their end alone.
+    """In float32, rounding moves these scores into a bin whose edge is just above them: the first
+    two if the bins have no slack, the others if the bins have slack only at their end.
     """
     z = torch.tensor([[edge + 3, edge, edge - 3]])
     monkeypatch.setattr(gkd, "scores", lambda *given: z)
@@ -130,7 +132,7 @@ def test_a_score_that_rounding_moves_into_a_bin_is_not_lost(
 
 @pytest.mark.parametrize("own", [0, 4])
 def test_equal_scores_join_a_group_together(own: int) -> None:
-    """Whichever of them came first would depend on how classes lie in the ranks' memory."""
+    """Otherwise the choice among them would depend on how the ranks store the classes."""
     rows = torch.tensor([[1.0, 0], [0.8, 0.6], [0.8, -0.6], [0.8, 0.6], [-1, 0]]).double()
     student = torch.tensor([[1.0, 0]]).double()
     loss = made(tau=1, largest=2, margin=0)
@@ -138,7 +140,7 @@ def test_equal_scores_join_a_group_together(own: int) -> None:
 
 
 def test_the_own_class_comes_first_however_unlikely_it_is() -> None:
-    """It counts with its own probability, and the likeliest others follow until tau."""
+    """Its probability counts towards tau; the most likely other classes follow."""
     rows = torch.tensor([[1.0, 0], [0.9, 0.19**0.5], [-1, 0]]).double()
     student = torch.tensor([[1.0, 0]]).double()
     loss = made(tau=0.5, largest=2, margin=0, scale=4)
@@ -166,7 +168,7 @@ def test_an_embedding_that_is_not_finite_makes_a_loss_that_is_not(value: float) 
 
 
 def test_the_order_among_the_rest_does_not_matter() -> None:
-    """Two teachers that swap what they think of two classes outside of every group."""
+    """The two teachers swap the scores of two classes outside of every group."""
     rows = torch.eye(6, dtype=torch.float64)
     student = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1, 0.1]]).double()
     one = torch.tensor([[0.9, 0.5, 0.3, 0.2, 0.1, 0.1]]).double()
@@ -179,8 +181,8 @@ def test_the_order_among_the_rest_does_not_matter() -> None:
     assert loss(student, inside, label, whole(rows), whole(rows))[0] > found[0] + 0.1
 
 
-def test_without_a_margin_a_group_is_soon_the_own_class_alone() -> None:
-    """At a cosine of 0.4 to it, among random classes; see docs/methods/gkd.md."""
+def test_without_a_margin_a_group_soon_has_only_the_own_class() -> None:
+    """The cosine to the own class is 0.4; other classes are random. See docs/methods/gkd.md."""
     rows = nn.functional.normalize(normal(1, 5000, 512))
     labels = torch.arange(4)
     apart = nn.functional.normalize(normal(2, 4, 512))
@@ -235,7 +237,7 @@ def test_an_option_out_of_range_is_refused(options: dict[str, float], message: s
 _SPLIT, _LABELS = (5, 4), torch.tensor([0, 8, 3, 4, 2, -1, 5, 3])
 _OPTIONS: dict[str, dict[str, Any]] = {
     "by_probability": {"tau": 0.9, "scale": 8.0},
-    "by_size": {"tau": 1.0, "largest": 5},  # more than the second rank has classes
+    "by_size": {"tau": 1.0, "largest": 5},  # more classes than the second rank has
     "no_margin": {"margin": 0.0},
     "standardized": {"standardize": True, "tau": 0.9, "scale": 8.0},
 }

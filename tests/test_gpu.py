@@ -1,7 +1,7 @@
 """CUDA graphs, streams, loss scaling and NCCL behave on a GPU as documented.
 
-The functions that do the work take the device as an argument. All but those about events can be
-called with "cpu" too, for a trial on a machine without a GPU.
+The functions that do the work take the device as an argument. Except for those about events, they
+can also be called with "cpu", for a trial on a machine without a GPU.
 """
 
 import io
@@ -57,20 +57,20 @@ def process() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def own_process() -> Iterator[ProcessPoolExecutor]:
-    """A process of one test, for settings that hold for a whole process."""
+    """A process for a single test, since some settings affect the whole process."""
     with in_a_process("cuda") as pool:
         yield pool
 
 
 def network() -> nn.Module:
-    """The tiny teacher's; it has the same weights in each call."""
+    """Return the tiny teacher's network, with the same weights in each call."""
     module = tiny_teacher().module
     assert module is not None
     return module
 
 
 def batches(device: str, count: int) -> list[Tensor]:
-    """The same images in another order each, so that an output of another batch is noticed."""
+    """Return the same images in different orders, so that mixed-up batches are noticed."""
     images, _ = tiny_batch()
     return [images.roll(shift, 0).to(device) for shift in range(count)]
 
@@ -87,11 +87,11 @@ def deterministic() -> Iterator[None]:
 
 # --- a compiled teacher --------------------------------------------------------------------------
 
-Outputs = list[list[Tensor]]  # of each batch: its embedding, and then its features
+Outputs = list[list[Tensor]]  # for each batch: its embedding, then its features
 
 
 def taught(teacher: Teacher, device: str, tapped: bool = True) -> Outputs:
-    """All outputs are read after the last call."""
+    """Return the outputs of all batches, read after the last call."""
     session = TeacherSession(teacher, ["layer2"] if tapped else ())
     outputs = [list(session(images)) for images in batches(device, 4)]
     return [[tensor.cpu() for tensor in output] for output in outputs]
@@ -101,7 +101,7 @@ def compiled(device: str, mode: bool | str, clones: bool = True) -> Outputs:
     torch._dynamo.reset()
     teacher = Teacher(network(), compile=mode)
     teacher.overwrites_output = teacher.overwrites_output and clones
-    return taught(teacher, device, tapped=clones)  # a tap splits the graph, which CUDA's need whole
+    return taught(teacher, device, tapped=clones)  # a tap would split the CUDA graph
 
 
 def eager(device: str, tapped: bool = True) -> Outputs:
@@ -121,7 +121,7 @@ def test_a_compiled_teacher_keeps_the_eager_outputs_over_later_calls(
 def test_without_clones_a_later_call_would_overwrite_the_output(
     own_process: ProcessPoolExecutor,
 ) -> None:
-    """Torch refuses to read it then, or it holds the numbers of the later call."""
+    """Torch then refuses to read it, or it has the values of the later call."""
     expected = own_process.submit(eager, "cuda", tapped=False).result()
     found = own_process.submit(compiled, "cuda", "reduce-overhead", clones=False)
     with pytest.raises((RuntimeError, AssertionError), match=r"overwritten|not close"):
@@ -132,7 +132,7 @@ def test_without_clones_a_later_call_would_overwrite_the_output(
 
 
 def late(images: Tensor) -> Tensor:
-    """Holds its stream up, so that a reader that does not wait reads too early."""
+    """Delay the stream, so that a reader that does not wait reads too early."""
     if images.is_cuda:
         torch.cuda._sleep(50_000_000)
     return images
@@ -153,7 +153,7 @@ def beside(device: str, joins: bool = True) -> Outputs:
     return [[tensor.cpu() for tensor in output] for output in outputs]
 
 
-def test_a_teacher_on_a_stream_of_its_own_is_waited_for(process: ProcessPoolExecutor) -> None:
+def test_a_teacher_on_its_own_stream_is_waited_for(process: ProcessPoolExecutor) -> None:
     expected = process.submit(eager, "cuda").result()
     found = process.submit(beside, "cuda").result()
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -163,7 +163,9 @@ def test_a_teacher_on_a_stream_of_its_own_is_waited_for(process: ProcessPoolExec
 
 
 def distilled(device: str, side_stream: bool) -> list[Tensor]:
-    """Over several steps: the teacher's outputs as the losses see them, losses, then weights."""
+    """Return the teacher's outputs as the losses get them, and the loss, of each step; then the
+    weights.
+    """
     torch.manual_seed(0)
     student = TinyFaceNet().to(device).train()
     teacher = Teacher(network(), transform=late, side_stream=side_stream)
@@ -198,7 +200,7 @@ def test_training_is_the_same_with_and_without_a_side_stream(process: ProcessPoo
 
 
 def sent() -> tuple[bool, list[float]]:
-    """Whether a tensor had arrived before it was read, and what was read."""
+    """Return whether a tensor had arrived before it was read, and its values."""
     for cycles in (1000, 200_000_000):  # the first round loads the kernels, for which CUDA may wait
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
@@ -206,7 +208,7 @@ def sent() -> tuple[bool, list[float]]:
         assert tensor._arrived is not None
         early = tensor._arrived.query()
         found = tensor.get().tolist()
-        del tensor  # the next round takes its host memory, since CUDA may wait to allocate more
+        del tensor  # the next round reuses its host memory, as CUDA may wait for an allocation
     return early, found
 
 
@@ -221,11 +223,11 @@ class Scaled(NamedTuple):
     losses: list[float]
     moved: list[bool]  # whether the optimizer changed the weights in that step
     scales: list[float]
-    steps: int  # as the Distiller counts them
+    steps: int  # counted by the Distiller
 
 
 def scaled(device: str, name: str, overflow_in: int | None) -> Scaled:
-    """Eight steps in float16 with a live GradScaler."""
+    """Run eight steps in float16 with an active GradScaler."""
     torch.manual_seed(0)
     student = TinyFaceNet().to(device).train()
     rows = nn.Parameter(torch.randn(CLASSES, DIM).to(device))
@@ -237,7 +239,7 @@ def scaled(device: str, name: str, overflow_in: int | None) -> Scaled:
         optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters(), rows], lr=1e-3)
         for step in range(8):
             if step == overflow_in:
-                scaler.update(2.0**60)  # float16 ends at 65504
+                scaler.update(2.0**60)  # float16 overflows above 65504
             before = student.fc.weight.detach().clone()
             with torch.autocast(device, torch.float16):
                 cosines = F.linear(F.normalize(student(images)), F.normalize(rows))
@@ -257,7 +259,7 @@ def scaled(device: str, name: str, overflow_in: int | None) -> Scaled:
 
 
 @pytest.mark.parametrize("name", ["kd", "gkd"])
-def test_a_live_grad_scaler_skips_the_step_that_overflows_and_no_other(
+def test_a_grad_scaler_skips_only_the_step_that_overflows(
     process: ProcessPoolExecutor, name: str
 ) -> None:
     ended = process.submit(scaled, "cuda", name, overflow_in=4).result()
@@ -275,11 +277,11 @@ class Compared(NamedTuple):
     chunks: int
     found: list[Tensor]  # the loss, then its gradients, each divided by the largest expected one
     expected: list[Tensor]
-    lacking: list[Tensor]  # as expected, without the classes of the last chunk
+    lacking: list[Tensor]  # expected, without the last chunk's classes
 
 
 def chunked(device: str, name: str, b: int, d: int = 64) -> Compared:
-    """A loss in chunks of classes, and its plain form in float64."""
+    """Compute a loss in chunks of classes, and its plain form in float64."""
     c = 22 * chunk_size(torch.empty(b, d, device=device), trained=name == "kd") // 10
     generator = torch.Generator().manual_seed(0)
     student, teacher, ours, theirs = (
@@ -355,7 +357,7 @@ class Run:
         self.device = device
 
     def train(self, steps: range) -> list[Tensor]:
-        """The weights of student and head after these steps."""
+        """Return the weights of student and head after these steps."""
         labels = tiny_batch()[1]
         for step, images in enumerate(batches(self.device, steps.stop)):
             if step not in steps:
@@ -392,7 +394,7 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(process: ProcessPoolExecutor, 
 
 
 def resumed(device: str, loaded: int) -> list[Tensor]:
-    """Two steps, and two more in a second run that loads so many of the first one's four parts."""
+    """Run two steps, and two more in a second run that loads `loaded` of the first's four parts."""
     methods = [FCD, BANK, "adadistill"]
     with deterministic():
         first = Run(device, methods)
@@ -425,7 +427,7 @@ class Ranked(NamedTuple):
 
 
 def in_a_group(device: str, folder: str) -> Ranked:
-    """As `alone`, under DDP and with classes that are split over a group of one rank."""
+    """Do the same as `alone` under DDP, with classes split over a group of one rank."""
     cuda = device == "cuda"
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # a machine may have no other network
     meeting = f"file://{folder}/meeting"
@@ -462,7 +464,7 @@ def ranked(device: str, group: "dist.ProcessGroup | None") -> Ranked:
     return Ranked([tensor.detach().cpu() for tensor in learned], moved)
 
 
-def test_one_rank_of_nccl_under_ddp_trains_as_a_run_without(
+def test_one_rank_with_nccl_and_ddp_equals_a_run_without(
     own_process: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     expected = own_process.submit(alone, "cuda").result()

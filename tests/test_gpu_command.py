@@ -1,11 +1,12 @@
-"""The command `python -m benchmarks.gpu`: every part at a tiny size, and what it survives."""
+"""`python -m benchmarks.gpu` runs every part at a tiny size, and survives failures and kills."""
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.gpu.__main__ import PARTS, main
 ROOT = Path(__file__).parents[1]
 TINY = ["--device", "cpu", "--tiny"]
 ODD = {"odd": "tests.odd_part", "even": "tests.even_part"}
+SLOW = {"slow": "tests.slow_part"}
 
 
 def record(out: Path, part: str) -> dict[str, Any]:
@@ -54,13 +56,26 @@ def test_every_part_runs_at_a_tiny_size_and_writes_its_record(tmp_path: Path) ->
 
 
 def odd(out: Path, *options: str) -> int:
-    """Two parts: of the first, a case fails, one kills its process, and one is absent."""
+    """Run two parts; in the first, some cases fail, one crashes, and one is absent."""
     return main([*TINY, "--out", str(out), *options], ODD)
 
 
-def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> None:
-    assert odd(tmp_path) == 1
-    assert statuses(tmp_path, "odd") == {
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of both parts."""
+    out = tmp_path_factory.mktemp("tried")
+    assert odd(out) == 1
+    return out
+
+
+@pytest.fixture
+def copied(tried: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder."""
+    return Path(shutil.copytree(tried, tmp_path / "copied"))
+
+
+def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tried: Path) -> None:
+    assert statuses(tried, "odd") == {
         "good": "done",
         "failing": "failed",
         "half": "failed",
@@ -68,36 +83,34 @@ def test_a_case_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path: Pa
         "absent": "absent",
         "last": "done",
     }
-    failed = record(tmp_path, "odd")
+    failed = record(tried, "odd")
     assert "ZeroDivisionError: division by zero" in failed["failing"]["traceback"]
     assert "exit code -6" in failed["crashing"]["traceback"]
     assert failed["absent"]["reason"] == "no odd hardware"
     assert failed["half"]["result"] == {"pid": 0}
-    assert statuses(tmp_path, "even") == {"only": "done"}
-    page = (tmp_path / "gpu.md").read_text()
+    assert statuses(tried, "even") == {"only": "done"}
+    page = (tried / "gpu.md").read_text()
     assert "- **failing: failed**: `ZeroDivisionError: division by zero`" in page
     assert "- absent: absent: no odd hardware" in page
-    assert "| good |\n| half |\n| last |" in page, "what has figures is shown"
+    assert "| good |\n| half |\n| last |" in page, "cases with results are shown"
 
 
-def test_only_what_is_not_done_is_run_again(tmp_path: Path) -> None:
-    odd(tmp_path)
-    first = record(tmp_path, "odd")
-    odd(tmp_path)
-    second = record(tmp_path, "odd")
-    assert second["good"] == first["good"]  # with the moment at which it was made
+def test_only_unfinished_cases_are_run_again(copied: Path) -> None:
+    first = record(copied, "odd")
+    odd(copied)
+    second = record(copied, "odd")
+    assert second["good"] == first["good"]  # including its time
     assert second["failing"]["traceback"] == first["failing"]["traceback"]
-    odd(tmp_path, "--again", "--parts", "even")
-    assert record(tmp_path, "even")["only"]["result"] == {"runs": 2}
+    odd(copied, "--again", "--parts", "even")
+    assert record(copied, "even")["only"]["result"] == {"runs": 2}
 
 
-def test_a_result_is_kept_until_a_later_try_is_done(tmp_path: Path) -> None:
-    odd(tmp_path, "--parts", "even")
-    (tmp_path / "no more").touch()
-    assert odd(tmp_path, "--parts", "even", "--again") == 1
-    entry = record(tmp_path, "even")["only"]
+def test_a_result_is_kept_until_a_later_try_is_done(copied: Path) -> None:
+    (copied / "no more").touch()
+    assert odd(copied, "--parts", "even", "--again") == 1
+    entry = record(copied, "even")["only"]
     assert (entry["status"], entry["kept"]["result"]) == ("failed", {"runs": 1})
-    page = (tmp_path / "gpu.md").read_text()
+    page = (copied / "gpu.md").read_text()
     assert "- **only: failed**" in page
     assert "| only | 1 |" in page
 
@@ -132,48 +145,72 @@ def test_a_case_that_needs_more_time_than_is_left_is_skipped(tmp_path: Path) -> 
 
 def test_a_case_that_is_still_running_at_the_end_of_the_budget_is_stopped(tmp_path: Path) -> None:
     started = time.monotonic()
-    main([*TINY, "--out", str(tmp_path), "--budget", "12"], {"slow": "tests.slow_part"})
+    main([*TINY, "--out", str(tmp_path), "--budget", "12"], SLOW)
     assert time.monotonic() - started < 40
     assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "stopped"}
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_continues_and_leaves_nothing_running(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ended_by: signal.Signals
-) -> None:
-    folders = tmp_path_factory.mktemp("tmp")
+@pytest.fixture
+def endless(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Start a run in another process, and wait for its endless case. Also return its TMPDIR."""
     program = (
         "import sys; from benchmarks.gpu.__main__ import main; "
         "sys.exit(main(sys.argv[1:], {'slow': 'tests.slow_part'}))"
     )
-    command = [sys.executable, "-c", program, *TINY, "--out", str(tmp_path)]
-    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(folders)})
-    pid = tmp_path / "endless.pid"
+    out, folders = tmp_path / "out", tmp_path_factory.mktemp("tmp")
+    command = [sys.executable, "-c", program, *TINY, "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(folders)}) as running:
+        try:
+            _until(lambda: (out / "endless.pid").is_file())
+            yield running, folders
+        finally:
+            running.kill()
+
+
+def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not pid.is_file() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert "another run writes to" in second.stderr
-    running.send_signal(ended_by)
+    assert condition()
+
+
+def test_a_killed_run_continues_and_leaves_nothing_running(
+    endless: tuple[subprocess.Popen[bytes], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    running, _ = endless
+    out = tmp_path / "out"
+    command = [*TINY, "--out", str(out)]
+    with pytest.raises(SystemExit, match="2"):
+        main(command, SLOW)
+    assert "another run writes to" in capsys.readouterr().err
+    running.kill()
     running.wait()
-    before = "running"
-    if ended_by == signal.SIGTERM:
-        assert running.returncode == 130
-        assert not [path for path in folders.iterdir() if path.name.startswith("kdhooks-gpu-")]
-    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": before}
-    made = record(tmp_path, "slow")["quick"]["made"]
-    while alive(int(pid.read_text())) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(int(pid.read_text()))
-    (tmp_path / "not endless").touch()
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-    assert statuses(tmp_path, "slow") == {"quick": "done", "endless": "done"}
-    assert record(tmp_path, "slow")["quick"]["made"] == made
+    assert statuses(out, "slow") == {"quick": "done", "endless": "running"}
+    made = record(out, "slow")["quick"]["made"]
+    _until(lambda: not alive(int((out / "endless.pid").read_text())))
+    (out / "not endless").touch()
+    assert main(command, SLOW) == 0
+    assert statuses(out, "slow") == {"quick": "done", "endless": "done"}
+    assert record(out, "slow")["quick"]["made"] == made
+
+
+def test_a_terminated_run_removes_its_folder_and_leaves_nothing_running(
+    endless: tuple[subprocess.Popen[bytes], Path], tmp_path: Path
+) -> None:
+    running, folders = endless
+    running.terminate()
+    assert running.wait() == 130
+    assert not [path for path in folders.iterdir() if path.name.startswith("kdhooks-gpu-")]
+    assert statuses(tmp_path / "out", "slow") == {"quick": "done", "endless": "running"}
+    _until(lambda: not alive(int((tmp_path / "out" / "endless.pid").read_text())))
 
 
 def alive(process: int) -> bool:
-    """Zombies, which nobody waits for here, are dead."""
+    """Return whether the process runs; zombies do not count."""
     try:
         return " Z" not in Path(f"/proc/{process}/stat").read_text()[:40]
     except FileNotFoundError:
@@ -194,7 +231,7 @@ def alive(process: int) -> bool:
         (["--parts", "everything"], "invalid choice: 'everything'"),
     ],
 )
-def test_what_could_only_fail_later_is_refused(
+def test_wrong_options_are_refused_before_the_run(
     options: list[str],
     message: str,
     tmp_path: Path,
@@ -207,7 +244,7 @@ def test_what_could_only_fail_later_is_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_out_that_is_no_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_that_is_not_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         odd(Path("/dev/null"))
     assert "--out must be a folder that can be written; " in capsys.readouterr().err

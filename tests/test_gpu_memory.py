@@ -1,4 +1,4 @@
-"""A batch that does not fit into the memory of a GPU is halved."""
+"""A batch that does not fit into the GPU's memory is halved."""
 
 import logging
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ DIM = 12
 
 @pytest.fixture
 def own_process() -> Iterator[ProcessPoolExecutor]:
-    """A process of one test, for settings that hold for a whole process."""
+    """A process for a single test, since some settings affect the whole process."""
     with in_a_process("cuda") as pool:
         yield pool
 
 
 class Wide(nn.Module):
-    """Needs much memory for each image: `width` numbers, twice."""
+    """Needs memory for 2 · `width` numbers per image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ShortOfMemory(NamedTuple):
 
 @contextmanager
 def only_so_much_more(size: int) -> Iterator[None]:
-    """Inside, this process can take no more than so many bytes of the GPU besides those it has."""
+    """Inside, this process can allocate only `size` more bytes of GPU memory."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
@@ -91,7 +91,7 @@ def short_of_memory(device: str, b: int, width: int, limit: int | None) -> Short
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(own_process: ProcessPoolExecutor) -> None:
-    """The batch takes 512 MiB beside its weights, and half of it 256 MiB."""
+    """Besides the weights, the batch takes 512 MiB and half of it 256 MiB."""
     batch = ("cuda", 4096, 1 << 14)
     ended = own_process.submit(short_of_memory, *batch, limit=384 << 20).result()
     assert ended.refused

@@ -1,4 +1,4 @@
-"""The pages on Lightning, Fabric and accelerate: their blocks run, on two ranks too."""
+"""The code on the pages about Lightning, Fabric and accelerate runs, also on two ranks."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def blocks(page: str) -> dict[str, str]:
 
 
 class Student(nn.Module):
-    """(b 3 h w) -> (b 12), without BatchNorm, so that two ranks train it as one does."""
+    """(b 3 h w) -> (b 12), without BatchNorm, so that two ranks can equal one process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,19 +46,19 @@ class Student(nn.Module):
 
 
 def small() -> nn.Module:
-    """The tiny teacher, for images of any size."""
+    """Return the tiny teacher, for images of any size."""
     module = tiny_teacher().module
     assert module is not None
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), module)
 
 
-# --- loops of one's own: Fabric and accelerate -----------------------------------------------
+# --- own loops: Fabric and accelerate --------------------------------------------------------
 
 PACKAGES = {"fabric": "lightning_fabric", "accelerate": "accelerate"}
 
 
 def train(page: str, text: str = "") -> dict[str, Any]:
-    """The names of the page's loop, after it."""
+    """Run the page's loop; return the names it defines."""
     size = here()[1]
     if page == "accelerate":  # it has one state for each process
         import_module("accelerate.state").AcceleratorState._reset_state(True)
@@ -125,7 +125,7 @@ def test_a_checkpoint_brings_the_losses_back(page: str, tmp_path: Path) -> None:
 
 
 def test_a_loop_that_forgets_the_parameters_of_kd_is_refused(page: str) -> None:
-    """So that the loops above show that they give them to the optimizer."""
+    """This proves that the loops above pass them to the optimizer."""
     text = blocks(page)["train"].replace(
         "parameter_groups(weight_decay=0.0)", "parameter_groups(0)[:0]"
     )
@@ -157,7 +157,7 @@ def module_of(**methods: Any) -> Any:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The working directory with the page's recipe and its files, and what its blocks need."""
+    """Enter a folder with the page's recipe and its files; return the names its code needs."""
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -189,7 +189,7 @@ def test_manual_optimization_runs(names: dict[str, Any]) -> None:
     assert kd.step == 4
 
 
-def test_groups_of_ones_own_stay(names: dict[str, Any]) -> None:
+def test_own_parameter_groups_are_kept(names: dict[str, Any]) -> None:
     exec(blocks("lightning")["groups"], names)
     text = '{ name = "fcd", projector = true }'
     Path("kd.toml").write_text(Path("kd.toml").read_text().replace('"fcd"', text))
@@ -213,8 +213,8 @@ def test_a_configuration_file_holds_the_callback(names: dict[str, Any]) -> None:
     assert distill._settings.student == "model"
 
 
-def test_a_module_of_the_shape_of_adaface_is_distilled(names: dict[str, Any]) -> None:
-    """The recipe of the page; parameters in two groups; a head that takes the length, too."""
+def test_a_module_like_that_of_adaface_is_distilled(names: dict[str, Any]) -> None:
+    """As AdaFace's, the module has two parameter groups and a head that also takes the length."""
     from lightning.pytorch import LightningModule
 
     from kdhooks_integrations.lightning import Distill

@@ -1,4 +1,4 @@
-"""ICD-Face: distributions, banks and their age against the equations; two ranks against one."""
+"""ICD-Face's distributions and banks agree with the equations, and two ranks with one process."""
 
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from kdhooks.classes.rows import Rows
 from kdhooks.testing import check_method
 from kdhooks_plugins.icdface import ICDFace, SimilarityDistributions, log_histogram, places
 from tests import golden
+from tests.maps import gradient, normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import icdface as reference
 from tests.references.differences import central_differences
@@ -39,25 +40,15 @@ def expected_of(loss: SimilarityDistributions) -> reference.ICDFace:
     )
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def labels_of(seed: int, b: int, c: int, lowest: int = -1) -> Tensor:
     return torch.randint(lowest, c, (b,), generator=torch.Generator().manual_seed(seed))
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
 
 
 # --- histograms ------------------------------------------------------------------------------
 
 
 # Tencent/TFace, commit 171ec1434aca0972e111663ac646c9c1e3e44b5b, recognition/torchkit/loss/ddl.py,
-# with torch 2.13.0 on the processor, g = torch.Generator().manual_seed(0), dtype=torch.float64:
+# with torch 2.13.0 on the CPU, g = torch.Generator().manual_seed(0), dtype=torch.float64:
 #   loss = DDL(); loss.t = torch.arange(0, 1.0, 0.001, dtype=torch.float64)[None]
 #   p, q = torch.rand(20, generator=g), 0.8 * torch.rand(20, generator=g)
 #   p, q = loss._histogram(p), loss._histogram(q)
@@ -67,7 +58,7 @@ DDL_DIVERGENCE = 0.228203437048
 
 
 def test_a_histogram_is_that_of_distribution_distillation() -> None:
-    """On other nodes than ours, which also cover negative cosines."""
+    """Its nodes differ from ours, which also cover negative cosines."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.rand(20, 1, generator=generator, dtype=torch.float64) for _ in range(2))
     nodes, counted = torch.arange(0, 1.0, 0.001, dtype=torch.float64), torch.ones(20, 1).bool()
@@ -79,7 +70,7 @@ def test_a_histogram_is_that_of_distribution_distillation() -> None:
 
 
 def test_nodes_closer_than_the_kernel_is_wide_change_nothing() -> None:
-    """0.02 apart, and 0.001 apart; the twin shows that 0.5 apart is too far."""
+    """Nodes 0.02 and 0.001 apart agree; a distance of 0.5 is too large."""
     generator = torch.Generator().manual_seed(1)
     p, q = (torch.rand(9, 1, generator=generator, dtype=torch.float64) for _ in range(2))
 
@@ -93,7 +84,7 @@ def test_nodes_closer_than_the_kernel_is_wide_change_nothing() -> None:
 
 
 def test_similarities_far_apart_stay_finite_in_float32() -> None:
-    """The kernel itself is 0 at this distance."""
+    """The kernel underflows to 0 at this distance."""
     loss, labels = made(gamma=200.0).float(), torch.tensor([0])
     loss(torch.eye(4)[:1], torch.eye(4)[:1], labels)
     student = (-torch.eye(4)[:1] + 1e-3).requires_grad_()
@@ -109,7 +100,9 @@ def test_similarities_far_apart_stay_finite_in_float32() -> None:
 @pytest.mark.parametrize("valid_steps", [1, 2, 200])
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_agrees_with_the_equation_step_by_step(slots: int, valid_steps: int) -> None:
-    """Classes come late, or more often in a batch than there are slots; some samples have none."""
+    """Some classes appear late, or more often in a batch than there are slots, and some samples
+    have no label.
+    """
     loss = made(slots=slots, valid_steps=valid_steps, alpha=0.7, gamma=8.0, nodes=21)
     expected = expected_of(loss)
     for step, drawn_labels in enumerate(BATCHES):
@@ -136,7 +129,7 @@ def _sorted(vectors: Any) -> list[list[float]]:
     return sorted(list(vector) for vector in vectors)
 
 
-def test_the_first_batch_is_feature_consistency_alone() -> None:
+def test_the_first_batch_has_only_feature_consistency() -> None:
     student = golden.S.clone().requires_grad_()
     value, notes = made(3, 6, 6)(student, golden.T, golden.Y)
     value.backward()
@@ -168,7 +161,7 @@ def test_the_newest_entries_of_a_class_stay() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_a_place_that_is_written_twice_gets_the_same_sample(slots: int) -> None:
-    """Else a GPU would choose one of them at random."""
+    """Otherwise a GPU would choose one of the samples at random."""
     labels, written = torch.tensor([-1, 1, 1, 0, 1, -1, 1, 1]), torch.tensor([3, 7, 0])
     found = dict[tuple[int, int], set[int]]()
     for row, slot, sample in zip(*map(Tensor.tolist, places(labels, written, slots)), strict=True):
@@ -221,7 +214,7 @@ def test_zero_at_equality(seed: int) -> None:
 
 
 def test_a_student_less_compact_than_the_teacher_is_pulled_together() -> None:
-    """With the same distance to the teacher, so that only the distribution acts."""
+    """Only the gradient of the distribution term is checked."""
     loss, labels = made(1, 2, 2, alpha=1.0, slots=1), torch.tensor([0])
     loss(torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, 0.0]]).double(), labels)
     student = torch.tensor([[0.6, 0.8]], dtype=torch.float64, requires_grad=True)
@@ -234,7 +227,7 @@ def test_a_student_less_compact_than_the_teacher_is_pulled_together() -> None:
 @drawn
 @given(st.integers(0, 2**16), st.floats(0.01, 100), st.floats(0.01, 100))
 def test_ignores_lengths_and_batch_order(seed: int, ours: float, theirs: float) -> None:
-    """Up to as many images of a class as there are slots: of more, the order says which stay."""
+    """There are enough slots for all images: with fewer, the order would decide which stay."""
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     plain, changed = made(slots=6), made(slots=6)
     for step in range(3):
@@ -258,7 +251,7 @@ def test_precisions_agree(seed: int) -> None:
         assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_reaches_the_student_alone() -> None:
+def test_gradient_reaches_only_the_student() -> None:
     loss = made(3, 6, 6)
     for _ in range(2):
         student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
@@ -269,7 +262,7 @@ def test_gradient_reaches_the_student_alone() -> None:
     assert not any(buffer.requires_grad for buffer in loss.buffers())
 
 
-def test_goes_on_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
+def test_resumes_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
     def step(loss: SimilarityDistributions, seed: int) -> Tensor:
         batch = normal(seed, 6, 4), normal(seed + 9, 6, 4)
         value: Tensor = loss(*batch, labels_of(seed, 6, 4))[0]
@@ -284,7 +277,7 @@ def test_goes_on_bit_by_bit_from_its_state_dict(tmp_path: Path) -> None:
     for seed in range(3, 6):
         value = step(straight, seed)
         assert torch.equal(step(resumed, seed), value)
-        assert seed > 3 or not torch.equal(fresh, value)  # the past does matter
+        assert seed > 3 or not torch.equal(fresh, value)  # the past matters
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
 

@@ -1,4 +1,4 @@
-"""A trainer's optimizer and schedule with the methods' weights in them, whatever their kinds."""
+"""The methods' weights can join a trainer's optimizer and schedule of any kind."""
 
 import copy
 from collections.abc import Callable
@@ -39,7 +39,7 @@ KINDS = pytest.mark.parametrize(
 
 
 class Aligned(nn.Module):
-    """A loss with a map that decays, and a bias that does not."""
+    """A loss whose map has weight decay, and whose bias has none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Method:
 
 
 class Run:
-    """A backbone, a head, their optimizer and schedule, distilled or not."""
+    """A backbone and a head with optimizer and schedule, with or without distillation."""
 
     def __init__(self, kind: str, plan: str, distilled: bool) -> None:
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ class Run:
         return self
 
     def saved(self) -> dict[str, Any]:
-        """What a trainer saves; it knows nothing of the distiller."""
+        """Return a trainer's checkpoint; the trainer does not know the distiller."""
         parts: dict[str, Any] = {"backbone": self.backbone, "head": self.head}
         parts |= {"optimizer": self.optimizer, "schedule": self.schedule}
         return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
@@ -108,7 +108,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_each_parameter_has_the_decay_that_it_should_and_the_head_is_last() -> None:
+def test_each_parameter_has_its_decay_and_the_head_is_last() -> None:
     run = Run("sgd", "linear", distilled=True)
     groups = run.optimizer.param_groups
     loss = run.kd.losses["aligned"]  # type: ignore[union-attr]
@@ -127,7 +127,7 @@ def test_every_group_follows_the_schedule(kind: str, plan: str) -> None:
 
 
 @KINDS
-def test_what_is_saved_is_what_a_plain_run_saves_and_one_key_more(kind: str, plan: str) -> None:
+def test_a_checkpoint_has_one_key_more_than_that_of_a_plain_run(kind: str, plan: str) -> None:
     ours = Run(kind, plan, distilled=True).train(2).saved()
     theirs = Run(kind, plan, distilled=False).train(2).saved()
     extra = ours["optimizer"].pop("kdhooks")
@@ -148,7 +148,7 @@ def test_a_resumed_run_equals_the_straight_one(kind: str, plan: str) -> None:
 
 
 @KINDS
-def test_either_kind_of_run_goes_on_from_the_other(kind: str, plan: str) -> None:
+def test_either_kind_of_run_resumes_from_the_other(kind: str, plan: str) -> None:
     distilled = Run(kind, plan, distilled=True).train(2).saved()
     off = Run(kind, plan, distilled=False).load(distilled).train(2)
     assert len(off.optimizer.param_groups) == 2
@@ -159,7 +159,7 @@ def test_either_kind_of_run_goes_on_from_the_other(kind: str, plan: str) -> None
 
 
 @KINDS
-def test_remove_gives_both_back(kind: str, plan: str) -> None:
+def test_remove_restores_both(kind: str, plan: str) -> None:
     run = Run(kind, plan, distilled=True)
     alone = Run(kind, plan, distilled=False)
     run.joined.remove()
@@ -188,7 +188,7 @@ def test_an_optimizer_is_joined_once() -> None:
 
 
 def test_a_sequence_of_schedules_that_were_joined_one_by_one() -> None:
-    """As the line in a script meets them: the first is there before the sequence is."""
+    """In a script, the first schedule exists before the sequence."""
     run, alone = (Run("sgd", "linear", distilled=distilled) for distilled in (True, False))
     for one in (run, alone):
         second = CosineAnnealingLR(one.optimizer, 5)

@@ -16,7 +16,8 @@ from kdhooks.classes.chunked_sums import NUMBERS
 from kdhooks.testing import TinyFaceNet, check_method, tiny_teacher
 from kdhooks_plugins.kd import KD
 from tests import golden
-from tests.compared import normal, scenario, whole
+from tests.compared import scenario, whole
+from tests.maps import normal
 from tests.ranks import Results, on_two_ranks
 from tests.references import kd as reference
 from tests.references.differences import central_differences

@@ -1,7 +1,7 @@
-"""CUDA and NCCL, as far as arcface_torch asks for them, answered on a CPU.
+"""Replaces the calls of CUDA and NCCL that arcface_torch makes, so that it runs on a CPU.
 
-In a folder of its own, since Python imports it by itself from PYTHONPATH: the trainer's scripts
-then run where there is no GPU, with no edit, however they are started.
+Python imports this module automatically from PYTHONPATH, so it has a folder of its own. The
+trainer's scripts then run without a GPU and unedited, however they are started.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def _itself(self: Any, *args: object, **kwargs: object) -> Any:
 
 
 def _on_cpu(make: Any) -> Any:
-    """Whatever device is named."""
+    """Create on the CPU, whichever device is named."""
 
     def made(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})

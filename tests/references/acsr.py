@@ -1,7 +1,7 @@
 """ACSR from its equations (docs/methods/acsr.md): one stage, level, sample and pixel at a time.
 
-Weights go by the names that they have in the module's state dict. Attention is (b k h w): of
-channels (b k 1 1), of pixels (b 1 h w).
+Weights are keyed by their names in the module's state dict. Attention is (b k h w): (b k 1 1) for
+channels, (b 1 h w) for pixels.
 """
 
 import math
@@ -33,7 +33,7 @@ def energies(features: list[Array], p: float) -> list[Array]:
 
 
 def logits(gates: list[Array]) -> list[Array]:
-    """Of sigmoids: log g/(1 - g)."""
+    """Invert sigmoids: log g/(1 - g)."""
     return [np.log(gate / (1 - gate)) for gate in gates]
 
 
@@ -80,7 +80,7 @@ def spatial_review(
 
 
 def mean(batches: list[Array], momentum: float) -> Array:
-    """[(b k h w)] -> (k h w): that of the batches' means, an older one counting less."""
+    """[(b k h w)] -> (k h w): the mean of the batches' means, weighted by momentum^age."""
     total, weights = np.zeros(batches[0].shape[1:]), 0.0
     for age, batch in enumerate(reversed(batches)):
         total += momentum**age * sum(batch) / len(batch)

@@ -1,4 +1,4 @@
-"""AdaDistill from its equations (§5.11): one sample at a time."""
+"""AdaDistill from its equations: one sample at a time."""
 
 import math
 
@@ -28,7 +28,7 @@ def alphas(
 def followed(
     student: Matrix, teacher: Matrix, labels: Labels, centres: Matrix, weighted: bool = True
 ) -> Matrix:
-    """(c e), unit rows -> the same, moved; samples of one class are averaged."""
+    """(c e) unit rows -> (c e): the moved rows; samples of one class are averaged."""
     out = centres.copy()
     alpha = alphas(student, teacher, labels, centres, weighted)
     for label in {int(y) for y in labels if y >= 0}:
@@ -56,7 +56,7 @@ def scalers(
     mean: float = 20.0,
     deviation: float = 100.0,
 ) -> list[float]:
-    """q of each sample, by centres and estimates as they stand; quality 0: without lengths."""
+    """Return q of each sample from the current centres and estimates; quality 0 ignores lengths."""
     out = []
     for s, t, y in zip(student, teacher, labels, strict=True):
         q = quality * (math.sqrt(dot(s, s)) - mean) / (deviation + 1e-3)
@@ -67,14 +67,14 @@ def scalers(
 
 
 def estimates(lengths: list[float], mean: float, deviation: float) -> tuple[float, float]:
-    """The running mean and deviation of the lengths, one batch later."""
+    """Return the running mean and deviation of the lengths after this batch."""
     now = sum(lengths) / len(lengths)
     squares = sum((x - now) ** 2 for x in lengths) / max(len(lengths) - 1, 1)
     return 0.99 * mean + 0.01 * now, 0.99 * deviation + 0.01 * math.sqrt(squares)
 
 
 def turned(cosine: float, margin_type: str, m: float, q: float) -> float:
-    """ψ of one sample's cosine; an angle that a negative margin turns stays at 0 or above."""
+    """ψ of one sample's cosine; a negative margin does not turn an angle below 0."""
     if margin_type == "arcface":
         return Margin(min(m * (1 + q), math.pi)).psi(cosine)
     if margin_type == "cosface":

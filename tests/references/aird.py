@@ -22,7 +22,7 @@ def instance(student: Matrix, teacher: Matrix) -> float:
 
 
 def relation(student: Matrix, teacher: Matrix, temperature: float) -> float:
-    """(1/b) Σ_i KL(teacher's shares ‖ student's), both of the teacher's faces."""
+    """(1/b) Σ_i KL(teacher's shares ‖ student's), both over the teacher's faces."""
     faces, total = [unit(t) for t in teacher], 0.0
     for s, t in zip(student, faces, strict=True):
         ours, theirs = (shares(face, faces, temperature) for face in (unit(s), t))

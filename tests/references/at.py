@@ -1,4 +1,4 @@
-"""Attention transfer from its equations (§5.4): one sample, stage and pixel at a time."""
+"""Attention transfer from its equations: one sample, stage and pixel at a time."""
 
 import math
 
@@ -57,7 +57,7 @@ def window(place: int, inside: int, outside: int) -> range:
 
 
 def values(x: Array) -> list[float]:
-    """(…) -> all of it, row by row."""
+    """(…) -> all values, row by row."""
     return [float(value) for value in x.reshape(-1)]
 
 

@@ -1,6 +1,6 @@
-"""URFM and its losses from their equations (§4.4): one sample, token, head and number at a time.
+"""URFM and its losses from their equations: one sample, token, head and number at a time.
 
-Weights go by the names that they have in the module's state dict.
+Weights are keyed by their names in the module's state dict.
 """
 
 import math
@@ -35,7 +35,7 @@ def distances(
     anchor: tuple[float, float] = LANDMARKS[2],
     saliency: Array | None = None,
 ) -> Vector:
-    """D(i, anchor) in half-cells of a 7 x 7 grid, that is in units of 8 of the 112 pixels."""
+    """D(i, anchor) in half-cells of a 7 x 7 grid: units of 8 of the 112 pixels."""
     h, w = size
     cells = [((j + 0.5) * 112 / w, (i + 0.5) * 112 / h) for i in range(h) for j in range(w)]
     row, column = math.floor(anchor[1] * h / 112), math.floor(anchor[0] * w / 112)
@@ -189,7 +189,7 @@ def standard(x: Array) -> Array:
 
 
 def token_variance(y: Array) -> float:
-    """(b l d): the mean variance of a number over the batch, by the mean square of all."""
+    """(b l d): each number's mean variance over the batch, divided by the mean square of all."""
     total = 0.0
     for place in np.ndindex(y.shape[1:]):
         x = y[(slice(None), *place)]
@@ -221,8 +221,8 @@ def prompted_window(
     heads: int,
     scale: float,
 ) -> tuple[list[Array], list[Array]]:
-    """One window: n tokens and t prompts attend to all; bias (n n heads) and mask (n n) hold
-    between tokens alone.
+    """One window: n tokens and t prompts attend to all; bias (n n heads) and mask (n n) apply only
+    between tokens.
     """
     d = len(tokens[0])
     part = d // heads

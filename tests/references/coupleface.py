@@ -1,4 +1,4 @@
-"""CoupleFace from its equations (§4.3): one sample and one neighbour at a time."""
+"""CoupleFace from its equations: one sample and one neighbour at a time."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def neighbours(prototypes: Matrix, k: int, max_sim: float | None = None) -> list[list[int]]:
-    """H_c: the k classes nearest to c, nearest first; those above max_sim are passed over."""
+    """H_c: the k classes nearest to c, nearest first; classes above max_sim are skipped."""
     index = []
     for c, row in enumerate(prototypes):
         near: list[tuple[float, int]] = []
@@ -28,7 +28,7 @@ def neighbours(prototypes: Matrix, k: int, max_sim: float | None = None) -> list
 
 @dataclass
 class CoupleFace:
-    """L = L_fcd + α·L_rad, and the state that the bank form keeps from step to step."""
+    """L = L_fcd + α·L_rad, and the state that the bank form keeps between steps."""
 
     prototypes: Matrix
     index: list[list[int]]
@@ -65,7 +65,7 @@ class CoupleFace:
         return (total / count, active / count) if count else (0.0, 0.0)
 
     def advance(self, student: Matrix, teacher: Matrix, labels: Labels) -> None:
-        """After the loss: M[y] <- norm(μ·M[y] + (1 - μ)·s), s the direction of y's mean if many."""
+        """After the loss: M[y] <- norm(μ·M[y] + (1 - μ)·s), s the mean direction of y."""
         if self.momentum is None:
             return
         for bank, side in ((self.student_bank, student), (self.teacher_bank, teacher)):

@@ -9,7 +9,7 @@ Matrix = npt.NDArray[np.float64]
 
 
 def central_differences(loss: Callable[[Matrix], float], x: Matrix, step: float = 1e-5) -> Matrix:
-    """(…) -> (…): (L(x + h) - L(x - h)) / 2h, a coordinate at a time."""
+    """(…) -> (…): (L(x + h) - L(x - h)) / 2h, one coordinate at a time."""
     out = np.zeros_like(x)
     for place in np.ndindex(x.shape):
         up, down = x.copy(), x.copy()

@@ -1,4 +1,4 @@
-"""EC-KD from its equations (§4.2): one pair of filters, or one sample, at a time."""
+"""EC-KD from its equations: one pair of filters, or one sample, at a time."""
 
 import math
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def weights(
 def consistency(
     student: Matrix, teacher: Matrix, weights: Sequence[float], unit_length: bool = True
 ) -> float:
-    """(1/b) Σ ω_i d_i²; the weights come from outside since no gradient passes through them."""
+    """(1/b) Σ ω_i d_i²; the weights are an argument because no gradient passes through them."""
     distances = gaps(student, teacher, unit_length)
     terms = [w * gap**2 for w, gap in zip(weights, distances, strict=True)]
     return sum(terms) / len(terms)

@@ -22,10 +22,10 @@ class EKD:
     hard_negatives: int = 2000
     positive_weight: float = 0.02
     negative_weight: float = 0.01
-    history: list[tuple[list[float], list[float]]] = field(default_factory=list)  # a batch each
+    history: list[tuple[list[float], list[float]]] = field(default_factory=list)  # per batch
 
     def step(self, student: Matrix, teacher: Matrix, labels: list[int]) -> None:
-        """Before the loss of the same batch: remember its thresholds, the student's first."""
+        """Record the thresholds of a batch, the student's first, before its loss is computed."""
         negatives = pairs_of(student, teacher, labels, same=False)
         if negatives:
             ours = sorted((s for s, _ in negatives), reverse=True)
@@ -58,7 +58,7 @@ class EKD:
         return total
 
     def thresholds(self, side: int) -> list[float]:
-        """Σ (1 - m) m^age · new over all batches so far, over the sum of weights if corrected."""
+        """Σ (1 - m) m^age · new over all batches, divided by the sum of weights if corrected."""
         weights = [(1 - self.momentum) * self.momentum**age for age in range(len(self.history))]
         whole = sum(weights) if self.bias_correction else 1.0
         return [

@@ -1,4 +1,4 @@
-"""Feature consistency from its equations (§5.1): one sample and one coordinate at a time."""
+"""Feature consistency from its equations: one sample and one coordinate at a time."""
 
 import math
 from collections.abc import Sequence

@@ -20,7 +20,9 @@ def hint(
     normalise: bool = False,
     mean: Array | None = None,
 ) -> float:
-    """(b k h w), (b l h' w') -> the distance of one pair; mean (l h w): taken off the teacher's."""
+    """(b k h w), (b l h' w') -> the distance of one pair; mean (l h w) is subtracted from the
+    teacher's maps.
+    """
     height, width = (min(student.shape[d], teacher.shape[d]) for d in (2, 3))
     ours = connected(resized(student, height, width), connector, weights)
     theirs = resized(teacher, height, width)
@@ -50,7 +52,7 @@ def hint(
 
 
 def as_map(x: Array) -> Array:
-    """A map, tokens (b n k), or a vector (b k), which is a map of one pixel."""
+    """Return a map (b k h w) for a map, tokens (b n k) or a vector (b k), which has one pixel."""
     if x.ndim == 2:
         return x.reshape(*x.shape, 1, 1)
     return grid(x) if x.ndim == 3 else x
@@ -62,7 +64,7 @@ def resized(x: Array, height: int, width: int) -> Array:
 
 
 def connected(x: Array, connector: str, weights: dict[str, Array]) -> Array:
-    """(b k h w) -> (b l h w). weights: those of the connector, by their names in it."""
+    """(b k h w) -> (b l h w). weights: the connector's, by their names in it."""
     if connector == "none":
         return x
     if connector == "linear":

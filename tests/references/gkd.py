@@ -1,4 +1,4 @@
-"""Grouped KD from its equations (§5.10): one sample at a time, whole softmaxes, sorted classes."""
+"""Grouped KD from its equations: one sample at a time, whole softmaxes, sorted classes."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def group(scores: Sequence[float], label: int, tau: float, largest: int) -> set[int]:
-    """The own class, then the likeliest, until they have tau of the softmax."""
+    """The sample's own class, then the most likely others, until their probabilities reach tau."""
     p = softmax(scores)
     others = sorted((c for c in range(len(p)) if c != label), key=lambda c: -p[c])
     order = ([label] if label >= 0 else []) + others

@@ -20,7 +20,7 @@ class ICDFace:
     gamma: float = 50.0
     nodes: int = 101
     step: int = 1
-    banks: dict[int, list[Entry]] = field(default_factory=dict)  # the latest last
+    banks: dict[int, list[Entry]] = field(default_factory=dict)  # the newest entry comes last
 
     def loss(self, student: Matrix, teacher: Matrix, labels: list[int]) -> float:
         fcd = embedding_distance(student, teacher, "l2")
@@ -52,7 +52,7 @@ class ICDFace:
         return [m / sum(mass) for m in mass]
 
     def advance(self, student: Matrix, teacher: Matrix, labels: list[int]) -> None:
-        """After the loss: the batch joins the banks, and the latest of each class stay."""
+        """Add the batch to the banks after the loss, and keep the latest entries of each class."""
         for z_s, z_t, label in zip(student, teacher, labels, strict=True):
             if label >= 0:
                 bank = self.banks.setdefault(label, [])

@@ -1,4 +1,4 @@
-"""Logit distillation from its equation (§5.2): one sample and one class at a time."""
+"""Logit distillation from its equation: one sample and one class at a time."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def logits(x: Matrix, label: int, rows: Matrix, scale: float, margin: float) -> list[float]:
-    """scale·cos, less the margin at the own class (CosFace)."""
+    """scale·cos, with the margin subtracted from the own class's cosine (CosFace)."""
     return [
         scale * (dot(unit(x), unit(row)) - (margin if c == label else 0.0))
         for c, row in enumerate(rows)
@@ -33,7 +33,7 @@ def log_softmax(scores: Sequence[float]) -> list[float]:
 
 
 def z_scores(scores: Sequence[float]) -> list[float]:
-    """Less their mean, over their deviation: of the whole population of classes."""
+    """Subtract the mean over all classes and divide by the population standard deviation."""
     mean = sum(scores) / len(scores)
     variance = sum((score - mean) ** 2 for score in scores) / len(scores)
     return [(score - mean) / math.sqrt(variance) for score in scores]
@@ -66,7 +66,7 @@ def distillation(
 
 
 def entropy(teacher: Matrix, labels: Labels, rows: Matrix, temperature: float = 4.0) -> float:
-    """Mean of -Σ p log p of the teacher, at scale 64 without a margin."""
+    """The mean of the teacher's -Σ p log p, at scale 64 without a margin."""
     total = 0.0
     for z, label in zip(teacher, labels, strict=True):
         scores = [score / temperature for score in logits(z, int(label), rows, 64.0, 0.0)]

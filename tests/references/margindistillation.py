@@ -1,4 +1,4 @@
-"""MarginDistillation from its equations (§5.8): one sample at a time."""
+"""MarginDistillation from its equations: one sample at a time."""
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ def loss(
     high: float,
     scale: float,
 ) -> float:
-    """Mean over the labelled samples, each with a margin of its own."""
+    """The mean over the labelled samples, each with its own margin."""
     own = margins(teacher, labels, rows, low, high)
     values = [
         margin_softmax(student[i : i + 1], labels[i : i + 1], rows, Margin(own[i]), scale)

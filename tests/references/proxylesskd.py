@@ -1,4 +1,4 @@
-"""ProxylessKD from its equations (§4.1, guard §3.5): one sample and one class at a time."""
+"""ProxylessKD from its equations: one sample and one class at a time."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Margin:
-    """ψ(θ) = cos(θ + m) - m2, with a straight line past θ = π - m where `monotone`."""
+    """ψ(θ) = cos(θ + m) - m2, continued by a straight line beyond θ = π - m if `monotone`."""
 
     m: float = 0.5
     m2: float = 0.0
@@ -55,7 +55,7 @@ def margin_softmax_gradient(
     scale: float,
     straight_through: bool,
 ) -> Matrix:
-    """(b d): by hand; dL/dcos_c = σ(p_c - [c = y])·(ψ' at y), dcos_c/dz = (w_c - cos_c·s)/‖z‖."""
+    """(b d): dL/dcos_c = σ(p_c - [c = y])·(ψ' at y), dcos_c/dz = (w_c - cos_c·s)/‖z‖."""
     out = np.zeros_like(student)
     count = sum(1 for label in labels if label >= 0)
     for i, (z, label) in enumerate(zip(student, labels, strict=True)):
@@ -76,7 +76,7 @@ def margin_softmax_gradient(
 
 
 def batch_norm(x: Matrix, gain: Matrix, bias: Matrix, eps: float = 1e-5) -> Matrix:
-    """(b e), in training: the batch's own mean and biased variance."""
+    """(b e) -> (b e), as in training: with the batch's own mean and biased variance."""
     out = np.zeros_like(x)
     for j in range(x.shape[1]):
         column = [float(value) for value in x[:, j]]

@@ -1,6 +1,6 @@
-"""ReviewKD from its equations (§4.5, block 2): one stage, level and pixel at a time.
+"""ReviewKD from its equations: one stage, level and pixel at a time.
 
-Weights go by the names that they have in the module's state dict.
+Weights are keyed by their names in the module's state dict.
 """
 
 import math
@@ -32,7 +32,7 @@ def review_kd(
 
 
 def review(features: list[Array], weights: Mapping[str, Array], prefix: str) -> list[Array]:
-    """[(b k h w)] -> [(b m h w)]: the deepest as it is, each other gated with the one behind it."""
+    """[(b k h w)] -> [(b m h w)]: each stage but the deepest is gated with the next deeper one."""
     fused: list[Array] = []
     for k in reversed(range(len(features))):
         own = batch_norm(
@@ -88,7 +88,7 @@ def hcl(ours: Array, theirs: Array) -> float:
 
 
 def convolution(x: Array, weight: Array) -> Array:
-    """(b k h w), (o k s s) -> (b o h w), zeros around, without bias."""
+    """(b k h w), (o k s s) -> (b o h w), with zero padding, without bias."""
     samples, _, height, width = x.shape
     size = weight.shape[2]
     out = np.zeros((samples, weight.shape[0], height, width))
@@ -103,7 +103,7 @@ def convolution(x: Array, weight: Array) -> Array:
 
 
 def batch_norm(x: Array, gain: Array, bias: Array, eps: float = 1e-5) -> Array:
-    """(b k h w), in training: each channel by its own mean and biased variance."""
+    """(b k h w) -> (b k h w), as in training: by each channel's own mean and biased variance."""
     out = np.zeros_like(x)
     for c in range(x.shape[1]):
         values = x[:, c]

@@ -1,4 +1,4 @@
-"""Relational distillation from its equations (§5.3): one pair and one triplet at a time."""
+"""Relational distillation from its equations: one pair and one triplet at a time."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def euclidean(x: Sequence[float] | Matrix, y: Sequence[float] | Matrix) -> float
 
 
 def relative_distances(points: Matrix) -> list[list[float]]:
-    """ψ_D (eq. 5): each distance over μ, the mean of those that are not 0."""
+    """ψ_D (eq. 5): each distance divided by μ, the mean of the nonzero ones."""
     table = [[euclidean(x, y) for y in points] for x in points]
     positive = [value for row in table for value in row if value > 0]
     mean = sum(positive) / len(positive) if positive else 1.0
@@ -30,7 +30,7 @@ def relative_distances(points: Matrix) -> list[list[float]]:
 
 
 def angle(x: Matrix, anchor: Matrix, y: Matrix) -> float:
-    """ψ_A (eq. 8): the cosine at the anchor; 0 where a side has no direction."""
+    """ψ_A (eq. 8): the cosine at the anchor; 0 if a side has length 0."""
     left, right = x - anchor, y - anchor
     if not left.any() or not right.any():
         return 0.0

@@ -1,4 +1,4 @@
-"""Similarity preservation from its equations (§5.3): one pair of samples at a time."""
+"""Similarity preservation from its equations: one pair of samples at a time."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,9 @@ Matrix = npt.NDArray[np.float64]
 
 
 def similarities(x: Matrix, form: str) -> list[list[float]]:
-    """(b d) -> (b b). "cosine": of unit rows. "gram": of raw rows, each line to unit length."""
+    """(b d) -> (b b). "cosine": from unit rows. "gram": from raw rows, each line scaled to
+    length 1.
+    """
     if form == "cosine":
         return [[dot(unit(a), unit(b)) for b in x] for a in x]
     return [unit([dot(a, b) for b in x]) for a in x]

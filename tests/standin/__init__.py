@@ -1,7 +1,7 @@
-"""A stand-in trainer with the shape of arcface_torch's, and processes that run it on request.
+"""A stand-in trainer built like arcface_torch's, and processes that run it on request.
 
-Each run executes train.py as the main program, so everything of kdhooks that a user's script would
-do happens there; only the imports of torch and kdhooks are shared by the runs of one process.
+Each run executes train.py as the main program, so kdhooks does everything that it does in a user's
+script; the runs of one process share only the imports of torch and kdhooks.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 Report: TypeAlias = dict[str, Any]
-"""What train.py reports, or {"error": its type, "message": its text}; and the run's two paths."""
+"""train.py's report, or {"error": its type, "message": its text}; and the run's two paths."""
 
 _ROOT = Path(__file__).parents[2]
 _DEFAULTS = {
@@ -42,7 +42,7 @@ _DEFAULTS = {
 
 
 class Trainer:
-    """`ranks` processes; a run that was asked for before is not repeated."""
+    """Trains in `ranks` processes; does not repeat a run with the arguments of an earlier one."""
 
     def __init__(self, ranks: int, folder: Path) -> None:
         self.folder = folder
@@ -62,9 +62,9 @@ class Trainer:
         fresh: bool = False,
         **config: object,
     ) -> list[Report]:
-        """Each rank's report. The lines go where their names say; fresh: run it once more.
+        """Return each rank's report. The lines are inserted at the place that their name states.
 
-        launch: options of `kdhooks run`, which then starts the script.
+        launch: options of `kdhooks run`, which then starts the script. fresh: repeat the run.
         """
         job = {
             "config_line": config_line,
@@ -93,7 +93,7 @@ class Trainer:
         answers: list[Report] = []
         for worker in self._workers:
             line = _pipe(worker.stdout).readline()
-            assert line, f"the stand-in died; its log is {self.folder}/log{len(answers)}"
+            assert line, f"the stand-in exited; its log is {self.folder}/log{len(answers)}"
             answers.append(json.loads(line))
         for rank, answer in enumerate(answers):
             if not answer:
@@ -109,6 +109,7 @@ class Trainer:
             "RANK": str(rank),
             "WORLD_SIZE": str(self._ranks),
             "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # avoids a pool of compiler processes
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
         }

@@ -1,4 +1,4 @@
-"""Small residual networks with the names of arcface_torch's IResNet, and one without."""
+"""Small residual networks with the module names of arcface_torch's IResNet, and one without."""
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class IResNet(nn.Module):
 
 
 class FrozenNorms(IResNet):
-    """Batch statistics play no part, so that two ranks can equal one."""
+    """Does not use batch statistics, so that two ranks can equal one process."""
 
     def train(self, mode: bool = True) -> "FrozenNorms":
         super().train(mode)
@@ -58,7 +58,7 @@ class FrozenNorms(IResNet):
 
 
 class Plain(nn.Sequential):
-    """Of another family: no stages that kdhooks knows."""
+    """A network of another family, without stages that kdhooks knows."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""A margin softmax whose classes are split over the ranks, writing into its logits as it goes."""
+"""A margin softmax with the classes split over the ranks, which overwrites its logits in place."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class MarginLoss(nn.Module):
-    """cos(θ + m) at the own class; the margin is outside of the gradient."""
+    """cos(θ + m) at the own class; the gradient ignores the margin."""
 
     def __init__(self, scale: float, margin: float) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class PartialFC_V2(nn.Module):
         return loss
 
     def rows(self, labels: Tensor) -> Tensor:
-        """(c d) of the classes that take part."""
+        """(c d): the rows of the sampled classes."""
         if self.sample_rate == 1:
             return self.weight
         return self.weight[self.sample(labels)]
 
     def sample(self, labels: Tensor) -> Tensor:
-        """The classes of the batch and random others; labels become places among them."""
+        """Return the batch's classes and random others; labels become indices into the result."""
         own = labels >= 0
         chance = torch.rand(self.num_local)
         chance[labels[own]] = 2.0
@@ -78,9 +78,9 @@ class PartialFC_V2(nn.Module):
 
 
 class PartialFC(PartialFC_V2):
-    """As it was before 2023: the sampled rows are a parameter of their own, anew in each step.
+    """The head before 2023: the sampled rows are a separate parameter, created again in each step.
 
-    It takes the place of the first parameter in the optimizer's last group.
+    It replaces the first parameter in the optimizer's last group.
     """
 
     index: Tensor | None = None
@@ -101,7 +101,7 @@ class PartialFC(PartialFC_V2):
         return super().forward(local_embeddings, local_labels)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
-        """By hand, so that no hook is called."""
+        """Assign the tensors directly, so that no hook is called."""
         for name in self.state_dict():
             if name != "weight_activated" or self.sample_rate == 1:
                 getattr(self, name).data = state_dict[name]
@@ -143,7 +143,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Backward sums over the ranks' classes; times their number, since DDP takes the mean."""
+    """Its backward sums over the ranks, and multiplies by their number because DDP averages."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, local: Tensor) -> Tensor:

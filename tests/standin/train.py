@@ -1,8 +1,8 @@
-"""A stand-in for arcface_torch's train_v2.py: its statements in its order, all code our own.
+"""A stand-in for arcface_torch's train_v2.py: the same order of statements, written independently.
 
-`python train.py CONFIG.py`. Of the environment: RANK and WORLD_SIZE; STORE, a file by which the
-ranks meet; BELOW_IMPORTS, AFTER_SCHEDULE and BEFORE_LOOP, lines that a user might have inserted.
-What a test wants to know of a run goes to `report_{rank}.json` in cfg.output.
+`python train.py CONFIG.py`. It reads these environment variables: RANK and WORLD_SIZE; STORE, a
+file through which the ranks meet; BELOW_IMPORTS, AFTER_SCHEDULE and BEFORE_LOOP, lines that a user
+might have inserted. It writes what a test reads to `report_{rank}.json` in cfg.output.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 def get_config(path: str) -> SimpleNamespace:
-    """The config file is Python, run before anything else is built."""
+    """Run the config file, which is Python, before anything else is built."""
     spec = importlib.util.spec_from_file_location("configs.job", path)
     assert spec is not None
     assert spec.loader is not None
@@ -57,7 +57,7 @@ def get_config(path: str) -> SimpleNamespace:
 
 
 def batches(cfg: SimpleNamespace, epoch: int, verify: bool = False) -> Iterator[Batch]:
-    """This rank's part of each global batch: a pattern an identity, under noise."""
+    """Yield this rank's part of each global batch: a pattern for each identity, with noise."""
     patterns = torch.rand(cfg.num_classes, 3, 4, 4, generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(100 + epoch + 1000 * verify)
     size = cfg.batch_size * world_size
@@ -70,7 +70,7 @@ def batches(cfg: SimpleNamespace, epoch: int, verify: bool = False) -> Iterator[
 
 
 def verification(backbone: torch.nn.Module, cfg: SimpleNamespace) -> float:
-    """On rank 0 alone, in eval mode, through DDP."""
+    """Embed a batch in eval mode through DDP, only on rank 0."""
     backbone.eval()
     with torch.no_grad():
         embedding = backbone(next(batches(cfg, 0, verify=True))[0])
@@ -169,7 +169,7 @@ def main(path: str) -> None:
         if rank == 0:
             torch.save(raw.state_dict(), os.path.join(cfg.output, "model.pt"))
 
-    dist.barrier()  # so that all files are there
+    dist.barrier()  # afterwards all files exist
     scope = globals() | locals()
     report = {
         "losses": losses,

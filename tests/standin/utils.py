@@ -1,10 +1,10 @@
-"""A schedule of the learning rate and a logger, as the trainer has them in files of their own."""
+"""A learning rate schedule and a logger, which the trainer also keeps in separate files."""
 
 import torch
 
 
 class PolynomialWarmup(torch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, then linear decay; base rates are those of the groups that exist now."""
+    """Linear warm-up, then linear decay; only groups that exist now have a base rate."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, warmup: int, total: int) -> None:
         self.warmup, self.total = warmup, total
@@ -18,7 +18,7 @@ class PolynomialWarmup(torch.optim.lr_scheduler.LRScheduler):
 
 
 class Writer:
-    """What TensorBoard's would be told."""
+    """Records the calls that TensorBoard's writer would get."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, str, float]] = []

@@ -97,8 +97,9 @@ TINY = Size(8, 3, 1, 4, 25, 1, 0)
 
 
 def cases(options: Options) -> Mapping[str, float]:
-    methods = ["fcd", "kd"] if options.tiny else list(METHODS)
-    return {PLAIN: 75.0, ZERO: 60.0, **dict.fromkeys(methods, 30.0), AGAIN: 25.0}
+    if options.tiny:
+        return dict.fromkeys((PLAIN, ZERO, "kd"), 75.0)
+    return {PLAIN: 75.0, ZERO: 60.0, **dict.fromkeys(METHODS, 30.0), AGAIN: 25.0}
 
 
 def run(case: str, options: Options) -> Result:
