@@ -101,7 +101,7 @@ def test_build_again_embeds_nothing(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     files = sorted(path.name for path in Path("cache").iterdir())
     cache(*BUILD, "faces.zip")
-    assert capsys.readouterr().out.endswith(f"of which {VIEWS} were there\n")
+    assert capsys.readouterr().out.endswith(f"of which {VIEWS} were already in the cache\n")
     assert sorted(path.name for path in Path("cache").iterdir()) == files
 
 
@@ -225,7 +225,7 @@ def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
         capsys.readouterr()
         cache(*compare, "--sample", sample)
         printed = capsys.readouterr().out
-        said = f"{count} of {count} pictures are there, as the teacher embeds them"
+        said = f"{count} of {count} pictures are in the cache, with the teacher's"
         assert printed.splitlines()[-1] == said
     (rows,) = Path("cache").glob("*.rows")
     for part in (rows, rows.with_suffix(".keys")):
@@ -304,7 +304,7 @@ def test_pictures_of_another_number_of_channels_are_refused() -> None:
 def test_recipe_and_data_go_together(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     cache("verify", "cache", "--data", "folders", status=2)
-    assert "--recipe and --data go together; found one of them" in capsys.readouterr().err
+    assert "--recipe and --data must be given together; found only one" in capsys.readouterr().err
 
 
 # --- several teachers ----------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_build_says_which_teacher_has_no_cache(capsys: Captured) -> None:
     write_several(first="")
     cache(*BUILD, "folders")
     printed = capsys.readouterr()
-    assert "teacher 0 has no cache, and is left out" in printed.err
+    assert "teacher 0 has no cache and is skipped" in printed.err
     assert printed.out.startswith("other: ")
     write_several(first="", second="")
     cache(*BUILD, "folders", status=2)
