@@ -105,7 +105,7 @@ def test_another_class_order_is_a_fault(capsys: Captured) -> None:
     found = doctor(capsys, recipe, *STUDENT, "--data", "folders", status=1)
     assert found["class order"][0] == "FAULT"
     assert "must be in the order of the training labels" in found["class order"][1]
-    assert found["taps"] == ("--", "not checked: the fault above comes first")
+    assert found["taps"] == ("--", "not checked: correct the fault above first")
 
 
 def test_without_labels_no_classes_are_compared(capsys: Captured) -> None:

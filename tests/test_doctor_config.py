@@ -169,30 +169,32 @@ def test_the_line_would_install_if_it_could() -> None:
         ("import easierdict", "No module named 'easierdict'; install the package easierdict"),
         ("settings = {}", "found AttributeError: module 'configs.x' has no attribute 'config'"),
         ("config = 5", "found TypeError: 'int' object is not iterable"),
-        ("raise SystemExit(3)", "found SystemExit: 3; correct the file, or leave --config out"),
+        ("raise SystemExit(3)", "found SystemExit: 3; correct the file, or specify --network"),
         ("1 / 0", "found ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_config_that_can_not_be_read(text: str, said: str, capsys: Captured) -> None:
     Path("configs/x.py").write_text(text)
     words = refusal(capsys, "--config", "configs/x")
-    assert words.startswith("kdhooks: --config: 'configs/x' must be read as train_v2.py reads it;")
+    assert words.startswith(
+        "kdhooks: --config: 'configs/x' must be a config that train_v2.py can read;"
+    )
     assert said in words
 
 
 def test_a_config_that_is_no_text(capsys: Captured) -> None:
     Path("configs/x.py").write_bytes(b"config = {'\xff': 1}")
-    assert "must be read as train_v2.py reads it" in refusal(capsys, "--config", "configs/x")
+    assert "must be a config that train_v2.py can read" in refusal(capsys, "--config", "configs/x")
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ("configs/baze", "baze.py'; did you mean 'base'? name one of the 1 files there"),
-        ("configs", "--config must be a file of the trainer's folder configs"),
-        ("kd.toml", "--config must be a file of the trainer's folder configs"),
+        ("configs", "--config must be a file in the trainer's folder configs"),
+        ("kd.toml", "--config must be a file in the trainer's folder configs"),
         ("other/x.py", "which is not in '"),
-        ("", "--config must be a file of the trainer's folder configs"),
+        ("", "--config must be a file in the trainer's folder configs"),
     ],
 )
 def test_a_config_that_is_not_there(config: str, said: str, capsys: Captured) -> None:

@@ -292,10 +292,10 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
         (("buffalo_l", *ONE, "--root", "."), "an insightface pack must be installed, but models"),
         (("absent.pt", *ONE), "model 'absent.pt': student checkpoint: there is no file"),
         (("=x", *ONE), "a model is MODEL or NAME=MODEL; found '=x'"),
-        ((*ONE, "--view"), "--view is the student_view of a recipe, and there is none"),
+        ((*ONE, "--view"), "--view applies the student_view of a recipe; found no recipe"),
         ((*ONE, "--no-flip", "--protocol", "insightface"), "as the trainer does; found --no-flip"),
         ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46; give fewer"),
-        ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, and"),
+        ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, but"),
         (("configs", *ONE), "model 'configs': an insightface pack must be installed"),
         ((*ONE, "--data", "configs"), "--data without --pairs must be verification files such as"),
         ((*ONE, "--data", "absent.bin"), "--data: there is no file 'absent.bin'"),
@@ -305,7 +305,10 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
             "must be one folder or zip of pictures; found 2",
         ),
         ((*ONE, "--json", "lfw.bin"), "--json 'lfw.bin' is a file to be read, which it would"),
-        ((*ONE, "--json", "r.png", "--picture", "r.png"), "must be two files; found 'r.png' twice"),
+        (
+            (*ONE, "--json", "r.png", "--picture", "r.png"),
+            "must be different files; found 'r.png' twice",
+        ),
         ((*ONE, "--picture", "roc.svg"), "must be a PNG file, with a name such as roc.png; found"),
         ((*ONE, "--picture", "no/roc.png"), "--picture must be a file in a folder that exists"),
         ((*ONE, "--far", "2"), "argument --far: must lie between 0 and 1; found '2'"),
@@ -325,7 +328,7 @@ def test_a_recipe_without_a_view_or_with_stored_embeddings_is_refused(
     text = RECIPE[: RECIPE.index("[student_view]")].replace('"model.pt"', '"{}/model.pt"')
     (tmp_path / "plain.toml").write_text(text.format(Path.cwd()))
     said = refused(capsys, *ONE, "--view", "--recipe", str(tmp_path / "plain.toml"))
-    assert "found a recipe without; add [student_view]" in said
+    assert "found a recipe without one; add [student_view]" in said
     (tmp_path / "cache").mkdir()
     (tmp_path / "stored.toml").write_text('methods=["fcd"]\nteacher={embeddings="cache"}')
     said = refused(

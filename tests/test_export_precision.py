@@ -195,7 +195,7 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--pairs", "pairs.txt"], "--pairs is for --int8 and --float16; found neither"),
         (["--least-cosine", "0.9"], "--least-cosine is for --int8 and --float16; found neither"),
         (["--int8", "--calibrate", "absent"], "--calibrate must be a folder or a zip file with"),
-        (["--int8", "--calibrate", "one"], "--calibrate must hold two pictures at least"),
+        (["--int8", "--calibrate", "one"], "--calibrate must hold at least two pictures"),
         (["--float16", "--data", "small"], "is 16x16 (width x height), where 112x112 is needed"),
         (["--int8", "--calibrate", "bad"], "--calibrate: every picture must be readable; found 1"),
         (["--float16", "--data", "faces", "--pairs", "no.txt"], "pairs: there is no file 'no.txt'"),
@@ -205,7 +205,7 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         ),
         (
             ["--int8", "--calibrate", "known", "--pairs", "pairs.txt"],
-            "must be of people in none of the pairs; found all people of 'known' in them",
+            "must show people who are in no pair; found all people of 'known' in",
         ),
         (["--int8", "--calibrate", "faces", "--calibration-images", "0"], "at least 1; found 0"),
         (["--int8", "--calibrate", "faces", "--least-cosine", "2"], "between 0 and 1; found '2'"),
