@@ -123,7 +123,7 @@ def test_the_first_line_of_help_is_a_sentence_about_the_command(
         (("cache", "verify", "c", "--recipe", "kd.toml"), "given together; found only one of them"),
         (("cache", "verify", "c", "--sample", "5"), "--sample, the number of pictures to compare"),
         (("cache", "verify", "c", "--sample", "0"), "--sample: must be a whole number, at least 1"),
-        ((*EXPORT, "--out", "kd.toml"), "export: --out must be a folder, in which model.pt"),
+        ((*EXPORT, "--out", "kd.toml"), "export: --out must be a folder, where model.pt"),
         ((*EXPORT, "--network", "r19"), "network 'r19' is unknown to the trainer's get_model"),
         (("export", "absent.pt", "--network", "tiny"), "absent.pt"),
         (("export", "model.pt"), "the following arguments are required: --network"),

@@ -155,7 +155,7 @@ def test_both_forms_are_judged_on_pairs_of_people_who_did_not_calibrate(
 
 
 def test_a_form_of_an_earlier_export_is_named(folder: Path, capsys: Captured) -> None:
-    said = "out/model_int8.onnx  is of an earlier export, and was not written again\n"
+    said = "out/model_int8.onnx  is from an earlier export, and was not written again\n"
     assert main([*INT8]) == 0
     assert said not in capsys.readouterr().out
     before = Path("out/model_int8.onnx").read_bytes()
@@ -184,10 +184,13 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--int8"], "--int8 needs faces that give the ranges of the activations; found no --cal"),
-        (["--calibrate", "faces"], "--calibrate is for --int8; found it without; add --int8"),
+        (["--int8"], "--int8 needs faces for the calibration; found no --cal"),
+        (["--calibrate", "faces"], "--calibrate is for --int8; found it without --int8; add"),
         (["--float16"], "--float16 needs faces on which the file is checked; found no --data"),
-        (["--float16-images"], "--float16-images is for --float16; found it without; add it"),
+        (
+            ["--float16-images"],
+            "--float16-images is for --float16; found it without --float16; add",
+        ),
         (["--calibration-images", "9"], "--calibration-images is for --int8; found it without"),
         (["--calibration-method", "minmax"], "--calibration-method is for --int8; found it"),
         (["--int8", "--calibrate", ""], "argument --calibrate: must be a path; found ''"),
@@ -242,7 +245,7 @@ def test_a_file_that_loses_the_embeddings_is_refused_and_nothing_is_written(
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert "the embeddings of the int8 file must have a mean cosine of 0.99 or more" in said
-    assert "on 24 faces; calibrate on more faces, or on faces like those" in said
+    assert "on 24 faces; calibrate on more faces, on faces like those" in said
     assert not Path("out").exists()
     monkeypatch.setattr(precision, "LEAST_COSINE", {"int8": -1.0, "float16": 0.999})
     assert main(argv) == 0
