@@ -124,11 +124,11 @@ class Wordy(Recogniser):
         ({"input": {"std": 0}}, "input.std must be positive; found 0"),
         (
             {"student": {**STUDENT, "data_preprocessor": ROUND}},
-            r"student's data_preprocessor reverses the chan .*: input = dict\(order='rgb'\) after",
+            r"student's data_preprocessor reverses the chan.*: input = dict\(order='rgb'\) after",
         ),
         (
             {"teacher": {"module": {**STUDENT, "data_preprocessor": ROUND}}},
-            r"teacher's data_preprocessor reverses the chan .*: teacher.input = dict\(order='rgb'",
+            r"teacher's data_preprocessor reverses the chan.*: teacher.input = dict\(order='rgb'",
         ),
     ],
 )
