@@ -331,7 +331,7 @@ def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
             assert found.cache.hits == len(images)
     for folder in ("cache", "other"):
         cache("verify", folder, "--recipe", "kd.toml", "--data", "records")
-        assert "24 of 24 pictures are there" in capsys.readouterr().out
+        assert "24 of 24 pictures are in the cache" in capsys.readouterr().out
 
 
 def test_build_says_which_teacher_has_no_cache(capsys: Captured) -> None:

@@ -358,7 +358,7 @@ def test_each_of_several_teachers_is_examined(capsys: Captured) -> None:
         found["teacher"][1],
     )
     assert found["classes"][1] == "6 of the teacher, of width 32, as many as in the training"
-    assert found["class order"][1].startswith("teacher 0: 8 of 8 images are nearest")
+    assert found["class order"][1].startswith("teacher 0: 8 of 8 images are closest")
     assert "; teacher 1: " in found["class order"][1]
     assert found["step"][0] == "ok"
 

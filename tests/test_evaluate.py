@@ -407,7 +407,7 @@ def test_a_fold_of_one_kind_is_told(capsys: Captured, tmp_path: Path) -> None:
     sides = [pictures[2 * place + side] for place in order for side in (0, 1)]
     (tmp_path / "sorted.bin").write_bytes(pickle.dumps((sides, [same[place] for place in order])))
     main(["evaluate", *ONE[:3], "--data", str(tmp_path / "sorted.bin")])
-    assert "sorted: a fold has pairs of one kind alone" in capsys.readouterr().out
+    assert "sorted: a fold has pairs of one kind only" in capsys.readouterr().out
     main(["evaluate", *ONE])
     assert "one kind only" not in capsys.readouterr().out
 

@@ -244,7 +244,7 @@ def test_a_file_that_loses_the_embeddings_is_refused_and_nothing_is_written(
     argv = [*EXPORT, "--int8", "--calibrate", "grey", "--data", "faces"]
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert "the embeddings of the int8 file must have a mean cosine of 0.99 or more" in said
+    assert "the embeddings of the int8 file must have a mean cosine of at least 0.99" in said
     assert "on 24 faces; calibrate on more faces, on faces like those" in said
     assert not Path("out").exists()
     monkeypatch.setattr(precision, "LEAST_COSINE", {"int8": -1.0, "float16": 0.999})

@@ -205,7 +205,7 @@ def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals
         train(tmp_path / name, **both("model", methods=[method]), hooks=[RESUME])
     one, other = (str(tmp_path / name / "epoch_1.pth") for name in ("without", "with"))
     assert len(train(tmp_path / "1", hooks=[RESUME], load_from=one, resume=True).logs) == 3
-    with pytest.raises(KDHooksError, match=r"other methods.*fcd.projector.weight; resume it"):
+    with pytest.raises(KDHooksError, match=r"other methods.*fcd.projector.weight; resume with"):
         train(tmp_path / "2", hooks=[RESUME], load_from=other, resume=True)
     assert len(train(tmp_path / "3", hooks=[RESUME], load_from=other).logs) == 6
 

@@ -198,7 +198,7 @@ HEAD = "from heads import PartialFC_V2\n"
     ("source", "said"),
     [
         ("def f():\n    from n import get_model, PartialFC_V2", "no get_model and no PartialFC_V2"),
-        (HEAD + "get_net = 1", "did you mean 'get_net'? it is a fork"),
+        (HEAD + "get_net = 1", "did you mean 'get_net'? if the script is a fork"),
         ("from n import get_model\nimport h as PartialFC_V3", "did you mean 'PartialFC_V3'?"),
         (HEAD + "if __name__ == '__main__':\n    get_model = 1", "found no get_model;"),
         ("print 1", "'old.py' is not valid in this Python"),
