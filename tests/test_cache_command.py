@@ -76,7 +76,10 @@ def teacher() -> TeacherSession:
 def test_what_build_embeds_a_training_finds(data: str, capsys: Captured) -> None:
     cache(*BUILD, data)
     printed = capsys.readouterr()
-    assert printed.out == f"cache: {VIEWS} views of 24 pictures, of which 0 were there\n"
+    assert (
+        printed.out
+        == f"cache: {VIEWS} views of 24 pictures, of which 0 were already in the cache\n"
+    )
     assert printed.err.split("\r")[-1] == "24 of 24 pictures\n"
     found, images = teacher(), faces()[0]
     for seen in (images, images.flip(-1), (((images + 1) / 2) - 0.5) / 0.5):
@@ -92,7 +95,7 @@ def test_build_goes_on_where_it_was_stopped(capsys: Captured) -> None:
     found.close()
     cache(*BUILD, "folders")
     assert capsys.readouterr().out.endswith(
-        f"cache: {VIEWS} views of 24 pictures, of which 10 were there\n"
+        f"cache: {VIEWS} views of 24 pictures, of which 10 were already in the cache\n"
     )
     assert sum(len(keys) for _, _, keys in Parts(Path("cache"), WIDTH).read_on()) == VIEWS
 
@@ -290,14 +293,14 @@ def test_build_embeds_the_rest_before_it_names_unreadable_pictures(capsys: Captu
     assert "22 of 24 pictures\nkdhooks: " in said
     write_pictures(Path())
     cache(*BUILD, "folders")
-    assert capsys.readouterr().out.endswith("of which 44 were there\n")
+    assert capsys.readouterr().out.endswith("of which 44 were already in the cache\n")
     Path("folders/person0/000.png").write_bytes(b"")
     cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders", status=2)
     assert "found 1 faults among 24 pictures" in capsys.readouterr().err
 
 
 def test_pictures_of_another_number_of_channels_are_refused() -> None:
-    with pytest.raises(KDHooksError, match=r"pictures have 3 channels; input_shape .* says 1"):
+    with pytest.raises(KDHooksError, match=r"pictures have 3 channels; input_shape .* has 1"):
         next(Pictures("folders").batches(["person0/000.png"], 1, (1, 112, 112)))
 
 
@@ -320,7 +323,7 @@ def write_several(first: str = 'cache = "cache"\n', second: str = 'cache = "othe
 def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
     write_several()
     cache(*BUILD, "folders")
-    said = f"{VIEWS} views of 24 pictures, of which 0 were there\n"
+    said = f"{VIEWS} views of 24 pictures, of which 0 were already in the cache\n"
     assert capsys.readouterr().out == f"cache: {said}other: {said}"
     recipe = Recipe.read("kd.toml")
     images = faces()[0]

@@ -308,7 +308,7 @@ def test_labels_count_folders_as_the_trainer_does(
             lambda data: (data / "a/1.png").write_bytes(png(people(1, 1)[0][0][:9])),
             "is 112x9",
         ),
-        (lambda data: (data / "train.idx").write_text("0\t0\n"), "found train.idx alone in"),
+        (lambda data: (data / "train.idx").write_text("0\t0\n"), "found only train.idx in"),
     ],
 )
 def test_wrong_data_is_named(break_it: Callable[[Path], object], said: str, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_config_that_is_no_text(capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("configs/baze", "baze.py'; did you mean 'base'? name one of the 1 files there"),
+        ("configs/baze", "baze.py'; did you mean 'base'? name one of the 1 files in"),
         ("configs", "--config must be a file in the trainer's folder configs"),
         ("kd.toml", "--config must be a file in the trainer's folder configs"),
         ("other/x.py", "which is not in '"),
@@ -240,7 +240,7 @@ def test_a_value_of_a_wrong_kind(key: str, value: object, rule: str, capsys: Cap
 def test_a_config_without_classes_needs_them(capsys: Captured) -> None:
     write_config(Path(), "x", network="wide", embedding_size=16)
     words = refusal(capsys, "--config", "configs/x")
-    assert "the trainer needs num_classes, found none in 'configs/x'; add it there" in words
+    assert "the trainer needs num_classes; found none in 'configs/x'; add it there" in words
     given = ("--num-classes", "6", "--batch-size", "4")
     assert report(capsys, "--config", "configs/x", *given)["status"] == "ok"
 
@@ -272,7 +272,7 @@ def test_a_factory_gets_what_the_command_line_says(capsys: Captured) -> None:
     options = ("--network", "backbones:own", "--embedding-size", "16")
     assert checks(report(capsys, *options))["student"][1].endswith("embedding 16")
     found = report(capsys, *options, "--fp16", status=1)
-    assert "takes no fp16, so that --fp16 can't be set" in checks(found)["student"][1]
+    assert "takes no fp16, so --fp16 can't be set" in checks(found)["student"][1]
     found = report(capsys, "--network", "backbones:own")
     assert found["settings"]["embedding_size"] == {"value": None, "source": "assumed"}
 
