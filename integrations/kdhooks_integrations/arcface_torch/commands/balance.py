@@ -9,7 +9,7 @@ CLIP = 5.0
 DWARFS = 10.0
 """If a term's gradient is this many times the task's, it leaves the task 9 % of the step."""
 NEGLIGIBLE = 1e-3
-"""If a term's gradient is a smaller multiple of the task's, it changes next to nothing."""
+"""If a term's gradient is a smaller multiple of the task's, it changes almost nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Balance:
             )
         said += [
             f"{name}: its gradient is 1/{1 / (self.ratio(name) or 1):,.0f} of the task's "
-            f"({self._lengths(name)}), so that it changes next to nothing; {self._way_out(name)}"
+            f"({self._lengths(name)}), so it changes almost nothing; {self._way_out(name)}"
             for name in negligible
         ]
         return said
