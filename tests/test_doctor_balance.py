@@ -48,7 +48,7 @@ def test_without_clipping_the_words_do_not_speak_of_it() -> None:
 def test_a_term_that_changes_nothing_is_named_with_its_balancing_weight() -> None:
     (said,) = of(400, fcd=0.1).conclusions()
     assert said == (
-        "fcd: its gradient is 1/4,000 of the task's (0.1 to 400), so that it changes next to "
+        "fcd: its gradient is 1/4,000 of the task's (0.1 to 400), so it changes almost "
         "nothing; weight = 4e+03 would balance them"
     )
 
