@@ -109,7 +109,7 @@ def test_install_expects_backbone_and_head_before_the_schedule(
 ) -> None:
     early = "import torch\nPolynomialWarmup(torch.optim.SGD([torch.zeros(1)]), 2, 9)"
     (report,) = one.run(below_imports=PREAMBLE + install(teacher, FCD) + early)
-    assert "expects a get_model and a PartialFC before the schedule" in report["message"]
+    assert "to call get_model and create a PartialFC before its LR schedule" in report["message"]
 
 
 def test_install_refuses_another_main_program() -> None:
@@ -146,7 +146,7 @@ def test_a_schedule_that_install_does_not_see_is_noticed(
         install(teacher, FCD) + "import __main__\nfrom tests.standin import utils\n"
         "__main__.PolynomialWarmup = utils.PolynomialWarmup\n"
     )
-    assert "the head runs, and nothing distils" in report["message"]
+    assert "the head runs, but distillation is not attached" in report["message"]
 
 
 @pytest.mark.parametrize(

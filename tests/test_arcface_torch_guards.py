@@ -93,7 +93,7 @@ def test_labels_of_a_batch_that_was_discarded_are_not_counted() -> None:
         ({"backbone": "r50"}, "backbone must be the student, an nn.Module; found 'r50'"),
         ({"head": None}, "head must be the trainer's PartialFC.*found NoneType"),
         ({"head": []}, "head must be the trainer's PartialFC.*found 0, not all different"),
-        ({"head": [Head(), "x"]}, "found str; give attach the module whose call returns the loss"),
+        ({"head": [Head(), "x"]}, "found str; pass the module whose call returns the loss"),
         ({"head": "twice"}, "found 2, not all different"),
         (
             {"optimizer": None},

@@ -40,7 +40,7 @@ def test_an_old_head_that_samples_cannot_hold_the_teachers_rows(
     one: Trainer, teacher: dict[str, str]
 ) -> None:
     (report,) = one.run(install(teacher, "proxylesskd"), old_head=True)
-    assert "must train a parameter 'weight'" in report["message"]
+    assert "must have a parameter 'weight'" in report["message"]
     assert "set head = 'own'" in report["message"]
 
 
@@ -75,7 +75,7 @@ def test_several_heads_share_a_batch(one: Trainer, teacher: dict[str, str]) -> N
 
 def test_several_heads_share_no_classifier(one: Trainer, teacher: dict[str, str]) -> None:
     (report,) = one.run(install(teacher, "proxylesskd"), heads=2)
-    assert "shares one classifier, and the trainer has 2 heads" in report["message"]
+    assert "uses one classifier, and the trainer has 2 heads" in report["message"]
 
 
 def test_a_head_that_is_not_used_is_noticed(one: Trainer, teacher: dict[str, str]) -> None:

@@ -74,7 +74,7 @@ def test_another_width(one: Trainer, teacher: dict[str, str]) -> None:
         ({"network": "r5000"}, "teacher network 'r5000' is unknown to arcface_torch's get_model"),
         (
             {"dtype": "bfloat16"},
-            "'bfloat16' would have no effect; found 'bfloat16'; take dtype = 'float16'",
+            "'bfloat16' would have no effect; found 'bfloat16'; use dtype = 'float16'",
         ),
         (
             {"chekpoint": "model.pt"},

@@ -76,7 +76,10 @@ def teacher() -> TeacherSession:
 def test_a_training_finds_the_embeddings_of_build(data: str, capsys: Captured) -> None:
     cache(*BUILD, data)
     printed = capsys.readouterr()
-    assert printed.out == f"cache: {VIEWS} views of 24 pictures, of which 0 were there\n"
+    assert (
+        printed.out
+        == f"cache: {VIEWS} views of 24 pictures, of which 0 were already in the cache\n"
+    )
     assert printed.err.split("\r")[-1] == "24 of 24 pictures\n"
     found, images = teacher(), faces()[0]
     for seen in (images, images.flip(-1), (((images + 1) / 2) - 0.5) / 0.5):
@@ -92,7 +95,7 @@ def test_build_resumes_after_a_stop(capsys: Captured) -> None:
     found.close()
     cache(*BUILD, "folders")
     assert capsys.readouterr().out.endswith(
-        f"cache: {VIEWS} views of 24 pictures, of which 10 were there\n"
+        f"cache: {VIEWS} views of 24 pictures, of which 10 were already in the cache\n"
     )
     assert sum(len(keys) for _, _, keys in Parts(Path("cache"), WIDTH).read_on()) == VIEWS
 
@@ -101,7 +104,7 @@ def test_build_again_embeds_nothing(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     files = sorted(path.name for path in Path("cache").iterdir())
     cache(*BUILD, "faces.zip")
-    assert capsys.readouterr().out.endswith(f"of which {VIEWS} were there\n")
+    assert capsys.readouterr().out.endswith(f"of which {VIEWS} were already in the cache\n")
     assert sorted(path.name for path in Path("cache").iterdir()) == files
 
 
@@ -217,7 +220,7 @@ def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
         capsys.readouterr()
         cache(*compare, "--sample", sample)
         printed = capsys.readouterr().out
-        said = f"{count} of {count} pictures are there, as the teacher embeds them"
+        said = f"{count} of {count} pictures are in the cache, with the teacher's"
         assert printed.splitlines()[-1] == said
     (rows,) = Path("cache").glob("*.rows")
     for part in (rows, rows.with_suffix(".keys")):
@@ -282,21 +285,21 @@ def test_build_embeds_the_rest_before_it_names_unreadable_pictures(capsys: Captu
     assert "22 of 24 pictures\nkdhooks: " in said
     write_pictures(Path())
     cache(*BUILD, "folders")
-    assert capsys.readouterr().out.endswith("of which 44 were there\n")
+    assert capsys.readouterr().out.endswith("of which 44 were already in the cache\n")
     Path("folders/person0/000.png").write_bytes(b"")
     cache("verify", "cache", "--recipe", "kd.toml", "--data", "folders", status=2)
     assert "found 1 faults among 24 pictures" in capsys.readouterr().err
 
 
 def test_pictures_of_another_number_of_channels_are_refused() -> None:
-    with pytest.raises(KDHooksError, match=r"pictures have 3 channels; input_shape .* says 1"):
+    with pytest.raises(KDHooksError, match=r"pictures have 3 channels; input_shape .* has 1"):
         next(Pictures("folders").batches(["person0/000.png"], 1, (1, 112, 112)))
 
 
 def test_recipe_and_data_go_together(capsys: Captured) -> None:
     cache(*BUILD, "folders")
     cache("verify", "cache", "--data", "folders", status=2)
-    assert "--recipe and --data go together; found one of them" in capsys.readouterr().err
+    assert "--recipe and --data must be given together; found only one" in capsys.readouterr().err
 
 
 # --- several teachers ----------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def write_several(first: str = 'cache = "cache"\n', second: str = 'cache = "othe
 def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
     write_several()
     cache(*BUILD, "folders")
-    said = f"{VIEWS} views of 24 pictures, of which 0 were there\n"
+    said = f"{VIEWS} views of 24 pictures, of which 0 were already in the cache\n"
     assert capsys.readouterr().out == f"cache: {said}other: {said}"
     recipe = Recipe.read("kd.toml")
     images = faces()[0]
@@ -323,14 +326,14 @@ def test_build_fills_the_cache_of_each_teacher(capsys: Captured) -> None:
             assert found.cache.hits == len(images)
     for folder in ("cache", "other"):
         cache("verify", folder, "--recipe", "kd.toml", "--data", "records")
-        assert "24 of 24 pictures are there" in capsys.readouterr().out
+        assert "24 of 24 pictures are in the cache" in capsys.readouterr().out
 
 
 def test_build_names_the_teacher_without_a_cache(capsys: Captured) -> None:
     write_several(first="")
     cache(*BUILD, "folders")
     printed = capsys.readouterr()
-    assert "teacher 0 has no cache, and is left out" in printed.err
+    assert "teacher 0 has no cache and is skipped" in printed.err
     assert printed.out.startswith("other: ")
     write_several(first="", second="")
     cache(*BUILD, "folders", status=2)

@@ -129,7 +129,7 @@ def test_numpy_has_the_names_that_a_script_uses(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(vars(np), "float")  # so that it is removed afterwards
     assert compat.numpy_aliases("img.astype(np.float32)") is None
     said = compat.numpy_aliases("img = img.astype(np.float)")
-    assert said == "numpy has the names that the script uses again: float"
+    assert said == "numpy again has the names that the script uses: float"
     assert np.ones(1, np.int32).astype(vars(np)["float"]).dtype == np.float64
     assert "int" not in vars(np)
 

@@ -95,7 +95,7 @@ def test_the_class_order_is_checked_on_the_data_of_the_training(
     assert [name for name, (status, _) in found.items() if status != "ok"] == ["view"]
     assert found["classes"][1] == "6 of the teacher, of width 16, as many as in the training"
     assert found["images"][1] == f"24 of {data}, of {CLASSES} people"
-    assert found["class order"][1] == "24 of 24 images are nearest to their own class"
+    assert found["class order"][1] == "24 of 24 images are closest to their own class"
     assert found["taps"][1] == "the head holds the teacher's rows, frozen"
 
 
@@ -105,7 +105,7 @@ def test_another_class_order_is_a_fault(capsys: Captured) -> None:
     found = doctor(capsys, recipe, *STUDENT, "--data", "folders", status=1)
     assert found["class order"][0] == "FAULT"
     assert "must be in the order of the training labels" in found["class order"][1]
-    assert found["taps"] == ("--", "not checked: the fault above comes first")
+    assert found["taps"] == ("--", "not checked: correct the fault above first")
 
 
 def test_without_labels_no_classes_are_compared(capsys: Captured) -> None:
@@ -123,9 +123,9 @@ def test_without_labels_no_classes_are_compared(capsys: Captured) -> None:
 def test_without_data_the_class_order_is_reported_as_unchecked(capsys: Captured) -> None:
     found = doctor(capsys, f'methods = ["proxylesskd"]\n{TEACHER}{ROWS}')
     assert found["class order"][0] == "--"
-    assert found["class order"][1].endswith("give --data FOLDER of the training")
+    assert found["class order"][1].endswith("specify --data FOLDER of the training")
     assert found["classes"][1].endswith(
-        "give --config or --num-classes of the training to compare them"
+        "specify --config or --num-classes of the training to compare them"
     )
     assert found["step"][0] == "ok"
 
@@ -139,7 +139,7 @@ def test_a_view_is_shown_beside_the_teachers_images(
     found = doctor(capsys, recipe, *STUDENT, "--data", "folders", "--batch-size", "6", *options)
     file = Path(options[-1] if options else "student_view.png")
     assert found["view"][0] == "ok"
-    assert found["view"][1].startswith(f"'{file}' shows above what the teacher sees and below wha")
+    assert found["view"][1].startswith(f"'{file}' shows the teacher's images above and the stude")
     assert "the view changes 6 of 6 images, by " in found["view"][1]
     pixels = torch.from_numpy(decode(file.read_bytes())).permute(2, 0, 1)
     assert pixels.shape == (3, 224, 672)
@@ -179,7 +179,7 @@ def test_a_loss_that_trains_nothing_is_a_fault(
     monkeypatch.setattr("kdhooks.recipe.create", lambda method: NoGradient())
     found = doctor(capsys, f'methods = ["still"]\n{TEACHER}', status=1)
     assert found["gradients"][0] == "FAULT"
-    assert "no gradient of it reaches the student" in found["gradients"][1]
+    assert "but no gradient reaches the student" in found["gradients"][1]
 
 
 def test_a_batch_that_is_too_large_is_a_fault_without_a_traceback(
@@ -228,7 +228,7 @@ def test_a_batch_that_is_too_large_is_a_fault_without_a_traceback(
         ),
         (
             'methods = ["fcd"]\n' + TEACHER,
-            (*STUDENT, "--data", "folders", "--num-classes", "9"), "images", "has 6 classes, --num",
+            (*STUDENT, "--data", "folders", "--num-classes", "9"), "images", "has 6 classes, but",
         ),
         (
             'methods = ["fcd"]\n' + TEACHER,
@@ -269,13 +269,13 @@ def test_labels_count_folders_as_the_trainer_does(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_people(tmp_path)
-    with pytest.raises(KDHooksError, match="has no pictures; found none in 'c', 1 of 3"):
+    with pytest.raises(KDHooksError, match="must have pictures; found none in 'c', 1 of 3"):
         read_batch(str(data), 2, None, SHAPE)
     (data / "c/3.png").write_bytes(png(people(1, 1)[0][0]))
     assert read_batch(str(data), 3, None, SHAPE)[1].tolist() == [0, 1, 2]
-    assert "several times" not in caplog.text
+    assert "repeats some" not in caplog.text
     assert read_batch(str(data), 6, None, SHAPE)[1].tolist() == [0, 0, 1, 1, 2, 2]
-    assert "has 3 pictures for a batch of 6; it holds some of them several times" in caplog.text
+    assert "has 3 pictures for a batch of 6; the batch repeats some of them" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_labels_count_folders_as_the_trainer_does(
             lambda data: (data / "a/1.png").write_bytes(png(people(1, 1)[0][0][:9])),
             "is 112x9",
         ),
-        (lambda data: (data / "train.idx").write_text("0\t0\n"), "found train.idx alone in"),
+        (lambda data: (data / "train.idx").write_text("0\t0\n"), "found only train.idx in"),
     ],
 )
 def test_wrong_data_is_named(break_it: Callable[[Path], object], said: str, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_wrong_data_is_named(break_it: Callable[[Path], object], said: str, tmp_
 
 def test_a_folder_without_people_is_refused(tmp_path: Path) -> None:
     (tmp_path / "top.png").write_bytes(png(people(1, 1)[0][0]))
-    with pytest.raises(KDHooksError, match="or one folder a person; found neither in"):
+    with pytest.raises(KDHooksError, match="or one folder for each person; found neither in"):
         read_batch(str(tmp_path), 2, None, SHAPE)
 
 
@@ -334,12 +334,12 @@ def test_each_of_several_teachers_is_examined(capsys: Captured) -> None:
     recipe = f'methods = ["kd"]\n{SEVERAL}{ROWS}{SEVERAL}{ROWS}input = {{ order = "bgr" }}\n'
     found = doctor(capsys, recipe, *STUDENT, "--data", "folders", "--num-classes", str(CLASSES))
     assert re.fullmatch(
-        r"teacher 0: \S+ million weights, embedding 16, finite, and its images differ; "
-        r"teacher 1: \S+ million weights, embedding 16, finite, and its images differ",
+        r"teacher 0: \S+ million weights, embedding 16, finite, different for each image; "
+        r"teacher 1: \S+ million weights, embedding 16, finite, different for each image",
         found["teacher"][1],
     )
     assert found["classes"][1] == "6 of the teacher, of width 32, as many as in the training"
-    assert found["class order"][1].startswith("teacher 0: 8 of 8 images are nearest")
+    assert found["class order"][1].startswith("teacher 0: 8 of 8 images are closest")
     assert "; teacher 1: " in found["class order"][1]
     assert found["step"][0] == "ok"
 
@@ -351,7 +351,7 @@ def test_the_one_of_several_teachers_that_is_at_fault_is_named(capsys: Captured)
     assert found["class order"][0] == "FAULT"
     assert found["class order"][1].startswith("teacher 1 classifier: its classes must be in the")
     found = doctor(capsys, f'methods = ["sp"]\n{SEVERAL}{ROWS}{SEVERAL}')
-    said = "not checked: teacher 1 comes without a classifier, and no class is compared"
+    said = "not checked: teacher 1 has no classifier, and no class is compared"
     assert found["classes"] == ("--", said)
     assert found["step"][0] == "ok"
 
@@ -370,8 +370,8 @@ def test_a_cache_in_place_of_the_teacher_is_tried_on_the_training(capsys: Captur
     capsys.readouterr()
     recipe = 'methods = ["fcd"]\nteacher = { embeddings = "cache" }\n'
     found = doctor(capsys, recipe, *STUDENT, "--data", "folders")
-    assert found["teacher"] == ("ok", "embedding 16, finite, and its images differ")
+    assert found["teacher"] == ("ok", "embedding 16, finite, different for each image")
     assert found["step"][0] == "ok"
     found = doctor(capsys, recipe, status=1)
     assert found["teacher"][0] == "FAULT"
-    assert found["teacher"][1].startswith("--data is needed if a cache stands for the teacher")
+    assert found["teacher"][1].startswith("--data is needed if a cache replaces the teacher")

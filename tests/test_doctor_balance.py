@@ -48,7 +48,7 @@ def test_without_clipping_the_conclusion_does_not_mention_it() -> None:
 def test_a_term_that_changes_nothing_is_named_with_its_balancing_weight() -> None:
     (said,) = of(400, fcd=0.1).conclusions()
     assert said == (
-        "fcd: its gradient is 1/4,000 of the task's (0.1 to 400), so that it changes next to "
+        "fcd: its gradient is 1/4,000 of the task's (0.1 to 400), so it changes almost "
         "nothing; weight = 4e+03 would balance them"
     )
 
@@ -208,7 +208,7 @@ def test_small_gradients_in_half_precision_are_measured() -> None:
     plain = trial(Pull2(1e-5)).balance().terms["pull"].gradient
     found = trial(Pull2(1e-5), Narrow, fp16=True).balance().terms["pull"].gradient
     assert found == pytest.approx(plain, rel=1e-2)
-    with pytest.raises(KDHooksError, match="no gradient of it reaches the student"):
+    with pytest.raises(KDHooksError, match="but no gradient reaches the student"):
         trial(Pull2(1e-5), Narrow).balance()
 
 

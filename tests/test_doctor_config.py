@@ -64,7 +64,7 @@ def test_the_config_decides_and_its_base_fills_in(named: str, capsys: Captured) 
     assert {one["source"] for one in found["settings"].values()} == {named}
     said = checks(found)
     assert said["student"][1].endswith("embedding 16")
-    assert said["images"][1].startswith("12 made up")
+    assert said["images"][1].startswith("12 random images")
     assert said["settings"][0] == "ok"
 
 
@@ -141,7 +141,7 @@ def test_a_config_that_installs_another_recipe_is_a_warning(capsys: Captured) ->
     status, text = checks(found)["settings"]
     assert (status, found["status"]) == ("warning", "warning")
     assert text.endswith(
-        "the config itself installs the recipe 'other.toml', and this report is about 'kd.toml'"
+        "the config itself installs the recipe 'other.toml', but this report is about 'kd.toml'"
     )
 
 
@@ -169,30 +169,32 @@ def test_the_line_would_install_if_it_could() -> None:
         ("import easierdict", "No module named 'easierdict'; install the package easierdict"),
         ("settings = {}", "found AttributeError: module 'configs.x' has no attribute 'config'"),
         ("config = 5", "found TypeError: 'int' object is not iterable"),
-        ("raise SystemExit(3)", "found SystemExit: 3; correct the file, or leave --config out"),
+        ("raise SystemExit(3)", "found SystemExit: 3; correct the file, or specify --network"),
         ("1 / 0", "found ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_config_that_cannot_be_read(text: str, said: str, capsys: Captured) -> None:
     Path("configs/x.py").write_text(text)
     words = refusal(capsys, "--config", "configs/x")
-    assert words.startswith("kdhooks: --config: 'configs/x' must be read as train_v2.py reads it;")
+    assert words.startswith(
+        "kdhooks: --config: 'configs/x' must be a config that train_v2.py can read;"
+    )
     assert said in words
 
 
 def test_a_config_that_is_no_text(capsys: Captured) -> None:
     Path("configs/x.py").write_bytes(b"config = {'\xff': 1}")
-    assert "must be read as train_v2.py reads it" in refusal(capsys, "--config", "configs/x")
+    assert "must be a config that train_v2.py can read" in refusal(capsys, "--config", "configs/x")
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("configs/baze", "baze.py'; did you mean 'base'? name one of the 1 files there"),
-        ("configs", "--config must be a file of the trainer's folder configs"),
-        ("kd.toml", "--config must be a file of the trainer's folder configs"),
+        ("configs/baze", "baze.py'; did you mean 'base'? name one of the 1 files in"),
+        ("configs", "--config must be a file in the trainer's folder configs"),
+        ("kd.toml", "--config must be a file in the trainer's folder configs"),
         ("other/x.py", "which is not in '"),
-        ("", "--config must be a file of the trainer's folder configs"),
+        ("", "--config must be a file in the trainer's folder configs"),
     ],
 )
 def test_a_config_that_is_not_there(config: str, said: str, capsys: Captured) -> None:
@@ -210,8 +212,8 @@ def test_a_config_that_is_not_there(config: str, said: str, capsys: Captured) ->
         ("num_classes", None, "a whole number, at least 1"),
         ("batch_size", 1, "a whole number, at least 2"),
         ("fp16", "no", "True or False"),
-        ("sample_rate", -0.1, "a number from 0, for the own classes of a batch alone, to 1"),
-        ("sample_rate", 30, "a number from 0, for the own classes of a batch alone, to 1"),
+        ("sample_rate", -0.1, "a number from 0, which samples only the classes of the batch, to 1"),
+        ("sample_rate", 30, "a number from 0, which samples only the classes of the batch, to 1"),
         ("margin_list", 0.5, "three numbers, (1.0, m2, 0.0) for ArcFace"),
         ("margin_list", (1.0, 0.5), "three numbers"),
         ("margin_list", (1.35, 0.5, 0.0), "three numbers"),
@@ -238,7 +240,7 @@ def test_a_value_of_a_wrong_kind(key: str, value: object, rule: str, capsys: Cap
 def test_a_config_without_classes_needs_them(capsys: Captured) -> None:
     write_config(Path(), "x", network="wide", embedding_size=16)
     words = refusal(capsys, "--config", "configs/x")
-    assert "the trainer needs num_classes, and 'configs/x' has none; add it there, or give" in words
+    assert "the trainer needs num_classes; found none in 'configs/x'; add it there" in words
     given = ("--num-classes", "6", "--batch-size", "4")
     assert report(capsys, "--config", "configs/x", *given)["status"] == "ok"
 
@@ -263,14 +265,14 @@ def test_a_network_of_another_width_than_the_head_is_a_fault(capsys: Captured) -
     found = report(capsys, "--config", "configs/x", "--network", "backbones:own", status=1)
     status, text = checks(found)["student"]
     assert status == "fault"
-    assert "as the head has, embedding_size 24 (configs/x); found 16" in text
+    assert "as the head expects, embedding_size 24 (configs/x); found 16" in text
 
 
 def test_a_factory_gets_the_options_of_the_command_line(capsys: Captured) -> None:
     options = ("--network", "backbones:own", "--embedding-size", "16")
     assert checks(report(capsys, *options))["student"][1].endswith("embedding 16")
     found = report(capsys, *options, "--fp16", status=1)
-    assert "takes no fp16, so that --fp16 can't be set" in checks(found)["student"][1]
+    assert "takes no fp16, so --fp16 can't be set" in checks(found)["student"][1]
     found = report(capsys, "--network", "backbones:own")
     assert found["settings"]["embedding_size"] == {"value": None, "source": "assumed"}
 

@@ -168,7 +168,7 @@ def test_the_second_image_is_seen_through_the_view(capsys: Captured) -> None:
     assert result["threshold"] != evaluated(capsys, *ONE)["sets"][0]["results"][0]["threshold"]
     main(["evaluate", *options])
     printed = capsys.readouterr().out
-    assert "the second image of each pair is seen through the view: LowResolution(" in printed
+    assert "the student_view is applied to the second image of each pair: LowResolution(" in printed
     assert "seed 5" in printed
 
 
@@ -273,7 +273,7 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
     [
         (
             ("model.pt", "--data", "lfw.bin"),
-            "found 1 checkpoints (model.pt) and 0 networks (none); give --network",
+            "found 1 checkpoints (model.pt) and 0 networks (none); specify --network",
         ),
         (
             ("ours", "--network", "tiny", "--data", "lfw.bin"),
@@ -284,18 +284,18 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
         (("ours", "--fp16", "--data", "lfw.bin"), "--fp16 is for checkpoints such as model.pt"),
         (("absent.onnx", "--data", "lfw.bin"), "'absent.onnx': the file: there is no file 'abs"),
         (("tiny=second.pt", *ONE), "two models are called 'tiny'; name them, as in NAME=tiny"),
-        (("teacher", *ONE), "model 'teacher': is the teacher of a recipe, and there is none; give"),
+        (("teacher", *ONE), "model 'teacher': is a teacher of a recipe; found no recipe; specify"),
         (
             ("teacher.1", *ONE, "--recipe", "kd.toml"),
             "model 'teacher.1': must be one of the recipe's teachers; did you mean 'teacher.0'?",
         ),
         (("buffalo_l", *ONE, "--root", "."), "an insightface pack must be installed, but models"),
         (("absent.pt", *ONE), "model 'absent.pt': student checkpoint: there is no file"),
-        (("=x", *ONE), "a model is MODEL or NAME=MODEL; found '=x'"),
-        ((*ONE, "--view"), "--view is the student_view of a recipe, and there is none"),
+        (("=x", *ONE), "a model must be MODEL or NAME=MODEL; found '=x'"),
+        ((*ONE, "--view"), "--view applies the student_view of a recipe; found no recipe"),
         ((*ONE, "--no-flip", "--protocol", "insightface"), "as the trainer does; found --no-flip"),
         ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46; give fewer"),
-        ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, and"),
+        ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, but"),
         (("configs", *ONE), "model 'configs': an insightface pack must be installed"),
         ((*ONE, "--data", "configs"), "--data without --pairs must be verification files such as"),
         ((*ONE, "--data", "absent.bin"), "--data: there is no file 'absent.bin'"),
@@ -304,8 +304,11 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
             ("tiny=model.pt", "--network", "tiny", "--data", "a", "b", "--pairs", "p"),
             "must be one folder or zip of pictures; found 2",
         ),
-        ((*ONE, "--json", "lfw.bin"), "--json 'lfw.bin' is a file to be read, which it would"),
-        ((*ONE, "--json", "r.png", "--picture", "r.png"), "must be two files; found 'r.png' twice"),
+        ((*ONE, "--json", "lfw.bin"), "--json 'lfw.bin' is also an input, and would be"),
+        (
+            (*ONE, "--json", "r.png", "--picture", "r.png"),
+            "must be different files; found 'r.png' twice",
+        ),
         ((*ONE, "--picture", "roc.svg"), "must be a PNG file, with a name such as roc.png; found"),
         ((*ONE, "--picture", "no/roc.png"), "--picture must be a file in a folder that exists"),
         ((*ONE, "--far", "2"), "argument --far: must lie between 0 and 1; found '2'"),
@@ -325,7 +328,7 @@ def test_a_recipe_without_a_view_or_with_stored_embeddings_is_refused(
     text = RECIPE[: RECIPE.index("[student_view]")].replace('"model.pt"', '"{}/model.pt"')
     (tmp_path / "plain.toml").write_text(text.format(Path.cwd()))
     said = refused(capsys, *ONE, "--view", "--recipe", str(tmp_path / "plain.toml"))
-    assert "found a recipe without; add [student_view]" in said
+    assert "found a recipe without one; add [student_view]" in said
     (tmp_path / "cache").mkdir()
     (tmp_path / "stored.toml").write_text('methods=["fcd"]\nteacher={embeddings="cache"}')
     said = refused(
@@ -404,9 +407,9 @@ def test_a_fold_of_one_kind_is_reported(capsys: Captured, tmp_path: Path) -> Non
     sides = [pictures[2 * place + side] for place in order for side in (0, 1)]
     (tmp_path / "sorted.bin").write_bytes(pickle.dumps((sides, [same[place] for place in order])))
     main(["evaluate", *ONE[:3], "--data", str(tmp_path / "sorted.bin")])
-    assert "sorted: a fold has pairs of one kind alone" in capsys.readouterr().out
+    assert "sorted: a fold has pairs of one kind only" in capsys.readouterr().out
     main(["evaluate", *ONE])
-    assert "one kind alone" not in capsys.readouterr().out
+    assert "one kind only" not in capsys.readouterr().out
 
 
 def test_the_picture_and_the_json_file_are_written(capsys: Captured, tmp_path: Path) -> None:
@@ -424,5 +427,5 @@ def test_without_matplotlib_the_picture_is_left_out(
     monkeypatch.setattr(results, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["evaluate", *ONE, "--picture", str(tmp_path / "roc.png")]) == 0
-    assert "--picture is left out, since matplotlib draws it" in capsys.readouterr().err
+    assert "--picture is omitted, since it needs matplotlib" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

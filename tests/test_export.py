@@ -53,7 +53,7 @@ def test_only_the_student_is_written(checkpoint: str, folder: Path, capsys: Capt
     for name in ("model.pt", "model.onnx"):
         digest = hashlib.sha256(Path("out/it", name).read_bytes()).hexdigest()
         assert f"out/it/{name}  sha256 {digest}\n" in printed
-    assert f"{len(expected)} keys, each of them tiny's" in printed
+    assert f"{len(expected)} keys, exactly those of tiny" in printed
     weights = {tensor.name for tensor in onnx.load("out/it/model.onnx").graph.initializer}
     assert not [name for name in weights if "kdhooks" in name or "projector" in name]
 
@@ -72,12 +72,12 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
         (["absent.pt", "--network", "tiny"], "student checkpoint: there is no file 'absent.pt'"),
         (["model.pt", "--network", "wide"], "student checkpoint: 'model.pt' does not fit the netw"),
         (["model.pt", "--network", "tiny", "--embedding-size", "8"], "does not fit the network"),
-        (["model.pt", "--network", "tiny", "--out", "."], "is the file to be read; name another"),
+        (["model.pt", "--network", "tiny", "--out", "."], "is the checkpoint itself; name another"),
         (
             ["model.pt", "--network", "tiny", "--out", "model.pt"],
-            "--out must be a folder, in which",
+            "--out must be a folder, where",
         ),
-        (["model.pt", "--network", "tiny", "--out", "x.onnx"], "--out must be a folder, in which"),
+        (["model.pt", "--network", "tiny", "--out", "x.onnx"], "--out must be a folder, where"),
         (["model.pt", "--network", "tiny", "--out", "taken"], "model.onnx' is a folder; remove it"),
         (["model.pt", "--network", "tiny", "--out", "model.pt/x"], "can't be written (Not a dir"),
         (["fresh.pt", "--network", "tiny"], "student was never trained: the running statistics"),
@@ -185,9 +185,9 @@ def graph(path: Path, takes: list[Any], gives: list[Any], nodes: list[str]) -> P
 @pytest.mark.parametrize(
     ("takes", "gives", "nodes", "said"),
     [
-        (["b", 3, 96, 96], ["b", 8], ["a"], "one square image of 112"),
-        (["b", 3, 112, 96], ["b", 8], ["a"], "one square image of 112"),
-        (["b", 3, 192, 192], ["b", 8], ["a"], "one square image of 112"),
+        (["b", 3, 96, 96], ["b", 8], ["a"], "one square image, whose"),
+        (["b", 3, 112, 96], ["b", 8], ["a"], "one square image, whose"),
+        (["b", 3, 192, 192], ["b", 8], ["a"], "one square image, whose"),
         (["b", 3, 112, 112], ["b", 8, 1, 1], ["a"], "to one embedding; found"),
         (["b", 3, 112, 112], ["b", 8], ["Sub_0", "Mul_1"], "first nodes: Sub_0, Mul_1; take the"),
     ],

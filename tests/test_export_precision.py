@@ -153,7 +153,7 @@ def test_both_forms_are_judged_on_pairs_of_people_who_did_not_calibrate(
 
 
 def test_a_form_of_an_earlier_export_is_named(folder: Path, capsys: Captured) -> None:
-    said = "out/model_int8.onnx  is of an earlier export, and was not written again\n"
+    said = "out/model_int8.onnx  is from an earlier export, and was not written again\n"
     assert main([*INT8]) == 0
     assert said not in capsys.readouterr().out
     before = Path("out/model_int8.onnx").read_bytes()
@@ -182,10 +182,13 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--int8"], "--int8 needs faces that give the ranges of the activations; found no --cal"),
-        (["--calibrate", "faces"], "--calibrate is for --int8; found it without; add --int8"),
+        (["--int8"], "--int8 needs faces for the calibration; found no --cal"),
+        (["--calibrate", "faces"], "--calibrate is for --int8; found it without --int8; add"),
         (["--float16"], "--float16 needs faces on which the file is checked; found no --data"),
-        (["--float16-images"], "--float16-images is for --float16; found it without; add it"),
+        (
+            ["--float16-images"],
+            "--float16-images is for --float16; found it without --float16; add",
+        ),
         (["--calibration-images", "9"], "--calibration-images is for --int8; found it without"),
         (["--calibration-method", "minmax"], "--calibration-method is for --int8; found it"),
         (["--int8", "--calibrate", ""], "argument --calibrate: must be a path; found ''"),
@@ -193,7 +196,7 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--pairs", "pairs.txt"], "--pairs is for --int8 and --float16; found neither"),
         (["--least-cosine", "0.9"], "--least-cosine is for --int8 and --float16; found neither"),
         (["--int8", "--calibrate", "absent"], "--calibrate must be a folder or a zip file with"),
-        (["--int8", "--calibrate", "one"], "--calibrate must hold two pictures at least"),
+        (["--int8", "--calibrate", "one"], "--calibrate must hold at least two pictures"),
         (["--float16", "--data", "small"], "is 16x16 (width x height), where 112x112 is needed"),
         (["--int8", "--calibrate", "bad"], "--calibrate: every picture must be readable; found 1"),
         (["--float16", "--data", "faces", "--pairs", "no.txt"], "pairs: there is no file 'no.txt'"),
@@ -203,7 +206,7 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         ),
         (
             ["--int8", "--calibrate", "known", "--pairs", "pairs.txt"],
-            "must be of people in none of the pairs; found all people of 'known' in them",
+            "must show people who are in no pair; found all people of 'known' in",
         ),
         (["--int8", "--calibrate", "faces", "--calibration-images", "0"], "at least 1; found 0"),
         (["--int8", "--calibrate", "faces", "--least-cosine", "2"], "between 0 and 1; found '2'"),
@@ -241,8 +244,8 @@ def test_a_file_that_loses_the_embeddings_is_refused_and_nothing_is_written(
     argv = [*EXPORT, "--int8", "--calibrate", "grey", "--data", "faces"]
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert "the embeddings of the int8 file must have a mean cosine of 0.99 or more" in said
-    assert "on 24 faces; calibrate on more faces, or on faces like those" in said
+    assert "the embeddings of the int8 file must have a mean cosine of at least 0.99" in said
+    assert "on 24 faces; calibrate on more faces, on faces like those" in said
     assert not Path("out").exists()
     monkeypatch.setattr(precision, "LEAST_COSINE", {"int8": -1.0, "float16": 0.999})
     assert main(argv) == 0

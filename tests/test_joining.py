@@ -181,7 +181,7 @@ def test_remove_after_some_steps_leaves_no_state() -> None:
 def test_an_optimizer_is_joined_once() -> None:
     run = Run("sgd", "linear", distilled=True)
     assert run.kd is not None
-    with pytest.raises(KDHooksError, match="trains another distillation's weights already"):
+    with pytest.raises(KDHooksError, match="already trains the weights of another attachment"):
         Joined(run.kd, run.optimizer, run.schedule)
     run.joined.remove()
     Joined(run.kd, run.optimizer, run.schedule)

@@ -641,5 +641,5 @@ def test_a_wrong_path_is_refused() -> None:
 def test_a_module_that_has_such_a_child_is_refused() -> None:
     module = Faces()
     module.kdhooks = nn.Identity()
-    with pytest.raises(KDHooksError, match="'kdhooks' already; keep one Distill"):
+    with pytest.raises(KDHooksError, match="'kdhooks'; keep one Distill"):
         fit(module, distil())

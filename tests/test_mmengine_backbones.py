@@ -143,7 +143,7 @@ def test_several_rows_a_class_are_no_classifier() -> None:
     distilled("ShapedMobileNet", [{"name": "fcd", "projector": True}], rows(), **centres)
     with pytest.raises(KDHooksError, match=r"classifier is not known; .*classifier = 'head.fc.w"):
         distilled("ShapedMobileNet", ["kd"], rows(), **centres)
-    with pytest.raises(KDHooksError, match=r"a row for each class; found 3 sub-centres"):
+    with pytest.raises(KDHooksError, match=r"one row for each class; found 3 sub-centres"):
         distilled(
             "ShapedMobileNet", ["kd"], rows(), classifier="head.norm_product.weight", **centres
         )

@@ -31,7 +31,9 @@ pytestmark = QUIET
 KD: dict[str, Any] = {"methods": ["rkd"], "input_shape": [3, 32, 32]}
 KIND = "ShapedMobileNet"
 BGR = {"mean": [100.0, 110.0, 120.0], "std": [50.0, 60.0, 70.0]}
-ASKED = r"does not say how its images are normalised .*say teacher.input = dict\(mean=…, std=…\)"
+ASKED = (
+    r"does not specify how its images are normalised .*set teacher.input = dict\(mean=…, std=…\)"
+)
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_a_preprocessor_of_an_unknown_kind_is_asked(checkpoint: Path) -> None:
         (False, False, {}, ""),
         (True, False, {}, r"teacher's .* to_rgb = False.*known to be RGB.*: teacher.input = dict"),
         (True, False, {"teacher": "bgr"}, ""),
-        (False, True, {}, r"student's .* to_rgb = False.*BGR where mmcv.*: input = dict\(order="),
+        (False, True, {}, r"student's .* to_rgb = False.*BGR if mmcv.*: input = dict\(order="),
         (False, True, {"student": "bgr"}, ""),
         (False, False, {"student": "bgr"}, "teacher's .* to_rgb = False.*known to be BGR"),
         (False, False, {"teacher": "bgr"}, "student's .* to_rgb = False"),

@@ -65,7 +65,7 @@ def test_a_part_of_the_teacher_has_the_weights_that_its_init_cfg_names(tmp_path:
 @pytest.mark.parametrize("file", [None, 3, "absent.pth", "https://example.org/a.pth", ""])
 def test_an_init_cfg_must_name_a_file_of_this_machine(file: Any) -> None:
     init = {} if file is None else {"checkpoint": file}
-    match = r"backbone.init_cfg must name a file of this machine as its checkpoint; found"
+    match = r"backbone.init_cfg must name a local file as its checkpoint; found"
     with pytest.raises(KDHooksError, match=match):
         mmengine.Distill(STUDENT, teacher=teacher_with(**init), **KD)
 

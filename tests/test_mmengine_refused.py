@@ -88,7 +88,10 @@ class Wordy(Recogniser):
         ({"student": {"type": "Recognizer"}}, "student: Recognizer is not in the"),
         ({"student": "Recogniser"}, "student must be a model's config.*found 'Recogniser'"),
         ({"student": None}, "student must be a model's config, dict.*found None"),
-        ({"backbone": {}}, "no key 'backbone'; a model's line over .* needs _delete_=True.*recipe"),
+        (
+            {"backbone": {}},
+            "no key 'backbone'; a model that replaces .* needs _delete_=True.*recipe",
+        ),
         ({"images": 3}, "images must be a path like 'inputs'; found 3"),
         (
             {"labels": ["x"]},
@@ -121,11 +124,11 @@ class Wordy(Recogniser):
         ({"input": {"std": 0}}, "input.std must be positive; found 0"),
         (
             {"student": {**STUDENT, "data_preprocessor": ROUND}},
-            r"student's data_preprocessor turns the channels .*: input = dict\(order='rgb'\) after",
+            r"student's data_preprocessor reverses the chan.*: input = dict\(order='rgb'\) after",
         ),
         (
             {"teacher": {"module": {**STUDENT, "data_preprocessor": ROUND}}},
-            r"teacher's data_preprocessor turns the channels .*: teacher.input = dict\(order='rgb'",
+            r"teacher's data_preprocessor reverses the chan.*: teacher.input = dict\(order='rgb'",
         ),
     ],
 )
@@ -140,8 +143,11 @@ def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> N
         ({"lables": "labels"}, "no key 'lables'; did you mean 'labels'"),
         ({"methods": ["fdc"]}, "no method 'fdc' is installed"),
         ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
-        ({"student": STUDENT}, "no key 'student'; the hook distils into the runner's own model"),
-        ({"methods": [LazyObject("a.b", "C")]}, "goes by its name in a config; found the class C"),
+        ({"student": STUDENT}, "no key 'student'; the hook uses the runner's model"),
+        (
+            {"methods": [LazyObject("a.b", "C")]},
+            "must name a method as a string; found the class C",
+        ),
         ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name in place of type"),
         ({"methods": "['fcd']"}, "write it without the quotes"),
     ],
@@ -195,7 +201,7 @@ def test_images_between_0_and_1_are_doubted(caplog: pytest.LogCaptureFixture) ->
     ):
         caplog.clear()
         MODELS.build(distilled(input=said))(images, labels, mode="loss")
-        assert ("lie in [0, 1]: the teacher takes them for (pixel" in caplog.text) == doubted
+        assert ("are in [0, 1], and are treated as (pixel" in caplog.text) == doubted
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ def test_images_between_0_and_1_are_doubted(caplog: pytest.LogCaptureFixture) ->
             r"labels must be one class.*inputs: float32 \(24, 3, 32, 32\), labels",
         ),
         (KNOWN, {"labels": 1.5}, "labels must be one class number for each of 24 images"),
-        ({"images": "labels"}, {}, r"images must be a floating point tensor \(b 3 h w\)"),
+        ({"images": "labels"}, {}, r"images must be a floating-point tensor \(b 3 h w\)"),
     ],
 )
 def test_a_wrong_batch_is_refused(
@@ -271,13 +277,13 @@ def test_the_hook_refuses_what_only_the_main_door_can_do(tmp_path: Path) -> None
         train(tmp_path, hooks=[hook(methods=[PROJECTED])], optim_wrapper=groups)
     parameter = nn.Parameter(torch.zeros(1))
     wrapper = OptimWrapper(torch.optim.SGD([parameter], lr=0.1))
-    with pytest.raises(KDHooksError, match="there is more than one optimizer; use the door"):
+    with pytest.raises(KDHooksError, match="there is more than one optimizer; use kdhooks"):
         _optimise(OptimWrapperDict(a=wrapper), [parameter])
     wrapper.optimizer = object.__new__(ZeroRedundancyOptimizer)
-    with pytest.raises(KDHooksError, match="has shared out its parameters already; use the door"):
+    with pytest.raises(KDHooksError, match="has already distributed its parameters; use kdh"):
         _optimise(wrapper, [parameter])
     wrapped = SimpleNamespace(model=nn.DataParallel(Recogniser()), optim_wrapper=wrapper)
-    with pytest.raises(KDHooksError, match="the model is wrapped in DataParallel; use the door"):
+    with pytest.raises(KDHooksError, match="the model is wrapped in DataParallel; use kdhooks"):
         HOOKS.build(hook(methods=[PROJECTED])).before_run(wrapped)
 
 

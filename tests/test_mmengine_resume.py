@@ -105,7 +105,7 @@ def test_a_checkpoint_gets_no_more_than_the_historys_own_methods(
 ) -> None:
     mmengine.allow_resume()
     torch.save(Getattr(), tmp_path / "bad.pth")
-    with pytest.raises(KDHooksError, match="checkpoint asks for '__init__' of <class"):
+    with pytest.raises(KDHooksError, match="found '__init__' of <class"):
         torch.load(tmp_path / "bad.pth")
 
 
@@ -154,7 +154,7 @@ def test_a_plain_runs_checkpoint_is_resumed_distilled(
     assert same(students(idle.state), plain.state)
     key = "kdhooks.distiller.losses.fcd.projector.weight"
     assert not torch.equal(resumed.state[key], idle.state[key])
-    assert "without the optimizer's momentum; the student goes on with its own" in caplog.text
+    assert "initial weights and without optimizer state; the student resumes" in caplog.text
     straight = run("straight", 8.0)
     assert rates(resumed) == pytest.approx(rates(straight))
     again = run("again", 8.0, load_from=str(tmp_path / "resumed" / "epoch_2.pth"), resume=True)
@@ -196,7 +196,7 @@ def test_a_plain_runs_checkpoint_needs_the_hook(
     plain = str(tmp_path / "epoch_1.pth")
     with pytest.raises(ValueError, match="parameter group"):
         train(tmp_path / "no", **both("model", methods=[PROJECTED]), load_from=plain, resume=True)
-    assert "to resume it, and not to load_from it, add custom_hooks = [dict(ty" in caplog.text
+    assert "to resume from it, and not only load_from it, add custom_hooks = [" in caplog.text
 
 
 def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals: None) -> None:
@@ -205,7 +205,7 @@ def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals
         train(tmp_path / name, **both("model", methods=[method]), hooks=[RESUME])
     one, other = (str(tmp_path / name / "epoch_1.pth") for name in ("without", "with"))
     assert len(train(tmp_path / "1", hooks=[RESUME], load_from=one, resume=True).logs) == 3
-    with pytest.raises(KDHooksError, match=r"other methods.*fcd.projector.weight; resume it"):
+    with pytest.raises(KDHooksError, match=r"other methods.*fcd.projector.weight; resume with"):
         train(tmp_path / "2", hooks=[RESUME], load_from=other, resume=True)
     assert len(train(tmp_path / "3", hooks=[RESUME], load_from=other).logs) == 6
 
@@ -246,7 +246,7 @@ def test_a_method_more_has_no_place_in_the_optimizers_state(
         "resume": True,
     }
     for methods in ([PROJECTED, ECKD], [FCD]):
-        with pytest.raises(KDHooksError, match="or load_from it without resume"):
+        with pytest.raises(KDHooksError, match="or use load_from without resume"):
             train(tmp_path / "b", **both("model", methods=methods), **given)
     train(tmp_path / "c", **both("model", methods=["rkd", PROJECTED]), **given)
 
@@ -275,5 +275,7 @@ def test_an_optimizer_without_a_place_for_more_is_refused(several: bool) -> None
         wrapper.optimizer = object.__new__(ZeroRedundancyOptimizer)
     runner = SimpleNamespace(model=model, optim_wrapper=wrapper, _resume=True)
     found = "OptimWrapperDict" if several else "ZeroRedundancyOptimizer"
-    with pytest.raises(KDHooksError, match=f"state of a {found} can't be given.*load_from it"):
+    with pytest.raises(
+        KDHooksError, match=f"can't be added to the state of a {found}; use load_from"
+    ):
         HOOKS.build(RESUME).after_load_checkpoint(runner, {"state_dict": {}, "optimizer": {}})

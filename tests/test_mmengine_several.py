@@ -94,7 +94,9 @@ def test_a_fault_names_the_teacher(teachers: list[dict[str, Any]]) -> None:
     teachers[1]["classifier"] = "head.weigth"
     with pytest.raises(KDHooksError, match=r"teacher 1: .*did you mean 'head\.weight'"):
         MODELS.build(distilled(teacher=teachers))
-    with pytest.raises(KDHooksError, match="teacher is a table around the model's config"):
+    with pytest.raises(
+        KDHooksError, match="teacher must be a table that contains the model's config"
+    ):
         MODELS.build(distilled(teacher=[teachers[0], {"type": "Taught"}]))
 
 

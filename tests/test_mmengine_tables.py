@@ -134,13 +134,15 @@ def test_mixed_images_are_refused(table: dict[str, Any]) -> None:
     MODELS.build(distilled(model, methods=METHODS))  # of a network they are what it sees
     another: Any = MODELS.build(STUDENT)
     another.data_preprocessor.batch_augments = model.data_preprocessor.batch_augments
-    with pytest.raises(KDHooksError, match=r"batch_augments \(Mixup\) mix images of two; leave"):
+    with pytest.raises(KDHooksError, match=r"batch_augments \(Mixup\) mix images of two; remove"):
         MODELS.build(distilled(another, methods=METHODS, teacher=table))
     assert not another._forward_hooks, "nothing is left on the student"
 
 
 def test_a_place_of_numbers_without_a_table_is_refused() -> None:
-    with pytest.raises(KDHooksError, match=r"indices = 'labels' .* and no teacher is one; leave"):
+    with pytest.raises(
+        KDHooksError, match=r"indices = 'labels' .* but no teacher is a table; leave"
+    ):
         MODELS.build(distilled(indices="labels"))
     with pytest.raises(KDHooksError, match=r"indices = 'lables': .* did you mean 'labels'"):
         MODELS.build(distilled(indices="lables"))

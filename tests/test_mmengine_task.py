@@ -114,7 +114,7 @@ def test_a_method_that_needs_labels_is_refused_with_the_key_at_construction(
     with pytest.raises(
         KDHooksError,
         match=r"labels must be one class number for each of 8 images, .*, or, if there are none, "
-        r"set labels = False, which leaves the methods that need none",
+        r"set labels = False and use methods that need no labels",
     ):
         unlabelled(door, tmp_path, **needing).train()
 

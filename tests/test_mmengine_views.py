@@ -124,9 +124,7 @@ def test_images_behind_another_tensor_are_refused() -> None:
 
     model = distilled({"type": "BesideMaps"}, images="inputs").train()
     images, labels = batch()
-    with pytest.raises(
-        KDHooksError, match=r"needs the images in front of all other tensors .*3, 4"
-    ):
+    with pytest.raises(KDHooksError, match=r"needs the images before all other tensors .*3, 4"):
         model(torch.zeros(8, 3, 4, 4), images, labels, mode="loss")
     model(None, images, labels, mode="loss")
 

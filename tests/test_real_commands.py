@@ -180,7 +180,7 @@ def test_export_writes_the_student(
     weights, _ = plain
     assert list(ours) == list(weights)
     assert all(torch.equal(ours[key], weights[key]) for key in weights)
-    assert "insightface's for recognition" in done.stdout
+    assert "insightface accepts it for recognition" in done.stdout
 
 
 # The trainer's own lines, as its callback formats them.

@@ -60,14 +60,17 @@ def test_without_a_header_record_every_key_is_a_picture(tmp_path: Path) -> None:
         ("", "must list each key once, with an offset of at least 0; found 0 such keys in 0 lines"),
         (
             "0\t0\n0\t0\n",
-            "found 1 such keys in 2 lines; the .rec and the .idx must be",
+            "found 1 such keys in 2 lines; the .rec and the .idx must",
         ),
         ("0\t-4\n", "found 0 such keys in 1 lines"),
         ("0 0\n", "must have a key, a tab and an offset in each line; found: invalid literal"),
         ("0\t0\t0\n", "must have a key, a tab and an offset in each line; found: too many values"),
         ("\ufeff0\t0\n", "must have a key, a tab and an offset in each line; found: 'ascii' codec"),
-        ("0\t4\n", "has no record where its index says, for key 0; the .rec and the .idx must be"),
-        ("0\t0\n1\t99999\n", "has no record where its index says, for key 1"),
+        (
+            "0\t4\n",
+            "has no record for key 0 at the offset in its index; the .rec and the .idx must",
+        ),
+        ("0\t0\n1\t99999\n", "has no record for key 1 at the offset in its index"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(index: str, said: str, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_a_file_cut_short_is_found_when_it_is_opened(tmp_path: Path) -> None:
     write_records(tmp_path, people(2, 2))
     content = (tmp_path / "train.rec").read_bytes()
     (tmp_path / "train.rec").write_bytes(content[:-100])
-    with pytest.raises(KDHooksError, match="is cut short or damaged in the record of key 4; fetch"):
+    with pytest.raises(KDHooksError, match="is truncated or damaged in the record of key 4; fetch"):
         opened(tmp_path)
 
 
@@ -99,7 +102,7 @@ def test_a_file_cut_short_is_found_when_it_is_opened(tmp_path: Path) -> None:
 def test_a_record_that_begins_in_its_middle_is_refused(kind: int, tmp_path: Path) -> None:
     (tmp_path / "train.rec").write_bytes(MAGIC + struct.pack("<I", kind << 29 | 4) + b"abcd")
     (tmp_path / "train.idx").write_text("0\t0\n")
-    with pytest.raises(KDHooksError, match="is cut short or damaged in the record of key 0"):
+    with pytest.raises(KDHooksError, match="is truncated or damaged in the record of key 0"):
         opened(tmp_path)
 
 
@@ -107,23 +110,21 @@ def test_a_record_whose_rest_is_missing_is_refused(tmp_path: Path) -> None:
     first = MAGIC + struct.pack("<I", 1 << 29 | 4) + b"abcd"
     (tmp_path / "train.rec").write_bytes(first + record(b"another"))
     (tmp_path / "train.idx").write_text("0\t0\n")
-    with pytest.raises(KDHooksError, match="is cut short or damaged in the record of key 0"):
+    with pytest.raises(KDHooksError, match="is truncated or damaged in the record of key 0"):
         opened(tmp_path)
 
 
 def test_a_key_that_is_absent_is_named(tmp_path: Path) -> None:
     write(tmp_path, [labelled(0.0, 0, b"")], keys=[7])
     assert opened(tmp_path).keys == [7]
-    with pytest.raises(
-        KDHooksError, match=r"its index has no key 0; the \.rec and the .idx must be"
-    ):
+    with pytest.raises(KDHooksError, match=r"its index has no key 0; the \.rec and the .idx must"):
         Records(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"short", struct.pack("<IfQQ", 9, 0.0, 0, 0) + b"labels"])
 def test_a_record_without_a_whole_header_is_refused(content: bytes) -> None:
     with pytest.raises(
-        KDHooksError, match=rf"a record of {len(content)} bytes has no whole header"
+        KDHooksError, match=rf"a record of {len(content)} bytes has no complete header"
     ):
         unpack(content)
 
@@ -132,21 +133,23 @@ def test_a_record_without_a_whole_header_is_refused(content: bytes) -> None:
 def test_a_header_record_that_says_another_end_is_refused(end: float, tmp_path: Path) -> None:
     picture = labelled([0.0, 0.0], 1, png(people(1, 1)[0][0]))
     write(tmp_path, [labelled([end, end], 0, b""), picture, picture])
-    with pytest.raises(KDHooksError, match=f"found an end of {end:g} and 3 keys".replace("+", ".")):
+    with pytest.raises(KDHooksError, match=f"found the end {end:g} and 3 keys".replace("+", ".")):
         Records(tmp_path)
 
 
 def test_a_header_record_needs_all_keys(tmp_path: Path) -> None:
     picture = labelled([0.0, 0.0], 1, png(people(1, 1)[0][0]))
     write(tmp_path, [labelled([3.0, 3.0], 0, b""), picture, picture], keys=[0, 1, 5])
-    with pytest.raises(KDHooksError, match="its index must have them all; found an end of 3 and 3"):
+    with pytest.raises(
+        KDHooksError, match="its index must have all keys before it; found the end 3 and 3"
+    ):
         Records(tmp_path)
 
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf")])
 def test_a_label_that_is_no_class_is_refused(label: float, tmp_path: Path) -> None:
     write(tmp_path, [labelled(label, 0, png(people(1, 1)[0][0]))])
-    with pytest.raises(Unreadable, match=f"has the label {label:g}, where a class number"):
+    with pytest.raises(Unreadable, match=f"has the label {label:g}, which must be a class number"):
         Records(tmp_path).label("0")
 
 
@@ -154,7 +157,7 @@ def test_a_label_that_is_no_class_is_refused(label: float, tmp_path: Path) -> No
     ("damage", "said"),
     [
         (lambda content: labelled(0.0, 0, b"no picture"), "'1' can't be read as an image of the"),
-        (lambda content: b"short", "'1' is no record: a record of 5 bytes has no whole header"),
+        (lambda content: b"short", "'1' is no record: a record of 5 bytes has no complete header"),
         (lambda content: labelled(0.0, 0, png(people(1, 1)[0][0][:9])), "'1' is 112x9 (width x h"),
     ],
 )

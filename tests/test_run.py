@@ -124,7 +124,7 @@ def test_two_ranks_by_torchrun(one: Trainer, teacher: dict[str, str], tmp_path: 
 
 
 def test_a_script_that_makes_no_head_is_told_so(folder: Path) -> None:
-    with pytest.raises(KDHooksError, match=r"'train\.py' ended, and nothing was distilled"):
+    with pytest.raises(KDHooksError, match=r"'train\.py' ended, but distillation was not attached"):
         run.main(["train.py", "--recipe", "kd.toml"])
 
 
@@ -172,7 +172,7 @@ def test_the_scripts_own_arguments_stay_its_own(
 
 def test_the_process_is_as_it_was_afterwards(folder: Path) -> None:
     before = sys.modules["__main__"], list(sys.argv), list(sys.path)
-    with pytest.raises(KDHooksError, match="nothing was distilled"):
+    with pytest.raises(KDHooksError, match="distillation was not attached"):
         run.main(["train.py", "x", "--recipe", "kd.toml"])
     assert (sys.modules["__main__"], sys.argv, sys.path) == before
 
@@ -198,11 +198,11 @@ HEAD = "from heads import PartialFC_V2\n"
     ("source", "said"),
     [
         ("def f():\n    from n import get_model, PartialFC_V2", "no get_model and no PartialFC_V2"),
-        (HEAD + "get_net = 1", "did you mean 'get_net'? it is a fork"),
+        (HEAD + "get_net = 1", "did you mean 'get_net'? if the script is a fork"),
         ("from n import get_model\nimport h as PartialFC_V3", "did you mean 'PartialFC_V3'?"),
         (HEAD + "if __name__ == '__main__':\n    get_model = 1", "found no get_model;"),
-        ("print 1", "'old.py' is no Python of this version"),
-        ("x = '\0'", "'old.py' is no Python of this version"),
+        ("print 1", "'old.py' is not valid in this Python"),
+        ("x = '\0'", "'old.py' is not valid in this Python"),
     ],
 )
 def test_a_script_that_does_not_fit(source: str, said: str) -> None:

@@ -42,13 +42,13 @@ def test_the_stages_and_the_embedding_are_marked(capsys: Captured) -> None:
 def test_depth_shows_what_is_inside(capsys: Captured) -> None:
     points = dict(lines(capsys, "tiny", "--depth", "2", "--embedding-size", "24")[1:])
     assert points["layer3.conv1"] == "(16, 4, 4)"
-    assert points["layer3.bn2"].endswith("overwritten in place by what follows")
+    assert points["layer3.bn2"].endswith("overwritten in place by a later module")
     assert points["fc"].startswith("(24,)")
 
 
 def test_a_factory_of_ones_own(capsys: Captured, trainer: Path) -> None:
     points = dict(lines(capsys, "backbones:blocks", "--trainer", str(trainer))[1:])
-    assert points["0"] == "(4, 7, 7)  overwritten in place by what follows"
+    assert points["0"] == "(4, 7, 7)  overwritten in place by a later module"
     assert points["(output)"] == "(196,)     embedding"
 
 
@@ -74,7 +74,7 @@ def test_what_is_different_in_training_is_said() -> None:
     notes = {point.path: point.described() for point in listing(Odd(), 2, (4,))}
     assert notes == {
         "first": "",
-        "twice": "runs 2 times; name a call of it, as path@2",
+        "twice": "runs 2 times; name one call, such as path@2",
         "inner.0": "no gradient: inside a checkpointed block, or frozen",
         "inner.1": "",
         "inner": "",
@@ -87,7 +87,7 @@ def test_what_is_different_in_training_is_said() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["r19"], "network 'r19' is unknown to the trainer's get_model, which takes names like"),
+        (["r19"], "network 'r19' is unknown to the trainer's get_model, which accepts names"),
         (["absent:f"], "network 'absent:f' can't be imported: No module named 'absent'"),
         (["backbones:f"], "network 'backbones:f' can't be imported: there is no 'f' in "),
         (["backbones:no_network"], "must make an nn.Module; found int"),
@@ -124,7 +124,7 @@ def test_what_can_not_be_made(argv: list[str], said: str, capsys: Captured) -> N
 def test_elsewhere_than_in_the_trainers_folder(trainer: Path, capsys: Captured) -> None:
     (trainer / "backbones.py").unlink()
     assert main(["taps", "tiny"]) == 2
-    assert "run in the trainer's folder, or give --trainer FOLDER" in capsys.readouterr().err
+    assert "run in the trainer's folder, or specify --trainer FOLDER" in capsys.readouterr().err
 
 
 def test_the_names_that_a_recipe_may_write_are_listed() -> None:

@@ -1,6 +1,7 @@
 """Probabilistic Knowledge Transfer (PKT), Passalis and Tefas, ECCV 2018, arXiv:1803.10837.
 
-Differs from the paper: a sample is not its own neighbour; the mean over samples; the weight.
+Differs from the paper: a sample is not its own neighbour; the loss is the mean over samples; the
+weight.
 """
 
 import torch
@@ -20,7 +21,7 @@ class Neighbourhoods(nn.Module):
 
 
 def probabilities(embedding: Tensor) -> Tensor:
-    """(b d) -> (b b-1): how likely each other sample is a neighbour, by (cos + 1) / 2."""
+    """(b d) -> (b b-1): the probability of each other sample as a neighbour, by (cos + 1) / 2."""
     unit, b = F.normalize(embedding), len(embedding)
     kernel = ((unit @ unit.T + 1) / 2).clamp(min=1e-7)
     others = kernel[~torch.eye(b, dtype=torch.bool, device=kernel.device)].view(b, b - 1)

@@ -1,7 +1,7 @@
-"""Faces of a folder or a zip, for training and for verification. Copy what you need.
+"""Reads the faces of a folder or a zip, for training and for verification. Copy what you need.
 
-Each picture is a face, aligned to ArcFace's template, 112x112. With labels, each person has a
-folder of pictures; without, pictures may be in any folder.
+Each picture is a face, aligned to ArcFace's template, with 112x112 pixels. With labels, each person
+has a folder of pictures; without labels, pictures may be in any folder.
 """
 
 import os
@@ -18,16 +18,16 @@ from kdhooks.picture_files import PictureFiles
 
 
 class Faces(Dataset[tuple[Tensor, int]]):
-    """Pictures of a folder or a zip, decoded when they are asked for.
+    """Pictures of a folder or a zip, each decoded when it is requested.
 
-    An item is an image (3 112 112), RGB, (pixel - 127.5) / 127.5, and the number of its person, or
-    -1 without labels.
+    An item is an image (3 112 112), RGB, scaled as (pixel - 127.5) / 127.5, and the number of its
+    person, or -1 without labels.
     """
 
     def __init__(
         self, files: PictureFiles, names: Sequence[str], labelled: bool, mirrored: bool
     ) -> None:
-        """names: of the pictures that are used. mirrored: mirror half of them, at random."""
+        """names: the pictures to use. mirrored: whether to mirror a random half of them."""
         self._files, self._process = files, os.getpid()
         self.names, self._mirrored = list(names), mirrored
         numbers = {
@@ -50,31 +50,31 @@ class Faces(Dataset[tuple[Tensor, int]]):
 
 
 def person_of(name: str) -> str:
-    """The folder that a picture is in."""
+    """Return the name of the folder that contains a picture."""
     return PurePosixPath(name).parent.name
 
 
 def open_faces(source: str | Path) -> PictureFiles:
-    """All pictures of a folder or a zip, which must be 112x112."""
+    """Open a folder or a zip, all of whose pictures must have 112x112 pixels."""
     files = PictureFiles(source, "faces")
     files.check(files.names, (112, 112))
     return files
 
 
 def training_faces(files: PictureFiles, labelled: bool, tested: set[str]) -> Faces:
-    """All faces but those of the people who are tested."""
+    """Return all faces except those of the people who are tested."""
     names = [name for name in files.names if person_of(name) not in tested]
     alone = [name for name in names if not person_of(name)]
     if labelled and (alone or len(set(map(person_of, names))) < 2):
         raise KDHooksError(
-            f"faces: '{files.source}' must have a folder for each of two people or more; found "
-            f"{len(alone)} of {len(names)} pictures in no folder; if there are no labels, set "
+            f"faces: '{files.source}' must have a folder for each person, and at least two people; "
+            f"found {len(alone)} of {len(names)} pictures in no folder; without labels, set "
             "labels = false in the recipe"
         )
     return Faces(files, names, labelled, mirrored=True)
 
 
 def tested_faces(files: PictureFiles, pairs: str | Path) -> tuple[Faces, PairSet]:
-    """The faces of a file of pairs, and the pairs of them."""
+    """Return the faces that are in a file of pairs, and these pairs."""
     tested = read_paired_pictures(files, pairs, "faces")
     return Faces(files, tested.images, labelled=False, mirrored=False), tested

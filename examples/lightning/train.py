@@ -1,4 +1,4 @@
-"""Distil a face network with Lightning: a folder of faces goes in, a student comes out.
+"""Train a face network by distillation with Lightning, from a folder of faces.
 
 python examples/lightning/train.py --recipe kd.toml --data FOLDER [--pairs FILE]
 """
@@ -26,15 +26,15 @@ from kdhooks_integrations.lightning import Distill
 
 
 class FaceRecogniser(LightningModule):  # type: ignore[misc]  # lightning may not be installed
-    """An ordinary LightningModule. It knows nothing of a teacher."""
+    """An ordinary LightningModule, without any code for a teacher."""
 
     def __init__(self, backbone: nn.Module, classes: int, lr: float) -> None:
-        """backbone: (b 3 112 112) -> (b d). classes: people with labels; 0 if there are none."""
+        """backbone: (b 3 112 112) -> (b d). classes: number of people; 0 if there are no labels."""
         super().__init__()
         self.backbone, self.lr = backbone, lr
         with torch.no_grad():
             dim = backbone.eval()(torch.zeros(1, 3, 112, 112)).shape[1]
-        backbone.train()  # Lightning keeps the mode that a module has
+        backbone.train()  # Lightning does not change the mode of a module before the training
         self.head = ArcFaceHead(dim, classes, margin=0.3, scale=32.0) if classes else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -62,10 +62,10 @@ class FaceRecogniser(LightningModule):  # type: ignore[misc]  # lightning may no
 
 
 class Verification(Callback):  # type: ignore[misc]
-    """LFW's measures on pairs of the faces that validation_step has embedded, in per cent."""
+    """Computes verification figures on pairs of the embedded validation faces, in per cent."""
 
     def __init__(self, pairs: PairSet) -> None:
-        """pairs: of the faces of the validation data, in its order."""
+        """pairs: pairs of the faces of the validation data, in the order of that data."""
         self.pairs = pairs
         self._embeddings: list[Tensor] = []
 
@@ -85,23 +85,23 @@ class Verification(Callback):  # type: ignore[misc]
         self._embeddings = []
         if trainer.sanity_checking:
             return
-        # DistributedSampler deals the faces out in turn: rank 0 has rows 0, 2, 4 ... of two ranks.
+        # DistributedSampler alternates between ranks: of two ranks, rank 0 has rows 0, 2, 4, ...
         gathered: Any = pl_module.all_gather(embeddings)
         if trainer.world_size > 1:
             gathered = gathered.transpose(0, 1).flatten(0, 1)
         table = gathered.cpu().numpy()
-        if len(table) < len(self.pairs.images):  # as with limit_val_batches
+        if len(table) < len(self.pairs.images):  # for example with limit_val_batches
             return
         found = verify(pair_scores(table, self.pairs.rows), self.pairs.same, self.pairs.folds)
         shares = {"accuracy": found.accuracy, "eer": found.eer}
         shares |= {f"tar@far={far:g}": tar for far, tar in found.tar.items()}
         for name, share in shares.items():
-            if not math.isnan(share):  # too few pairs for so small a rate
+            if not math.isnan(share):  # NaN: there are too few pairs for this FAR
                 pl_module.log(
                     f"verification/{name}",
                     100 * share,
                     prog_bar=name == "accuracy",
-                    sync_dist=True,  # it is the same on all ranks
+                    sync_dist=True,  # the value is the same on all ranks
                 )
 
 
@@ -151,25 +151,38 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = made.add_argument
-    add("--recipe", required=True, help="the recipe, a TOML file: teacher and methods")
+    add("--recipe", required=True, help="recipe: a TOML file with the teacher and the methods")
     add("--data", required=True, help="folder or zip of aligned 112x112 faces to train on")
-    add("--pairs", help="pairs to test on, as LFW's pairs.txt; these people are not trained on")
-    add("--test", help="folder or zip with the faces of the pairs; by default --data")
+    add(
+        "--pairs",
+        help="pairs to test on, in the format of LFW's pairs.txt; the people in them are left out "
+        "of the training (default: none)",
+    )
+    add("--test", help="folder or zip with the faces of the pairs (default: --data)")
     add(
         "--student",
         default="kdhooks_demo.network:SmallFaceNet",
-        help="package.module:factory, which creates the student (default: %(default)s)",
+        help="package.module:factory that creates the student (default: %(default)s)",
     )
     add("--epochs", type=int, default=20, help="passes over the faces (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="faces, of one device (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="per-device batch size (default: %(default)s)")
     add("--lr", type=float, default=0.1, help="highest learning rate (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that read (default: %(default)s)")
-    add("--precision", default="32-true", help="Lightning's, as bf16-mixed (default: %(default)s)")
+    add("--workers", type=int, default=2, help="data loading processes (default: %(default)s)")
+    add(
+        "--precision",
+        default="32-true",
+        help="a precision of Lightning, such as bf16-mixed (default: %(default)s)",
+    )
     add("--accelerator", default="auto", help="cpu, gpu or auto (default: %(default)s)")
-    add("--devices", default="auto", help="how many devices (default: %(default)s)")
-    add("--out", default="runs/student", help="folder of the results (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from last.ckpt in --out")
-    add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
+    add("--devices", default="auto", help="number of devices (default: %(default)s)")
+    add("--out", default="runs/student", help="output folder (default: %(default)s)")
+    add("--resume", action="store_true", help="resume from last.ckpt in --out (default: off)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the initial weights and of the order of the faces (default: %(default)s)",
+    )
     return made
 
 

@@ -1,6 +1,6 @@
-"""The rows of a teacher without a classifier: `python class_means.py CONFIG`.
+"""Compute class rows for a teacher without a classifier: `python class_means.py CONFIG`.
 
-They go to the file that the config names as its teacher's classifier.
+They are written to the file that the config names as its teacher's classifier.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from kdhooks_demo.training import as_input
 
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--data", help="as for train.py")
-    parser.add_argument("--pairs", help="as for train.py")
+    parser.add_argument("config", help="config file with a teacher")
+    parser.add_argument("--data", help="the same as for train.py")
+    parser.add_argument("--pairs", help="the same as for train.py")
     options = parser.parse_args(argv)
     config = Config.fromfile(options.config)
     table = config.model.teacher.to_dict()
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dataset = DATASETS.build(
         {**config.train_dataloader.dataset, "data": options.data, "pairs": options.pairs}
     )
-    loader = DataLoader(dataset, batch_size=8)  # larger ones are slower on a processor
+    loader = DataLoader(dataset, batch_size=8)  # larger batches are slower on a CPU
     batches = ((as_input(batch["inputs"]), batch["data_samples"]) for batch in loader)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(class_means(teacher, batches, dataset.metainfo["classes"]), out)

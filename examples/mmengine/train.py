@@ -1,4 +1,4 @@
-"""Train by a config: `python train.py CONFIG [--cfg-options KEY=VALUE …]`."""
+"""Train with a config: `python train.py CONFIG [--cfg-options KEY=VALUE …]`."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ def main(argv: Sequence[str] | None = None) -> Runner:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("config")
-    add("--work-dir", help="by default work_dirs/NAME_OF_THE_CONFIG")
-    add("--resume", nargs="?", const="auto", help="from the latest checkpoint, or from this one")
-    add("--amp", action="store_true", help="mixed precision, on a GPU")
+    add("config", help="config file")
+    add("--work-dir", help="output folder (default: work_dirs/NAME_OF_THE_CONFIG)")
+    add("--resume", nargs="?", const="auto", help="resume from this checkpoint, or from the latest")
+    add("--amp", action="store_true", help="train in mixed precision, on a GPU (default: off)")
     add("--data", help="folder or zip of aligned 112x112 faces, one directory per person")
     add("--pairs", help="pairs to test on, in the format of LFW's pairs.txt")
-    add("--cfg-options", nargs="+", action=DictAction, help="keys of the config and their values")
+    add("--cfg-options", nargs="+", action=DictAction, help="values that override the config's")
     add("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     add("--local_rank", "--local-rank", type=int, default=0)
     return parser
 
 
 def read(options: argparse.Namespace) -> Config:
-    """The config, with what the command line says."""
+    """Read the config, and apply the options of the command line."""
     config = Config.fromfile(options.config)
     config.launcher = options.launcher
     config.work_dir = options.work_dir or f"work_dirs/{Path(options.config).stem}"
@@ -51,7 +51,7 @@ def read(options: argparse.Namespace) -> Config:
 
 
 def take_faces(config: Config, data: str, pairs: str | None) -> None:
-    """Train and test on these faces; the head has a class for each person trained on."""
+    """Set the faces to train and test on, and the number of classes of the head."""
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.update(data=data, pairs=pairs)
     model = config.model.get("student", config.model)

@@ -1,1 +1,1 @@
-"""One host, one module: recipe + distiller + the host."""
+"""Adapters that add a recipe's Distiller to a trainer, one package for each trainer (host)."""

@@ -1,7 +1,7 @@
-"""Saves and loads optimizers and schedules as if the methods' groups of parameters were not there.
+"""Saves and loads optimizers and LR schedules without the methods' parameter groups.
 
-A schedule of the learning rate keeps lists with an entry for each group of its optimizer; an
-optimizer's state numbers the parameters of all groups in a row.
+An LR schedule keeps lists with one entry for each group of its optimizer; an optimizer's state
+numbers the parameters of all groups consecutively.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ from torch.optim.lr_scheduler import LRScheduler
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = list[dict[str, Any]]
 Change: TypeAlias = Callable[[list[Any]], list[Any]]
-"""Adds the entries of the methods' groups to a list with an entry for each group, or drops them."""
+"""Adds the entries of the methods' groups to a list with one entry per group, or removes them."""
 
-_BY_GROUP = (  # a schedule's lists with an entry a group
+_BY_GROUP = (  # the attributes of schedules that are lists with one entry per group
     "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
 )  # fmt: skip
-_INNER = "_schedulers"  # of SequentialLR and ChainedScheduler
+_INNER = "_schedulers"  # an attribute of SequentialLR and ChainedScheduler
 
 
 class Joining(Protocol):
-    """Whoever has added groups to an optimizer."""
+    """The object that has added the methods' groups to an optimizer."""
 
     def with_ours(self, values: list[Any], /) -> list[Any]: ...
 
@@ -46,13 +46,13 @@ class Dressed:
 
     def dress(self, schedule: LRScheduler) -> None:
         for inner in vars(schedule).get(_INNER, ()):
-            if inner in self._kinds:  # what is saved of it goes through the outer one now
+            if inner in self._kinds:  # the outer schedule now converts its state
                 inner.__class__ = self._kinds.pop(inner)
         self._kinds[schedule] = type(schedule)
         schedule.__class__ = _as_without(type(schedule), self._joining)
 
     def undress(self) -> None:
-        """Give all back as it was."""
+        """Restore the class and the lists of every schedule."""
         for schedule, kind in self._kinds.items():
             schedule.__class__ = kind
             self.resize(schedule, self._joining.without_ours)
@@ -69,7 +69,7 @@ def _changed(state: State, change: Change) -> State:
 
 
 def _as_without(kind: type[LRScheduler], joining: Joining) -> type[LRScheduler]:
-    """A kind of schedule whose state is that of a run without kdhooks."""
+    """Return a subclass whose state is that of a run without kdhooks."""
 
     class Schedule(kind):  # type: ignore[misc,valid-type]
         def state_dict(self) -> State:
@@ -79,7 +79,7 @@ def _as_without(kind: type[LRScheduler], joining: Joining) -> type[LRScheduler]:
         def load_state_dict(self, state_dict: State) -> None:
             super().load_state_dict(_changed(state_dict, joining.with_ours))
 
-    Schedule.__name__ = kind.__name__  # as logs show it
+    Schedule.__name__ = kind.__name__  # logs show this name
     return Schedule
 
 
@@ -87,7 +87,7 @@ def _as_without(kind: type[LRScheduler], joining: Joining) -> type[LRScheduler]:
 
 
 def numbered(groups: Groups, state: dict[int, Any]) -> State:
-    """These groups alone, their parameters numbered from 0."""
+    """Return an optimizer state with only these groups, whose parameters are numbered from 0."""
     every = (old for group in groups for old in group["params"])
     number = {old: new for new, old in enumerate(every)}
     return {
@@ -99,7 +99,10 @@ def numbered(groups: Groups, state: dict[int, Any]) -> State:
 def merged(
     groups: Groups, ours: Groups, theirs_state: dict[int, Any], ours_state: dict[int, Any]
 ) -> State:
-    """All groups in a row, their parameters numbered from 0; `ours` are among them."""
+    """Return an optimizer state with all groups, whose parameters are numbered from 0.
+
+    ours: the methods' groups among them.
+    """
     state: dict[int, Any] = {}
     joined: Groups = []
     for group, numbers in zip(groups, consecutive([len(g["params"]) for g in groups]), strict=True):

@@ -1,4 +1,4 @@
-# SFace is a CNN, so it gets no prompts. A transformer does, with `prompts` left out:
+# SFace is a CNN, so it gets no prompts. For a transformer as the teacher, leave `prompts` out:
 # teacher=dict(network=dict(type='YourViT', …), checkpoint='…').
 _base_ = 'labels_alone.py'
 model = dict(

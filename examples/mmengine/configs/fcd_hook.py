@@ -1,3 +1,3 @@
-# The same as fcd.py, by a hook: the model's line stays as it is.
+# The same distillation as fcd.py, but with a hook, so `model` remains unchanged.
 _base_ = 'labels_alone.py'
 custom_hooks = [dict(type='kdhooks.DistillHook', teacher={{_base_.sface}}, methods=['fcd'])]

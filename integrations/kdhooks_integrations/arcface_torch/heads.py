@@ -1,4 +1,4 @@
-"""PartialFC of any age: where it keeps its rows, and which classes they are."""
+"""Finds the class weights of a PartialFC head of any version, and the classes that it holds."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from kdhooks.errors import KDHooksError
 
 
 def weight_of(head: nn.Module) -> Tensor:
-    """Its rows; without sampling, heads before 2023 call them weight_activated."""
+    """Return the head's rows; without sampling, heads before 2023 call them weight_activated."""
     weight = getattr(head, "weight", getattr(head, "weight_activated", None))
     if not isinstance(weight, Tensor):
         raise KDHooksError(
-            "arcface_torch: the head must hold its classes as rows of 'weight'; found none in "
+            "arcface_torch: the head must hold its class weights as 'weight'; found none in "
             f"{type(head).__name__}"
         )
     return weight
@@ -30,11 +30,14 @@ def shard_of(head: nn.Module) -> ClassShard:
 
 
 def refuse_other_split(head: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """A head's checkpoint holds the classes of one rank among as many as it was saved by."""
+    """Refuse a checkpoint with another number of classes for this rank.
+
+    The number of classes of a rank depends on the number of ranks in the run that saved it.
+    """
     own, saved = weight_of(head), state.get(f"{prefix}weight")
     if saved is not None and len(saved) != len(own):
         raise KDHooksError(
-            f"arcface_torch: the checkpoint holds {len(saved)} classes for this rank, the run has "
-            f"{len(own)}: the number of ranks or of classes was another; resume with as many ranks "
-            "as the checkpoint was saved by, or start a new run"
+            f"arcface_torch: the checkpoint holds {len(saved)} classes for this rank, but this run "
+            f"has {len(own)}: the checkpoint was saved with another number of ranks or of classes; "
+            "resume with the same number of ranks, or start a new run"
         )

@@ -1,4 +1,4 @@
-"""One line: the script's own names, wrapped, lead to an attachment once all its parts are made."""
+"""`install` wraps names of the script, and attaches once the objects that it needs exist."""
 
 import atexit
 import sys
@@ -21,7 +21,7 @@ LOGGER = "CallBackLogging"
 
 
 class Installation:
-    """Names of the script, wrapped, until `remove`: get_model, heads, schedules, logger, torch."""
+    """Wraps names of the script until `remove`: get_model, heads, schedules, logger, torch."""
 
     def __init__(self, recipe: Recipe, namespace: dict[str, Any]) -> None:
         self._namespace = namespace
@@ -50,16 +50,16 @@ class Installation:
         return model
 
     def _made_head(self, head: nn.Module) -> None:
-        """Until it is attached, it trains nothing."""
+        """Record a new head, and refuse to train it before it is attached."""
         self._heads.append(head)
         self._guards.append(head.register_forward_pre_hook(self._refuse_undistilled))
 
     def _refuse_undistilled(self, head: nn.Module, *_: object) -> None:
         if head.training and torch.is_grad_enabled():
             raise KDHooksError(
-                "arcface_torch: the head runs, and nothing distils: the schedule of the learning "
-                "rate is not made by a class that the script has imported below or above the line; "
-                "import its class by name, or use attach"
+                "arcface_torch: the head runs, but distillation is not attached: the script did "
+                "not create its LR schedule from a class that it had imported by name when install "
+                "ran; import that class at the top of the script, or use attach"
             )
 
     def _made_schedule(self, schedule: LRScheduler) -> None:
@@ -71,8 +71,8 @@ class Installation:
     def _attach(self, schedule: LRScheduler) -> None:
         if self._backbone is None or not self._heads:
             raise KDHooksError(
-                "arcface_torch: install expects a get_model and a PartialFC before the schedule of "
-                "the learning rate; use attach for another arrangement"
+                "arcface_torch: install expects the script to call get_model and create a "
+                "PartialFC before its LR schedule; if the order differs, use attach"
             )
         self.attachment = attach(
             self._backbone,
@@ -87,7 +87,7 @@ class Installation:
             guard.remove()
 
     def _logger(self, original: type) -> type:
-        """The trainer's logging callback, which then logs the terms whenever it logs."""
+        """Return a subclass of the trainer's logging callback that also logs the terms."""
         installation = self
 
         class Logger(original):  # type: ignore[misc]
@@ -119,16 +119,16 @@ class Installation:
 def install(
     recipe: "Recipe | Mapping[str, Any] | str | Path", namespace: dict[str, Any] | None = None
 ) -> Installation:
-    """Distil in train_v2.py: a line in its config file, or below its own imports.
+    """Add distillation to train_v2.py, by one line in its config file or below its imports.
 
-    namespace: the script's globals, found by themselves where it runs as the main program.
+    namespace: the script's globals; by default those of the main program.
     """
     checked = Recipe.read(recipe)
     checked.refuse_tables("arcface_torch")
     if namespace is not None and not isinstance(namespace, dict):
         raise KDHooksError(
             "arcface_torch: namespace must be the globals of train_v2.py, a dict; found "
-            f"{type(namespace).__name__}; leave it out, or give globals()"
+            f"{type(namespace).__name__}; leave it out, or pass globals()"
         )
     if namespace is None:
         namespace = vars(sys.modules["__main__"])
@@ -137,17 +137,17 @@ def install(
         earlier.remove()
     missing = [] if "get_model" in namespace else ["get_model"]
     missing += [] if any(name in namespace for name in HEADS) else [HEADS[0]]
-    missing += [] if _schedules(namespace) else ["class of a learning rate schedule"]
+    missing += [] if _schedules(namespace) else ["class of an LR schedule"]
     if missing:
         raise KDHooksError(
-            f"arcface_torch: the main program has no {' and no '.join(missing)}; put the line into "
-            "the config file that train_v2.py is started with, or below its imports, or use attach"
+            f"arcface_torch: the main program has no {' and no '.join(missing)}; call install in "
+            "the config file of train_v2.py, or below the imports of train_v2.py, or use attach"
         )
     return Installation(checked, namespace)
 
 
 def _noticed(original: Any, notice: Callable[[Any], None]) -> Any:
-    """A class, or a function, that tells of each object it makes."""
+    """Wrap a class or a function, so that `notice` is called with each object it creates."""
     if not isinstance(original, type):
 
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def _noticed(original: Any, notice: Callable[[Any], None]) -> Any:
 
         return make
 
-    class Noticed(original):  # type: ignore[misc]  # known when this runs
+    class Noticed(original):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             notice(self)

@@ -1,4 +1,4 @@
-"""What the terms came to since the log's last line, on the device until that is written."""
+"""Averages the terms between two lines of the log; sums stay on the device until then."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,29 +9,29 @@ from torch import Tensor
 
 
 class ScalarWriter(Protocol):
-    """TensorBoard's SummaryWriter, as far as it is needed."""
+    """The part of TensorBoard's SummaryWriter that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 class Interval:
-    """Sums of named scalars; the host waits for them once, where their means are asked for."""
+    """Sums of named scalars; the host waits for the device only when means are requested."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
-        self._totals: Counter[str] = Counter()  # of all intervals before
+        self._totals: Counter[str] = Counter()  # sums over all earlier intervals
         self._seen: Counter[str] = Counter()
 
     def add(self, metrics: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
-        """metrics: before their weights, with diagnostics; terms: times their weights."""
+        """metrics: the terms before their weights, and diagnostics; terms: times their weights."""
         weighted = {f"{name}/weighted": term.detach() for name, term in terms.items()}
         for name, value in {**metrics, **weighted}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Since the last call."""
+        """Return the means since the last call."""
         sums, counts = self._sums, self._counts
         self._sums, self._counts = {}, Counter()
         if not sums:
@@ -43,6 +43,6 @@ class Interval:
         return {name: value / counts[name] for name, value in found.items()}
 
     def overall(self) -> dict[str, float]:
-        """Since the beginning."""
+        """Return the means since the start of the run."""
         self.means()
         return {name: total / self._seen[name] for name, total in self._totals.items()}

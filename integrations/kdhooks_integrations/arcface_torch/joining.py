@@ -1,8 +1,8 @@
-"""A trainer's optimizer trains the methods' own weights, and is saved as if it did not.
+"""Adds the methods' parameters to a trainer's optimizer without changing its saved state.
 
-What the trainer saves of the two is what it would save without kdhooks; what the methods need to go
-on lies beside it, under the key "kdhooks" of the optimizer's state, where a run without kdhooks
-passes it over. So either kind of run resumes from a checkpoint of the other.
+The trainer saves the same state of its optimizer and schedule as without kdhooks. The state of the
+methods is saved under the additional key "kdhooks" of the optimizer's state, which a run without
+kdhooks ignores. So a run with kdhooks resumes from a checkpoint without it, and vice versa.
 """
 
 import logging
@@ -27,16 +27,17 @@ _joined: "WeakSet[Optimizer]" = WeakSet()
 
 
 class Joined:
-    """The distiller's parameters in groups of their own, before the trainer's last, the head's.
+    """Adds groups with the distiller's parameters before the trainer's last group, the head's.
 
-    That one stays last, since old heads of arcface_torch put the sampled rows there in each step.
+    The head's group must stay last, since heads from before 2023 replace the last group's
+    parameters by the sampled rows in each step.
     """
 
     def __init__(self, distiller: Distiller, optimizer: Optimizer, schedule: LRScheduler) -> None:
         if optimizer in _joined:
             raise KDHooksError(
-                "arcface_torch: this optimizer trains another distillation's weights already; "
-                "remove() that first, or give each distillation an optimizer"
+                "arcface_torch: this optimizer already trains the weights of another attachment; "
+                "remove() that attachment first, or use one optimizer for each"
             )
         _joined.add(optimizer)
         self.distiller = distiller
@@ -48,7 +49,7 @@ class Joined:
         for place, group in enumerate(groups, start=self._at):
             optimizer.add_param_group({**options, **group})
             optimizer.param_groups.insert(place, optimizer.param_groups.pop())
-        self.steps = 0  # that the optimizer took; a GradScaler skips some
+        self.steps = 0  # steps that the optimizer took; a GradScaler skips some
         self._handles: list[Removable] = [
             optimizer.register_state_dict_post_hook(self._take_out),
             optimizer.register_load_state_dict_pre_hook(self._put_in),
@@ -60,7 +61,7 @@ class Joined:
         self.adopt(schedule)
 
     def adopt(self, schedule: LRScheduler) -> None:
-        """Save and load it as if our groups were not there; it may have been made with them."""
+        """Save and load this schedule without our groups."""
         self._dressed.dress(schedule)
 
     def _count_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -89,7 +90,7 @@ class Joined:
         return merged(groups, ours["param_groups"], state["state"], ours["state"])
 
     def _fresh_groups(self, optimizer: Optimizer, head: dict[str, Any]) -> Groups:
-        """Our groups with what the checkpoint says of the head's, but for their decay."""
+        """Return our groups with the checkpoint's options of the head, except the weight decay."""
         own = optimizer.param_groups[self._ours]
         sizes = [len(group["params"]) for group in own]
         return [
@@ -103,20 +104,20 @@ class Joined:
         except RuntimeError as error:
             raise KDHooksError(
                 "arcface_torch: this checkpoint was written with other methods than the recipe's; "
-                f"resume with those, or start a new run; {error}"
+                f"resume with the checkpoint's methods, or start a new run; {error}"
             ) from error
 
     # --- the schedule -------------------------------------------------------------------------
 
     def with_ours(self, values: list[Any]) -> list[Any]:
-        """A list with an entry for each group: ours get that of the head's."""
+        """Insert an entry for each of our groups: a copy of the entry of the head's group."""
         return [*values[: self._at], *values[-1:] * self._count, *values[self._at :]]
 
     def without_ours(self, values: list[Any]) -> list[Any]:
         return [*values[: self._at], *values[self._ours.stop :]]
 
     def remove(self) -> None:
-        """Give all back as it was."""
+        """Restore the optimizer and its schedules."""
         for handle in self._handles:
             handle.remove()
         for group in self._optimizer.param_groups[self._ours]:
@@ -128,7 +129,10 @@ class Joined:
 
 
 def _refuse_ranks_apart(ours: State | None) -> None:
-    """Each rank saves its own checkpoint; a run that is killed meanwhile leaves two ages."""
+    """Refuse checkpoints of different steps.
+
+    Each rank saves its own checkpoint, so a run that is killed during this leaves some older ones.
+    """
     if world() is None:
         return
     step = None if ours is None else int(ours["distiller"]["_extra_state"])
@@ -136,7 +140,7 @@ def _refuse_ranks_apart(ours: State | None) -> None:
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
         raise KDHooksError(
-            f"arcface_torch: the ranks' checkpoints must be of one step; found {steps}, by rank: "
-            "the run ended while it saved; on the ranks that are ahead put "
-            "checkpoint_gpu_….pt.previous in its place"
+            f"arcface_torch: the checkpoints of all ranks must be of the same step; found {steps}, "
+            "by rank: the run ended while saving; for each rank that is ahead, replace "
+            "checkpoint_gpu_….pt by its checkpoint_gpu_….pt.previous"
         )

@@ -1,4 +1,4 @@
-"""The trainer's backbones: where their stages end, and the teacher's, made by their factory."""
+"""Finds the stages of the trainer's backbones, and creates teachers by the trainer's factory."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +14,7 @@ from kdhooks.teacher.table import NetworkFactory
 
 
 class Backbones:
-    """The stages of arcface_torch's backbones, and of others that kdhooks knows."""
+    """Finds the stages of arcface_torch's backbones, and of others that kdhooks knows."""
 
     @hookimpl
     def model_stages(self, model: nn.Module) -> list[str] | None:
@@ -24,7 +24,7 @@ class Backbones:
 def teacher_factories(
     get_model: Callable[..., nn.Module] | None, recipe: Recipe
 ) -> list[NetworkFactory]:
-    """For each teacher, the trainer's own get_model with the width that the checkpoint has."""
+    """Return, for each teacher, a factory that calls get_model with the checkpoint's width."""
     return [partial(_make, get_model, teacher.dtype) for teacher in recipe.teachers]
 
 
@@ -39,8 +39,8 @@ def _make(
     if dtype == "bfloat16":
         raise KDHooksError(
             "arcface_torch: teacher.dtype must be 'float16' or 'float32' for the trainer's own "
-            "networks, whose forward sets an autocast of its own on a GPU, so that 'bfloat16' "
-            "would have no effect; found 'bfloat16'; take dtype = 'float16'"
+            "networks, whose forward sets its own autocast on a GPU, so 'bfloat16' would have no "
+            "effect; found 'bfloat16'; use dtype = 'float16'"
         )
     half = dtype == "float16"
     try:
@@ -48,14 +48,15 @@ def _make(
     except ValueError as error:
         raise KDHooksError(
             f"teacher network '{network}' is unknown to arcface_torch's get_model, which "
-            f"takes names like r50, r100, mbf, vit_b ({error})"
+            f"accepts names such as r50, r100, mbf, vit_b ({error})"
         ) from error
 
 
 def embedding_width(state: Mapping[str, Tensor]) -> int | None:
-    """Of the trainer's backbones, each of which ends in a BatchNorm1d of that width.
+    """Return the width of the embedding, which is that of the last BatchNorm1d of a backbone.
 
-    Its name has "feature" in it, by which it is told from a head that the file holds besides.
+    In the trainer's backbones, its name contains "feature"; this distinguishes it from a head in
+    the same file.
     """
     vectors = {key: len(tensor) for key, tensor in state.items() if tensor.ndim == 1}
     features = [length for key, length in vectors.items() if "feature" in key]
@@ -68,7 +69,7 @@ def _trainers_get_model() -> Callable[..., nn.Module]:
         import backbones  # type: ignore[import-not-found]  # arcface_torch's own package
     except ImportError as error:
         raise KDHooksError(
-            "arcface_torch: its package 'backbones' can't be imported; run in its folder, or give "
+            "arcface_torch: its package 'backbones' can't be imported; run in its folder, or call "
             "attach(…, get_model=…)"
         ) from error
     factory: Callable[..., nn.Module] = backbones.get_model

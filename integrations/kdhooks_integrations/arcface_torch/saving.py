@@ -1,4 +1,4 @@
-"""The script's `torch.save`, made to leave a whole file behind whenever the process ends."""
+"""Makes the script's `torch.save` atomic, so that a killed process leaves complete files."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ PREVIOUS = ".previous"
 
 
 class SafeTorch(ModuleType):
-    """torch for one script; all but `save` is torch's own."""
+    """Replaces torch in one script; everything except `save` is torch's own."""
 
     def __init__(self, check: Callable[[], None]) -> None:
-        """check: raises where what would be saved is spoilt."""
+        """check: raises if the numbers to be saved are not finite."""
         super().__init__("torch")
         vars(self)["_check"] = check
 
@@ -27,10 +27,10 @@ class SafeTorch(ModuleType):
         setattr(torch, name, value)
 
     def save(self, obj: object, f: Any, *args: Any, **kwargs: Any) -> None:
-        """Beside the old file, which it then replaces at one stroke.
+        """Write a new file first, which then replaces the old one atomically.
 
-        A rank's checkpoint keeps the one before as `….previous`: ranks that are stopped while they
-        save may be one checkpoint apart.
+        A rank's previous checkpoint is kept as `….previous`, since ranks that are stopped while
+        saving may be one checkpoint apart.
         """
         self._check()
         if not isinstance(f, str | os.PathLike):
@@ -47,7 +47,7 @@ class SafeTorch(ModuleType):
 
 
 def _keep(path: Path) -> None:
-    """A second name for the file as it is; the first stays."""
+    """Keep the present content of the file under the name `….previous`; the file remains."""
     draft = path.with_name(f"{path.name}{PREVIOUS}.part")
     draft.unlink(missing_ok=True)
     try:

@@ -1,10 +1,10 @@
-"""Lightning: one callback.
+"""The adapter for Lightning: one callback.
 
     Trainer(callbacks=[Distill("kd.toml")])
 
-While the LightningModule trains, its child `kdhooks` is the Distiller, whose parameters the
-optimizer trains besides the student's. Its state is saved with the callback. The module's own part
-of a checkpoint is that of a run without kdhooks.
+During the training, the LightningModule has the Distiller as its child `kdhooks`. The optimizer
+trains the Distiller's parameters too. The callback saves the Distiller's state; the module's own
+part of a checkpoint is that of a run without kdhooks.
 """
 
 from kdhooks_integrations.lightning.callback import Distill

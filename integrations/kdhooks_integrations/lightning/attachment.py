@@ -1,4 +1,4 @@
-"""The distillation of one LightningModule: its training step returns its loss and the terms."""
+"""Adds the terms to the loss of a LightningModule's training step."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ class Attachment:
     def __init__(self, module: "LightningModule", settings: Settings) -> None:
         if hasattr(module, CHILD):
             raise KDHooksError(
-                f"lightning: this LightningModule has an attribute '{CHILD}' already; keep one "
+                f"lightning: this LightningModule already has an attribute '{CHILD}'; keep one "
                 "Distill among the callbacks, or rename the attribute"
             )
         recipe = settings.recipe
@@ -57,17 +57,17 @@ class Attachment:
         )
         self.student = student
         self._module, self._settings = module, settings
-        self._batch: Any = None  # of the training step that is running
+        self._batch: Any = None  # the batch of the current training step
         self._warned = False
         self._unweighted = False  # whether every term of the last step had weight 0
-        self._without: list[nn.Parameter] = []  # the losses' own, without a gradient so far
-        self._outside = ExitStack()  # open while the module runs outside of its training step
+        self._without: list[nn.Parameter] = []  # loss parameters without a gradient before backward
+        self._outside = ExitStack()  # entered while the module runs outside its training step
         self.distiller.advise(
             "in Lightning, training_step must call the student itself, in training mode and once "
             "for each batch, and return its loss; with manual optimization, it must call "
             "self.manual_backward(loss)"
         )
-        # Within the module, whose checkpoints are those of a run without kdhooks.
+        # The module's checkpoints must be those of a run without kdhooks.
         self.distiller.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.distiller.register_load_state_dict_pre_hook(_keep)  # type: ignore[no-untyped-call]
         module.add_module(CHILD, self.distiller)
@@ -77,7 +77,7 @@ class Attachment:
         ]
         self._handles: list[Removable] = []
         if student is module:
-            # DistributedDataParallel runs the training step inside of the module's own forward.
+            # DistributedDataParallel runs the training step inside the module's own forward.
             self._handles = [
                 module.register_forward_pre_hook(_Outside(self._open), prepend=True),
                 module.register_forward_hook(_Outside(self._outside.close), always_call=True),
@@ -88,7 +88,7 @@ class Attachment:
     # --- one step ----------------------------------------------------------------------------
 
     def _step(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The output of a training step, with the terms in its loss."""
+        """Run the training step, and return its output with the terms added to the loss."""
         self._outside.close()
         self._batch = next(iter((*args, *kwargs.values())), None)
         try:
@@ -102,20 +102,20 @@ class Attachment:
             return {**output, "loss": total} if isinstance(output, Mapping) else total
         finally:
             self._batch = None
-            # What is still here is the forward of a step that was skipped, or has raised.
+            # A forward is still pending if the step was skipped or has raised.
             if self.distiller.pending is not None:
                 self.distiller.discard()
 
     def _backward(
         self, manual_backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """The first backward pass after a forward of the student is that of the terms, too."""
+        """Add the terms to the first loss that is backpropagated after the student's forward."""
         if self._batch is not None and self.distiller.pending is not None:
             loss = self._extended(loss)
         return manual_backward(loss, *args, **kwargs)
 
     def _extended(self, loss: Tensor) -> Tensor:
-        """The loss of the student's last forward, times its factor, plus the terms."""
+        """Return the loss of the student's last forward, times task_weight, plus the terms."""
         distiller, settings = self.distiller, self._settings
         images = distiller.pending
         if images is None:
@@ -139,7 +139,7 @@ class Attachment:
             self._without = [p for p in self.distiller.parameters() if p.grad is None]
 
     def after_backward(self) -> None:
-        """Drop gradients of zeros: one more entry can change how the norm to clip is rounded."""
+        """Remove zero gradients: an additional one can change the rounding of the clipped norm."""
         for parameter in self._without:
             parameter.grad = None
         self._without = []
@@ -147,19 +147,19 @@ class Attachment:
     def _undistilled(self) -> None:
         if not self.distiller.fired:
             raise KDHooksError(
-                f"lightning: training_step returned a loss, and the student '{self.path}' did not "
-                "run in training mode; call it as a module, as in self.model(images) and not "
-                "self.model.forward(images), after its train() if it was in eval mode, or name the "
-                "module that runs as Distill(…, student='path')"
+                f"lightning: training_step returned a loss, but the student '{self.path}' did not "
+                "run in training mode; call it as a module, self.model(images) instead of "
+                "self.model.forward(images), and in training mode; or name the module that runs "
+                "as Distill(…, student='path')"
             )
         if not self._warned:
             self._warned = True
-            log.warning("lightning: a training step ran without its student, and has no terms")
+            log.warning("lightning: the student did not run in a training step; it has no terms")
 
     def _log(self, terms: Mapping[str, Tensor], size: int) -> None:
         metrics = self.distiller.metrics
         values = {f"{CHILD}/{name}": value for name, value in metrics.items()}
-        if metrics:  # else the terms of this step are left out
+        if metrics:  # empty in steps whose terms are not logged
             values |= {f"{CHILD}/{name}/weighted": term.detach() for name, term in terms.items()}
         if self.distiller.skipped:
             values[f"{CHILD}/skipped"] = torch.tensor(float(self.distiller.skipped))
@@ -173,7 +173,7 @@ class Attachment:
     # --- the end -----------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Give the LightningModule back as it was."""
+        """Restore the LightningModule."""
         self._outside.close()
         self.distiller.remove()
         for handle in self._handles:
@@ -185,11 +185,11 @@ class Attachment:
 
 
 class Replaced:
-    """A method of an object, called through another function; a copy has the method itself."""
+    """Replaces a method of an object by another function; a copy has the original method."""
 
     def __init__(self, owner: object, name: str, through: Callable[..., Any]) -> None:
         self._owner, self._name, self._through = owner, name, through
-        self._own = vars(owner).get(name)  # as torch.compile leaves one
+        self._own = vars(owner).get(name)  # torch.compile, for example, sets an instance attribute
         self._method: Callable[..., Any] = getattr(owner, name)
         update_wrapper(self, self._method)
         setattr(owner, name, self)
@@ -200,7 +200,7 @@ class Replaced:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is not None:
             return _itself, (self._own,)
-        return getattr, (self._owner, self._name)  # of the copy, whose class has the method
+        return getattr, (self._owner, self._name)  # the method of the copy's class
 
     def restore(self) -> None:
         if self._own is not None:
@@ -214,7 +214,7 @@ def _itself(value: Any) -> Any:
 
 
 class _Outside(IdleCopy):
-    """A hook of the module that calls a function without arguments."""
+    """A hook of the module that calls a given function without arguments."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
@@ -224,13 +224,13 @@ class _Outside(IdleCopy):
 
 
 def _leave_out(kd: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-    """A hook: of the state dict of the module that holds kd, kd is no part."""
+    """State dict hook: leaves kd out of the state dict of the module that holds it."""
     if prefix:
         for key in [key for key in state if key.startswith(prefix)]:
             del state[key]
 
 
 def _keep(kd: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """A hook: the module that holds kd is loaded, and kd stays as it is."""
+    """Load hook: keeps the state of kd when the module that holds it is loaded."""
     if prefix:
         state.update({f"{prefix}{key}": value for key, value in kd.state_dict().items()})

@@ -1,4 +1,4 @@
-"""Images and labels in a batch of a LightningModule, by convention or by a place."""
+"""Finds images and labels in a LightningModule's batch, by convention or at a given place."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -8,13 +8,13 @@ from torch import Tensor
 from kdhooks.errors import KDHooksError
 
 Place: TypeAlias = str | int
-"""A position in a batch, a key, or several of them with dots in between: `0.labels`."""
+"""A position in a batch, a key, or several of these joined by dots: `0.labels`."""
 
 _NAMES = ("labels", "label", "targets", "target", "y")
 
 
 def labels_in(batch: object, place: Place | None) -> Tensor:
-    """(b): at the place, or the second part of a pair, or under a usual key."""
+    """(b): the labels at the place; by default, the second element, or those under a usual key."""
     places: Sequence[Place] = [place] if place is not None else _NAMES
     if place is None and isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
         places = [1]
@@ -33,7 +33,7 @@ def labels_in(batch: object, place: Place | None) -> Tensor:
 
 
 def images_in(batch: object, place: Place) -> Tensor:
-    """(b 3 h w): those that the teacher should see."""
+    """(b 3 h w): the teacher's images."""
     found = _at(batch, place)
     if isinstance(found, Tensor):
         return found
@@ -45,7 +45,7 @@ def images_in(batch: object, place: Place) -> Tensor:
 
 
 def _at(batch: object, place: Place) -> object:
-    """None if there is nothing."""
+    """The value at the place, or None."""
     value: Any = batch
     for part in [place] if isinstance(place, int) else place.split("."):
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The callback, and when each of its parts runs in a Trainer."""
+"""The callback `Distill`, which attaches the distillation during a Trainer's fit."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -72,8 +72,8 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         checked = Recipe.read(recipe)
         checked.refuse_tables("lightning")
         self._settings = Settings(checked, **given)
-        self.distiller: Distiller | None = None  # of this fit, or of the last one
-        self._state: dict[str, Any] | None = None  # loaded before there was a distiller
+        self.distiller: Distiller | None = None  # the distiller of this fit or of the last one
+        self._state: dict[str, Any] | None = None  # a state that was loaded before the distiller
         self._attachment: Attachment | None = None
         self._joined: Joined | None = None
         self._late: Replaced | None = None
@@ -81,12 +81,12 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
     # --- the fit -----------------------------------------------------------------------------
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Attach before the optimizers are made, and after the module has made its layers."""
+        """Attach after the module has created its layers, and before the optimizers exist."""
         if stage != "fit":
             return
         _check(trainer, self)
         self._remove()
-        averaged = _averaging(trainer) is not None  # it copies the module right after this
+        averaged = _averaging(trainer) is not None  # it copies the module immediately after this
         if _overrides(trainer, pl_module, "configure_model"):
             self._late = Replaced(pl_module, "configure_model", self._after)
         elif _overrides(trainer, pl_module, "setup") and not averaged:
@@ -107,7 +107,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
                 torch.set_default_dtype(before)
 
     def _attach(self, module: "LightningModule") -> None:
-        # A second fit goes on with the state of the first one, as the module does.
+        # A second fit continues from the state of the first one, as the module does.
         state = self._state if self.distiller is None else self.distiller.state_dict()
         self._attachment = Attachment(module, self._settings)
         self.distiller = self._attachment.distiller
@@ -115,12 +115,12 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             self.load_state_dict(state)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Join the optimizer, whose state is not loaded yet."""
+        """Join the optimizer before its state is loaded."""
         attachment = self._attachment
         if attachment is None:
             raise KDHooksError(
-                f"lightning: {type(pl_module).__name__} was to make its layers in setup or "
-                "configure_model, and Lightning called neither; make them in __init__"
+                f"lightning: {type(pl_module).__name__} overrides setup or configure_model, but "
+                "Lightning called neither; create its layers in __init__"
             )
         if any(parameter.requires_grad for parameter in attachment.distiller.parameters()):
             schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -129,7 +129,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             )
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """For schedules that count epochs."""
+        """Set the number of steps per epoch, for schedules that count epochs."""
         assert self.distiller is not None
         batches = trainer.num_training_batches
         if isinstance(batches, int):
@@ -152,7 +152,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             self._attachment.after_backward()
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """The last step was finite, too."""
+        """Check that the numbers of the last step were finite."""
         if self.distiller is not None:
             self.distiller.check_finite()
 
@@ -166,7 +166,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         self._detach()
 
     def _detach(self) -> None:
-        """Give the module back. The optimizer keeps its groups: a checkpoint may still be saved."""
+        """Restore the module. The optimizer keeps its groups: a checkpoint may still be saved."""
         if self._late is not None:
             self._late.restore()
             self._late = None
@@ -175,20 +175,20 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             self._attachment = None
 
     def _remove(self) -> None:
-        """What an earlier fit has left."""
+        """Remove everything that an earlier fit has left."""
         self._detach()
         if self._joined is not None:
             self._joined.remove()
             self._joined = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is attached to nothing."""
+        """Leave out the attachments, so that a copy or a pickle is attached to nothing."""
         return {**vars(self), "_attachment": None, "_joined": None, "_late": None}
 
     # --- checkpoints -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses' parameters and state and the step; no teacher."""
+        """Return the losses' parameters and state and the step, but not the teacher."""
         if self.distiller is None:
             return self._state or {}
         return dict(self.distiller.state_dict())
@@ -202,7 +202,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         except RuntimeError as error:
             raise KDHooksError(
                 "lightning: this checkpoint was written with other methods than the recipe's; "
-                f"resume with those, or start a new run; {error}"
+                f"resume with the checkpoint's methods, or start a new run; {error}"
             ) from error
 
     def on_load_checkpoint(
@@ -214,7 +214,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
             )
 
 
-# --- what a fit must be like -----------------------------------------------------------------
+# --- requirements of a fit -------------------------------------------------------------------
 
 
 def _check(trainer: "Trainer", callback: Distill) -> None:
@@ -231,19 +231,19 @@ def _check(trainer: "Trainer", callback: Distill) -> None:
     if averaging is not None and order.index(averaging) < order.index(callback):
         raise KDHooksError(
             f"lightning: Distill must stand before {type(averaging).__name__} among the callbacks, "
-            "since that one copies the LightningModule with all of its children; found it behind; "
+            "since that callback copies the LightningModule with all its children; found it after; "
             "change their order"
         )
 
 
 def _averaging(trainer: "Trainer") -> Callback | None:
-    """Lightning's own callback that keeps an average of the weights."""
+    """Return Lightning's callback that averages the weights, if the Trainer has it."""
     kind = getattr(package_of(trainer).callbacks, "WeightAveraging", ())  # since Lightning 2.6
     return next((one for one in _callbacks(trainer) if isinstance(one, kind)), None)
 
 
 def _callbacks(trainer: "Trainer") -> list[Callback]:
-    found: list[Callback] = vars(trainer)["callbacks"]  # an attribute without a declaration
+    found: list[Callback] = vars(trainer)["callbacks"]  # Lightning does not declare its type
     return found
 
 

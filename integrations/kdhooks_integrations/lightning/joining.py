@@ -1,8 +1,8 @@
-"""The losses' parameters in groups of their own in the optimizer that `configure_optimizers` made.
+"""Adds groups with the losses' parameters to the optimizer of `configure_optimizers`.
 
-The optimizer and its schedules save what they would save in a run without kdhooks; the state of the
-groups lies beside it, under the key "kdhooks" of the optimizer's state. So either kind of run
-resumes from a checkpoint of the other.
+The optimizer and its schedules save the same state as in a run without kdhooks. The state of the
+added groups is saved separately, under the key "kdhooks" of the optimizer's state. So a run with
+kdhooks resumes from a checkpoint without it, and vice versa.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from kdhooks.taps import Removable
 from kdhooks_integrations.groups import Dressed, Groups, State, consecutive, merged, numbered
 
 KEY = "kdhooks"
-_WITHOUT_MORE_GROUPS = ("LBFGS", "ZeroRedundancyOptimizer")  # to import the latter warns
+_WITHOUT_MORE_GROUPS = ("LBFGS", "ZeroRedundancyOptimizer")  # importing the latter warns
 _BY_HAND = (
     "give one optimizer self.kdhooks.parameter_groups(weight_decay) in configure_optimizers, "
     "besides its other parameters"
@@ -26,10 +26,11 @@ _BY_HAND = (
 
 
 class Joined:
-    """The groups of one optimizer, until `remove`.
+    """The added groups of one optimizer, until `remove`.
 
-    A group that configure_optimizers has made of the losses' parameters alone stays as it is. All
-    others join with the options of the group that holds most of the student.
+    A group in which configure_optimizers has put only parameters of the losses remains unchanged.
+    All other parameters of the losses join with the options of the group that holds most of the
+    student.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Joined:
             raise KDHooksError(
                 "lightning: the losses' parameters join the optimizer, whose schedule must be a "
                 f"torch.optim.lr_scheduler; found {type(schedule).__name__}; {_BY_HAND}, and "
-                "create the schedule after it, or take methods that train no parameters"
+                "create the schedule after it, or use methods that train no parameters"
             )
         if self._added:
             self._dressed.resize(schedule, self._extended)
@@ -96,7 +97,7 @@ class Joined:
     # --- the state ----------------------------------------------------------------------------
 
     def with_ours(self, values: list[Any]) -> list[Any]:
-        """A list with an entry for each group: ours get that of the group they are like."""
+        """Insert an entry for each added group: the entry of the group whose options it has."""
         like = values[self._like - sum(place < self._like for place in self._ours)]
         values = list(values)
         for place in self._ours:
@@ -114,7 +115,7 @@ class Joined:
     def _put_in(self, optimizer: Optimizer, state: State) -> State:
         theirs: Groups = state["param_groups"]
         if len(theirs) != len(optimizer.param_groups) - len(self._ours):
-            return state  # another student's, which torch refuses
+            return state  # the state of another student, which torch refuses
         ours: State = state.get(KEY) or {"state": {}, "param_groups": self._fresh(theirs)}
         groups = list(theirs)
         for place, group in zip(self._ours, ours["param_groups"], strict=True):
@@ -122,7 +123,7 @@ class Joined:
         return {**state, **merged(groups, ours["param_groups"], state["state"], ours["state"])}
 
     def _fresh(self, theirs: Groups) -> Groups:
-        """Our groups, as far along the schedules as the group that they are like."""
+        """Return the added groups with the current scheduled values of the group they copy."""
         like = self.with_ours(theirs)[self._ours[0]]
         own = [self.optimizer.param_groups[place] for place in self._ours]
         kept = ("weight_decay", "param_names")
@@ -134,7 +135,7 @@ class Joined:
         ]
 
     def remove(self) -> None:
-        """Give the optimizer and its schedules back as they were."""
+        """Restore the optimizer and its schedules."""
         for handle in self._handles:
             handle.remove()
         for place in reversed(self._ours):
@@ -145,20 +146,20 @@ class Joined:
 
 
 def _only_one(optimizers: Sequence[Optimizer], ours: set[int], student: nn.Module) -> Optimizer:
-    """The optimizer that holds the losses' parameters, or else the student's."""
+    """Return the optimizer that holds the losses' parameters, or else the student's."""
     theirs = {id(p) for p in student.parameters()}
     homes = [one for one in optimizers if _holds(one, ours)]
     homes = homes or [one for one in optimizers if _holds(one, theirs)]
     if len(homes) != 1:
         raise KDHooksError(
             "lightning: one optimizer must train the losses' parameters besides the student; found "
-            f"{len(homes)} that train the student; {_BY_HAND}, or take methods that train none"
+            f"{len(homes)} that train the student; {_BY_HAND}, or use methods that train none"
         )
     if any(kind.__name__ in _WITHOUT_MORE_GROUPS for kind in type(homes[0]).__mro__):
         raise KDHooksError(
-            "lightning: the losses' parameters need groups of their own, which a "
-            f"{type(homes[0]).__name__} does not take; use another optimizer, or methods that "
-            "train no parameters"
+            "lightning: the losses' parameters need groups of their own, and "
+            f"{type(homes[0]).__name__} does not accept more groups; use another optimizer, or "
+            "methods that train no parameters"
         )
     return homes[0]
 
@@ -168,7 +169,7 @@ def _holds(optimizer: Optimizer, ids: set[int]) -> bool:
 
 
 def _take_out(group: State, ours: set[int]) -> list[nn.Parameter]:
-    """Take the losses' parameters out of a group that holds others, too, and return them."""
+    """Remove the losses' parameters from a group that also holds others, and return them."""
     members: list[nn.Parameter] = group["params"]
     if all(id(p) in ours for p in members):
         return []

@@ -1,4 +1,4 @@
-"""The parts of a LightningModule: the student, and the rows of its classifier."""
+"""Finds the student of a LightningModule, and the class weights of its classifier."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def find_student(
     module: "LightningModule", path: str | None, recipe: Recipe
 ) -> tuple[str, nn.Module]:
-    """The student and its path; "" is the LightningModule itself.
+    """Return the path of the student, "" for the LightningModule itself, and the student.
 
-    By default, it is the one child that returns an embedding (b d) for images; if no child does,
-    the LightningModule itself, if it does.
+    By default, the student is the one child that returns an embedding (b d) for images. If no child
+    does, it is the LightningModule itself, if that returns an embedding.
     """
     if path is not None:
         return path, find(module, path, "lightning: the LightningModule")
@@ -57,14 +57,14 @@ def find_student(
 
 
 def _output(model: Callable[..., object] | nn.Module, recipe: Recipe) -> object:
-    """What a module returns for images, or the error that it raises."""
+    """Return the output of a module for images, or the error that it raises."""
     assert isinstance(model, nn.Module)
     first = next(model.parameters())
     with undisturbed_generators(recipe.seed, first.device), evaluating(model), torch.no_grad():
         images = torch.zeros(2, *recipe.input_shape, dtype=first.dtype, device=first.device)
         try:
             return model(images)
-        except Exception as error:  # of any kind, since this child may be no network at all
+        except Exception as error:  # of any kind, since a child need not be a network
             return error
 
 
@@ -80,7 +80,7 @@ def _described(output: object) -> str:
 
 
 def classifier_rows(module: "LightningModule", path: str | None) -> ClassShard | None:
-    """The parameter (c d) at a path; every rank holds all of it."""
+    """Return the parameter (c d) at a path; every rank holds all of its rows."""
     if path is None:
         return None
     known = dict(module.named_parameters())

@@ -1,7 +1,7 @@
-"""Lightning's two packages: lightning.pytorch, and pytorch_lightning, which has its own classes.
+"""Supports both packages of Lightning: lightning.pytorch and pytorch_lightning.
 
-The code of both is the same. A Trainer takes modules and callbacks of its own package alone, so
-that `Distill` is a Callback of each package that is installed.
+Their code is the same, but each has its own classes. A Trainer accepts only modules and callbacks
+of its own package, so `Distill` is a subclass of Callback of every installed package.
 """
 
 from types import ModuleType
@@ -43,7 +43,7 @@ __all__ = ["Callback", "package_of"]
 
 
 def package_of(trainer: object) -> Any:
-    """The package that a Trainer comes from."""
+    """Return the package that a Trainer comes from."""
     package = next(one for one in _PACKAGES if isinstance(trainer, one.Trainer))
     version: str = package.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _FLOOR:

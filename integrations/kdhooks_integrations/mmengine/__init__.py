@@ -1,11 +1,11 @@
-"""MMEngine: one line around the model, or one hook in the config.
+"""The adapter for MMEngine: wrap the config's model, or add one hook to the config.
 
     model = dict(type='kdhooks.Distill', student=…, teacher=…, methods=['fcd'])
     custom_hooks = [dict(type='kdhooks.DistillHook', teacher=…, methods=['fcd'])]
 
-Either way the student stays the runner's model and keeps its parameter names and its type. The
-methods' parameters are its child `kdhooks`, which is optimised, synchronised and saved with it. The
-teacher is not.
+In both cases the runner's model is the student, with its own type and parameter names. Its child
+module `kdhooks`, which is optimised, synchronised and saved with it, has the methods' parameters.
+The teacher is not saved.
 """
 
 from kdhooks_integrations.mmengine.registered import (

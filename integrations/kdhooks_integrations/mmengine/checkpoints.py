@@ -1,4 +1,4 @@
-"""What MMEngine's checkpoints hold beside tensors, for a reader that takes tensors alone."""
+"""Lets torch read MMEngine's checkpoints with weights_only, although they contain other objects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from kdhooks.errors import KDHooksError
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Inside, torch reads MMEngine's checkpoints; what was allowed before stays so."""
+    """Inside this context, torch reads MMEngine's checkpoints; afterwards, as before."""
     allowed = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([one for one in history() if one not in allowed]):
         yield
 
 
 def history() -> list[Any]:
-    """The log's classes and numpy's; of `getattr`, no more than the history's own methods."""
+    """Return the classes of MMEngine's log and numpy, and a `getattr` restricted to the log's."""
     rebuild = [made.__reduce__()[0] for made in (np.float64(0), np.zeros(1))]
     kinds = {type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")}
     marked = [HistoryBuffer, np.ndarray, np.dtype, *rebuild, *kinds]
@@ -29,5 +29,8 @@ def history() -> list[Any]:
 
 def _method(owner: object, name: str) -> object:
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
-        raise KDHooksError(f"checkpoint asks for '{name}' of {owner!r}; MMEngine's own does not")
+        raise KDHooksError(
+            f"checkpoint: may only use the methods of MMEngine's HistoryBuffer; found '{name}' of "
+            f"{owner!r}; it was not written by MMEngine"
+        )
     return getattr(owner, name)

@@ -1,4 +1,4 @@
-"""The loop at work: how many batches an epoch has, and how its samples are numbered."""
+"""Finds the running loop, the length of its epochs, and the numbering of its samples."""
 
 import inspect
 import math
@@ -12,9 +12,9 @@ from kdhooks.errors import KDHooksError
 
 
 def running_loop() -> BaseLoop | None:
-    """The loop that makes this very step; None where no runner does.
+    """Return the loop that runs the present step; None without a runner.
 
-    A model is not told of its runner, nor of the dataloader: it is looked for among the callers.
+    A model has no reference to its runner or dataloader, so the callers' frames are searched.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -26,22 +26,22 @@ def running_loop() -> BaseLoop | None:
 
 
 def length(loop: Any) -> int | None:
-    """Batches in which all ranks together see the data once; None if that is not known."""
+    """Return the number of batches in which all ranks together see the data once, if known."""
     loader = loop.dataloader
     try:
         batches = len(loader)
-    except (TypeError, NotImplementedError):  # as of an IterableDataset
+    except (TypeError, NotImplementedError):  # for example with an IterableDataset
         return None
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    if isinstance(sampler, InfiniteSampler):  # of the length of the whole data set, on each rank
+    if isinstance(sampler, InfiniteSampler):  # each rank's has the length of the whole data set
         batches = math.ceil(batches / sampler.world_size)
     return batches or None
 
 
 def check_numbers(loop: Any) -> None:
-    """Refuse a data set of several parts, each of which counts its samples from 0.
+    """Refuse a data set of several parts, each of which numbers its samples from 0.
 
-    loop: None if no runner trains, so that nothing is known of the data.
+    loop: None without a runner; then nothing is known about the data.
     """
     dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
     while dataset is not None:
@@ -49,7 +49,7 @@ def check_numbers(loop: Any) -> None:
             raise KDHooksError(
                 "mmengine: a table of embeddings needs samples that are numbered across the whole "
                 f"training set; found a ConcatDataset of {len(dataset.datasets)} parts, each of "
-                "which counts sample_idx from 0; train on one data set, or let a transform add "
-                "numbers of your own, and name them as indices = 'data_samples.field'"
+                "which counts sample_idx from 0; train on one data set, or add your own numbers in "
+                "a transform, and name them as indices = 'data_samples.field'"
             )
-        dataset = getattr(dataset, "dataset", None)  # of one that repeats or balances another
+        dataset = getattr(dataset, "dataset", None)  # the inner one, if this one repeats it

@@ -1,4 +1,4 @@
-"""Images and labels among the arguments of a model's forward: by convention, or by a path."""
+"""Finds images and labels among the arguments of a forward, by convention or at a given path."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ LABELS = (
 
 
 class Forward:
-    """What a model's forward was called with, by name."""
+    """Reads the arguments of a model's forward by their names."""
 
     def __init__(
         self, model: nn.Module, images: str = "", labels: str = "", indices: str = ""
     ) -> None:
-        """The others: paths like `data_samples.gt_label`; "" looks where they mostly are."""
+        """images, labels, indices: paths such as `data_samples.gt_label`; "": the usual places."""
         self._signature = inspect.signature(model.forward)
         self._images, self._labels, self._indices = images, labels, indices
         parameters = self._signature.parameters.values()
@@ -49,7 +49,7 @@ class Forward:
         return arguments
 
     def call(self, model: nn.Module, images: Tensor, mode: str) -> object:
-        """A forward on images alone; arguments without a default are None."""
+        """Run a forward with only images; other arguments without a default are None."""
         given: Arguments = {}
         for name, parameter in self._signature.parameters.items():
             if name == "mode":
@@ -63,18 +63,21 @@ class Forward:
         return model(**given)
 
     def images(self, arguments: Arguments) -> Tensor:
-        """(b 3 h w), as the student saw them."""
+        """(b 3 h w): the images that the student saw."""
         found = [_at(arguments, self._images)] if self._images else list(arguments.values())
         for value in found:
             if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
                 return value
         raise KDHooksError(
-            f"mmengine: images must be a floating point tensor (b 3 h w); found "
+            f"mmengine: images must be a floating-point tensor (b 3 h w); found "
             f"{_described(arguments)}; name their place as images = 'argument.field'"
         )
 
     def labels(self, arguments: Arguments, count: int, first: bool = True) -> Tensor:
-        """(b): the class of each image; first: whether this batch may wait for the device."""
+        """(b): the class of each image.
+
+        first: whether this is the first batch, in which the host may wait for the device.
+        """
         path, found = _first_numbers(arguments, self._labels, LABELS, count)
         if found is not None:
             if ".gt_label" in path:
@@ -85,11 +88,11 @@ class Forward:
             f"mmengine: labels must be one class number for each of {count} images, at "
             f"{path}; found {_described(arguments)}; "
             "name their place as labels = 'argument.field', or, if there are none, set labels = "
-            "False, which leaves the methods that need none"
+            "False and use methods that need no labels"
         )
 
     def indices(self, arguments: Arguments, count: int) -> Tensor:
-        """(b): the place of each sample in the training set."""
+        """(b): the number of each sample in the training set."""
         path, found = _first_numbers(arguments, self._indices, INDICES, count)
         if found is not None:
             return found
@@ -104,9 +107,11 @@ class Forward:
 def _first_numbers(
     arguments: Arguments, named: str, usual: Sequence[str], count: int
 ) -> tuple[str, Tensor | None]:
-    """The first place with a whole number for each image, and these (b).
+    """Return the first place with a whole number for each image, and these numbers (b).
 
-    Without any, all the places in words, and None. named: the only place, unless it is "".
+    If there is none, return a description of all places, and None.
+
+    named: the only place to look at, unless it is "".
     """
     for path in [named] if named else usual:
         found = _whole_numbers(_at(arguments, path), count)
@@ -116,7 +121,7 @@ def _first_numbers(
 
 
 def _at(arguments: Arguments, path: str) -> Any:
-    """The value at a path; of a list, each element's; None where there is none."""
+    """Return the value at a path, or None; for a list, the values of its elements."""
     root, *fields = path.split(".")
     value = arguments.get(root)
     for field in fields:
@@ -132,7 +137,7 @@ def _field(value: Any, name: str) -> Any:
 
 
 def _whole_numbers(value: Any, count: int) -> Tensor | None:
-    """(b) int64, from a tensor (b) or (b 1), or a list of numbers or tensors (1)."""
+    """Return (b) int64 from a tensor (b) or (b 1), or from a list of numbers or tensors (1)."""
     if isinstance(value, list | tuple):
         if not all(isinstance(v, int) or (isinstance(v, Tensor) and v.numel() == 1) for v in value):
             return None
@@ -144,7 +149,7 @@ def _whole_numbers(value: Any, count: int) -> Tensor | None:
 
 
 def _check_unmixed(scores: Any, labels: Tensor, first: bool) -> None:
-    """mmpretrain keeps the shares of the classes beside the class, as gt_score (c)."""
+    """Refuse labels of mixed images; mmpretrain stores the share of each class in gt_score (c)."""
     if not isinstance(scores, list) or not all(isinstance(one, Tensor) for one in scores):
         return
     if len({one.shape for one in scores}) > 1 or scores[0].ndim != 1:
@@ -156,14 +161,14 @@ def _check_unmixed(scores: Any, labels: Tensor, first: bool) -> None:
     if mixed.any():
         raise KDHooksError(
             "mmengine: labels must be one class number for each image, and "
-            f"{int(mixed.sum())} of {len(labels)} are mixed of several classes by their gt_score; "
-            "leave what mixes them away (Mixup, CutMix, label smoothing), or take methods without "
-            "labels, such as fcd"
+            f"{int(mixed.sum())} of {len(labels)} have a gt_score that mixes several classes; "
+            "remove the cause (Mixup, CutMix, label smoothing), or use methods without labels, "
+            "such as fcd"
         )
 
 
 def mixing_augments(model: nn.Module) -> list[str]:
-    """The batch_augments of its data_preprocessor that mix images of two classes."""
+    """Return the batch_augments of a model's data_preprocessor that mix images of two classes."""
     augments: Any = getattr(getattr(model, "data_preprocessor", None), "batch_augments", None)
     return [type(one).__name__ for one in getattr(augments, "augments", ()) if hasattr(one, "mix")]
 

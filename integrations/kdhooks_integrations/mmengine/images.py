@@ -1,4 +1,7 @@
-"""Which images a model is given, as its data_preprocessor tells; what it does not tell is asked."""
+"""Determines the normalisation of a model's images from its data_preprocessor, or refuses.
+
+If the data_preprocessor does not specify something, the error names the key to set.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +14,21 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 from kdhooks.teacher.input_transform import channels
 
-_LOADED = "as loaded"  # mmpretrain's to_rgb = False: RGB or BGR, as the data set's files are read
-_TURNED = "turned round"
+_LOADED = "as loaded"  # mmpretrain's to_rgb = False: RGB or BGR, as the files are read
+_TURNED = "reversed"  # bgr_to_rgb or rgb_to_bgr
 
 
 @dataclass(frozen=True)
 class Seen:
-    """(pixel - mean) / std, and the order of the channels; None and "" where nothing tells."""
+    """The images of a model: (pixel - mean) / std, and the order of their channels.
+
+    mean and std are None, and order is "", if they are not specified.
+    """
 
     mean: Tensor | None
     std: Tensor | None
     order: str
-    tells: bool = True  # whether the data_preprocessor is of a kind that is known
+    tells: bool = True  # whether the data_preprocessor is of a known kind
 
     @staticmethod
     def of(model: object) -> "Seen":
@@ -40,7 +46,7 @@ class Seen:
         return Seen(mean, std, order, known or mean is not None)
 
     def but(self, given: Mapping[str, Any]) -> "Seen":
-        """With what a config's `input` says."""
+        """Return the same with the values of a config's `input` in place of its own."""
         told = {
             key: torch.tensor(channels(given[key], f"mmengine: input.{key}"), dtype=torch.float32)
             for key in ("mean", "std")
@@ -58,11 +64,14 @@ class Seen:
 
     @property
     def usual(self) -> bool:
-        """Whether it is the recipe's own normalisation, or nothing tells of another."""
+        """Whether it is the recipe's normalisation, or no other one is specified."""
         return all(value is None or bool((value == 127.5).all()) for value in (self.mean, self.std))
 
     def to_recipes(self) -> tuple[Tensor | None, Tensor | None, bool]:
-        """scale, shift (3 1 1) and whether to flip: from these to RGB, (pixel - 127.5) / 127.5."""
+        """Return the conversion to a recipe's images, which are RGB and (pixel - 127.5) / 127.5.
+
+        It is scale and shift (3 1 1), and whether to flip the channels.
+        """
         if self.usual:
             return None, None, self.order == "bgr"
         mean, std = (
@@ -73,31 +82,31 @@ class Seen:
 
 
 def _in_short(values: Tensor) -> float | list[float]:
-    """One number where all are the same."""
+    """Return the numbers, or one number if all are the same."""
     numbers: list[float] = values.flatten().tolist()
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def check_order(student: Seen, teacher: object, said: Mapping[str, Any]) -> None:
-    """The order of the student's channels is known, or it is as the teacher's own."""
+    """Refuse a student whose order of channels is unknown and may differ from the teacher's."""
     if student.order == _TURNED:
         raise KDHooksError(
-            "mmengine: the student's data_preprocessor turns the channels round; say how they "
-            "come out: input = dict(order='rgb') after bgr_to_rgb, 'bgr' after rgb_to_bgr"
+            "mmengine: the student's data_preprocessor reverses the channels; specify the "
+            "resulting order: input = dict(order='rgb') after bgr_to_rgb, 'bgr' after rgb_to_bgr"
         )
     alike = isinstance(teacher, BaseModel) and Seen.of(teacher).order in (_LOADED, "")
     if student.order == _LOADED and not (alike and "order" not in said):
         raise KDHooksError(
-            "mmengine: the student's data_preprocessor has to_rgb = False, so that its channels "
-            "stay as they are loaded, which is BGR where mmcv reads the files; say which it is: "
-            "input = dict(order='bgr'), or 'rgb'"
+            "mmengine: the student's data_preprocessor has to_rgb = False, so its channels stay in "
+            "the order in which they are loaded, which is BGR if mmcv reads the files; specify the "
+            "order: input = dict(order='bgr'), or 'rgb'"
         )
 
 
 def teachers_input(student: Seen, teacher: nn.Module, said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`teacher.input`: what is said, and for the rest what the teacher's data_preprocessor does.
+    """Return `teacher.input`, completed from the teacher's data_preprocessor.
 
-    A module of torch's alone is given what every recipe promises.
+    A plain torch module gets the images of every recipe.
     """
     if not isinstance(teacher, BaseModule):
         return said
@@ -107,24 +116,23 @@ def teachers_input(student: Seen, teacher: nn.Module, said: Mapping[str, Any]) -
         derived = {"mean": _in_short(own.mean), "std": _in_short(own.std)}
     elif not {"mean", "std"} <= set(said) and not (own.tells and student.usual):
         raise KDHooksError(
-            "mmengine: the teacher's own config does not say how its images are normalised "
-            "(mmpretrain says it as data_preprocessor at the top of the config, outside of the "
-            "model); say teacher.input = dict(mean=…, std=…), give the network its "
-            "data_preprocessor, or take the whole file: teacher = dict(config='config.py', "
-            "checkpoint=…)"
+            "mmengine: the teacher's own config does not specify how its images are normalised "
+            "(mmpretrain specifies it as data_preprocessor at the top level of the config, outside "
+            "the model); set teacher.input = dict(mean=…, std=…), add the data_preprocessor to "
+            "the network, or use the whole file: teacher = dict(config='config.py', checkpoint=…)"
         )
     if "order" not in said:
         if own.order == _TURNED:
             raise KDHooksError(
-                "mmengine: the teacher's data_preprocessor turns the channels round; say how they "
-                "come out: teacher.input = dict(order='rgb') after bgr_to_rgb, 'bgr' after "
+                "mmengine: the teacher's data_preprocessor reverses the channels; specify the "
+                "resulting order: teacher.input = dict(order='rgb') after bgr_to_rgb, 'bgr' after "
                 "rgb_to_bgr"
             )
         if own.order == _LOADED and student.order in ("rgb", "bgr"):
             raise KDHooksError(
-                "mmengine: the teacher's data_preprocessor has to_rgb = False, so that its "
-                "channels stay as they are loaded, and the student's are known to be "
-                f"{student.order.upper()}; say what the teacher learnt from: "
+                "mmengine: the teacher's data_preprocessor has to_rgb = False, so its channels "
+                "stay in the order in which they are loaded, but the student's are known to be "
+                f"{student.order.upper()}; specify the order that the teacher was trained with: "
                 "teacher.input = dict(order='bgr'), or 'rgb'"
             )
     return {**derived, **said}

@@ -1,4 +1,4 @@
-"""MMEngine's models: how they are built, and where they keep embedding, stages and classifier."""
+"""Builds MMEngine's models, and finds their embedding, stages and classifier."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -24,7 +24,7 @@ from kdhooks_integrations.mmengine.images import Seen, check_order, teachers_inp
 from kdhooks_integrations.mmengine.stages import stages_of
 
 _BACKBONES = ("backbone", "img_backbone")
-_EMBEDDING = ("neck", *_BACKBONES)  # the first of these puts it out
+_EMBEDDING = ("neck", *_BACKBONES)  # the first child of these names returns the embedding
 _CLASSIFIER = (
     "head.weight", "head.fc.weight", "head.norm_product.weight", "head.layers.head.weight",
 )  # fmt: skip
@@ -48,7 +48,7 @@ def built(config: object, what: str) -> Any:
 
 
 def network_of(path: Path) -> dict[str, Any]:
-    """The model's config in a config file, with what it needs of the rest of the file."""
+    """Return the model's config in a config file, with its data_preprocessor and scope."""
     try:
         config = Config.fromfile(path)
     except Exception as error:
@@ -70,14 +70,14 @@ def network_of(path: Path) -> dict[str, Any]:
 
 
 def _student_of(model: dict[str, Any], outer: Any = None) -> tuple[Any, Any]:
-    """The data_preprocessor beside a model, and the model: of kdhooks.Distill, the student."""
+    """Return the data_preprocessor and the model; for a kdhooks.Distill, those of its student."""
     if "student" not in model:
         return outer, model
     return model.get("data_preprocessor", outer), model["student"]
 
 
 class Conventions:
-    """The stages of a backbone, on its own or as the child of a model."""
+    """Finds the stages of a backbone, which may be the child of a model."""
 
     @hookimpl
     def model_stages(self, model: nn.Module) -> list[str] | None:
@@ -97,8 +97,8 @@ def with_embedding(recipe: Recipe, student: nn.Module) -> Recipe:
     path = _embedding_of(student)
     if path is None:
         raise KDHooksError(
-            f"mmengine: the student has no child {' or '.join(_EMBEDDING)} to take its embedding "
-            "from; name one as taps.student.embedding; its children are: "
+            f"mmengine: the student has no child {' or '.join(_EMBEDDING)} that would return its "
+            "embedding; name a module as taps.student.embedding; its children are: "
             f"{listed(name for name in children if name != 'data_preprocessor')}"
         )
     student_taps = replace(recipe.taps.student, embedding=path)
@@ -111,7 +111,7 @@ def _embedding_of(model: nn.Module) -> str | None:
 
 
 def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, str]:
-    """The student's rows (c d), and what to say of them to a method that compares logits."""
+    """Return the student's rows (c d), and the reason to refuse them for methods on logits."""
     known = dict(student.named_parameters())
     if path and path not in known:
         inside = [name for name in known if name.startswith(f"{path}.")]
@@ -131,9 +131,9 @@ def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, st
     doubt = ""
     if not path and isinstance(getattr(owner, "bias", None), Tensor):
         doubt = (
-            f"compares cosines to the rows '{name}', and the student's head adds a bias to these, "
-            "so that its own logits are not what is compared; take a head without a bias, or say "
-            f"classifier = '{name}' to compare the cosines all the same"
+            f"compares cosines to the rows '{name}', but the student's head adds a bias, so these "
+            "are not its own logits; use a head without a bias, or set "
+            f"classifier = '{name}' to compare the cosines anyway"
         )
     return ClassShard(rows, 0, len(rows)), doubt
 
@@ -143,15 +143,15 @@ def _check_rows(path: str, rows: Tensor, owner: nn.Module, what: str) -> None:
         raise KDHooksError(f"mmengine: {what} must be rows (c d); found shape {tuple(rows.shape)}")
     if getattr(owner, "k", 1) != 1:  # mmpretrain's NormProduct
         raise KDHooksError(
-            f"mmengine: {what} must have a row for each class; found {owner.k} sub-centres for "
-            "each; take a head with num_subcenters = 1, or a method that needs no rows"
+            f"mmengine: {what} must have one row for each class; found {owner.k} sub-centres for "
+            "each; use a head with num_subcenters = 1, or a method that needs no rows"
         )
 
 
 def with_teacher(recipe: Recipe, student: Seen) -> Recipe:
-    """Teachers of MMEngine's kind: built, given what they expect, their embeddings named.
+    """Build the recipe's teachers, and complete their input and embedding.
 
-    An embedding is looked for where the student's is; `embedding=''` is what the forward returns.
+    An embedding is looked for as in the student; `embedding=''` is the output of the forward.
     """
     if len(recipe.teachers) == 1:
         named = recipe.taps.teacher.embedding is not None
@@ -167,7 +167,7 @@ def _completed(teacher: TeacherTable, student: Seen, embedding_named: bool = Fal
     named = teacher.classifier
     if teacher.config is not None:
         teacher = replace(teacher, config=None, network=network_of(teacher.config))
-    # Beside state_dict, EMAHook keeps those weights that are not the ones to be used.
+    # EMAHook stores the weights to be used as state_dict, and the others beside it.
     teacher = with_module(teacher, _network, preferred="state_dict")
     model = teacher.module
     check_order(student, model, teacher.input.given())
@@ -190,14 +190,14 @@ def _network(config: object, _: object) -> nn.Module:
     network = built(config, "teacher.network")
     if not isinstance(network, nn.Module):
         raise KDHooksError(
-            "mmengine: teacher.network must be the config of a module; it builds a "
+            "mmengine: teacher.network must be the config of a module; found one that builds a "
             f"{type(network).__name__}"
         )
     return network
 
 
 def _rows_of(teacher: nn.Module, given: Path) -> Tensor | None:
-    """The parameter that teacher.classifier names; None if it names a file."""
+    """Return the parameter that teacher.classifier names; None if it names a file."""
     if given.is_file():
         return None
     known = dict(teacher.named_parameters())
@@ -215,13 +215,13 @@ def _rows_of(teacher: nn.Module, given: Path) -> Tensor | None:
 
 
 def initialised(config: Mapping[str, Any]) -> nn.Module:
-    """A teacher whose init_cfg, and those of its parts, give it its weights.
+    """Build a teacher whose weights come from its init_cfg, and from those of its parts.
 
-    Where one names a file, that holds all weights of the part.
+    A file that an init_cfg names must hold all weights of that part.
     """
     model: nn.Module = built(config, "teacher.module")
     if not isinstance(model, nn.Module):
-        return model  # a function
+        return model  # it is a function
     found = {name: getattr(part, "init_cfg", None) for name, part in model.named_modules()}
     files = {
         name: init
@@ -245,8 +245,8 @@ def _load(part: nn.Module, init: Mapping[str, Any], key: str) -> None:
     file = init.get("checkpoint")
     if not isinstance(file, str | Path) or not Path(file).expanduser().is_file():
         raise KDHooksError(
-            f"mmengine: teacher.module: {key} must name a file of this machine as its checkpoint; "
-            f"found {file!r}; fetch it before, where it is an address"
+            f"mmengine: teacher.module: {key} must name a local file as its checkpoint; found "
+            f"{file!r}; if it is a URL, download it first"
         )
     prefix = f"{init.get('prefix') or ''}.".lstrip(".")
     with readable():

@@ -1,4 +1,4 @@
-"""What the doors of MMEngine take: a recipe's keys, and where the student keeps what."""
+"""The options of `Distill` and `DistillHook`: a recipe's keys, and places in the student."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -21,33 +21,33 @@ _LIKE = (  # images, labels, indices, classifier
 
 @dataclass(frozen=True)
 class Options:
-    """The keys of both doors: those of a recipe, and where the student keeps what."""
+    """The recipe, and places in the student; images, labels and indices are forward arguments."""
 
     recipe: Recipe
-    images: str  # paths in the arguments of the student's forward
-    labels: str
-    indices: str  # places of the samples in the training set, for a table of embeddings
+    images: str  # path of the images
+    labels: str  # path of the labels
+    indices: str  # path of the samples' numbers in the training set, for a table of embeddings
     classifier: str  # path of the student's own rows (c d), for methods that compare logits
-    input: Mapping[str, Any]  # mean, std, order of the images that the student sees
+    input: Mapping[str, Any]  # mean, std and order of the student's images
 
     @classmethod
     def read(cls, recipe: str | Path | None, table: Mapping[str, Any], hint: str = "") -> "Options":
-        """recipe: a TOML file, in place of a recipe's keys in the table.
+        """recipe: a TOML file, instead of a recipe's keys in the table.
 
-        hint: what to say of a key that is like none of these.
+        hint: an explanation for unknown keys that are not similar to a known one.
         """
         own = {field.name: "" for field in fields(cls)[1:-1]}
         known = [field.name for field in fields(Recipe)]
         for key in table:
             if key not in (*known, *own, "input"):
                 every = ["recipe", *dict.fromkeys((*known, *own)), "input"]
-                # A whole student in the wrong place is no misspelt student_view.
+                # A student in the wrong place is not a misspelt student_view.
                 why = (hint if key == "student" else "") or near_miss(key, every) or hint
                 raise KDHooksError(
                     f"mmengine: there is no key '{key}'; {why}the keys are: {listed(every)}"
                 )
         given = {key: table[key] for key in known if key in table}
-        if isinstance(table.get("labels"), str):  # a path, and not the recipe's key
+        if isinstance(table.get("labels"), str):  # a path, not the recipe's key
             del given["labels"]
         elif isinstance(table.get("labels"), bool):
             table = {key: value for key, value in table.items() if key != "labels"}
@@ -59,13 +59,13 @@ class Options:
                 )
         if recipe is not None and given:
             raise KDHooksError(
-                f"mmengine: a recipe comes from a file or from keys; found '{recipe}' and "
-                f"{listed(given)}; write all of it in one place"
+                f"mmengine: a recipe must come either from a file or from keys; found '{recipe}' "
+                f"and {listed(given)}; write all of it in one place"
             )
         for method in _lazy(given.get("methods")):
             raise KDHooksError(
-                f"mmengine: a method goes by its name in a config; found the class {method}; write "
-                "the name, as kdhooks methods lists it, or dict(name=…) with its options"
+                f"mmengine: a config must name a method as a string; found the class {method}; "
+                "write the name that `kdhooks methods` lists, or dict(name=…) with its options"
             )
         checked = Recipe.read(recipe if recipe is not None else _with_teacher(given))
         transform = table.get("input", {})
@@ -82,14 +82,14 @@ class Options:
 
 
 def _lazy(methods: object) -> list[object]:
-    """What a config of the new style has imported, and not called by its dict(type=…)."""
+    """Return the classes that a config of the new style imports and uses as methods."""
     if not isinstance(methods, list | tuple):
         return []
     return [method for method in methods if isinstance(method, LazyObject | LazyAttr)]
 
 
 def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """teacher.module may be a model's config; its init_cfg then says where its weights are."""
+    """Build teacher.module if it is a model's config, whose init_cfg names its weights."""
     teacher = table.get("teacher")
     if isinstance(teacher, list | tuple):
         return {**table, "teacher": [_with_module(one) for one in teacher]}
@@ -99,7 +99,7 @@ def _with_teacher(table: Mapping[str, Any]) -> Mapping[str, Any]:
 def _with_module(teacher: object) -> object:
     if isinstance(teacher, Mapping) and "type" in teacher:
         raise KDHooksError(
-            f"mmengine: teacher is a table around the model's config; found type = "
+            f"mmengine: teacher must be a table that contains the model's config; found type = "
             f"{shown(teacher['type'])} in it; write teacher = dict(network=dict(type=…), "
             "checkpoint=…), or dict(module=dict(type=…)) if its init_cfg names its weights"
         )

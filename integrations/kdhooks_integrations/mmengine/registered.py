@@ -21,9 +21,10 @@ from kdhooks_integrations.mmengine.resume import complete
 from kdhooks_integrations.mmengine.student import Distillation, attach
 
 _MIXED = (
-    "a model's line over that of a base config needs _delete_=True, or the keys of both are mixed; "
+    "a model that replaces that of a base config needs _delete_=True, otherwise the keys of both "
+    "are merged; "
 )
-_ITS_OWN = "the hook distils into the runner's own model, as the config has it; "
+_ITS_OWN = "the hook uses the runner's model as the student; "
 
 
 def Distill(
@@ -32,12 +33,12 @@ def Distill(
     data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
     **table: Any,
 ) -> nn.Module:
-    """The student itself, built by its config, with the losses of the methods among its own.
+    """Build the student, and add the methods' losses to its own.
 
-    recipe: a TOML file; or its keys are given here: teacher, methods, taps, input_shape, seed, …
-    data_preprocessor: the student's, if its config has none; MMEngine's runners put that of the
-        config's top level here. A student that is built already has its own.
-    The other keys are those of `Options`.
+    recipe: a TOML file; alternatively, its keys are arguments: teacher, methods, taps, seed, …
+    data_preprocessor: the student's, if its config has none; MMEngine's runners pass that of the
+        config's top level. A student that is already built has its own.
+    The other arguments are those of `Options`.
     """
     options = Options.read(recipe, table, _MIXED)
     if isinstance(student, dict) and data_preprocessor is not None:
@@ -47,12 +48,12 @@ def Distill(
     return model
 
 
-MODELS.register_module(module=Distill)  # pyright: ignore[reportArgumentType]  # functions, too
+MODELS.register_module(module=Distill)  # pyright: ignore[reportArgumentType]  # accepts functions
 
 
 @HOOKS.register_module()
 class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
-    """The same, for a model that the runner has built, and wrapped, already."""
+    """Adds the methods' losses to a model that the runner has already built and wrapped."""
 
     priority = "VERY_HIGH"  # before EMAHook copies the model
 
@@ -75,13 +76,13 @@ class DistillHook(Hook):  # type: ignore[misc]  # mmengine has no types
         self._distillation = distillation
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        self.before_run(runner)  # FlexibleRunner loads first
+        self.before_run(runner)  # FlexibleRunner loads before it calls before_run
         complete(runner, checkpoint)
 
 
 @HOOKS.register_module()
 class ResumeHook(Hook):  # type: ignore[misc]  # mmengine has no types
-    """`allow_resume`, from a config; and a plain run's checkpoint is resumed distilled."""
+    """Calls `allow_resume`, and lets a distilled run resume from a plain run's checkpoint."""
 
     priority = "VERY_HIGH"  # before EMAHook reads the checkpoint
 
@@ -93,28 +94,29 @@ class ResumeHook(Hook):  # type: ignore[misc]  # mmengine has no types
 
 
 def _optimise(wrapper: OptimWrapper | OptimWrapperDict, parameters: list[nn.Parameter]) -> None:
-    """As if they had been the model's from the beginning: at the end of the one group."""
+    """Append them to the only group, where they would be if the model had had them before."""
     if isinstance(wrapper, OptimWrapperDict):
         _refuse("there is more than one optimizer")
     if isinstance(wrapper.optimizer, ZeroRedundancyOptimizer):
-        _refuse("ZeroRedundancyOptimizer has shared out its parameters already")
+        _refuse("ZeroRedundancyOptimizer has already distributed its parameters")
     groups = wrapper.optimizer.param_groups
     if len(groups) > 1:
-        _refuse(f"the optimizer has {len(groups)} groups, and none is known to be theirs")
+        _refuse(f"the optimizer has {len(groups)} groups, so it is unknown which one to use")
     groups[0]["params"].extend(parameters)
 
 
 def _refuse(why: str) -> None:
     raise KDHooksError(
-        f"mmengine: these methods train weights of their own, and {why}; use the door that comes "
-        "before the optimizer: model = dict(type='kdhooks.Distill', student=…, …)"
+        f"mmengine: these methods train weights of their own, and {why}; use kdhooks.Distill, "
+        "which adds them before the optimizer is built: model = dict(type='kdhooks.Distill', "
+        "student=…, …)"
     )
 
 
 def allow_resume() -> None:
     """Let torch 2.6 and newer read MMEngine's own checkpoints, for resume and load_from.
 
-    They hold the log's history beside the weights; its classes are safe from now on, in this
+    Besides the weights, these hold the log's history; its classes are registered as safe in this
     process.
     """
     torch.serialization.add_safe_globals(history())

@@ -1,7 +1,7 @@
-"""A plain run's checkpoint, as a distilled run resumes it.
+"""Lets a distilled run resume from a plain run's checkpoint.
 
-What the plain run trained keeps its optimizer's state; the methods' own weights begin without any,
-as far along the schedule as the others.
+The parameters of the plain run keep their optimizer state. The methods' own parameters start
+without one, but with the current scheduled values of the other groups.
 """
 
 import logging
@@ -23,7 +23,7 @@ State: TypeAlias = dict[str, Any]
 
 
 def complete(runner: Any, checkpoint: State) -> None:
-    """Give it what it lacks of the methods, where it is resumed; else leave it as it is."""
+    """Add the methods' state to a plain checkpoint that is resumed; leave others unchanged."""
     distillation = _distillation(runner)
     if runner._resume and "optimizer" in checkpoint:
         _check_methods(runner, distillation, checkpoint)
@@ -37,13 +37,17 @@ def complete(runner: Any, checkpoint: State) -> None:
         if key in checkpoint:
             checkpoint[key].update(distillation.state_dict(prefix=f"{prefix}{CHILD}."))
     log.warning(
-        "checkpoint written without kdhooks: the methods start from their first step, their "
-        "weights as drawn and without the optimizer's momentum; the student goes on with its own"
+        "checkpoint written without kdhooks: the methods start from their first step, with their "
+        "initial weights and without optimizer state; the student resumes with its own"
     )
 
 
 def _check_methods(runner: Any, distillation: Distillation | None, checkpoint: State) -> None:
-    """The optimizer's state goes by places; torch would take others' of the same shapes."""
+    """Refuse a checkpoint with other methods.
+
+    The optimizer's state is matched by position, so torch would accept another method's state of
+    the same shapes.
+    """
     found = [key for key in checkpoint["state_dict"] if key.startswith(f"{CHILD}.")]
     if not found:
         return
@@ -76,16 +80,15 @@ def _complete_optimizer(runner: Any, checkpoint: State, ours: set[int]) -> None:
     if several or isinstance(wrapper.optimizer, ZeroRedundancyOptimizer):
         found = type(wrapper if several else wrapper.optimizer).__name__
         raise KDHooksError(
-            "mmengine: this checkpoint was written without kdhooks, and the state of a "
-            f"{found} can't be given a place for the methods' own weights; load_from it without "
-            "resume"
+            "mmengine: this checkpoint was written without kdhooks, and the methods' own weights "
+            f"can't be added to the state of a {found}; use load_from without resume"
         )
     groups = wrapper.optimizer.param_groups
     theirs = [[p for p in group["params"] if id(p) not in ours] for group in groups]
     saved = checkpoint["optimizer"]
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group) for group in theirs if group]:
-        return  # another student's, of which torch will say so
+        return  # the state of another student, which torch will refuse
     checkpoint["optimizer"] = _widened(wrapper.optimizer.state_dict(), saved, groups, ours)
     added = [place for place, group in enumerate(theirs) if not group]
     for scheduler, state in zip(
@@ -95,7 +98,7 @@ def _complete_optimizer(runner: Any, checkpoint: State, ours: set[int]) -> None:
 
 
 def _widened(fresh: State, saved: State, groups: list[State], ours: set[int]) -> State:
-    """The saved state, numbered as this optimizer's parameters are."""
+    """Return the saved state, numbered like this optimizer's parameters."""
     remaining, merged, theirs = iter(saved["param_groups"]), [], []
     for live, numbered in zip(groups, fresh["param_groups"], strict=True):
         pairs = zip(numbered["params"], live["params"], strict=True)
@@ -110,7 +113,7 @@ def _widened(fresh: State, saved: State, groups: list[State], ours: set[int]) ->
 
 
 def _as_far_along(group: State, theirs: State) -> State:
-    """Our group, its learning rate and the like scaled as the schedules have scaled theirs."""
+    """Return our group, with its scheduled values scaled as the schedules have scaled `theirs`."""
     scaled = {}
     for initial in (key for key in group if key.startswith("initial_")):
         key = initial.removeprefix("initial_")
@@ -120,7 +123,7 @@ def _as_far_along(group: State, theirs: State) -> State:
 
 
 def _add_entries(state: State, fresh: Mapping[str, Any], added: list[int]) -> None:
-    """To a schedule's lists with an entry a group."""
+    """Insert entries for the added groups into a schedule's lists with one entry per group."""
     for key, values in state.items():
         own: object = fresh.get(key)
         if not (isinstance(values, list) and isinstance(own, list)):

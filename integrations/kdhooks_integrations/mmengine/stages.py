@@ -1,19 +1,19 @@
-"""Where the stages of a backbone end, by how it is built: its class is not asked."""
+"""Finds the ends of a backbone's stages from its structure, whatever its class."""
 
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 _NUMBERED = ("layer", "stage", "stage_")  # layer1, layer2, …
-_LISTED = ("stages", "layers", "blocks", "features")  # one child that holds them
-_MOST = 4  # of the deepest ones, where there are more
+_LISTED = ("stages", "layers", "blocks", "features")  # one child that holds all stages
+_MOST = 4  # if there are more stages, the deepest four are used
 
 
 def stages_of(backbone: nn.Module) -> list[str] | None:
-    """Paths, shallow to deep; None if nothing of it is known.
+    """Return the paths of the stages, shallow to deep; None if the structure is unknown.
 
-    A stage ends in front of what halves the map next, and the last one at the end. Where nothing
-    does, as in a vision transformer, the stages are the quarters of the depth.
+    A stage ends before the next module that halves the feature map, and the last stage at the end.
+    If no module does, as in a vision transformer, the stages are the quarters of the depth.
     """
     children = dict(backbone.named_children())
     if len(children) == 1:  # mmpretrain's TIMMBackbone
@@ -41,7 +41,11 @@ def _counted(children: Mapping[str, nn.Module], prefix: str) -> Iterator[tuple[s
 
 
 def _ends(parts: Mapping[str, nn.Module], named: bool) -> list[str]:
-    """parts: what runs one after the other; named: as stages, which they are unless too many."""
+    """Return the names of the last part of each stage.
+
+    parts: the modules that run one after the other.
+    named: whether their names say that they are stages; they are, unless there are too many.
+    """
     names = list(parts)
     if named and len(names) <= _MOST:
         return names
@@ -52,7 +56,11 @@ def _ends(parts: Mapping[str, nn.Module], named: bool) -> list[str]:
 
 
 def _end(path: str, stage: nn.Module) -> str:
-    """Its last block where it runs these by itself, since it may halve the map behind them."""
+    """Return the path of the stage's output.
+
+    If a stage has a list of blocks, this is the last block, since the stage may halve the map after
+    it.
+    """
     blocks = dict(stage.named_children()).get("blocks")
     if isinstance(blocks, nn.ModuleList) and len(blocks):
         return f"{path}.blocks.{len(blocks) - 1}"
@@ -60,7 +68,7 @@ def _end(path: str, stage: nn.Module) -> str:
 
 
 def _halves(module: nn.Module) -> bool:
-    """Whether it holds a convolution or a pooling with a stride."""
+    """Whether the module has a convolution or a pooling with a stride."""
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
     strides = [one.stride for one in module.modules() if isinstance(one, kinds)]
     return any(stride not in (1, (1, 1)) for stride in strides)

@@ -1,4 +1,4 @@
-"""A student of MMEngine's with the losses of kdhooks among its own."""
+"""Adds the terms to the losses that an MMEngine model returns."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -28,13 +28,13 @@ from kdhooks_integrations.mmengine.options import Options
 
 log = logging.getLogger("kdhooks")
 
-CHILD = "kdhooks"  # the student's child, so the prefix of its keys in checkpoints
-TERM = "loss_kd_"  # MMEngine adds up whatever has 'loss' in its name
-_PIXELS = 16.0  # images beyond that were never normalised
+CHILD = "kdhooks"  # the name of the student's child, and the prefix of its keys in checkpoints
+TERM = "loss_kd_"  # MMEngine sums all values whose names contain 'loss'
+_PIXELS = 16.0  # larger values in images mean that they are not normalised
 
 
 class Distillation(nn.Module):
-    """The student's child: a `Distiller`, and the way from a forward's arguments to its terms."""
+    """The student's child, which computes the terms from the arguments of the student's forward."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -75,47 +75,47 @@ class Distillation(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
         self.register_load_state_dict_pre_hook(self._complete)  # type: ignore[no-untyped-call]
         self.ran = False  # whether this process has distilled a step
-        self._others = ""  # what a checkpoint's methods were, where not these
+        self._others = ""  # the error to raise if the loaded checkpoint has other methods
 
     def _check_labels(self, student: nn.Module, doubt: str) -> None:
-        """That there will be class numbers, and scores, of the kind that methods need."""
+        """Refuse methods for which the student has no suitable labels or logits."""
         for tap in self.distiller.taps:
             if tap.needs_head and doubt:
                 raise KDHooksError(f"mmengine: {tap.name} {doubt}")
         mixing = mixing_augments(student)
         if self.distiller.labelled and mixing:
             raise KDHooksError(
-                f"mmengine: {listed(self.distiller.labelled)} need one class number an image, and "
-                f"the student's batch_augments ({listed(mixing)}) mix images of two classes; "
-                "leave these away (train_cfg.augments in mmpretrain), or take methods without "
+                f"mmengine: {listed(self.distiller.labelled)} need one class number for each "
+                f"image, but the student's batch_augments ({listed(mixing)}) mix images of two "
+                "classes; remove these (train_cfg.augments in mmpretrain), or use methods without "
                 "labels, such as fcd"
             )
 
     def _check_indices(self, student: nn.Module, path: str) -> None:
-        """path: their place, as the config names it."""
+        """path: the place of the samples' numbers, as the config names it."""
         if path and not self.distiller.by_index:
             raise KDHooksError(
                 f"mmengine: indices = '{path}' is the place of the samples' numbers for a table of "
-                "embeddings, and no teacher is one; leave it out, or name the file of a table as "
-                "teacher.embeddings"
+                "embeddings, but no teacher is a table; leave it out, or name the file of a table "
+                "as teacher.embeddings"
             )
         if self.distiller.by_index and (mixing := mixing_augments(student)):
             raise KDHooksError(
-                "mmengine: a table of embeddings knows each sample by itself, and the student's "
-                f"batch_augments ({listed(mixing)}) mix images of two; leave these away "
-                "(train_cfg.augments in mmpretrain), or give the network itself as teacher"
+                "mmengine: a table of embeddings has one row for each sample, but the student's "
+                f"batch_augments ({listed(mixing)}) mix images of two; remove these "
+                "(train_cfg.augments in mmpretrain), or use the network itself as the teacher"
             )
 
     def trained(self) -> list[nn.Parameter]:
-        """What is optimised besides the student."""
+        """Return the parameters that are trained besides the student's."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def apply(self, fn: Callable[[nn.Module], None]) -> "Distillation":
-        """Not for our weights: MMEngine applies the student's init_cfg, and so draws numbers."""
+        """Do nothing: MMEngine applies the student's init_cfg, which would redraw our weights."""
         return self
 
     def extended(self, losses: object, arguments: Arguments) -> dict[str, Any]:
-        """The model's losses, with loss_kd_* to train and kd/* to look at."""
+        """Return the model's losses, with loss_kd_* to be trained and kd/* for the log."""
         if not isinstance(losses, dict):
             raise KDHooksError(
                 "mmengine: the student's forward must return a dict of losses in mode 'loss'; "
@@ -145,13 +145,13 @@ class Distillation(nn.Module):
         for key in ours:
             if key in losses:
                 raise KDHooksError(
-                    f"mmengine: the student's losses have the key '{key}' already; it is one of "
-                    "kdhooks' own; rename it"
+                    f"mmengine: the student's losses already have the key '{key}', which kdhooks "
+                    "uses; rename it"
                 )
         return {**task, **ours}
 
     def _set_first_step(self) -> None:
-        """A runner that loads a checkpoint, and resumes none, is at 0."""
+        """Reset the step if a runner has loaded a checkpoint without resuming it."""
         iteration = MessageHub.get_current_instance().get_info("iter")  # None without a runner
         if iteration == 0:
             self.distiller.set_extra_state(torch.tensor(0))
@@ -159,7 +159,7 @@ class Distillation(nn.Module):
             raise KDHooksError(self._others)
 
     def _set_epoch(self) -> None:
-        """For schedules that count epochs; what a script has set stays."""
+        """Set the number of steps per epoch for schedules, unless a script has set it."""
         distiller = self.distiller
         if distiller.steps_per_epoch is not None:
             return
@@ -167,18 +167,18 @@ class Distillation(nn.Module):
         distiller.steps_per_epoch = None if loop is None else length(loop)
         if distiller.steps_per_epoch is None and distiller.in_epochs:
             why = (
-                "no loop of MMEngine's runs this step"
+                "no loop of MMEngine runs this step"
                 if loop is None
                 else "the train_dataloader has no length"
             )
             raise KDHooksError(
-                f"mmengine: {listed(distiller.in_epochs)}: a schedule counts epochs, and {why}; "
+                f"mmengine: {listed(distiller.in_epochs)}: a schedule counts epochs, but {why}; "
                 "give its start, stop and warmup in iters, without unit='epoch', or set "
                 "model.kdhooks.distiller.steps_per_epoch in a script"
             )
 
     def _as_recipe_says(self, images: Tensor) -> Tensor:
-        """RGB, (pixel - 127.5) / 127.5."""
+        """Convert the student's images to a recipe's: RGB, (pixel - 127.5) / 127.5."""
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
         if self.bgr:
@@ -186,7 +186,7 @@ class Distillation(nn.Module):
         return images
 
     def _as_student_sees(self, images: Tensor) -> Tensor:
-        """The inverse of `_as_recipe_says`."""
+        """Convert a recipe's images to the student's; the inverse of `_as_recipe_says`."""
         if self.bgr:
             images = images.flip(1)
         if self.scale is not None and self.shift is not None:
@@ -198,28 +198,28 @@ class Distillation(nn.Module):
     def _viewed(
         self, look: Look, images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """In mode 'loss' alone, and of images as a recipe has them."""
+        """Apply the view, which needs a recipe's images, in mode 'loss' only."""
         arguments = self.forward_of.named(args, kwargs)
         if arguments.get("mode") != "loss":
             return None
         if self.forward_of.images(arguments) is not images:
             raise KDHooksError(
-                "mmengine: student_view needs the images in front of all other tensors (b 3 h w) "
-                f"among the arguments of the student's forward; found {tuple(images.shape)} in "
-                "front of them; change the order of the arguments"
+                "mmengine: student_view needs the images before all other tensors (b 3 h w) among "
+                f"the arguments of the student's forward; found {tuple(images.shape)} before them; "
+                "change the order of the arguments"
             )
         if not self.ran:
-            self._set_first_step()  # the draws depend on it
+            self._set_first_step()  # the view's random draws depend on the step
         seen = look(self._as_recipe_says(images))
         return self._as_student_sees(seen).to(images.dtype)
 
     def _given(self, arguments: Arguments) -> Tensor:
-        """The trainer's images; with a view, the arguments hold the view."""
+        """Return the trainer's images; with a view, the arguments hold the changed images."""
         images = None if self.distiller.student_view is None else self.distiller.pending
         return self.forward_of.images(arguments) if images is None else images
 
     def _run(self, student: nn.Module, images: Tensor) -> None:
-        """Mode 'tensor', or 'predict' where there is no such mode."""
+        """Run the student in mode 'tensor', or in mode 'predict' if 'tensor' returns None."""
         try:
             if self.forward_of.call(student, images, "tensor") is None:
                 self.forward_of.call(student, images, "predict")
@@ -228,25 +228,24 @@ class Distillation(nn.Module):
         except Exception as error:
             raise KDHooksError(
                 f"mmengine: the student must run on images {tuple(images.shape)} alone, in mode "
-                f"'tensor'; it raises {in_one_line(error)}; set input_shape to that of "
-                "its images"
+                f"'tensor'; found {in_one_line(error)}; set input_shape to the shape of its images"
             ) from error
 
     def other_methods(self, state: Iterable[str], prefix: str = f"{CHILD}.") -> str:
-        """What to say of a checkpoint with these keys if its optimizer's state is not for these."""
+        """Return an error for a checkpoint with these keys if it has other methods, else ""."""
         trained = [f"{prefix}{name}" for name, p in self.named_parameters() if p.requires_grad]
         found = [key for key in state if key.startswith(prefix)]
         return "" if [key for key in found if key in trained] == trained else refusal(found)
 
     def _complete(self, _: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
-        """Let a run begin from a checkpoint that was written without kdhooks."""
+        """Complete a checkpoint that was written without kdhooks."""
         if any(key.startswith(prefix) for key in state):
             self._others = self.other_methods(state, prefix)
             return
         log.warning(
             "checkpoint written without kdhooks: the methods start from their first step%s",
-            "; to resume it, and not to load_from it, add custom_hooks = "
-            "[dict(type='kdhooks.ResumeHook')], or the optimizer finds no place for their weights"
+            "; to resume from it, and not only load_from it, add custom_hooks = "
+            "[dict(type='kdhooks.ResumeHook')]; otherwise its optimizer state lacks their weights"
             if self.trained()
             else "",
         )
@@ -256,12 +255,12 @@ class Distillation(nn.Module):
 def _loop() -> Any:
     find: Any = running_loop
     if torch.compiler.is_compiling():
-        find = torch.compiler.disable(find)  # it can't look at frames
+        find = torch.compiler.disable(find)  # compiled code cannot inspect frames
     return find()
 
 
 def _times(losses: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The losses that MMEngine adds up, times a factor; a loss is a tensor or a list of tensors."""
+    """Multiply the losses that MMEngine sums; each is a tensor or a list of tensors."""
     if factor == 1:
         return losses
     scaled = dict(losses)
@@ -278,32 +277,32 @@ def _check_range(images: Tensor) -> None:
     if max(-low, high) > _PIXELS:
         raise KDHooksError(
             f"mmengine: images must be normalised; found values up to {max(-low, high):.0f}; "
-            "normalise them in the data_preprocessor, or say what the student sees: "
-            "input = dict(mean=0, std=1)"
+            "normalise them in the data_preprocessor, or specify that the student's images are "
+            "pixels: input = dict(mean=0, std=1)"
         )
     if low >= 0 and high <= 1:
         log.warning(
-            "all images of the first batch lie in [0, 1]: the teacher takes them for "
-            "(pixel - 127.5) / 127.5; if they are pixel / 255, say input = dict(mean=0, std=255)"
+            "all images of the first batch are in [0, 1], and are treated as "
+            "(pixel - 127.5) / 127.5; if they are pixel / 255, set input = dict(mean=0, std=255)"
         )
 
 
 def refusal(found: Iterable[str]) -> str:
     weights = (key for key in found if not key.endswith("_extra_state"))
     return (
-        "mmengine: this checkpoint was written with other methods, or in another order, and the "
-        f"optimizer's state has no names to tell them by; it holds: {listed(weights)}; resume it "
-        "with the methods that it was written with, or load_from it without resume"
+        "mmengine: this checkpoint was written with other methods, or with methods in another "
+        "order, and the optimizer's state has no names that distinguish them; it holds: "
+        f"{listed(weights)}; resume with the checkpoint's methods, or use load_from without resume"
     )
 
 
 def _unsummed(name: str) -> str:
-    """A name that MMEngine adds up no term by."""
+    """Return a name without 'loss', so MMEngine does not add the value to the loss."""
     return f"kd/{name.replace('loss', 'term')}"
 
 
 class _AddTerms(IdleCopy):
-    """The hook on the student; a copy of the student, as EMAHook makes one, is left alone."""
+    """The forward hook of the student; it does nothing in a copy, such as EMAHook's."""
 
     def __init__(self, distillation: Distillation) -> None:
         self._distillation = distillation
@@ -320,21 +319,22 @@ class _AddTerms(IdleCopy):
         try:
             return self._distillation.extended(losses, arguments)
         except BaseException:
-            self._distillation.distiller.discard()  # or the next try would find this forward's
+            # Otherwise the next try would find the outputs of this forward.
+            self._distillation.distiller.discard()
             raise
 
 
 def attach(student: nn.Module, options: Options) -> Distillation:
-    """Distil into this very model, before it is wrapped or optimised."""
+    """Add distillation to this model, before it is wrapped or its optimizer is built."""
     if not isinstance(student, BaseModel):
         raise KDHooksError(
-            "mmengine: the student must be a BaseModel, which makes its own losses; found "
+            "mmengine: the student must be a BaseModel, which computes its own losses; found "
             f"{type(student).__name__}"
         )
     if hasattr(student, CHILD):
         raise KDHooksError(
-            "mmengine: this model is distilled already; keep kdhooks.Distill "
-            "around it, or one kdhooks.DistillHook, and leave the other away"
+            "mmengine: this model is distilled already; keep kdhooks.Distill around it or one "
+            "kdhooks.DistillHook, and remove the other"
         )
     distillation = Distillation(student, options)
     student.add_module(CHILD, distillation)

@@ -1,1 +1,1 @@
-"""The commands around arcface_torch: `kdhooks run`, `doctor`, `taps`, `cache` and `export`."""
+"""The commands around arcface_torch: run, doctor, taps, cache, export and evaluate."""

@@ -1,25 +1,25 @@
-"""Compares the gradients of a step's losses under the trainer's clipping, with conclusions."""
+"""Compares the gradients of a step's losses, considering the trainer's clipping."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 CLIP = 5.0
-"""The trainer clips the gradient of the backbone to this length before each optimizer step."""
+"""The trainer clips the gradient of the backbone to this norm before each optimizer step."""
 DWARFS = 10.0
 """If a term's gradient is this many times the task's, it leaves the task 9 % of the step."""
 NEGLIGIBLE = 1e-3
-"""If a term's gradient is a smaller multiple of the task's, it changes next to nothing."""
+"""If a term's gradient is a smaller multiple of the task's, it changes almost nothing."""
 
 
 @dataclass(frozen=True)
 class Pull:
-    """A loss times its weight, and the length of its gradient at the backbone's parameters."""
+    """A loss times its weight, and the norm of its gradient at the backbone's parameters."""
 
     loss: float
     gradient: float
     weight: float
-    by_schedule: bool = False  # the weight is then the schedule's highest
+    by_schedule: bool = False  # if true, weight is the highest value of a schedule
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Balance:
 
     task: Pull
     terms: Mapping[str, Pull]
-    whole: float  # length of the sum of all gradients
+    whole: float  # norm of the sum of all gradients
     accumulation: int = 1  # batches that the trainer sums before it clips
 
     @property
@@ -37,16 +37,16 @@ class Balance:
 
     @property
     def task_share(self) -> float:
-        """Of the task, in the lengths of all gradients."""
+        """The norm of the task's gradient, as a share of the sum of all norms."""
         every = self.task.gradient + sum(term.gradient for term in self.terms.values())
         return self.task.gradient / every if every else 1.0
 
     def ratio(self, name: str) -> float | None:
-        """The length of a term's gradient, as a multiple of the task's; None if there is none."""
+        """Return the norm of a term's gradient divided by the task's; None if the task has none."""
         return self.terms[name].gradient / self.task.gradient if self.task.gradient else None
 
     def balancing_weight(self, name: str) -> float | None:
-        """The weight that makes a term's gradient as long as the task's."""
+        """Return the weight that would make a term's gradient as long as the task's."""
         term = self.terms[name]
         return term.weight * self.task.gradient / term.gradient if term.gradient else None
 
@@ -58,7 +58,7 @@ class Balance:
         return f"{found}, all together {self.whole:.3g}; the trainer {batches}{rule}"
 
     def conclusions(self) -> list[str]:
-        """A sentence on each term that is out of proportion, with the weight that balances it."""
+        """Return a sentence on each disproportionate term, with the weight that balances it."""
         dwarfing = [name for name in self.terms if (self.ratio(name) or 0) >= DWARFS]
         negligible = [
             name
@@ -79,7 +79,7 @@ class Balance:
             )
         said += [
             f"{name}: its gradient is 1/{1 / (self.ratio(name) or 1):,.0f} of the task's "
-            f"({self._lengths(name)}), so that it changes next to nothing; {self._way_out(name)}"
+            f"({self._lengths(name)}), so it changes almost nothing; {self._way_out(name)}"
             for name in negligible
         ]
         return said

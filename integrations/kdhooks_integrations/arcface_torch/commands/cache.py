@@ -5,11 +5,12 @@
     kdhooks cache verify cache
     kdhooks cache verify cache --recipe kd.toml --data ms1m-retinaface-t1 --sample 1000
 
-build embeds each picture and its mirror image into the recipe's teacher.cache; started again, it
-continues where it was stopped. A training fills the cache by itself, so that build only saves time
-in the first epoch. verify compares each record with its checksum and, with a recipe and data, some
-records with the teacher's present embeddings. The exit status is 1 if the disk or max_gb ended a
-build, or if a record is damaged or was lost, and 2 if the command itself is wrong.
+build embeds each picture and its mirror image, and writes the embeddings to the recipe's
+teacher.cache. If it is interrupted and started again, it continues from there. A training also
+fills the cache, so build only saves time in the first epoch. verify compares each record with its
+checksum and, with a recipe and data, some records with embeddings that the teacher computes now.
+The exit status is 1 if a full disk or max_gb ended a build, or if a record is damaged or lost, and
+2 if the command itself is wrong.
 """
 
 import argparse
@@ -44,7 +45,6 @@ from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _SAMPLE = 100  # pictures
-"""Names in the header that say which teacher filled the cache."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,8 +57,8 @@ def build(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if all(teacher.cache is None for teacher in recipe.teachers):
         raise KDHooksError(
-            f"cache build: the recipe must name a folder; '{options.recipe}' has no teacher.cache; "
-            'add cache = "cache" below [teacher]'
+            f"cache build: the recipe must name a cache folder; '{options.recipe}' has no "
+            'teacher.cache; add cache = "cache" below [teacher]'
         )
     teachers = build_teachers(recipe, teacher_factories(None, recipe))
     pictures = Pictures(options.data)
@@ -68,7 +68,7 @@ def build(options: argparse.Namespace) -> int:
         caches: list[tuple[TeacherSession, TeacherCache]] = []
         for number, teacher in enumerate(teachers):
             if teacher.cache is None:
-                print(f"teacher {number} has no cache, and is left out", file=sys.stderr)
+                print(f"teacher {number} has no cache and is skipped", file=sys.stderr)
                 continue
             session = opened.enter_context(TeacherSession(teacher, like=like))
             assert session.cache is not None
@@ -86,12 +86,12 @@ def build(options: argparse.Namespace) -> int:
                 if not any(cache.writing for _, cache in caches):
                     break
         finally:
-            if done:  # an error begins its own line
+            if done:  # an error message must start on a new line
                 print(file=sys.stderr)
     for _, cache in caches:
         print(
             f"{cache.folder}: {cache.asked} views of {done} pictures, of which {cache.hits} were "
-            "there"
+            "already in the cache"
         )
     return 0 if all(cache.writing for _, cache in caches) else 1
 
@@ -124,10 +124,12 @@ def info(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     if bool(options.recipe) != bool(options.data):
-        raise KDHooksError("cache verify: --recipe and --data go together; found one of them")
+        raise KDHooksError(
+            "cache verify: --recipe and --data must be given together; found only one of them"
+        )
     if options.sample is not None and not options.recipe:
         raise KDHooksError(
-            "cache verify: --sample counts pictures to compare with the teacher, and needs "
+            "cache verify: --sample, the number of pictures to compare with the teacher, needs "
             "--recipe and --data; found neither"
         )
     _, parts, keys = _opened(options.folder)
@@ -138,7 +140,7 @@ def verify(options: argparse.Namespace) -> int:
         print(text)
     lost = any(is_lost for _, is_lost in incomplete)
     if damaged or lost:
-        print("a training embeds the views of damaged and lost records again, and keeps them")
+        print("a training embeds the views of damaged and lost records again, and stores them")
     if options.recipe:
         _compare(options)
     return 1 if damaged or lost else 0
@@ -153,7 +155,7 @@ def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    """Raises if the teacher's present embeddings are others."""
+    """Raise if the teacher now computes other embeddings than the cache holds."""
     recipe = _recipe(options)
     teacher = _teacher_of(recipe, options.folder)
     pictures = Pictures(options.data)
@@ -179,11 +181,12 @@ def _compare(options: argparse.Namespace) -> None:
             kept = torch.from_numpy(rows)[here].to(embedding)
             check_same(cache.folder, kept, embedding[here], "the rows of these pictures")
         hits += len(here)
-    print(f"{hits} of {sum(map(len, batches))} pictures are there, as the teacher embeds them")
+    asked = sum(map(len, batches))
+    print(f"{hits} of {asked} pictures are in the cache, with the teacher's present embeddings")
 
 
 def _teacher_of(recipe: Recipe, folder: Path) -> Teacher:
-    """The recipe's teacher, with this cache; of several, the one whose cache it is."""
+    """Return the recipe's teacher with this cache; of several, the one that names this folder."""
     chosen = list(range(len(recipe.teachers)))
     if len(chosen) > 1:
         chosen = [n for n in chosen if _has_cache(recipe.teachers[n], folder)]
@@ -209,7 +212,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _opened(folder: Path) -> tuple[dict[str, Any], Parts, list[Keys]]:
-    """The header of a cache, its parts, and the keys of each part."""
+    """Return the header of a cache, its parts, and the keys of each part."""
     header = read_header(folder)
     parts = Parts(folder, header["dim"])
     return header, parts, [keys for _, _, keys in parts.read_on()]
@@ -221,10 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     build_text = "embed all pictures and their mirror images into the recipe's cache"
     filling = commands.add_parser("build", help=build_text, description=_sentence(build_text))
     _add_teacher(filling, required=True)
-    info_text = "say how many views a cache holds, how large it is, and of which teacher"
+    info_text = "print the number of views in a cache, its size, and the identity of its teacher"
     describing = commands.add_parser("info", help=info_text, description=_sentence(info_text))
     add_json(describing)
-    verify_text = "compare records with their checksums, and some with the teacher"
+    verify_text = "compare records with their checksums, and some with the teacher's embeddings"
     checking = commands.add_parser("verify", help=verify_text, description=_sentence(verify_text))
     _add_teacher(checking, required=False)
     checking.add_argument(

@@ -1,4 +1,4 @@
-"""The faces on which `kdhooks export` calibrates and checks smaller forms of a network."""
+"""Selects the faces with which `kdhooks export` calibrates and checks int8 and float16 files."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from kdhooks.picture_files import SUFFIXES, PictureFiles
 from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_batches
 
 CALIBRATING = 256
-"""The number of faces that calibrate, if nothing else is said and there are as many."""
+"""The default number of faces for calibration, if there are as many."""
 
 CHECKED = 256
-"""The number of faces that are checked without pairs, if there are as many."""
+"""The number of faces for the check if there are no pairs, and if there are as many faces."""
 
 _SHAPE = (3, 112, 112)
 _BATCH = 32
@@ -27,7 +27,7 @@ class Faces:
     """Pictures of one folder or zip."""
 
     files: PictureFiles
-    names: tuple[str, ...]  # of the pictures
+    names: tuple[str, ...]  # names of the pictures
     subject: str  # the option that named the folder
 
     def only(self, names: tuple[str, ...]) -> "Faces":
@@ -40,7 +40,7 @@ class Faces:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The faces that calibrate, if any do, and others, on which all files are checked."""
+    """The faces for calibration, if any, and different faces on which all files are checked."""
 
     calibrating: Faces | None
     checked: Faces
@@ -48,15 +48,15 @@ class Chosen:
 
 
 def choose_faces(options: argparse.Namespace) -> Chosen:
-    """Read the pairs and the headers of the pictures.
+    """Select faces, after reading the pairs and the headers of the pictures.
 
-    options: of `kdhooks export`, which ask for a smaller form, and name faces.
+    options: those of `kdhooks export`, with --int8 or --float16 and a source of faces.
     """
     calibrating = _opened(options.calibrate, "--calibrate") if options.int8 else None
     checked, shared = calibrating, True
     if options.data is not None and not _same(options.calibrate, options.data):
         checked, shared = _opened(options.data, "--data"), calibrating is None
-    assert checked is not None, "the options name one of them"
+    assert checked is not None, "check_precision requires --calibrate or --data"
     most, pairs = options.calibration_images or CALIBRATING, None
     if options.pairs is not None:
         pairs = read_paired_pictures(checked.files, options.pairs, checked.subject)
@@ -81,7 +81,7 @@ def _opened(source: Path, subject: str) -> Faces:
     files = PictureFiles(source, subject, turn=False)
     if len(files.names) < 2:
         raise KDHooksError(
-            f"{subject} must hold two pictures at least ({' '.join(SUFFIXES)}); found "
+            f"{subject} must hold at least two pictures ({' '.join(SUFFIXES)}); found "
             f"{len(files.names)} in '{source}'"
         )
     return Faces(files, tuple(files.names), subject)
@@ -92,19 +92,19 @@ def _same(one: Path | None, other: Path) -> bool:
 
 
 def _spread(names: Sequence[str], most: int) -> tuple[str, ...]:
-    """At most so many of them, from the first to the last."""
+    """Select at most this many names, evenly spread from the first to the last."""
     count = min(most, len(names))
     return tuple(names[index * len(names) // count] for index in range(count))
 
 
 def _strangers(faces: Faces, tested: Sequence[str]) -> Faces:
-    """The faces of people of whom no face is tested."""
+    """Select the faces of people who are not tested."""
     known = {name.rpartition("/")[0] for name in tested}
     names = tuple(name for name in faces.names if name.rpartition("/")[0] not in known)
     if not names:
         raise KDHooksError(
-            "export: the faces that calibrate must be of people in none of the pairs; found all "
-            f"people of '{faces.files.source}' in them; calibrate on other faces, and name these "
-            "by --data"
+            "export: the faces for calibration must show people who are in no pair; found all "
+            f"people of '{faces.files.source}' in the pairs; pass other faces to --calibrate, and "
+            "the faces of the pairs to --data"
         )
     return faces.only(names)

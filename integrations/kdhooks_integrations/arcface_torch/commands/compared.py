@@ -1,4 +1,7 @@
-"""Verification figures of each model, and of each two of them across: an image by either."""
+"""Computes verification figures of each model, and of each two models across.
+
+Across means that one model embeds the first image of each pair, and the other model the second.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,18 +29,18 @@ from kdhooks_integrations.arcface_torch.commands.models import Model
 
 @dataclass(frozen=True)
 class Result:
-    """Of one set: the first image of each pair by one model, the second one by another or it."""
+    """The figures of one set for the models of the first and of the second image of each pair."""
 
     first: str
     second: str
     figures: Verification
     curve: ROC
-    length: float | None = None  # the mean over all images, of one model alone
+    length: float | None = None  # the trainer's XNorm, if both images have the same model
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Two models that can't be compared, and why."""
+    """Two models that cannot be compared, and the reason."""
 
     first: str
     second: str
@@ -47,7 +50,7 @@ class Refused:
 @dataclass(frozen=True)
 class Compared:
     tested: PairSet
-    results: list[Result]  # each model by itself, in their order, and then the crosses
+    results: list[Result]  # first each model by itself, in their order, then the crosses
     refused: list[Refused]
 
 
@@ -88,15 +91,15 @@ def compare(
             results.append(result(first, second))
         else:
             reason = (
-                f"their embeddings have {widths[0]} and {widths[1]} numbers, and are compared only "
-                "in one space"
+                f"their embeddings have {widths[0]} and {widths[1]} numbers, and only embeddings "
+                "of the same length can be compared"
             )
             refused.append(Refused(first, second, reason))
     return Compared(tested, results, refused)
 
 
 def _unit(name: str, embedded: Embedded) -> Floats:
-    """(m d): the sum of each image and its mirror image, or the image alone."""
+    """(m d): unit embeddings of the images, summed with those of their mirror images, if any."""
     upright = np.concatenate(embedded.upright)
     try:
         if embedded.flipped:

@@ -1,7 +1,7 @@
-"""Repairs of what keeps arcface_torch, last changed in 2023, from running on current packages.
+"""Repairs incompatibilities of arcface_torch, last changed in 2023, with current packages.
 
-Each is a function of the script's source. It changes something only where that is needed, and then
-says in a sentence what it did.
+Each repair is a function of the script's source. It makes a change only if that is needed, and then
+returns a sentence that describes it.
 """
 
 import inspect
@@ -22,7 +22,7 @@ _ALIASES: dict[str, type] = {"float": float, "int": int, "bool": bool, "object":
 
 
 def repair(source: str) -> list[str]:
-    """What was repaired, each logged; once for the process, and for good."""
+    """Apply all repairs for the rest of the process, log each, and return their descriptions."""
     said = [sentence for step in REPAIRS if (sentence := step(source))]
     for sentence in said:
         log.warning("compat: %s", sentence)
@@ -30,7 +30,7 @@ def repair(source: str) -> list[str]:
 
 
 def scheduler_verbose(source: str) -> str | None:
-    """`PolynomialLRWarmup` hands verbose= to its base, which no longer takes it."""
+    """`PolynomialLRWarmup` passes verbose= to its base class, which no longer accepts it."""
     base = torch.optim.lr_scheduler.LRScheduler
     plain = base.__init__
     if "verbose" in inspect.signature(plain).parameters:
@@ -40,18 +40,18 @@ def scheduler_verbose(source: str) -> str | None:
         plain(self, *args, **kwargs)
 
     base.__init__ = with_verbose  # type: ignore[method-assign]
-    return "torch's learning rate schedules take the argument verbose again, and ignore it"
+    return "torch's LR schedules accept the argument verbose again, and ignore it"
 
 
 def repeated_abscissae(source: str) -> str | None:
     """Verification interpolates FAR curves, which have steps; scipy's spline refuses these.
 
-    Between two different abscissae 'linear' and 'slinear' are the same line.
+    Between two different abscissae, 'linear' and 'slinear' give the same line.
     """
     try:
         interpolate = import_module("scipy.interpolate")
     except ImportError:
-        return None  # the trainer says so itself
+        return None  # the trainer itself reports that scipy is missing
     plain: Any = interpolate.interp1d
     try:
         plain([0.0, 0.0, 1.0], [0.0, 1.0, 2.0], kind="slinear")
@@ -60,32 +60,32 @@ def repeated_abscissae(source: str) -> str | None:
     else:
         return None
 
-    class interp1d(plain):  # type: ignore[misc]  # scipy's, known when this runs
+    class interp1d(plain):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self, x: Any, y: Any, kind: Any = "linear", *args: Any, **kwargs: Any) -> None:
             super().__init__(x, y, "linear" if kind == "slinear" else kind, *args, **kwargs)
 
     interpolate.interp1d = interp1d  # type: ignore[attr-defined]
-    return "scipy.interpolate.interp1d(kind='slinear') takes repeated abscissae again"
+    return "scipy.interpolate.interp1d(kind='slinear') accepts repeated abscissae again"
 
 
 def numpy_aliases(source: str) -> str | None:
-    """torch2onnx.py says np.float, which numpy 1.24 dropped."""
+    """torch2onnx.py uses np.float, which numpy 1.24 removed."""
     used = set(re.findall(r"\bnp\.(float|int|bool|object)\b", source))
     gone = sorted(name for name in used if name not in vars(np))
     for name in gone:
         setattr(np, name, _ALIASES[name])
     if not gone:
         return None
-    return f"numpy has the names that the script uses again: {', '.join(gone)}"
+    return f"numpy again has the names that the script uses: {', '.join(gone)}"
 
 
 def mxnet(source: str) -> str | None:
-    """Its last release, 1.9.1 of 2022, fails to import with numpy 1.24 and later."""
+    """mxnet's last release, 1.9.1 of 2022, fails to import with numpy 1.24 and later."""
     try:
         import_module("mxnet")
-    except Exception:  # ImportError where it is missing, AttributeError where numpy is too new
+    except Exception:  # ImportError if it is missing, AttributeError if numpy is too new
         stand_in_for_mxnet()
-        return "mxnet can't be imported; kdhooks reads train.rec and *.bin in its place"
+        return "mxnet can't be imported; kdhooks reads train.rec and *.bin instead"
     return None
 
 

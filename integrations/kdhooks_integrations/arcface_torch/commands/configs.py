@@ -1,4 +1,4 @@
-"""Reads a config file of arcface_torch as its trainer does, without installing anything."""
+"""Reads a config file of arcface_torch as its trainer does, without installing kdhooks."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,46 +14,46 @@ from kdhooks_integrations.arcface_torch import installation
 
 
 def read_config(config: str, trainer: Path) -> tuple[dict[str, Any], list[str]]:
-    """All values of a config, and the recipes that it would install.
+    """Return all values of a config, and the recipes that it would install.
 
-    config: as train_v2.py takes it, configs/NAME or configs/NAME.py, in the folder `trainer`, whose
-    modules must be importable.
+    config: in the form that train_v2.py accepts, configs/NAME or configs/NAME.py, in the folder
+        `trainer`, whose modules must be importable.
     """
     name = _name(config, trainer)
     with _not_installing() as recipes:
         try:
             found = _merged(name)
             values = dict(found) if isinstance(found, Mapping) else dict(vars(found))
-        except (Exception, SystemExit) as error:  # of the code in the file
+        except (Exception, SystemExit) as error:  # of any kind, since the file contains code
             raise KDHooksError(
-                f"--config: '{config}' must be read as train_v2.py reads it; found "
+                f"--config: '{config}' must be a config that train_v2.py can read; found "
                 f"{type(error).__name__}: {error}; {_way_out(error)}"
             ) from error
     return values, recipes
 
 
 def _name(config: str, trainer: Path) -> str:
-    """The config's name in the trainer's folder configs, the only place that the trainer reads."""
+    """Return the config's name in the trainer's folder configs, the only one that it reads."""
     folder = (trainer / "configs").resolve()
     given = Path(config)
     if folder not in ((trainer / given).parent.resolve(), given.parent.resolve()):
         raise KDHooksError(
-            f"--config must be a file of the trainer's folder configs, where train_v2.py reads "
-            f"them; found '{config}', which is not in '{folder}'; put it there, or give --trainer "
-            "FOLDER"
+            f"--config must be a file in the trainer's folder configs, the only one that "
+            f"train_v2.py reads; found '{config}', which is not in '{folder}'; move it there, or "
+            "specify --trainer FOLDER"
         )
-    name = os.path.splitext(given.name)[0]  # as the trainer takes it apart
+    name = os.path.splitext(given.name)[0]  # as the trainer splits it
     if not (folder / f"{name}.py").is_file():
         others = [path.stem for path in sorted(folder.glob("*.py"))]
         raise KDHooksError(
             f"--config: there is no file '{folder / name}.py'; {near_miss(name, others)}name one "
-            f"of the {len(others)} files there"
+            f"of the {len(others)} files in that folder"
         )
     return name
 
 
 def _merged(name: str) -> Any:
-    """What the trainer's own get_config returns; in a folder without it, the same by hand."""
+    """Return the result of the trainer's get_config; if it has none, merge the same values here."""
     try:
         get_config: Callable[[str], Any] = import_module("utils.utils_config").get_config
     except ModuleNotFoundError as error:
@@ -72,7 +72,7 @@ def _merged(name: str) -> Any:
 
 @contextmanager
 def _not_installing() -> Iterator[list[str]]:
-    """A config may hold the line that installs kdhooks; here it only names its recipe."""
+    """Replace `install`, which a config may call, by a function that only records the recipe."""
     recipes: list[str] = []
 
     def install(recipe: object, namespace: object = None) -> SimpleNamespace:
@@ -93,4 +93,4 @@ def _not_installing() -> Iterator[list[str]]:
 def _way_out(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"install the package {error.name}"
-    return "correct the file, or leave --config out and give --network"
+    return "correct the file, or specify --network instead of --config"

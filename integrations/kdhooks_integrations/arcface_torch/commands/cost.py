@@ -1,4 +1,4 @@
-"""What a step of a trial costs, in seconds and bytes."""
+"""Measures the time and the memory of a trial's step."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,12 +14,12 @@ _RUNS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    seconds: float  # a step, the least of two
-    bytes: int  # at the step's peak, without weights and optimizer
+    seconds: float  # of the faster one of two steps
+    bytes: int  # peak memory of a step, without weights and optimizer state
 
 
 def measure(trial: Trial) -> Cost:
-    """On CUDA the allocator tells the bytes; on a CPU the tensors kept for backward are counted."""
+    """Measure a step; on a CPU, bytes are those of the tensors that are kept for backward."""
     cuda = trial.images.device.type == "cuda"
     weights = [*trial.backbone.parameters(), *trial.head.parameters()]
     trial.forget()
@@ -44,7 +44,7 @@ def _cuda_peak(step: Callable[[], object]) -> int:
 
 
 def kept_for_backward(step: Callable[[], object], weights: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd holds on to, weights and views of them aside."""
+    """Return the bytes of all storages that autograd keeps, except those of the weights."""
     known = {weight.untyped_storage().data_ptr() for weight in weights}
     sizes: dict[int, int] = {}
 
@@ -60,6 +60,9 @@ def kept_for_backward(step: Callable[[], object], weights: Iterable[Tensor]) -> 
 
 
 def held(modules: Iterable[nn.Module], copies: int) -> int:
-    """Bytes of weights; 3 copies with gradient and momentum, 4 with the two moments of AdamW."""
+    """Return the bytes of weights, gradients and optimizer state.
+
+    copies: 3 for a weight, its gradient and its momentum; 4 with the two moments of AdamW.
+    """
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes * (copies if t.requires_grad else 1) for t in tensors.values())

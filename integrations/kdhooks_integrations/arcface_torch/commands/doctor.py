@@ -1,16 +1,16 @@
-"""`kdhooks doctor` tries one step of a recipe, before the long training starts.
+"""`kdhooks doctor` checks a recipe with one step, before the long training starts.
 
     kdhooks doctor --recipe kd.toml --config configs/ms1mv3_r50
     kdhooks doctor --recipe kd.toml --config configs/ms1mv3_r50 --batch-size 16 \\
         --trainer insightface/recognition/arcface_torch --data ms1m-retinaface-t1
     kdhooks doctor --recipe kd.toml --network mbf --num-classes 93431
 
-It creates the student, the head and the step of the training that the config describes, and
-distils one batch. An option wins over the config; the report says where each value is from.
+It creates the student, the head and the training step that the config describes, and distils one
+batch. Options override the config; the report states the source of each value.
 
-Each check has one line: ok; WARN with a conclusion; FAULT with the way out; or -- with the reason
-why it could not be made. The exit status is 0 if there was no fault, 1 if there was one, and 2 if
-the command itself is wrong.
+Each check prints one line: ok; WARN with a conclusion; FAULT with the way to correct it; or -- with
+the reason why the check was not possible. The exit status is 0 if there was no fault, 1 if there
+was one, and 2 if the command itself is wrong.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from kdhooks_integrations.arcface_torch.commands.settings import settle
 
 _MARKS = {"ok": "ok", "warning": "WARN", "fault": "FAULT", "unchecked": "--"}
 _OPTIONS = ("network", "embedding_size", "num_classes", "batch_size", "fp16")
-"""Values of a config that an option replaces."""
+"""The values of a config that can be overridden by an option."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def _examination(options: argparse.Namespace) -> Examination:
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
-    """One finding a check; after a fault, the other checks are not made."""
+    """Yield one finding for each check; after a fault, the remaining checks are skipped."""
     fault = False
     for name, check in examination.checks():
         if fault:
-            yield Finding(name, "unchecked", "not checked: the fault above comes first")
+            yield Finding(name, "unchecked", "not checked: correct the fault above first")
             continue
         try:
             status, text = "ok", check()
@@ -108,7 +108,7 @@ def examine(examination: Examination) -> Iterator[Finding]:
             status, text = "warning", str(reason)
         except KDHooksError as error:
             status, text = "fault", str(error)
-        except Exception as error:  # of a network, a method or a package: a fault all the same
+        except Exception as error:  # raised by a network, a method or a package
             status, text = "fault", _described(error)
         fault = status == "fault"
         yield Finding(name, status, " ".join(text.split()))
@@ -134,15 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--config",
         metavar="FILE",
-        help="config that train_v2.py is started with, like configs/ms1mv3_r50 (default: none; the "
-        "values of the trainer's configs/base.py are then assumed)",
+        help="config for train_v2.py, such as configs/ms1mv3_r50 (default: none; the values of the "
+        "trainer's configs/base.py are then assumed)",
     )
     add_network(parser, "--network", ("default: the config's", "the config's, else 512"))
     add(
         "--batch-size",
         type=at_least(2),
         metavar="N",
-        help="images in a batch of one device (default: the config's, else 8)",
+        help="per-device batch size (default: the config's, else 8)",
     )
     add(
         "--num-classes",
@@ -154,22 +154,22 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--fp16",
         action=argparse.BooleanOptionalAction,
-        help="whether the student runs in float16, as with config.fp16 (default: the config's, "
-        "else not)",
+        help="run the student in float16, as with config.fp16, or not (default: the config's, else "
+        "not)",
     )
     add(
         "--data",
         metavar="FOLDER",
-        help="folder that the trainer trains on, config.rec, which the order of the classes is "
-        "checked with (default: made-up faces)",
+        help="training data, the folder config.rec; it is needed to check the order of the classes "
+        "(default: random images)",
     )
     add(
         "--picture",
         type=path,
         default="student_view.png",
         metavar="FILE",
-        help="PNG file that shows what teacher and student see, if the recipe has a student_view "
-        "(default: student_view.png in the working directory)",
+        help="PNG file to write with the images of teacher and student, if the recipe has a "
+        "student_view (default: student_view.png in the working directory)",
     )
     add_trainer(parser)
     add_device(parser)

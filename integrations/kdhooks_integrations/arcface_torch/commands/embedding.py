@@ -1,4 +1,4 @@
-"""Embeds the images of a test set, and their mirror images, by several models at a time."""
+"""Embeds the images of a test set, and their mirror images, with several models at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,28 +23,28 @@ from kdhooks_integrations.arcface_torch.commands.pictures import as_input, read_
 SUBJECT = "evaluate: --data"
 
 Progress = Callable[[int, int], None]
-"""Called with the number of images done, and of all."""
+"""A function that is called with the number of embedded images and the number of all images."""
 
 
 class Looks(NamedTuple):
-    """What the models see of a set: m images, those through the view last."""
+    """The m images of a set as the models see them: first without, then through the view."""
 
-    images: NDArray[np.int64]  # (m): their places in the set
-    sharp: int  # how many are seen as they are
-    rows: NDArray[np.int64]  # (p 2): the looks of each pair
+    images: NDArray[np.int64]  # (m): their positions in the set
+    sharp: int  # the number of images without the view
+    rows: NDArray[np.int64]  # (p 2): positions in `images` of each pair
 
 
 @dataclass
 class Embedded:
-    """The looks of a set by one model."""
+    """The embeddings of a set by one model."""
 
-    upright: list[Floats] = field(default_factory=list)  # of each batch (b d)
-    flipped: list[Floats] = field(default_factory=list)  # of their mirror images, if wanted
+    upright: list[Floats] = field(default_factory=list)  # (b d) for each batch
+    flipped: list[Floats] = field(default_factory=list)  # those of the mirror images, if wanted
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """How the images of all sets are read and seen."""
+    """Reads and embeds the images of all sets."""
 
     shape: tuple[int, int, int]
     device: torch.device
@@ -52,7 +52,7 @@ class Embedder:
     flip: bool
     view: Viewing | None
     scaled: Callable[[Sequence[Pixels]], Tensor] = as_input
-    whole_batches: bool = False  # the last batch of several starts earlier, to be as large
+    whole_batches: bool = False  # the last of several batches overlaps, to be of the same size
 
     def embed(
         self, models: Sequence[Model], tested: PairSet, progress: Progress
@@ -77,7 +77,7 @@ class Embedder:
         return looks, found
 
     def _batches(self, tested: PairSet, looks: Looks) -> Iterator[tuple[Tensor, int]]:
-        """(b 3 h w), and how many of them were in the batch before."""
+        """Yield images (b 3 h w), and the number of those that were in the previous batch."""
         parts = (looks.images[: looks.sharp], None), (looks.images[looks.sharp :], self.view)
         for part, view in parts:
             starts = list(range(0, len(part), self.batch))
@@ -86,7 +86,7 @@ class Embedder:
             order = [place for start in starts for place in part[start : start + self.batch]]
             names = [tested.images[int(place)] for place in order]
             end = 0
-            # The reader is read to its end, where it reports what it has left out.
+            # The reader must be read to its end, where it reports the pictures that it skipped.
             read = (
                 read_batches(tested.files, names, self.batch, self.shape, SUBJECT) if names else []
             )
@@ -98,7 +98,10 @@ class Embedder:
 
 
 def looks_at(tested: PairSet, viewed: bool) -> Looks:
-    """viewed: whether the second image of each pair is seen through a view."""
+    """Select the images that occur in pairs.
+
+    viewed: whether the models see the second image of each pair through a view.
+    """
     if not viewed:
         count = len(tested.images)
         return Looks(np.arange(count), count, tested.rows)
@@ -118,9 +121,9 @@ def _named(model: Model, shape: tuple[int, int, int]) -> Iterator[None]:
         yield
     except KDHooksError as error:
         raise KDHooksError(f"evaluate: model '{model.name}': {error}") from error
-    except RuntimeError as error:  # of a network that takes other images, or of a full memory
+    except RuntimeError as error:  # because of another input shape, or of too little memory
         raise KDHooksError(
             f"evaluate: model '{model.name}' must embed images {shape}; found "
-            f"{in_one_line(error)}; give --recipe with the input_shape of its training, or a "
+            f"{in_one_line(error)}; specify --recipe with the input_shape of its training, or a "
             "smaller --batch-size"
         ) from error

@@ -5,12 +5,13 @@
         --data lfw112.zip --pairs pairs.txt --far 1e-2 1e-3 --picture roc.png
     kdhooks evaluate work_dirs/x/model.pt --network r50 --data faces --protocol insightface
 
-A model is an ONNX file, a checkpoint (with --network), the name of an installed insightface pack,
-teacher, which is that of the recipe (several ones joined), or teacher.0, the first of several.
+MODEL is one of: an ONNX file; a checkpoint (with --network); the name of an installed insightface
+pack; "teacher", the recipe's teacher (several are joined); or "teacher.0", the first of several.
 NAME=MODEL gives it another name.
 
-Of each model, and across any two of them, the first image of a pair by one and the second by the
-other, it prints the accuracy with its deviation over the folds, the EER, and the TAR at each FAR.
+The table has a row for each model, and for any two models across, where one embeds the first image
+of each pair and the other the second. It shows the accuracy with its standard deviation over the
+folds, the EER, and the TAR at each FAR.
 """
 
 import argparse
@@ -107,10 +108,10 @@ def _embedder(options: argparse.Namespace, recipe: Recipe | None) -> Embedder:
 
 def _view(recipe: Recipe) -> Viewing:
     table = recipe.student_view
-    if not isinstance(table, ViewTable):  # a module is given in Python alone
+    if not isinstance(table, ViewTable):  # only Python code can give a module instead
         raise KDHooksError(
-            "evaluate: --view is the student_view of the recipe; found a recipe without; add "
-            "[student_view] to it, or leave --view out"
+            "evaluate: --view applies the student_view of the recipe; found a recipe without one; "
+            "add [student_view] to it, or leave --view out"
         )
     return Viewing(StudentView.of(table), recipe.seed)
 
@@ -121,7 +122,7 @@ def _described(view: Viewing) -> str:
 
 def _progress(name: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
-        # The next line, be it an error, is written over this one.
+        # The next line, which may be an error, overwrites this one.
         end = "\n" if done == total else "\r"
         print(f"{name}: {done} of {total} images", end=end, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The options of `kdhooks evaluate`, and what they must say together."""
+"""Defines the options of `kdhooks evaluate`, and checks that they are consistent."""
 
 import argparse
 from pathlib import Path
@@ -19,7 +19,7 @@ BATCH, TRAINERS_BATCH = 128, 10
 
 
 def check_evaluate(options: argparse.Namespace) -> None:
-    """What the options say together, before anything is read."""
+    """Check that the options are consistent, before any file is read."""
     if options.protocol == "insightface" and not options.flip:
         raise KDHooksError(
             "evaluate: --protocol insightface sums an image and its mirror image, as the trainer "
@@ -27,13 +27,13 @@ def check_evaluate(options: argparse.Namespace) -> None:
         )
     if options.folds is not None and options.pairs is not None:
         raise KDHooksError(
-            "evaluate: --folds is for verification files, and the file of --pairs has folds of its "
-            "own; leave one of them out"
+            "evaluate: --folds is for verification files, but the file of --pairs defines its own "
+            "folds; leave one of them out"
         )
     if options.view and options.recipe is None:
         raise KDHooksError(
-            "evaluate: --view is the student_view of a recipe, and there is none; give --recipe "
-            "FILE"
+            "evaluate: --view applies the student_view of a recipe; found no recipe; specify "
+            "--recipe FILE"
         )
     sources = [model.partition("=")[2] or model for model in options.models]
     inputs = [*sources, *options.data, options.pairs or "", options.recipe or ""]
@@ -41,7 +41,8 @@ def check_evaluate(options: argparse.Namespace) -> None:
         check_picture(options.picture)
         if options.picture == options.json:
             raise KDHooksError(
-                f"evaluate: --json and --picture must be two files; found '{options.json}' twice"
+                f"evaluate: --json and --picture must be different files; found '{options.json}' "
+                "twice"
             )
     for option in ("json", "picture"):
         file = getattr(options, option)
@@ -50,18 +51,18 @@ def check_evaluate(options: argparse.Namespace) -> None:
 
 
 def evaluate_parser(about: str | None) -> argparse.ArgumentParser:
-    """about: what --help says above the options."""
+    """about: the text that --help prints above the options."""
     parser = make_parser("evaluate", about)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="models to evaluate, as above (required)")
+    add("models", nargs="+", metavar="MODEL", help="models to evaluate, see above (required)")
     add(
         "--data",
         required=True,
         nargs="+",
         action="extend",
         metavar="PATH",
-        help="verification files such as lfw.bin, or folders with some; or with --pairs one folder "
-        "or zip of aligned pictures, a folder for each person (required)",
+        help="verification files such as lfw.bin, or folders of such files; with --pairs, one "
+        "folder or zip of aligned pictures, with a folder for each person (required)",
     )
     add(
         "--pairs",
@@ -73,8 +74,8 @@ def evaluate_parser(about: str | None) -> argparse.ArgumentParser:
         "--folds",
         type=at_least(2),
         metavar="N",
-        help="number of equal runs of pairs that a verification file is cut in; the threshold of "
-        f"one comes from the others (default: {FOLDS})",
+        help="number of folds into which the pairs of a verification file are split, in their "
+        f"order; the threshold of a fold comes from the other folds (default: {FOLDS})",
     )
     add(
         "--far",
@@ -82,21 +83,21 @@ def evaluate_parser(about: str | None) -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="RATE",
-        help="false accept rates at which the TAR is measured, as shares (default: 0.01 0.001)",
+        help="false accept rates, from 0 to 1, at which the TAR is measured (default: 0.01 0.001)",
     )
     add(
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether an embedding is the sum of an image's and its mirror image's (default: it "
-        "is)",
+        help="whether to add the embedding of the mirror image to that of the image "
+        "(default: --flip)",
     )
     add(
         "--protocol",
         choices=("exact", "insightface"),
         default="exact",
-        help="exact: any threshold; insightface: accuracy as arcface_torch's training logs it, to "
-        "the last digit (default: exact)",
+        help="exact: accuracy at the best of all thresholds; insightface: accuracy computed as in "
+        "arcface_torch's training, and equal to its log (default: exact)",
     )
     add(
         "--recipe",
@@ -108,9 +109,9 @@ def evaluate_parser(about: str | None) -> argparse.ArgumentParser:
     add(
         "--view",
         action="store_true",
-        help="see the second image of each pair through the recipe's student_view (default: off)",
+        help="apply the recipe's student_view to the second image of each pair (default: off)",
     )
-    defaults = ("default: none; give it once, or once for each checkpoint", "the checkpoint's")
+    defaults = ("default: none; repeat it for each checkpoint if they differ", "the checkpoint's")
     add_network(parser, "--network", defaults, action="append")
     add_weights(parser)
     add(
@@ -122,27 +123,27 @@ def evaluate_parser(about: str | None) -> argparse.ArgumentParser:
         "--root",
         type=path,
         metavar="FOLDER",
-        help="folder whose folder models holds insightface's packs (default: ~/.insightface)",
+        help="folder whose subfolder models has insightface's packs (default: ~/.insightface)",
     )
     add(
         "--batch-size",
         type=at_least(1),
         metavar="N",
-        help=f"images embedded at a time (default: {BATCH}; {TRAINERS_BATCH}, the trainer's, "
-        "with --protocol insightface)",
+        help=f"number of images embedded at a time (default: {BATCH}; with --protocol insightface "
+        f"the trainer's, {TRAINERS_BATCH})",
     )
     add(
         "--json",
         type=path,
         metavar="FILE",
-        help="file for all results as one JSON object; -: print it in place of the table "
+        help="file for all results as one JSON object; - prints it instead of the table "
         "(default: none)",
     )
     add(
         "--picture",
         type=path,
         metavar="FILE",
-        help="PNG file for the ROC curves, which matplotlib draws (default: none)",
+        help="PNG file for the ROC curves; needs matplotlib (default: none)",
     )
     add_trainer(parser)
     add_device(parser)

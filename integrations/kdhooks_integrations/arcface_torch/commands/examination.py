@@ -1,4 +1,4 @@
-"""The checks of `kdhooks doctor`, in the order in which one needs the other."""
+"""The checks of `kdhooks doctor`, in order; each uses the results of those before it."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -29,16 +29,16 @@ from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _NO_LABELS = "labels = false, and no class is compared"
 _DEFAULT_CLASSES = 1000
-_EPOCH = 1000  # steps, for schedules that count epochs; the step that is tried is the first
+_EPOCH = 1000  # steps in an epoch, for schedules; doctor runs only the first step
 _GIB = 2**30
 
 
 class Unchecked(Exception):
-    """Why a check could not be made."""
+    """The reason why a check was not possible."""
 
 
 class Doubtful(Exception):
-    """What a check found to be possible, and most likely not wanted."""
+    """A conclusion that does not stop the training, but is most likely not intended."""
 
 
 class Examination:
@@ -48,10 +48,10 @@ class Examination:
     student: nn.Module
     width: int
     teacher: Teacher | Teachers
-    outputs: list[tuple[str, Teacher, TeacherOutput]]  # of each teacher by name, of the images
+    outputs: list[tuple[str, Teacher, TeacherOutput]]  # name, teacher and its output for images
     images: Tensor
     labels: Tensor | None
-    disputed: bool = False  # whether each of several teachers would find other labels
+    disputed: bool = False  # whether labels of random images would depend on the teacher
     classes: int
     trial: Trial
 
@@ -65,13 +65,13 @@ class Examination:
         picture: Path,
     ) -> None:
         """
-        installs: recipes that the config itself names.
-        picture: a file for what teacher and student see.
+        installs: recipes that the config itself installs.
+        picture: the file to write with the images of teacher and student.
         """
         self.settings, self.installs = settings, installs
         self.path, self.data, self.device, self.picture = recipe, data, device, picture
         sources = settings.sources
-        self.facts: dict[str, Any] = {  # for a report in JSON
+        self.facts: dict[str, Any] = {  # for the report in JSON
             "settings": {
                 name: {"value": value, "source": sources[name]}
                 for name, value in settings.values().items()
@@ -101,7 +101,7 @@ class Examination:
         others = [name for name in self.installs if Path(name).resolve() != self.path.resolve()]
         if others:
             raise Doubtful(
-                f"{text}; the config itself installs the recipe '{others[-1]}', and this report is "
+                f"{text}; the config itself installs the recipe '{others[-1]}', but this report is "
                 f"about '{self.path}'"
             )
         return text
@@ -124,11 +124,11 @@ class Examination:
         self.width = probed.embedding_dim
         if given.embedding_size not in (None, self.width):
             raise KDHooksError(
-                f"{given.network} must embed in as many numbers as the head has, embedding_size "
-                f"{given.embedding_size} ({given.sources['embedding_size']}); found {self.width}; "
-                "set embedding_size to it, or name another network"
+                f"{given.network}: the embedding must have as many numbers as the head expects, "
+                f"embedding_size {given.embedding_size} ({given.sources['embedding_size']}); found "
+                f"{self.width}; set embedding_size to {self.width}, or name another network"
             )
-        half = ", in float16 on a GPU alone" if given.fp16 and self.device.type == "cpu" else ""
+        half = ", in float16 only on a GPU" if given.fp16 and self.device.type == "cpu" else ""
         return f"{given.network}, {_millions(self.student)}, embedding {self.width}{half}"
 
     def take_images(self) -> str:
@@ -136,7 +136,7 @@ class Examination:
         self.labels, self.classes = None, classes or 0
         if self.data is None:
             images = made_up(count, self.recipe.input_shape)
-            text = f"{count} made up; --data FOLDER takes those of the training"
+            text = f"{count} random images; --data FOLDER uses those of the training"
         else:
             images, labels, self.classes = read_batch(
                 self.data, count, classes, self.recipe.input_shape
@@ -152,8 +152,8 @@ class Examination:
         members = self.teacher.members if isinstance(self.teacher, Teachers) else [self.teacher]
         if self.data is None and any(one.stored is not None for one in members):
             raise KDHooksError(
-                "--data is needed if a cache stands for the teacher, since it holds no made-up "
-                "faces; give the folder of the training"
+                "--data is needed if a cache replaces the teacher, since the cache has no "
+                "embeddings of random images; specify the folder of the training data"
             )
         with open_session(self.teacher) as session:
             self.outputs = session.of_each(session(self.images))
@@ -163,7 +163,7 @@ class Examination:
             size = f"{_millions(teacher.module)}, " if teacher.module else ""
             start = f"{who}: " if len(self.outputs) > 1 else ""
             width = output.embedding.shape[1]
-            found.append(f"{start}{size}embedding {width}, finite, and its images differ")
+            found.append(f"{start}{size}embedding {width}, finite, different for each image")
         return "; ".join(found)
 
     def compare_classes(self) -> str:
@@ -172,21 +172,21 @@ class Examination:
             self.classes = self.classes or _DEFAULT_CLASSES
             without = self.teacher.without_rows if isinstance(self.teacher, Teachers) else []
             who = f"teacher {listed(map(str, without))}" if without else "the teacher"
-            raise Unchecked(f"{who} comes without a classifier, and no class is compared")
+            raise Unchecked(f"{who} has no classifier, and no class is compared")
         if not self.recipe.labels:
             self.classes = self.classes or _DEFAULT_CLASSES
             raise Unchecked(_NO_LABELS)
         if self.classes not in (0, rows.total):
             raise KDHooksError(
                 f"teacher classifier has {rows.total} classes, the training {self.classes}; they "
-                "must be the same classes in the same order: take the classifier of a teacher of "
-                "this data set, or class means made with kdhooks.class_means"
+                "must be the same classes in the same order: use the classifier of a teacher that "
+                "was trained on this data set, or class means from kdhooks.class_means"
             )
         checked = f"{rows.total} of the teacher, of width {rows.dim}"
         if not self.classes:
             self.classes = rows.total
             raise Unchecked(
-                f"{checked}; give --config or --num-classes of the training to compare them"
+                f"{checked}; specify --config or --num-classes of the training to compare them"
             )
         return f"{checked}, as many as in the training"
 
@@ -201,17 +201,18 @@ class Examination:
         if not self.recipe.labels:
             raise Unchecked(_NO_LABELS)
         if self.labels is None:
-            # The first step compares as well: made-up faces are of whom the teacher takes them for.
+            # The first step also compares labels with the teacher's classes, so each random image
+            # gets the class that the teacher finds for it.
             _, rows, embedding = with_rows[0]
             _, self.labels = rows.nearest(embedding)
             self.disputed = len(with_rows) > 1
-            raise Unchecked("made-up faces are nobody's; give --data FOLDER of the training")
+            raise Unchecked("random images have no class; specify --data FOLDER of the training")
         found = []
         for who, rows, embedding in with_rows:
             warning = check_class_order(rows, embedding, self.labels, who)
             hits = int((rows.nearest(embedding)[1] == self.labels).sum())
             start = f"{who}: " if len(self.outputs) > 1 else ""
-            text = f"{start}{hits} of {len(self.labels)} images are nearest to their own class"
+            text = f"{start}{hits} of {len(self.labels)} images are closest to their own class"
             found.append(f"{text}; {warning}" if warning else text)
         return "; ".join(found)
 
@@ -238,8 +239,8 @@ class Examination:
         if self.disputed and (attachment.distiller.labelled or attachment.distiller.inherited):
             attachment.remove()
             raise KDHooksError(
-                "--data is needed if several teachers have class rows, since each of them takes "
-                "made-up faces for other people; give the folder of the training"
+                "--data is needed if several teachers have class rows, since they would assign "
+                "different classes to random images; specify the folder of the training data"
             )
         self.trial = Trial(self.student, head, attachment, self.images, self.labels, given.fp16)
         taps = [tap.described() for tap in attachment.distiller.taps]
@@ -262,7 +263,7 @@ class Examination:
         metrics = self.trial.attachment.distiller.metrics
         taps = self.trial.attachment.distiller.taps
         values = "".join(f", {tap.name} {float(metrics[tap.name]):.4g}" for tap in taps)
-        return f"loss {float(loss):.4g} in all; terms before their weights{values or ': none'}"
+        return f"total loss {float(loss):.4g}; terms before their weights{values or ': none'}"
 
     def compare_gradients(self) -> str:
         balance = self.trial.balance()
@@ -294,14 +295,14 @@ class Examination:
         hours = whole.seconds / batch * 1e6 / 3600
         return (
             f"a batch of {batch} takes {whole.seconds:.3g} s, {plain.seconds:.3g} s undistilled; a "
-            f"million images {hours:.2g} hours; memory about {memory / _GIB:.2g} "
+            f"million images take {hours:.2g} hours; memory about {memory / _GIB:.2g} "
             f"GiB, {plain_memory / _GIB:.2g} GiB undistilled; on {self._device()}"
         )
 
     def _device(self) -> str:
         if self.images.device.type == "cuda":
             return torch.cuda.get_device_name()
-        return "a CPU, which says little of a GPU's time"
+        return "a CPU, so the time says little about a GPU"
 
 
 def _millions(module: nn.Module) -> str:

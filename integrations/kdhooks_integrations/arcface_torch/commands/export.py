@@ -1,18 +1,18 @@
-"""`kdhooks export` writes the trained student alone, as the trainer's model.pt and as ONNX.
+"""`kdhooks export` writes the trained student as the trainer's model.pt and as an ONNX file.
 
     kdhooks export work_dirs/x/model.pt --network r50 --out student
     kdhooks export work_dirs/x/checkpoint_gpu_0.pt --network mbf --embedding-size 256 --out student
 
-Every weight of the file must be one of the network's, and the other way round, so that nothing of
-the distillation is left. The ONNX file must give the embeddings that torch gives, and be what
-insightface takes for a recognition model; it can lie in a pack of insightface's.
+The weights in the checkpoint must be exactly those of the network, so nothing of the distillation
+is left. The ONNX file must return the same embeddings as torch, and must be one that insightface
+recognises as a recognition model, so it can be part of an insightface pack.
 
     kdhooks export model.pt --network r50 --int8 --calibrate faces.zip --pairs pairs.txt
     kdhooks export model.pt --network r50 --float16 --data faces.zip
 
-write smaller files for phones beside it, model_int8.onnx and model_float16.onnx. Their embeddings
-of faces that did not calibrate them are compared with those of model.onnx. If they differ too
-much, or if anything else fails, nothing is written.
+These commands also write smaller files for phones, model_int8.onnx and model_float16.onnx. Their
+embeddings are compared with those of model.onnx, on faces that were not used for calibration. If
+they differ too much, or if anything else fails, nothing is written.
 """
 
 import argparse
@@ -72,16 +72,18 @@ def main(argv: Sequence[str]) -> int:
         for form in kept:
             check_for_insightface(draft / form.name)
     print(f"{weights}  sha256 {sha256(weights)}")
-    print(f"  {len(state)} keys, each of them {network}'s: nothing of the distillation")
+    print(f"  {len(state)} keys, exactly those of {network}: nothing of the distillation")
     print(f"{graph}  sha256 {sha256(graph)}")
-    print(f"  differs from torch by {difference:.1e} at most; insightface's for recognition")
+    print(
+        f"  differs from torch by at most {difference:.1e}; insightface accepts it for recognition"
+    )
     for form in kept:
         print(f"{out / form.name}  sha256 {sha256(out / form.name)}")
         for line in form.lines:
             print(f"  {line}")
     for name in FORMS:
         if name not in [form.name for form in kept] and (out / name).exists():
-            print(f"{out / name}  is of an earlier export, and was not written again")
+            print(f"{out / name}  is from an earlier export, and was not written again")
     return 0
 
 
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         type=path,
         default=Path("export"),
         metavar="FOLDER",
-        help="folder for model.pt, model.onnx and its smaller forms (default: export)",
+        help="output folder for model.pt, model.onnx and the smaller files (default: export)",
     )
     add_precision(parser)
     add_trainer(parser)
@@ -107,22 +109,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check_out(out: Path, checkpoint: Path) -> None:
-    """Refuse a folder that can't be one, before the network is loaded."""
+    """Refuse an unusable output folder before the network is loaded."""
     if out.suffix in (".pt", ".pth", ".onnx") or out.is_file():
         raise KDHooksError(
-            f"export: --out must be a folder, in which model.pt and model.onnx are written; found "
+            f"export: --out must be a folder, where model.pt and model.onnx are written; found "
             f"'{out}'; name its folder"
         )
     for file in (out / name for name in ("model.pt", "model.onnx", *FORMS)):
         if file.is_dir():
             raise KDHooksError(f"export: '{file}' is a folder; remove it, or name another --out")
         if file.exists() and checkpoint.exists() and file.samefile(checkpoint):
-            raise KDHooksError(f"export: '{file}' is the file to be read; name another --out")
+            raise KDHooksError(f"export: '{file}' is the checkpoint itself; name another --out")
 
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """A folder. If an error leaves it empty, it is removed, with those around it, if it was new."""
+    """Create a folder with its parents; after an error, remove those of them that are empty."""
     try:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def load_student(
     weights: str = "",
     fp16: bool | None = None,
 ) -> nn.Module:
-    """The network with the weights of the file, all of them, on the CPU."""
+    """Return the network with all weights of the checkpoint, on the CPU."""
     content = load_checkpoint(checkpoint, "student")
     if width is None and not is_factory_name(network):
         width = embedding_width(content.largest())
@@ -156,10 +158,10 @@ def load_student(
 
 
 def check_for_insightface(path: Path) -> None:
-    """What its model zoo goes by: the shapes, and the names of the first eight nodes.
+    """Check what insightface's model zoo checks: shapes, and the names of the first eight nodes.
 
-    A graph that begins with a subtraction and a multiplication counts as one that scales its
-    pixels itself; all others get (pixel - 127.5) / 127.5, as the trainer's images are.
+    insightface assumes that a graph that starts with a subtraction and a multiplication scales its
+    pixels itself. All others get (pixel - 127.5) / 127.5, like the trainer's images.
     """
     graph = read_graph(path).graph
     takes, gives = [dims(v) for v in image_inputs(graph)], [dims(v) for v in graph.output]
@@ -167,13 +169,13 @@ def check_for_insightface(path: Path) -> None:
     side = (takes[0][2] or 0) if square else 0
     if side < 112 or side % 16 or side == 192 or len(gives) != 1 or len(gives[0]) != 2:
         raise KDHooksError(
-            "insightface takes a file for a recognition model that maps one square image of 112 "
-            f"pixels or more, a multiple of 16, to one embedding; found {takes} -> {gives}"
+            "insightface accepts a recognition model that maps one square image, whose side is a "
+            f"multiple of 16 and at least 112 pixels, to one embedding; found {takes} -> {gives}"
         )
     names = [node.name for node in graph.node[:8]]
     scales = any(n.startswith(("Sub", "_minus")) for n in names)
     if scales and any(n.startswith(("Mul", "_mul")) for n in names):
         raise KDHooksError(
-            "insightface would take this network for one that scales its pixels itself, by the "
-            f"names of its first nodes: {listed(names)}; take the scaling out of the network"
+            "insightface would assume that this network scales its pixels itself, because of the "
+            f"names of its first nodes: {listed(names)}; remove the scaling from the network"
         )

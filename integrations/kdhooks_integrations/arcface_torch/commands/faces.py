@@ -1,4 +1,4 @@
-"""A batch of images for a trial: made up, or read from the folder that the trainer trains on."""
+"""Creates a batch for a trial: random images, or images from the training data."""
 
 import logging
 
@@ -21,7 +21,7 @@ log = logging.getLogger("kdhooks")
 
 
 def made_up(count: int, shape: tuple[int, int, int]) -> Tensor:
-    """(b 3 h w) in [-1, 1]: a smooth pattern each, under noise, so that they differ as faces do."""
+    """(b 3 h w) in [-1, 1]: a different smooth pattern for each image, with noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(count, shape[0], 8, 8, generator=generator) * 2 - 1
     images = F.interpolate(patterns, shape[1:], mode="bilinear")
@@ -31,24 +31,25 @@ def made_up(count: int, shape: tuple[int, int, int]) -> Tensor:
 def read_batch(
     folder: str, count: int, classes: int | None, shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, int]:
-    """(b 3 h w) in [-1, 1], (b), and how many classes there are, as far as the folder says.
+    """Return images (b 3 h w) in [-1, 1], labels (b), and the number of classes.
 
-    The labels are the trainer's: what train.rec says, or the place of a person's folder in the
-    sorted list. The images are spread over all of it.
+    The labels are those of the trainer: from train.rec, or the position of the person's folder in
+    the sorted list. The images are spread evenly over the folder. If train.rec does not determine
+    the number of classes, and `classes` is None, it is the highest label of the batch plus one.
     """
     files = open_pictures(folder)
     people = {} if isinstance(files, Records) else _people(files)
     found = len(people) or None
     if found is not None and classes not in (None, found):
         raise KDHooksError(
-            f"--data '{folder}' has {found} classes, --num-classes says {classes}; they must be "
-            "the same"
+            f"--data '{folder}' has {found} classes, but the training has {classes}; correct "
+            "--data, or num_classes"
         )
     names = [name for name in files.names if "/" in name or not people]
     chosen = [names[index * len(names) // count] for index in range(count)]
     if len(names) < count:
         log.warning(
-            "--data '%s' has %d pictures for a batch of %d; it holds some of them several times",
+            "--data '%s' has %d pictures for a batch of %d; the batch repeats some of them",
             folder,
             len(names),
             count,
@@ -67,19 +68,19 @@ def read_batch(
 
 
 def _people(files: PictureFiles) -> dict[str, int]:
-    """Each person's label, as torchvision's ImageFolder counts: every folder is a person."""
+    """Return each person's label; as in torchvision's ImageFolder, every folder is a person."""
     root = files.source
     entries = root.iterdir() if root.is_dir() else ()
     people = sorted(entry.name for entry in entries if entry.is_dir())
     if not people:
         raise KDHooksError(
-            f"--data must be the trainer's: train.rec with train.idx, or one folder a person; "
-            f"found neither in '{root}'"
+            f"--data must be training data: train.rec with train.idx, or one folder for each "
+            f"person; found neither in '{root}'"
         )
     if empty := sorted({*people} - {name.split("/")[0] for name in files.names if "/" in name}):
         raise KDHooksError(
-            f"--data: the trainer takes each folder in '{root}' for a person and stops if one has "
-            f"no pictures; found none in {listed(map(repr, empty[:5]))}, {len(empty)} of "
-            f"{len(people)} folders; remove them"
+            f"--data: for the trainer, each folder in '{root}' is a person and must have pictures; "
+            f"found none in {listed(map(repr, empty[:5]))}, {len(empty)} of {len(people)} folders; "
+            "remove these folders"
         )
     return {name: label for label, name in enumerate(people)}

@@ -1,4 +1,4 @@
-"""The models of `kdhooks evaluate`: files, installed packs, and the teachers of a recipe."""
+"""Opens the models of `kdhooks evaluate`: files, installed packs, and teachers of a recipe."""
 
 import re
 from collections.abc import Sequence
@@ -19,27 +19,30 @@ _TEACHER = re.compile(r"teacher(?:\.(\d{1,4}))?")
 
 @dataclass(frozen=True)
 class Model:
-    """A model under the name that the results have."""
+    """A model, and its name in the results."""
 
     name: str
-    source: str  # as the command line has it
-    teacher: Teacher | Teachers  # a frozen model and how to run it, whatever its part in a training
+    source: str  # the text on the command line
+    teacher: Teacher | Teachers  # the frozen model, which may also be a student
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """How checkpoints become networks."""
+    """The options that describe checkpoints."""
 
     networks: Sequence[str]  # one for all, or one for each checkpoint in their order
     width: int | None
     weights: str
-    fp16: bool | None  # None: as the factory has it
+    fp16: bool | None  # None: the factory's own choice
 
 
 def open_models(
     texts: Sequence[str], recipe: Recipe | None, checkpoints: Checkpoints, root: Path | None
 ) -> list[Model]:
-    """texts: as the command line has them. root: the folder of insightface's packs."""
+    """Open the models of a command line.
+
+    texts: MODEL or NAME=MODEL each. root: the folder with insightface's packs in its models.
+    """
     named = [_named(text) for text in texts]
     names = [name for name, _ in named]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -75,12 +78,12 @@ def open_models(
 
 
 def _named(text: str) -> tuple[str, str]:
-    """NAME=MODEL, or a model alone, which is its own name."""
+    """Split NAME=MODEL; the name of a MODEL without a name is its text."""
     name, equals, source = text.partition("=")
     if not equals or Path(text).exists():
         return text, text
     if not name or not source:
-        raise KDHooksError(f"evaluate: a model is MODEL or NAME=MODEL; found '{text}'")
+        raise KDHooksError(f"evaluate: a model must be MODEL or NAME=MODEL; found '{text}'")
     return name, source
 
 
@@ -89,7 +92,7 @@ def _is_onnx(source: str) -> bool:
 
 
 def _is_checkpoint(source: str) -> bool:
-    """What has a suffix or a folder is a file, whether or not it is there; a pack has neither."""
+    """Whether the text names a file; a pack has neither a suffix nor a folder in its name."""
     if _is_onnx(source) or _TEACHER.fullmatch(source):
         return False
     path = Path(source)
@@ -97,7 +100,7 @@ def _is_checkpoint(source: str) -> bool:
 
 
 def _refuse_unused(files: Sequence[str], given: Checkpoints) -> None:
-    """Options that describe checkpoints, if there are none."""
+    """Refuse options that describe checkpoints if there are no checkpoints."""
     options = {
         "--embedding-size": given.width, "--weights": given.weights, "--fp16": given.fp16,
     }  # fmt: skip
@@ -110,25 +113,27 @@ def _refuse_unused(files: Sequence[str], given: Checkpoints) -> None:
 
 
 def _networks(files: Sequence[str], given: Checkpoints) -> Sequence[str]:
-    """The network of each checkpoint."""
+    """Return the network of each checkpoint."""
     networks = given.networks
     if bool(networks) != bool(files) or len(networks) not in {0, 1, len(files)}:
         raise KDHooksError(
             f"evaluate: --network must name the network of each checkpoint, or one for all; found "
             f"{len(files)} checkpoints ({listed(files)}) and {len(networks)} networks "
-            f"({listed(networks)}); give --network once, or once for each checkpoint in their order"
+            f"({listed(networks)}); specify --network once, or once for each checkpoint in their "
+            "order"
         )
     return networks if len(networks) == len(files) else [*networks] * len(files)
 
 
 def _teachers(recipe: Recipe | None) -> list[Teacher]:
     if recipe is None:
-        raise KDHooksError("is the teacher of a recipe, and there is none; give --recipe FILE")
+        raise KDHooksError("is a teacher of a recipe; found no recipe; specify --recipe FILE")
     stored = [str(one.embeddings) for one in recipe.teachers if one.embeddings is not None]
     if stored:
         raise KDHooksError(
             f"a teacher must be a network to embed the images of a test; found '{stored[0]}' in "
-            "teacher.embeddings, which holds those of the training; name the network in a recipe"
+            "teacher.embeddings, which has only embeddings of the training images; use a recipe "
+            "that names the network"
         )
     return build_teachers(recipe, teacher_factories(None, recipe))
 

@@ -1,4 +1,4 @@
-"""Networks by the names that arcface_torch's get_model takes, or by a factory anywhere."""
+"""Creates networks from the names that arcface_torch's get_model accepts, or from any factory."""
 
 import argparse
 import inspect
@@ -16,7 +16,7 @@ from kdhooks.factories import as_network, factory_named, is_factory_name, made_b
 from kdhooks_integrations.arcface_torch.commands.parsing import path
 
 WIDTH = 512
-"""Of the embedding, if nothing else is said."""
+"""The default width of the embedding."""
 
 _NAMES = "r18, r34, r50, r100, r200, mbf, mbf_large, vit_t_dp005_mask0, vit_b"
 _OPTIONS = {"num_features": "--embedding-size", "fp16": "--fp16"}
@@ -28,18 +28,22 @@ def add_trainer(parser: argparse.ArgumentParser) -> None:
         type=path,
         default=Path(),
         metavar="FOLDER",
-        help="folder of arcface_torch, with its backbones and configs (default: this folder)",
+        help="folder of arcface_torch, with its backbones and configs (default: the working "
+        "directory)",
     )
 
 
 def add_network(
     parser: argparse.ArgumentParser, network: str, defaults: tuple[str, str], **more: Any
 ) -> None:
-    """The network under this name, and --embedding-size; defaults: of both, for --help."""
+    """Add an option for a network, and --embedding-size.
+
+    network: the name of the option. defaults: those of both options, for --help.
+    """
     parser.add_argument(
         network,
         metavar="NETWORK",
-        help="network: a name that the trainer's get_model takes, like r50, or "
+        help="network: a name that the trainer's get_model accepts, such as r50, or "
         f"package.module:factory ({defaults[0]})",
         **more,
     )
@@ -56,12 +60,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="",
         metavar="PLACE",
-        help="place of the weights in a checkpoint, if several sets fit (default: the one)",
+        help="key of the weights in a checkpoint, if several sets fit (default: the only one that "
+        "fits)",
     )
 
 
 def enter_trainer(folder: str | Path) -> None:
-    """Its modules can be imported from now on, as a script in it imports them."""
+    """Make the modules in the trainer's folder importable, as for a script in that folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise KDHooksError(f"--trainer must be a folder; found '{folder}'")
@@ -69,24 +74,27 @@ def enter_trainer(folder: str | Path) -> None:
 
 
 def get_model() -> Callable[..., nn.Module]:
-    """The trainer's own."""
+    """Return the trainer's own get_model."""
     try:
         factory: Callable[..., nn.Module] = import_module("backbones").get_model
     except ModuleNotFoundError as error:
         raise KDHooksError(
             f"arcface_torch's package 'backbones' can't be imported ({error}); run in the "
-            "trainer's folder, or give --trainer FOLDER"
+            "trainer's folder, or specify --trainer FOLDER"
         ) from error
-    except Exception as error:  # of the code in it
+    except Exception as error:  # of any kind, since importing runs the package's code
         raise KDHooksError(
             "arcface_torch's package 'backbones' must define get_model; found "
-            f"{type(error).__name__}: {error}; look at that file, or give another --trainer"
+            f"{type(error).__name__}: {error}; correct that file, or specify another --trainer"
         ) from error
     return factory
 
 
 def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn.Module:
-    """A network with random weights; width is that of its embedding. None: the network's own."""
+    """Create a network with random weights.
+
+    width: the width of its embedding; None: the network's default.
+    """
     if is_factory_name(network):
         return _by_path(network, {"num_features": width, "fp16": fp16})
     factory = get_model()
@@ -94,8 +102,8 @@ def make(network: str, width: int | None = None, fp16: bool | None = None) -> nn
         model = factory(network, dropout=0.0, fp16=bool(fp16), num_features=width or WIDTH)
     except ValueError as error:
         raise KDHooksError(
-            f"network '{network}' is unknown to the trainer's get_model, which takes names like "
-            f"{_NAMES}; a network of your own is package.module:factory"
+            f"network '{network}' is unknown to the trainer's get_model, which accepts names such "
+            f"as {_NAMES}; name a network of your own as package.module:factory"
         ) from error
     except Exception as error:
         raise _not_created(network, error) from error
@@ -109,8 +117,7 @@ def _by_path(network: str, given: Mapping[str, object]) -> nn.Module:
     for key in options:
         if key not in known:
             raise KDHooksError(
-                f"network '{network}' takes no {key}, so that {_OPTIONS[key]} can't be set; "
-                "leave it out"
+                f"network '{network}' takes no {key}, so {_OPTIONS[key]} can't be set; leave it out"
             )
     return made_by(factory, network, "network", **options)
 

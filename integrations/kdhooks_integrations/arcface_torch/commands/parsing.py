@@ -1,4 +1,4 @@
-"""How these commands read their options, and how they print JSON."""
+"""The option parser of these commands, common types of options, and their output as JSON."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     command: str, about: str | None, usage: str | None = None
 ) -> argparse.ArgumentParser:
-    """about: the docstring of the command's module, shown by --help as it is written."""
+    """about: the docstring of the command's module, which --help prints unchanged."""
     return _Parser(
         prog=f"kdhooks {command}",
         usage=usage,
@@ -40,8 +40,8 @@ def make_parser(
 
 
 def path(text: str) -> Path:
-    """A path whose ~ is expanded."""
-    if not text:  # of which pathlib makes this folder
+    """Return a path with ~ expanded."""
+    if not text:  # pathlib would read this as the working directory
         raise argparse.ArgumentTypeError("must be a path; found ''")
     try:
         return Path(text).expanduser()
@@ -56,7 +56,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=usable_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to run on, such as cpu or cuda:1 (default: cuda if there is one, else cpu)",
+        help="device to run on, such as cpu or cuda:1 (default: cuda if available, else cpu)",
     )
 
 
@@ -74,7 +74,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def quiet_stdout(wanted: bool) -> Iterator[None]:
-    """If wanted, prints of networks, config files and packages go to stderr meanwhile."""
+    """If wanted, send the output of networks, config files and packages to stderr."""
     with redirect_stdout(sys.stderr) if wanted else nullcontext():
         yield
 
@@ -84,7 +84,7 @@ def print_json(content: object) -> None:
 
 
 def as_json(content: object) -> str:
-    """Numbers that are not finite become null, since JSON has none of them."""
+    """Return JSON, in which numbers that are not finite become null."""
     return json.dumps(_finite(content), allow_nan=False)
 
 

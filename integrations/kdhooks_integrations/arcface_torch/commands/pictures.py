@@ -1,4 +1,4 @@
-"""Every picture of a data set: a folder, a zip, or the trainer's own records."""
+"""Reads the pictures of a data set: a folder, a zip, or the trainer's own records."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from kdhooks_integrations.arcface_torch.commands.recordio import Records
 
 
 def open_pictures(source: str) -> PictureFiles | Records:
-    """A folder with pictures at any depth or with train.rec and train.idx, or a zip."""
+    """Open a folder of pictures at any depth, a folder with train.rec and train.idx, or a zip."""
     folder = Path(os.path.expanduser(source))
     found = [name for name in ("train.rec", "train.idx") if (folder / name).is_file()]
     if source and len(found) == 1:
         raise KDHooksError(
-            f"--data: train.rec and train.idx go together; found {found[0]} alone in '{source}'"
+            f"--data: train.rec and train.idx must both exist; found only {found[0]} in '{source}'"
         )
     if source and found:
         return Records(folder)
@@ -30,7 +30,7 @@ def open_pictures(source: str) -> PictureFiles | Records:
 
 
 class Pictures:
-    """Names in a fixed order, and the content of each."""
+    """The pictures of a data set, by name in a fixed order."""
 
     def __init__(self, source: str) -> None:
         """source: as for `open_pictures`."""
@@ -45,7 +45,7 @@ class Pictures:
     def batches(
         self, names: Sequence[str], size: int, shape: tuple[int, int, int]
     ) -> Iterator[Tensor]:
-        """(b 3 h w) in [-1, 1], as the trainers make them of 8 bits, all of this shape."""
+        """(b 3 h w) in [-1, 1], scaled from 8 bits as in the trainers, all of this shape."""
         return map(as_input, read_batches(self._files, names, size, shape))
 
 
@@ -58,8 +58,8 @@ def read_batches(
 ) -> Iterator[list[Pixels]]:
     """[(h w 3)], `size` of them at a time, all of this shape. subject: the option, for errors.
 
-    All headers are looked at first. What turns out to be unreadable later is left out, and
-    reported after the last batch.
+    All headers are checked first. A picture that cannot be decoded later is skipped, and reported
+    after the last batch.
     """
     files.check(names, size_of(shape))
     faults: dict[str, str] = {}
@@ -70,17 +70,17 @@ def read_batches(
 
 
 def size_of(shape: tuple[int, int, int]) -> tuple[int, int]:
-    """The width and height that pictures must have for a network's input (3 h w)."""
+    """Return the width and height that pictures must have for a network's input (3 h w)."""
     channels, height, width = shape
     if channels != 3:
         raise KDHooksError(
-            f"--data: pictures have 3 channels; input_shape of the recipe says {channels}"
+            f"--data: pictures have 3 channels; input_shape of the recipe has {channels}"
         )
     return width, height
 
 
 def fitting(pixels: Pixels, shape: tuple[int, int, int]) -> Pixels:
-    """(h w 3), as they are; raises Unreadable if the network's input is of another size."""
+    """(h w 3), unchanged; raises Unreadable if the network's input has another size."""
     height, width, _ = pixels.shape
     if (width, height) != size_of(shape):
         raise Unreadable(wrong_size((width, height), size_of(shape)))
@@ -93,7 +93,7 @@ def as_input(pictures: Sequence[Pixels]) -> Tensor:
 
 
 def as_verified(pictures: Sequence[Pixels]) -> Tensor:
-    """The same, rounded as the trainer's verification does."""
+    """[(h w 3)] -> (b 3 h w) in [-1, 1], rounded as in the trainer's verification."""
     return (_stacked(pictures) / 255 - 0.5) / 0.5
 
 

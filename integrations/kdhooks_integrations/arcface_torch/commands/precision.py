@@ -1,4 +1,4 @@
-"""Smaller forms of the exported ONNX file, and what they keep of its embeddings of real faces."""
+"""Writes int8 and float16 forms of the exported ONNX file, and compares their embeddings."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from kdhooks_integrations.arcface_torch.commands.checked_faces import CALIBRATIN
 from kdhooks_integrations.arcface_torch.commands.parsing import path
 
 LEAST_COSINE = {"int8": 0.99, "float16": 0.999}
-"""Of a form's embeddings to the float file's, on average over the faces that are checked."""
+"""The least mean cosine between a form's embeddings and those of the float file."""
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +33,21 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=path,
         metavar="FACES",
-        help="folder or zip of aligned faces, of which some give the ranges of the activations of "
-        "--int8 (default: none)",
+        help="folder or zip of aligned faces, from some of which --int8 determines the ranges of "
+        "the activations (default: none)",
     )
     add(
         "--calibration-images",
         type=at_least(1),
         metavar="N",
-        help="how many faces give the ranges, at most; half of the faces at most, if the others "
-        f"check the file (default: {CALIBRATING})",
+        help="largest number of faces for the calibration; at most half of all faces if the others "
+        f"are needed to check the file (default: {CALIBRATING})",
     )
     add(
         "--calibration-method",
         choices=tuple(METHODS),
-        help="how a range follows from the values of an activation; all but minmax keep every "
-        f"activation of every face in memory (default: {DEFAULT_METHOD})",
+        help="how to determine a range from the values of an activation; all except minmax keep "
+        f"every activation of every face in memory (default: {DEFAULT_METHOD})",
     )
     add(
         "--float16",
@@ -58,15 +58,15 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add(
         "--float16-images",
         action="store_true",
-        help="let model_float16.onnx take images and return embeddings in float16, which "
-        "insightface does not (default: off, they are float32)",
+        help="make the images and embeddings of model_float16.onnx float16, which insightface does "
+        "not support (default: off, they are float32)",
     )
     add(
         "--data",
         type=path,
         metavar="FACES",
         help="folder or zip of aligned faces on which the files are checked (default: those of "
-        "--calibrate that give no ranges)",
+        "--calibrate that are not used for the calibration)",
     )
     add(
         "--pairs",
@@ -79,25 +79,27 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--least-cosine",
         type=share,
         metavar="COSINE",
-        help="mean cosine to the embeddings of model.onnx under which nothing is written "
+        help="least mean cosine to the embeddings of model.onnx; below it, nothing is written "
         f"(default: {LEAST_COSINE['int8']} for int8, {LEAST_COSINE['float16']} for float16)",
     )
 
 
 def check_precision(options: argparse.Namespace) -> None:
-    """Refuse options that would be ignored, and forms that can't be checked."""
+    """Refuse options that would be ignored, and forms that cannot be checked."""
     if options.int8 and options.calibrate is None:
         raise KDHooksError(
-            "export: --int8 needs faces that give the ranges of the activations; found no "
-            "--calibrate; name a folder or zip of aligned faces"
+            "export: --int8 needs faces for the calibration; found no --calibrate; name a folder "
+            "or zip of aligned faces"
         )
     if options.calibrate is not None and not options.int8:
         raise KDHooksError(
-            "export: --calibrate is for --int8; found it without; add --int8, or name the faces "
-            "by --data"
+            "export: --calibrate is for --int8; found it without --int8; add --int8, or name the "
+            "faces by --data"
         )
     if options.float16_images and not options.float16:
-        raise KDHooksError("export: --float16-images is for --float16; found it without; add it")
+        raise KDHooksError(
+            "export: --float16-images is for --float16; found it without --float16; add --float16"
+        )
     if options.float16 and options.data is None and options.calibrate is None:
         raise KDHooksError(
             "export: --float16 needs faces on which the file is checked; found no --data; name a "
@@ -112,20 +114,21 @@ def check_precision(options: argparse.Namespace) -> None:
     for name in ("calibration_images", "calibration_method"):
         if getattr(options, name) is not None and not options.int8:
             raise KDHooksError(
-                f"export: --{name.replace('_', '-')} is for --int8; found it without; add --int8"
+                f"export: --{name.replace('_', '-')} is for --int8; found it without --int8; add "
+                "--int8"
             )
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How a form compares with the float file."""
+    """A written form, and its comparison with the float file."""
 
     name: str  # of the file
-    lines: tuple[str, ...]
+    lines: tuple[str, ...]  # the comparison
 
 
 def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> list[Kept]:
-    """Beside model.onnx in the folder; raises if a form's embeddings differ too much."""
+    """Write the forms to the folder of model.onnx; raise if their embeddings differ too much."""
     source, forms = folder / "model.onnx", {}
     method = options.calibration_method or DEFAULT_METHOD
     if chosen.calibrating is not None:
@@ -146,7 +149,7 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
         which = "faces" if chosen.calibrating is None else "other faces"
         lines.append(
             f"cosine to float on {len(cosines):,} {which}: {cosines.mean():.4f} on average, "
-            f"{cosines.min():.4f} at least"
+            f"lowest {cosines.min():.4f}"
         )
         if chosen.pairs is not None:
             before, after = (_accuracy(each, chosen.pairs) for each in (plain, found))
@@ -157,8 +160,9 @@ def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> li
 
 
 def _embeddings(files: Sequence[Path], faces: Faces) -> list[Floats]:
-    """(n d) of each file."""
-    # Its scale need not be found in the graph, whose quantised images may end before 1.
+    """Return the embeddings (n d) of each file."""
+    # The scale is passed, since the quantised images of a graph may not reach 1, and then it cannot
+    # be found in the graph.
     models = [OnnxModel(read_recognition_file(file, (127.5, 127.5))) for file in files]
     found: list[list[Floats]] = [[] for _ in models]
     for images in faces.batches():
@@ -170,25 +174,26 @@ def _embeddings(files: Sequence[Path], faces: Faces) -> list[Floats]:
 def _refuse_if_far(form: str, cosines: Floats, least: float) -> None:
     if not cosines.mean() >= least:
         way_out = (
-            "calibrate on more faces, or on faces like those that the network will see, or by "
+            "calibrate on more faces, on faces like those that the network will see, or with "
             "another --calibration-method"
             if form == "int8"
             else "its activations may be too large for float16"
         )
         raise KDHooksError(
-            f"export: the embeddings of the {form} file must have a mean cosine of {least} or more "
-            f"to those of the float file; found {cosines.mean():.4f} on {len(cosines):,} faces; "
-            f"{way_out}; --least-cosine allows less"
+            f"export: the embeddings of the {form} file must have a mean cosine of at least "
+            f"{least} to those of the float file; found {cosines.mean():.4f} on {len(cosines):,} "
+            "faces; "
+            f"{way_out}; --least-cosine sets another limit"
         )
 
 
 def _accuracy(embeddings: Floats, pairs: PairSet) -> float:
-    """In per cent, without mirror images."""
+    """Return the accuracy in per cent, without mirror images."""
     scores = pair_scores(embeddings, pairs.rows)
     return 100 * verify(scores, pairs.same, pairs.folds, fars=()).accuracy
 
 
 def _megabytes(file: Path) -> str:
-    """With the weights that lie in a file beside it."""
+    """Return the size of an ONNX file, including weights that are stored in a separate file."""
     size = sum(os.path.getsize(path) for path in file.parent.glob(f"{file.name}*"))
     return f"{size / 1e6:.1f}"

@@ -1,4 +1,4 @@
-"""What arcface_torch uses of mxnet: records of images, and pictures decoded."""
+"""Replaces the parts of mxnet that arcface_torch uses: records, and the decoding of pictures."""
 
 import io
 import struct
@@ -17,13 +17,13 @@ from kdhooks.pictures import Pixels, Unreadable, decode, read_size
 
 _MAGIC = 0xCED7230A
 _HEADER = struct.Struct("<IfQQ")
-_ONE_MAKING = "the .rec and the .idx must be of one making"
-_LOOKED_AT = 1000  # headers of pictures
+_ONE_MAKING = "the .rec and the .idx must have been written together"
+_LOOKED_AT = 1000  # the number of headers that are checked
 
 
 class Header(NamedTuple):
     flag: int
-    label: Any  # a number, or an array of flag numbers where flag is not 0
+    label: Any  # a number, or, if flag is not 0, an array of `flag` numbers
     id: int
     id2: int
 
@@ -34,8 +34,9 @@ class NDArray(np.ndarray[Any, Any]):
 
 
 class MXIndexedRecordIO:
-    """train.rec by the keys of train.idx, for reading; open only while it reads, so that the
-    workers of a loader share it.
+    """Reads train.rec by the keys of train.idx.
+
+    The file is open only during a read, so the workers of a loader can share the object.
     """
 
     def __init__(self, idx_path: str, uri: str, flag: str) -> None:
@@ -44,10 +45,10 @@ class MXIndexedRecordIO:
         self._path = Path(uri)
         self.idx = _read_index(Path(idx_path))
         self.keys = list(self.idx)
-        self.read_idx(max(self.keys, key=self.idx.__getitem__))  # missing if the file is cut short
+        self.read_idx(max(self.keys, key=self.idx.__getitem__))  # raises if the file is truncated
 
     def read_idx(self, idx: int) -> bytes:
-        """Return the record of a key, without the marks around it."""
+        """Return the record of a key, without its framing."""
         if int(idx) not in self.idx:
             raise KDHooksError(f"'{self._path}': its index has no key {idx}; {_ONE_MAKING}")
         parts = []
@@ -58,17 +59,19 @@ class MXIndexedRecordIO:
                 magic, word = struct.unpack("<II", head) if len(head) == 8 else (0, 0)
                 if magic != _MAGIC:
                     raise KDHooksError(
-                        f"'{self._path}' has no record where its index says, for key {idx}; "
+                        f"'{self._path}' has no record for key {idx} at the offset in its index; "
                         f"{_ONE_MAKING}"
                     )
                 part, length = word >> 29, word & (1 << 29) - 1
                 parts.append(file.read(length))
                 if len(parts[-1]) < length or part not in ((0, 1) if len(parts) == 1 else (2, 3)):
                     raise KDHooksError(
-                        f"'{self._path}' is cut short or damaged in the record of key {idx}; "
+                        f"'{self._path}' is truncated or damaged in the record of key {idx}; "
                         "fetch it again"
                     )
-                if part in (0, 3):  # whole, or the last; a record is cut where it has the magic
+                # A record is split wherever it contains the magic number. 0 marks a complete
+                # record, and 3 the last part of a split one.
+                if part in (0, 3):
                     return struct.pack("<I", _MAGIC).join(parts)
                 file.seek(-length % 4, 1)
 
@@ -80,7 +83,7 @@ class MXIndexedRecordIO:
 
 
 def _read_index(path: Path) -> dict[int, int]:
-    """The offset of each key, in the order of the file."""
+    """Return the offset of each key, in the order of the file."""
     try:
         lines = [line for line in path.read_text(encoding="ascii").splitlines() if line]
         rows = [[int(number) for number in line.split("\t")] for line in lines]
@@ -104,48 +107,52 @@ def unpack(record: bytes) -> tuple[Header, bytes]:
         content = record[_HEADER.size :]
         if flag == 0:
             return Header(flag, label, number, second), content
-        # In double precision: torch.tensor(…, dtype=torch.long) takes no numpy.float32 any more.
+        # float64, since torch.tensor(…, dtype=torch.long) no longer accepts numpy.float32.
         labels = np.frombuffer(content, np.float32, flag).astype(np.float64)
     except (struct.error, ValueError) as error:
         raise KDHooksError(
-            f"a record of {len(record)} bytes has no whole header ({error}); fetch the .rec again"
+            f"a record of {len(record)} bytes has no complete header ({error}); fetch the .rec "
+            "again"
         ) from error
     return Header(flag, labels, number, second), content[4 * flag :]
 
 
 class Records:
-    """The pictures of train.rec, by key, with the interface of PictureFiles."""
+    """The pictures of train.rec, named by their keys, with the interface of PictureFiles."""
 
     def __init__(self, folder: Path) -> None:
         self.source = folder / "train.rec"
         self._records = MXIndexedRecordIO(str(folder / "train.idx"), str(self.source), "r")
         header, _ = unpack(self._records.read_idx(0))
         keys = self._records.keys
-        if header.flag:  # the first record says where the images end
+        if header.flag:  # the first record holds the key at which the images end
             end = float(header.label[0])
             known = self._records.idx.keys()
             keys = list(range(1, int(end))) if 1 < end <= len(known) and end.is_integer() else []
             if not keys or not known >= set(keys):
                 raise KDHooksError(
-                    f"'{self.source}': its first record must say where the pictures end, and its "
-                    f"index must have them all; found an end of {end:g} and {len(known)} keys; "
-                    f"{_ONE_MAKING}"
+                    f"'{self.source}': its first record must hold the key at which the pictures "
+                    f"end, and its index must have all keys before it; found the end {end:g} and "
+                    f"{len(known)} keys; {_ONE_MAKING}"
                 )
         self.names = [str(key) for key in keys]
 
     def pixels(self, name: str) -> Pixels:
-        """Raises Unreadable if there are none. OpenCV, by which mxnet decodes, turns them too."""
+        """Decode a picture, upright by its EXIF orientation as mxnet's OpenCV does.
+
+        Raises Unreadable if there is no picture.
+        """
         return decode(self._content(name)[1])
 
     def label(self, name: str) -> int:
-        """The first number of several. Raises Unreadable if it is none of a class."""
+        """Return the label, the first one of several; raise Unreadable if it is no class number."""
         label = float(np.atleast_1d(self._content(name)[0].label)[0])
         if not label.is_integer() or label < 0:
-            raise Unreadable(f"has the label {label:g}, where a class number from 0 is needed")
+            raise Unreadable(f"has the label {label:g}, which must be a class number from 0")
         return int(label)
 
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
-        """Some headers, spread over all, for a whole file of records is long to read."""
+        """Check some headers, spread over the whole file, which would take long to read."""
 
         def header(name: str) -> None:
             found = read_size(io.BytesIO(self._content(name)[1]))
@@ -166,7 +173,7 @@ class Records:
 
 
 def imdecode(content: "bytes | Array[np.uint8]", *unused: object) -> NDArray:
-    """-> (h w 3) RGB, 0..255."""
+    """Decode a picture to (h w 3), RGB, 0..255."""
     try:
         return decode(bytes(content)).view(NDArray)
     except Unreadable as error:
@@ -182,7 +189,7 @@ def flip(data: NDArray, axis: int) -> NDArray:
 
 
 def stand_in_for_mxnet() -> None:
-    """`import mxnet` gives these from now on; a half-imported one goes."""
+    """Let `import mxnet` return these replacements, also after a failed import of mxnet."""
     for name in [name for name in sys.modules if name.split(".")[0] == "mxnet"]:
         del sys.modules[name]
     root = _module("mxnet")

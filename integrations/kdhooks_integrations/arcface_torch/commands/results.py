@@ -1,4 +1,4 @@
-"""What `kdhooks evaluate` writes: a table, sentences below it, JSON, and a picture of the ROC."""
+"""Writes the output of `kdhooks evaluate`: a table, sentences, JSON, and a picture of the ROC."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from kdhooks_integrations.arcface_torch.commands.compared import Compared, Resul
 
 
 def as_table(compared: Sequence[Compared], fars: Sequence[float], trainers: bool) -> str:
-    """In per cent; with trainers, accuracy and mean length as the trainer prints them."""
+    """Return a table in per cent; with trainers, accuracy and XNorm as the trainer prints them."""
     head = ["set", "first image by", "second image by", "accuracy", "EER"]
     head += [f"TAR at FAR {far}" for far in fars]
     if trainers:
@@ -43,7 +43,7 @@ def _percent(share: float) -> str:
 
 
 def as_sentences(compared: Sequence[Compared], flip: bool, view: str | None) -> Iterator[str]:
-    """What one must know to read the table."""
+    """Yield the sentences below the table that explain it."""
     for one in compared:
         tested = one.tested
         folds = len(np.unique(tested.folds))
@@ -53,13 +53,13 @@ def as_sentences(compared: Sequence[Compared], flip: bool, view: str | None) -> 
         )
         if tested.one_kind():
             yield (
-                f"{tested.name}: a fold has pairs of one kind alone, so that its accuracy says "
-                "little, and the deviation too; mix the pairs, or give fewer folds by --folds"
+                f"{tested.name}: a fold has pairs of one kind only, so accuracy and deviation mean "
+                "little; mix the pairs, or set fewer folds with --folds"
             )
-    faces = "an image and its mirror image, summed" if flip else "an image alone"
+    faces = "an image and its mirror image, summed" if flip else "an image only"
     yield f"embeddings are of {faces}; rates are in per cent"
     if view is not None:
-        yield f"the second image of each pair is seen through the view: {view}"
+        yield f"the student_view is applied to the second image of each pair: {view}"
     if any(
         math.isnan(share)
         for one in compared
@@ -74,7 +74,7 @@ def as_sentences(compared: Sequence[Compared], flip: bool, view: str | None) -> 
 
 
 def as_content(compared: Sequence[Compared]) -> list[dict[str, Any]]:
-    """The sets with their results, for JSON; rates are shares."""
+    """Return the sets with their results for JSON; rates are from 0 to 1."""
     return [
         {
             "set": one.tested.name,
@@ -117,15 +117,15 @@ def check_picture(file: Path) -> None:
 
 
 def check_output(file: Path, option: str, inputs: Sequence[str]) -> None:
-    """Refuse a file that can't be written, or would replace what is read, before a long pass."""
+    """Refuse an output file that cannot be written or would replace an input, before a long run."""
     if file.is_dir() or not file.parent.is_dir():
         raise KDHooksError(
             f"evaluate: {option} must be a file in a folder that exists; found '{file}'"
         )
     if any(Path(one).exists() and file.exists() and file.samefile(one) for one in inputs):
         raise KDHooksError(
-            f"evaluate: {option} '{file}' is a file to be read, which it would replace; name "
-            "another"
+            f"evaluate: {option} '{file}' is also an input, and would be replaced; name another "
+            "file"
         )
 
 
@@ -139,19 +139,19 @@ def write_text(text: str, file: Path, option: str) -> None:
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is there; if not, it says so."""
+    """Return whether matplotlib is installed; if not, print a message."""
     found = find_spec("matplotlib") is not None
     if not found:
         print(
-            "evaluate: --picture is left out, since matplotlib draws it and is not there; pip "
-            "install matplotlib",
+            "evaluate: --picture is omitted, since it needs matplotlib, which is not installed; "
+            "pip install matplotlib",
             file=sys.stderr,
         )
     return found
 
 
 def draw(compared: Sequence[Compared], file: Path) -> None:
-    """A PNG file with the ROC of each set side by side."""
+    """Write a PNG file with the ROC of all sets side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5 * len(compared), 5), layout="constrained")

@@ -1,10 +1,10 @@
-"""`kdhooks run` runs a training script distilled, without an edit to it or to its config.
+"""`kdhooks run` runs a training script with distillation, without editing it or its config.
 
     kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
     torchrun --nproc_per_node=8 -m kdhooks run train_v2.py configs/ms1mv3_r50 --recipe kd.toml
 
-The script runs as `python SCRIPT ARGUMENTS` would run it. Below its imports the recipe is
-installed; its own statements stay as they are.
+The script runs as with `python SCRIPT ARGUMENTS`. The recipe is installed after the script's
+imports; the script's own statements are unchanged.
 """
 
 import argparse
@@ -34,11 +34,13 @@ def main(argv: Sequence[str]) -> int:
     options, arguments = _options(argv)
     script = Path(options.script)
     if options.recipe is None and not options.compat:
-        raise KDHooksError("run needs --recipe FILE; found none (--compat alone runs undistilled)")
+        raise KDHooksError(
+            "run needs --recipe FILE; found none (to run without distillation, use only --compat)"
+        )
     if not script.is_file():
         raise KDHooksError(f"run: there is no script '{script}' in {Path.cwd()}")
     try:
-        with tokenize.open(script) as file:  # in the encoding that it declares
+        with tokenize.open(script) as file:  # uses the encoding that the script declares
             source = file.read()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise KDHooksError(f"run: '{script}' can't be read as Python: {error}") from error
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Ours, wherever they stand before a `--`, and the script's own, untouched."""
+    """Return our options, from anywhere before a `--`, and the script's own arguments."""
     usage = "kdhooks run SCRIPT [ARGUMENTS …] --recipe FILE [--compat] [-- ARGUMENTS …]"
     first = make_parser("run", __doc__, usage)
     ours = type(first)(prog="kdhooks run", add_help=False, allow_abbrev=False)
@@ -63,17 +65,17 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(
             "--recipe",
             metavar="FILE",
-            help="TOML file with the teacher and the methods (default: none; with "
-            "--compat the script then trains undistilled)",
+            help="TOML file with the teacher and the methods (default: none; with --compat, the "
+            "script then trains without distillation)",
         )
         parser.add_argument(
             "--compat",
             action="store_true",
-            help="repair, and name, whatever keeps the trainer from running on current packages "
-            "(default: off)",
+            help="repair incompatibilities of the trainer with current packages, and log each "
+            "repair (default: off)",
         )
     first.add_argument(
-        "script", help="train_v2.py, or a fork of it; its arguments follow (required)"
+        "script", help="train_v2.py, or a fork of it, followed by its own arguments (required)"
     )
     first.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     argv = list(argv)
@@ -84,11 +86,14 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def prepared(source: str, name: str, hooked: bool) -> ast.Module:
-    """The script, with a call of the hook below the last statement that binds one of our names."""
+    """Parse the script; if hooked, insert a call of the hook after its imports.
+
+    The hook also comes after the last statement that binds one of the names that `install` wraps.
+    """
     try:
         tree = ast.parse(source, name)
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        raise KDHooksError(f"run: '{name}' is no Python of this version: {error}") from error
+        raise KDHooksError(f"run: '{name}' is not valid in this Python: {error}") from error
     if not hooked:
         return tree
     bound = [(index, node, {*_bound(node)}) for index, node in enumerate(tree.body)]
@@ -98,9 +103,9 @@ def prepared(source: str, name: str, hooked: bool) -> ast.Module:
     if missing and "*" not in found:
         close = "".join(near_miss(name, found) for name in missing)
         raise KDHooksError(
-            f"run: '{name}' must bind get_model, which makes the backbone, and PartialFC_V2, its "
-            f"head, at its top level; found no {' and no '.join(missing)}; {close}it is a fork: "
-            "import what it uses under these names, or call "
+            f"run: '{name}' must import or define get_model, for the backbone, and PartialFC_V2, "
+            f"for the head, at its top level; found no {' and no '.join(missing)}; {close}if the "
+            "script is a fork, import its own functions under these names, or call "
             "kdhooks_integrations.arcface_torch.attach in it"
         )
     needed = {"get_model", *HEADS, "*"}
@@ -115,12 +120,12 @@ def prepared(source: str, name: str, hooked: bool) -> ast.Module:
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """The names that a statement binds in its own scope; '*' for a star import."""
+    """Yield the names that a statement binds in its own scope; '*' for a star import."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield node.name
         return
     if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-        return  # where it ends, the training has
+        return  # the training runs inside this block, so after it is too late
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield from (alias.asname or alias.name for alias in node.names)
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -132,9 +137,9 @@ def _bound(node: ast.AST) -> Iterator[str]:
 def execute(
     program: ast.Module, name: str, arguments: Sequence[str], install: Install | None
 ) -> dict[str, Any]:
-    """As the main program, with the arguments and the import path that it has without us.
+    """Run the script as the main program, and return its globals.
 
-    Its globals come back.
+    It has the same arguments and the same import path as without kdhooks.
     """
     script = ModuleType("__main__")
     names = vars(script)
@@ -149,7 +154,7 @@ def execute(
         names[_HOOK] = hook
     ours = sys.modules["__main__"], sys.argv, sys.path
     sys.modules["__main__"], sys.argv = script, [name, *arguments]
-    if not getattr(sys.flags, "safe_path", False):  # what python -P leaves out
+    if not getattr(sys.flags, "safe_path", False):  # python -P does not add the script's folder
         sys.path = [str(path.resolve().parent), *sys.path[1:]]
     try:
         exec(compile(program, str(path), "exec", dont_inherit=True), names)
@@ -162,7 +167,7 @@ def _check_distilled(names: dict[str, Any], name: str) -> None:
     installed = getattr(names["get_model"], "__self__", None)
     if getattr(installed, "attachment", None) is None:
         raise KDHooksError(
-            f"run: '{name}' ended, and nothing was distilled: it made no head by PartialFC_V2 "
-            "after a backbone by get_model, or no schedule of the learning rate by a class that it "
-            "imports; call arcface_torch.attach in it"
+            f"run: '{name}' ended, but distillation was not attached: the script must create a "
+            "backbone by get_model, then a head by PartialFC_V2, then an LR schedule by a class "
+            "that it imports; in another script, call arcface_torch.attach"
         )

@@ -1,4 +1,4 @@
-"""The settings that decide a training step: from a config file, the command line, or assumed."""
+"""The settings of a training step: from a config file, from the command line, or assumed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from kdhooks.errors import KDHooksError
 
 _LARGEST = 2**63
-"""Whole numbers of this size and larger ones are no setting, and torch refuses them."""
+"""Settings must be smaller than this, since torch refuses larger whole numbers."""
 
 
 def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
@@ -22,7 +22,7 @@ def _is_number(value: object) -> bool:
 
 
 def _margins_fit(value: object) -> bool:
-    """As CombinedMarginLoss takes them; it raises an exception without words at others."""
+    """Whether CombinedMarginLoss accepts them; otherwise its exception has no message."""
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
         return False
     return bool((value[0] == 1 and value[2] == 0) or value[2] > 0)
@@ -35,7 +35,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_size": _whole(2),
     "fp16": ("True or False", lambda v: isinstance(v, bool)),
     "sample_rate": (
-        "a number from 0, for the own classes of a batch alone, to 1",
+        "a number from 0, which samples only the classes of the batch, to 1",
         lambda v: _is_number(v) and 0 <= v <= 1,
     ),
     "margin_list": (
@@ -49,23 +49,23 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("a number, at least 0", lambda v: _is_number(v) and v >= 0),
 }
 _NEEDED = ("network", "num_classes")
-"""Keys without which a config trains nothing, since there is no usual value."""
+"""Keys that a config must have, since there is no usual value."""
 
 ASSUMED = "assumed"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The values by the names that they have in a config of arcface_torch.
+    """The settings, with their names in a config of arcface_torch.
 
-    The defaults are assumed without a config. Apart from the batch size, they are those of the
+    The defaults are assumed without a config. Except for the batch size, they are those of the
     trainer's configs/base.py.
     """
 
     network: str
-    sources: Mapping[str, str]  # of each value: the config, an option, or `ASSUMED`
-    embedding_size: int | None = 512  # None: the network's own
-    num_classes: int | None = None  # None: the teacher's
+    sources: Mapping[str, str]  # the source of each value: the config, an option, or `ASSUMED`
+    embedding_size: int | None = 512  # None: the network's default
+    num_classes: int | None = None  # None: the number of the teacher's classes
     batch_size: int = 8
     fp16: bool = False
     sample_rate: float = 1.0
@@ -78,11 +78,11 @@ class Settings:
 
     @property
     def is_factory(self) -> bool:
-        """Whether the network is made by a factory of the user's, and not by get_model."""
+        """Whether the network is created by a factory of the user and not by get_model."""
         return ":" in self.network
 
     def asked(self, name: str) -> Any:
-        """A value to create the network with; to a factory, only what the command line says."""
+        """Return a value to create the network with; for a factory, only from the command line."""
         if self.is_factory and not self.sources[name].startswith("--"):
             return None
         return getattr(self, name)
@@ -91,7 +91,7 @@ class Settings:
         return {name: getattr(self, name) for name in _RULES}
 
     def described(self) -> str:
-        """All values that are set, by their source."""
+        """Return all values that are set, grouped by their source."""
         by_source: dict[str, list[str]] = {}
         for name, value in self.values().items():
             if value is not None:
@@ -105,9 +105,10 @@ class Settings:
 
 
 def settle(written: Mapping[str, Any], config: str | None, given: Mapping[str, object]) -> Settings:
-    """An option wins over the config, and the config over what is assumed.
+    """Combine all settings: options override the config, and the config overrides the defaults.
 
-    written: all values of the config; given: those of the command line, by their names in a config.
+    written: all values of the config.
+    given: the values from the command line, by their names in a config.
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_RULES, ASSUMED)
@@ -124,13 +125,13 @@ def settle(written: Mapping[str, Any], config: str | None, given: Mapping[str, o
             values[name], sources[name] = written[name], str(config)
         elif config is not None and name in _NEEDED:
             raise KDHooksError(
-                f"--config: the trainer needs {name}, and '{config}' has none; add it there, or "
-                f"give {option}"
+                f"--config: the trainer needs {name}; found none in '{config}'; add it there, or "
+                f"specify {option}"
             )
     if "network" not in values:
         raise KDHooksError(
-            "doctor needs --config FILE, the config that the training is started with, or "
-            "--network NAME; found neither"
+            "doctor needs --config FILE, the config of the training, or --network NAME; found "
+            "neither; specify one of them"
         )
     if "margin_list" in values:
         values["margin_list"] = tuple(map(float, values["margin_list"]))

@@ -4,10 +4,12 @@
     kdhooks taps vit_b --depth 3
     kdhooks taps my_package.networks:small --json
 
-It creates the network with random weights and runs it once in evaluation and once in training.
-Shapes are without the batch. If a submodule can't be tapped in training, a note says why.
-A recipe may write the names in the last column, such as stage3 and embedding, in place of the path.
-path:in is a submodule's input, and a pattern such as layer[1-4] or blocks.* all that it matches.
+It creates the network with random weights, and runs it once in eval mode and once in training mode.
+Shapes are without the batch. If a submodule cannot be tapped in training, a note gives the reason.
+
+Instead of a path, a recipe may use a name from the last column, such as stage3 or embedding.
+path:in is the input of a submodule. A pattern such as layer[1-4] or blocks.* names all submodules
+that match.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least(1),
         default=1,
         metavar="N",
-        help="levels of submodules to list; stages are listed at any depth (default: 1)",
+        help="number of levels of submodules to list; stages are listed at any depth (default: 1)",
     )
     parser.add_argument(
         "--input-shape",
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Seen:
-    """The output of a module in one forward of the network: the first one, if it runs twice."""
+    """The output of a module in one forward of the network; if it runs twice, the first output."""
 
     output: Tensor
     version: int
@@ -99,21 +101,21 @@ class Point:
     path: str  # "" is the network's output
     shape: tuple[int, ...]  # without the batch
     stage: int | None  # counted from 1
-    names: list[str]  # that a recipe may write in place of the path
-    notes: list[str]  # what is different in training
+    names: list[str]  # names that a recipe may use in place of the path
+    notes: list[str]  # differences in training
 
     def described(self) -> str:
         return "; ".join([*self.names, *self.notes])
 
 
 def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> list[Point]:
-    """Each point, in the order in which they run."""
+    """Return all points in the order in which they run."""
     known = Points.of(network, known_stages(network), "")
     stages = known.stages
     paths = [
         name
         for name, _ in network.named_modules()
-        if name in stages or name.count(".") < depth  # "" is the embedding
+        if name in stages or name.count(".") < depth  # the embedding is ""
     ]
     try:
         images = torch.rand(2, *input_shape) * 2 - 1
@@ -121,7 +123,7 @@ def listing(network: nn.Module, depth: int, input_shape: tuple[int, ...]) -> lis
             evaluated = observe(network, paths, images)
         network.train()
         trained = observe(network, paths, images)
-    except Exception as error:  # of the network's code, mostly about shapes
+    except Exception as error:  # raised by the network, mostly because of shapes
         raise KDHooksError(
             f"taps: the network must run on images of the shape {input_shape}; found "
             f"{type(error).__name__}: {error}; set --input-shape to that of the training images"
@@ -145,16 +147,16 @@ def _notes(seen: Seen, trained: Seen | None) -> list[str]:
     if trained.shape != seen.shape:
         notes.append(f"{trained.shape} in training")
     if trained.runs > 1:
-        notes.append(f"runs {trained.runs} times; name a call of it, as path@{trained.runs}")
+        notes.append(f"runs {trained.runs} times; name one call, such as path@{trained.runs}")
     if not trained.output.requires_grad:
         notes.append("no gradient: inside a checkpointed block, or frozen")
     if trained.output._version != trained.version:
-        notes.append("overwritten in place by what follows")
+        notes.append("overwritten in place by a later module")
     return notes
 
 
 def observe(network: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, Seen]:
-    """The outputs of the modules at these paths that are tensors, in their order."""
+    """Return the outputs that are tensors of the modules at these paths, in their order."""
     found: dict[str, Seen] = {}
 
     def watch(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""One step of a distillation as arcface_torch takes it, with a head of our own, on one device."""
+"""Runs a training step as arcface_torch does, but with our own head and on one device."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from kdhooks_integrations.arcface_torch import Attachment
 from kdhooks_integrations.arcface_torch.commands.balance import Balance, Pull
 from kdhooks_integrations.arcface_torch.commands.settings import Settings
 
-_SCALE = 64.0  # of the trainer's CombinedMarginLoss
+_SCALE = 64.0  # the scale of the trainer's CombinedMarginLoss
 _TASK = ""  # a name that no term can have
-_LOSS_SCALE = 65536.0  # at which torch's GradScaler starts
+_LOSS_SCALE = 65536.0  # the initial scale of torch's GradScaler
 
 
 class Head(nn.Module):
@@ -35,13 +35,13 @@ class Head(nn.Module):
         return F.cross_entropy(_SCALE * self._with_margin(cosine, own), own)
 
     def _sampled(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of this step, and the place of each label's own row among them."""
+        """Return the rows of this step, and the position of each label's own row among them."""
         count = int(self._settings.sample_rate * len(self.weight))
         if count == len(self.weight):
             return self.weight, labels
         own = labels.unique()
         order = torch.rand(len(self.weight), device=labels.device)
-        order[own] = 2.0  # before all others
+        order[own] = 2.0  # the classes of the batch are always chosen
         chosen = order.topk(max(count, len(own))).indices.sort().values
         return self.weight[chosen], torch.searchsorted(chosen, labels)
 
@@ -53,7 +53,7 @@ class Head(nn.Module):
             cosine = cosine.masked_fill((cosine > limit) & ~own, 0.0)
         if m3 > 0:
             return torch.where(own, cosine - m3, cosine)
-        # The trainer adds the angle outside of the graph, so that the gradient is the cosine's own.
+        # Like the trainer, add the angle outside the graph, so the gradient is that of the cosine.
         angle = cosine.detach().acos()
         return torch.where(own, cosine + ((angle + m2).cos() - cosine).detach(), cosine)
 
@@ -70,7 +70,7 @@ class Trial:
     fp16: bool = False
 
     def step(self) -> Tensor:
-        """The trainer's: forward, head, backward. -> the whole loss ()."""
+        """Run the trainer's step, forward, head and backward, and return the total loss ()."""
         loss: Tensor = self.head(self.backbone(self.images), self.labels)
         loss.backward()
         return loss.detach()
@@ -80,9 +80,9 @@ class Trial:
             module.zero_grad(set_to_none=True)
 
     def balance(self) -> Balance:
-        """Each loss, and its gradient at the parameters whose gradient the trainer clips.
+        """Return each loss and the norm of its gradient at the parameters that the trainer clips.
 
-        The task is the head's own loss. A weight by schedule counts with its highest value.
+        The task is the head's own loss. If a weight follows a schedule, its highest value is used.
         """
         distiller = self.attachment.distiller
         taps = {tap.name: tap for tap in distiller.taps}
@@ -109,10 +109,10 @@ class Trial:
         return Balance(task, pulls, _length(whole), distiller.accumulation)
 
     def _gradient(self, loss: Tensor) -> list[Tensor | None]:
-        """At each parameter of the backbone; None if it has no part in the loss.
+        """Return the gradient at each parameter of the backbone, None if the loss has none there.
 
-        By backward() and not by grad(), which checkpointed blocks do not allow. In float16 the loss
-        is scaled as GradScaler does, which halves the scale until nothing overflows.
+        It uses backward(), since checkpointed blocks do not support grad(). In float16, the loss is
+        scaled as in GradScaler, which halves the scale until nothing overflows.
         """
         scale = _LOSS_SCALE if self.fp16 else 1.0
         while True:
@@ -127,7 +127,7 @@ class Trial:
 
 
 def _full_weight(tap: Tap, step: int) -> float:
-    """A schedule's value after its warm-up, however far the step is from it."""
+    """Return the weight; for a schedule, its value after the warm-up, at any step."""
     if isinstance(tap.weight, Schedule):
         return tap.weight.value
     return float(tap.weight(step) if callable(tap.weight) else tap.weight)
@@ -142,10 +142,10 @@ def _check_gradient(name: str, value: float, length: float) -> None:
     if not math.isfinite(length):
         raise KDHooksError(
             f"{name}: the gradient of its loss must be finite; found {length}, with a loss of "
-            f"{value:.4g}; lower its weight, or take other taps"
+            f"{value:.4g}; lower its weight, or use other taps"
         )
     if value != 0 and length == 0:
         raise KDHooksError(
-            f"{name}: its loss is {value:.4g}, and no gradient of it reaches the student; take "
-            "taps that the student trains"
+            f"{name}: its loss is {value:.4g}, but no gradient reaches the student; use taps whose "
+            "parameters the student trains"
         )
