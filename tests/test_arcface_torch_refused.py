@@ -84,7 +84,7 @@ def test_a_classifier_of_another_network(
     one: Trainer, teacher: dict[str, str], wide: dict[str, str]
 ) -> None:
     message = refused(one, teacher, "proxylesskd", classifier=wide["classifier"])
-    assert "rows of width 24, its embedding is 16 wide" in message
+    assert "rows of width 24, but the teacher's embedding is 16 wide" in message
 
 
 def test_an_untrained_teacher(one: Trainer, teacher: dict[str, str], tmp_path: Path) -> None:

@@ -228,7 +228,9 @@ def test_classifier_and_embedding_must_be_of_one_network() -> None:
     module = tiny_teacher().module
     assert module is not None
     teacher = Teacher(module, classifier=torch.randn(6, 20))
-    with pytest.raises(KDHooksError, match="rows of width 20, its embedding is 12 wide"):
+    with pytest.raises(
+        KDHooksError, match="rows of width 20, but the teacher's embedding is 12 wide"
+    ):
         distil("fcd", teacher=teacher)
 
 

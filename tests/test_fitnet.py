@@ -454,8 +454,11 @@ def test_modules_that_do_not_fit_are_refused(
             r"student tap 'layer3\[0\]' must name one of several outputs; found Tensor",
         ),
         ({"student": "layer3@0"}, "student tap 'layer3@0' must name a call by its number"),
-        ({"term": "My Term"}, "fitnet: term: a name is lower case letters, .*; found 'My Term'"),
-        ({"term": "float"}, "fitnet: term: a name must not be one of torch's own .*'float_term'"),
+        (
+            {"term": "My Term"},
+            "fitnet: term: a name must consist of lower case letters, .*; found 'My Term'",
+        ),
+        ({"term": "float"}, "fitnet: term: a name must not be that of an attribute .*'float_term'"),
     ],
 )
 def test_a_path_that_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:

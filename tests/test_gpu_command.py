@@ -210,7 +210,7 @@ def test_what_could_only_fail_later_is_refused(
 def test_an_out_that_is_no_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         odd(Path("/dev/null"))
-    assert "--out must be a folder that can be written; " in capsys.readouterr().err
+    assert "--out must be a writable folder; " in capsys.readouterr().err
 
 
 def test_results_of_another_device_are_not_overwritten(

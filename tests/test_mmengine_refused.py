@@ -142,7 +142,7 @@ def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> N
         ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
         ({"student": STUDENT}, "no key 'student'; the hook distils into the runner's own model"),
         ({"methods": [LazyObject("a.b", "C")]}, "goes by its name in a config; found the class C"),
-        ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name in place of type"),
+        ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name instead of type"),
         ({"methods": "['fcd']"}, "write it without the quotes"),
     ],
 )

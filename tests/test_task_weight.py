@@ -224,7 +224,7 @@ def test_a_host_head_that_computes_the_term_leaves_no_other_loss() -> None:
 
 @pytest.mark.parametrize("name", ["task", "teacher"])
 def test_a_term_has_no_name_of_kdhooks_own(name: str) -> None:
-    with pytest.raises(KDHooksError, match=f"kdhooks' own in the log; found '{name}'; choose"):
+    with pytest.raises(KDHooksError, match=f"one that kdhooks itself logs; found '{name}'; choose"):
         Method(name)
 
 
