@@ -128,7 +128,10 @@ def test_classes_of_other_data_are_not_compared(one: Trainer) -> None:
 
 def test_methods_that_need_labels_are_refused(one: Trainer, teacher: dict[str, str]) -> None:
     (report,) = one.run(install(teacher, ROWS, FCD, labels=False))
-    assert "labels = false: margindistillation need the class of each image" in report["message"]
+    assert (
+        "labels = false, but these terms need the class of each image: margindistillation"
+        in report["message"]
+    )
     assert f"or use methods that need none: {listed(WITHOUT_LABELS)}" in report["message"]
 
 

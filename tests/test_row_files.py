@@ -206,13 +206,15 @@ def test_a_class_order_that_is_half_right_is_warned_of(
     embedding = rows.clone()
     embedding[right:] = rows[(labels[right:] + 1) % 20]
     if warned is None:
-        with pytest.raises(KDHooksError, match="find their own row in 45% of 20 samples"):
+        with pytest.raises(
+            KDHooksError, match="found 45% of 20 samples of the first batch nearest"
+        ):
             check_class_order(Rows.open(rows), embedding, labels)
         return
     found = check_class_order(Rows.open(rows), embedding, labels)
     assert bool(found) == bool(caplog.text) == warned
     if warned:
-        assert f"find their own row in {right / 20:.0%} of 20 samples only" in caplog.text
+        assert f"only {right / 20:.0%} of 20 samples of the first batch are nearest" in caplog.text
 
 
 def test_a_transposed_square_classifier_is_found_by_the_order() -> None:

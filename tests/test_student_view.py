@@ -177,7 +177,7 @@ def test_other_images_than_the_trainers_are_still_refused() -> None:
             kd(seen[0], labels)
         net(images)
         images.mul_(0.5)
-        with pytest.raises(KDHooksError, match="written to in place after the student's forward"):
+        with pytest.raises(KDHooksError, match="changed in place after the student's forward"):
             kd(images, labels)
 
 
