@@ -258,7 +258,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
             "must be a folder or a zip file with pictures; 'absent' does not",
         ),
         ((*BUILD, "kd.toml"), "'kd.toml' can't be read as a zip file"),
-        ((*BUILD, "small"), "'a.png' is 112x50 (width x height), where 112x112 is needed"),
+        ((*BUILD, "small"), "'a.png' is 112x50 (width x height), but 112x112 is needed"),
         ((*BUILD, "empty"), "folder with train.rec and train.idx; found none in 'empty'"),
         (
             (*BUILD[:3], "--batch-size", "0", "--data", "folders"),

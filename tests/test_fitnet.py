@@ -361,8 +361,8 @@ def test_a_batch_norm_of_one_number_is_refused_with_the_way_out() -> None:
             "normalise belongs to the distances 'l2' and 'l1'; found 'kl'",
         ),
         ({"hidden": 3}, "fitnet: hidden belongs to connector 'mlp'; found '1x1'"),
-        ({"student": 3}, "student must be a text or a list of texts; found 3"),
-        ({"student": ["a", 3]}, r"fitnet: student\[1\] must be a text; found 3"),
+        ({"student": 3}, "student must be a string or a list of strings; found 3"),
+        ({"student": ["a", 3]}, r"fitnet: student\[1\] must be a string; found 3"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:

@@ -64,8 +64,8 @@ def test_without_the_key_the_refusal_comes_at_the_call() -> None:
     with pytest.raises(KDHooksError) as error:
         kd(images)
     assert str(error.value) == (
-        "labels must be a tensor (b) of class numbers; found NoneType; margindistillation cannot "
-        f"do without; methods that need none are: {LABEL_FREE}"
+        "labels must be a tensor (b) of class numbers; found NoneType; needed by: "
+        f"margindistillation; methods that need no labels: {LABEL_FREE}"
     )
 
 

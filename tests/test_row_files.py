@@ -350,7 +350,7 @@ def test_the_weights_that_are_meant_can_be_named_in_a_recipe(tmp_path: Path) -> 
     ("teacher", "match"),
     [
         ({"module": torch.flatten, "weights": "ema"}, "belongs to teacher.network or"),
-        ({"network": "a:b", "checkpoint": __file__, "weights": 3}, "must be a text; found 3"),
+        ({"network": "a:b", "checkpoint": __file__, "weights": 3}, "must be a string; found 3"),
     ],
 )
 def test_weights_belong_to_a_checkpoint(teacher: Content, match: str) -> None:

@@ -321,7 +321,7 @@ def test_ranks_with_different_views_are_refused(tmp_path: Path) -> None:
     for found in on_two_ranks(views_that_differ, tmp_path):
         said = bytes(found["said"]["text"].tolist()).decode()
         assert "all ranks must declare the same terms" in said
-        assert "only rank 1: a student's view StudentView( Mask(p=0.6)" in said
+        assert "only rank 1 has: a student's view StudentView( Mask(p=0.6)" in said
 
 
 # --- checkpointing and compilation ---------------------------------------------------------------

@@ -245,4 +245,4 @@ def _differing() -> dict[str, Results]:
 def test_ranks_with_different_factors_are_refused(tmp_path: Any) -> None:
     for rank in on_two_ranks(_differing, tmp_path):
         said = rank["said"]["error"]
-        assert "only rank 0 has: task_weight 0.5; only rank 1: task_weight 1.5" in said
+        assert "only rank 0 has: task_weight 0.5; only rank 1 has: task_weight 1.5" in said
