@@ -107,8 +107,8 @@ def test_a_head_that_computes_a_term_has_no_factor_besides(
     (report,) = one.run(install(teacher, "proxylesskd", task_weight=0.5))
     assert report["error"] == "KDHooksError"
     assert report["message"].startswith(
-        "task_weight must be 1 if the trainer's own head computes proxylesskd, since there is no "
-        "other loss of the trainer's; found 0.5; give proxylesskd a weight instead"
+        "task_weight must be 1 if the trainer's own head computes proxylesskd, since "
+        "the trainer then has no other loss; found 0.5; give proxylesskd a weight instead"
     )
     own = {"name": "proxylesskd", "head": "own"}
     assert "error" not in one.run(install(teacher, own, task_weight=0.5))[0]

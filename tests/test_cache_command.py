@@ -200,7 +200,7 @@ def test_a_part_that_can_not_be_read_is_named(
     for argv in (("verify", "cache"), ("info", "cache"), (*BUILD, "folders")):
         cache(*argv, status=2)
         said = capsys.readouterr().err
-        assert f"{path}' can't be read (Permission denied); look at its permissions" in said
+        assert f"{path}' can't be read (Permission denied); check its permissions" in said
         assert "kdhooks cache verify cache checks all files" in said
 
 

@@ -139,7 +139,7 @@ BAD: list[tuple[str, object, str]] = [
         "~nosuchuser/x",
         "sample: file must be a path on this machine; the path: '~nosuchuser",
     ),
-    ("file", "https://a.b/c.pt", "is an address; download the file, and name that"),
+    ("file", "https://a.b/c.pt", "is a URL; download the file, and name its path"),
     ("rows", 3, "sample: rows must be a tensor or a path; found 3"),
     ("inner", 3, "sample: inner must be a table; found 3"),
     ("inner", {"share": 2}, "sample: inner.share must be at least 0 and at most 1; found 2"),

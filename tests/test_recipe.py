@@ -94,7 +94,7 @@ def test_the_paths_of_a_methods_options_start_at_the_files_folder_too(tmp_path: 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("http://a/kd.toml", "'http://a/kd.toml' is an address"),
+        ("http://a/kd.toml", "'http://a/kd.toml' is a URL"),
         ("", "recipe must be a path; found ''"),
         ("/dev/null", "'/dev/null' is not a regular file"),
     ],

@@ -354,7 +354,9 @@ def test_a_checkpoint_around_the_student_is_refused() -> None:
     with distil(Method(), net=net, student_view=view()) as kd:
         embedding = checkpoint(net, images, use_reentrant=False)
         loss = task(embedding) + kd(images, labels)["gap"]
-        with pytest.raises(KDHooksError, match="ran again in a backward, by activation checkpoi"):
+        with pytest.raises(
+            KDHooksError, match="ran again in a backward pass, by activation checkpoi"
+        ):
             loss.backward()
 
 
