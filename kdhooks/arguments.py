@@ -15,7 +15,7 @@ _DIGITS = 9
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least that."""
+    """Return a parser for whole numbers of at least `least`."""
 
     def number(text: str) -> int:
         if not (text.isascii() and text.isdecimal()) or int(text[:_DIGITS]) < least:
@@ -23,14 +23,14 @@ def at_least(least: int) -> Callable[[str], int]:
                 f"must be a whole number, at least {least}; found {text}"
             )
         if len(text) > _DIGITS:
-            raise argparse.ArgumentTypeError(f"must have {_DIGITS} digits at most; found {text}")
+            raise argparse.ArgumentTypeError(f"must have at most {_DIGITS} digits; found {text}")
         return int(text)
 
     return number
 
 
 def share(text: str) -> float:
-    """The type of an option that lies between 0 and 1."""
+    """Parse a number between 0 and 1, both excluded."""
     found = _number(text)
     if not 0 < found < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1; found '{text}'")
@@ -38,7 +38,7 @@ def share(text: str) -> float:
 
 
 def factor(text: str) -> float:
-    """The type of an option that multiplies a weight."""
+    """Parse a factor of a weight: a number of at least 0."""
     found = _number(text)
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0; found '{text}'")
@@ -53,32 +53,33 @@ def _number(text: str) -> float:
 
 
 def usable_device(text: str) -> torch.device:
-    """The type of an option that names a device on which torch can put a tensor here."""
+    """Parse the name of a device on which torch can create a tensor on this machine."""
     number = re.fullmatch(r"cuda:(\d+)", text)
-    if number and int(number[1]) >= torch.cuda.device_count():  # torch takes 900 for another one
+    # This comes first because torch takes large numbers for others: cuda:256 becomes cuda:0.
+    if number and int(number[1]) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
-            f"must be one that this machine has; found '{text}', and "
+            f"must be a device of this machine; found '{text}', and "
             f"{torch.cuda.device_count()} CUDA devices"
         )
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).tolist()
-    except Exception as error:  # torch raises four kinds of them
+    except Exception as error:  # torch raises four kinds of exceptions here
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise argparse.ArgumentTypeError(
-            "must be one that this machine has, like cpu, cuda or cuda:0; found "
+            "must be a device of this machine, such as cpu, cuda or cuda:0; found "
             f"'{text}' ({reason})"
         ) from error
     return device
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder for the results of a command, with those around it."""
+    """Create the folder for the results of a command, and its parents."""
     folder = user_path(path, "--out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KDHooksError(
-            f"--out must be a folder that can be written; '{path}' can't be made ({error.strerror})"
+            f"--out must be a writable folder; '{path}' can't be created ({error.strerror})"
         ) from error
     return folder

@@ -1,4 +1,4 @@
-"""Asks the methods, once, what they declare; and probes the models, so that they can answer."""
+"""Collects the declarations of the methods, after probing the models that they are made for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap
 
 
 class Declarations:
-    """The methods of one run behind one fresh plugin manager."""
+    """The methods of one run, registered with a plugin manager of their own."""
 
     def __init__(self, methods: Sequence[object], plugins: Sequence[object]) -> None:
         """methods: names, tables or objects; plugins: objects that answer `model_stages`."""
@@ -76,13 +76,13 @@ class Declarations:
         return [caller.name for caller in self._manager.get_hookcallers(plugin) or ()]
 
     def points(self, model: nn.Module | None, embedding: str) -> Points | None:
-        """The names of a model's submodules, by what a plugin knows of this backbone."""
+        """Return the names of a model's submodules; plugins may know the backbone's stages."""
         if model is None:
             return None
         return Points.of(model, self._manager.hook.model_stages(model=model), embedding)
 
     def points_of(self, teacher: Teacher | Teachers) -> Points | None:
-        """The same of the teacher; of several, each name starts with the teacher's number."""
+        """Return the teacher's names; those of several teachers start with a teacher's number."""
         if isinstance(teacher, Teacher):
             return self.points(teacher.module, teacher.embedding)
         names = {"embedding": ""}
@@ -92,10 +92,10 @@ class Declarations:
                     f"{number}.{name}": f"{number}.{path}" if path else str(number)
                     for name, path in points.names.items()
                 }
-        return Points(teacher.module, (), names)  # nothing says whose stages are paired
+        return Points(teacher.module, (), names)  # unknown which teacher's stages to pair
 
     def taps(self, student: Model, teacher: Model, head: ClassShard | None) -> tuple[Tap, ...]:
-        """Every method's taps, in the order of the methods, checked against both models."""
+        """Return every method's taps, in the order of the methods, checked against both models."""
         taps: list[Tap] = []
         for method in self._methods:
             declared = self._declared_by(method, student, teacher)
@@ -139,9 +139,8 @@ class Declarations:
             return None
         if teacher.joins > 1:
             raise KDHooksError(
-                f"{type(adapter).__name__} would adapt {teacher.joins} teachers, and can adapt one "
-                "alone; distil from one teacher, or switch it off (in cakd: prompts = { number = 0 "
-                "})"
+                f"{type(adapter).__name__} can adapt only one teacher; found {teacher.joins}; "
+                "distil from one teacher, or switch it off (in cakd: prompts = { number = 0 })"
             )
         frozen = {id(parameter) for parameter in teacher.module.parameters()}
         if any(id(parameter) in frozen for parameter in adapter.parameters()):
@@ -152,7 +151,7 @@ class Declarations:
         return adapter
 
     def student_view(self, given: nn.Module | None) -> nn.Module | None:
-        """The module that was given to the run, or else the one that a plugin returns."""
+        """Return the view that was passed to the run, or else the one that a plugin returns."""
         found: object = self._manager.hook.student_view()
         if found is None:
             return given
@@ -170,7 +169,7 @@ class Declarations:
 
 
 def chosen_stages(points: Points | None, paths: Sequence[str] | None, side: str) -> tuple[str, ...]:
-    """Of the paths, names and patterns given, or those that are known of this backbone."""
+    """Return the stages at the given paths, names and patterns; by default, the known stages."""
     if points is None:
         return tuple(paths or ())
     return points.stages if paths is None else points.several(paths, side)
@@ -178,7 +177,7 @@ def chosen_stages(points: Points | None, paths: Sequence[str] | None, side: str)
 
 @contextmanager
 def _runs(side: str, images: Tensor) -> Iterator[None]:
-    """Name the model and the setting if the first forward raises an error of torch's."""
+    """Name the model and the setting to change if the first forward raises any other error."""
     try:
         yield
     except (KDHooksError, torch.OutOfMemoryError):
@@ -187,7 +186,7 @@ def _runs(side: str, images: Tensor) -> Iterator[None]:
         raise KDHooksError(
             f"the {side} must run on images of the shape {tuple(images.shape[1:])}; found "
             f"{type(error).__name__}: {error}; set input_shape to the shape of the training images"
-            f"{', or teacher.input.size to what the teacher takes' if side == 'teacher' else ''}"
+            f"{', or teacher.input.size to that of the teacher' if side == 'teacher' else ''}"
         ) from error
 
 
@@ -199,7 +198,7 @@ def probe_student(
     run: Callable[[Tensor], object] | None = None,
     points: Points | None = None,
 ) -> Model:
-    """Forwards in eval mode without grad, which leave no trace in the module."""
+    """Probe the student by forwards in eval mode without gradients, which leave it unchanged."""
 
     def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
         taps = Taps(module, [embedding, *paths], "student")
@@ -215,7 +214,7 @@ def probe_student(
     if found.ndim != 2:
         raise KDHooksError(
             f"student embedding '{embedding or 'output'}' must be (b d); found shape "
-            f"{tuple(found.shape)}; name the submodule that puts it out as taps.student.embedding"
+            f"{tuple(found.shape)}; name the submodule that returns it as taps.student.embedding"
         )
     return Model(module, found.shape[1], probed, probe=_prober(module, observe), points=points)
 
@@ -223,7 +222,7 @@ def probe_student(
 def probe_teacher(
     teacher: Teacher, stages: Sequence[str], images: Tensor, points: Points | None = None
 ) -> Model:
-    """In a session of its own."""
+    """Probe one teacher, in a session of its own."""
 
     def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
         with TeacherSession(teacher, paths) as session, _runs("teacher", images):
@@ -231,7 +230,7 @@ def probe_teacher(
         return {**output.features, teacher.embedding: output.embedding}
 
     probed: tuple[Stage, ...] = ()
-    if teacher.stored is not None and not stages:  # which has no embedding of random images
+    if teacher.stored is not None and not stages:  # it holds none of random images
         teacher.stored.check_shape(tuple(images.shape[1:]))
         dim = teacher.stored.dim
     else:
@@ -240,14 +239,14 @@ def probe_teacher(
     rows = teacher.classifier
     if rows is not None and rows.dim != dim == rows.total:
         raise KDHooksError(
-            f"teacher classifier must have the shape (c e), one row a class; found {rows.total} "
-            f"rows of width {rows.dim}, and the embedding is {dim} wide: it is transposed; save "
+            f"teacher classifier must have the shape (c e), one row per class; found {rows.total} "
+            f"rows of width {rows.dim}, but the embedding is {dim} wide: it is transposed; save "
             "its transpose, weight.T"
         )
     if rows is not None and rows.dim != dim:
         raise KDHooksError(
-            f"teacher classifier has rows of width {rows.dim}, its embedding is {dim} wide; "
-            "they are of different networks"
+            f"teacher classifier has rows of width {rows.dim}, but the teacher's embedding is "
+            f"{dim} wide; use the classifier that was trained with this teacher"
         )
     prober = _prober(teacher.module, observe)
     return Model(teacher.module, dim, probed, rows, probe=prober, points=points)
@@ -259,7 +258,7 @@ def probe_teachers(
     images: Tensor,
     points: Points | None = None,
 ) -> Model:
-    """One teacher; or several as one model, each of which is probed by itself."""
+    """Probe one teacher; or several, each by itself, and join them into one model."""
     if isinstance(teacher, Teacher):
         return probe_teacher(teacher, stages, images, points)
     models: list[Model] = []
@@ -267,7 +266,7 @@ def probe_teachers(
     for number, paths in enumerate(teacher.split(stages)):
         with numbered(number):
             models.append(probe_teacher(teacher.members[number], list(paths), images))
-        known = zip(models[number].stages, paths.values(), strict=False)  # none of a function
+        known = zip(models[number].stages, paths.values(), strict=False)  # a function has none
         found.update({path: _renamed(stage, path, number) for stage, path in known})
     dim = sum(model.embedding_dim for model in models)
 
@@ -291,7 +290,7 @@ def probe_teachers(
 
 
 def _renamed(stage: Stage, path: str, number: int) -> Stage:
-    """A stage of one of several teachers."""
+    """Return a stage of one of several teachers under the path that starts with its number."""
     fault = stage.probed
     if isinstance(fault, KDHooksError):
         fault = KDHooksError(f"teacher {number}: {fault}")
@@ -299,7 +298,7 @@ def _renamed(stage: Stage, path: str, number: int) -> Stage:
 
 
 def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:
-    """Probes one more submodule of the model, by a forward of its own."""
+    """Return a function that probes one more submodule, by a forward of its own."""
     if module is None:
         return None
     return lambda path: Stage.of(module, path, observe([path])[path])
@@ -311,9 +310,10 @@ def _probed(
     side: str,
     observe: Observe,
 ) -> tuple[Mapping[str, Tensor], tuple[Stage, ...]]:
-    """What a forward puts out, and the stages; one that can't be tapped concerns who taps it.
+    """Return the outputs of a forward, and the stages.
 
-    observe: a forward; the outputs at the paths, and the embedding.
+    A stage that cannot be tapped keeps its error, which is raised only if a method taps it.
+    observe: runs a forward, and returns the outputs at the paths and the embedding.
     """
     if module is None:
         return observe(paths), ()
@@ -323,7 +323,7 @@ def _probed(
     try:
         outputs = observe(paths)
     except KDHooksError:
-        outputs = observe([])  # the embedding is everybody's concern
+        outputs = observe([])  # a fault of the embedding is raised now
         for path in paths:
             try:
                 outputs = {**observe([path]), **outputs}

@@ -1,18 +1,18 @@
-"""The stages of backbones that are known by their class, or that describe themselves."""
+"""The stages of backbones of known classes, and of backbones that describe their stages."""
 
 from typing import Any
 
 from torch import nn
 
-_MOST = 4  # of the deepest ones, if there are more
+_MOST = 4  # stages; if there are more, the deepest ones
 
 
 def known_stages(model: nn.Module) -> list[str] | None:
-    """Paths of the stages' ends, shallow to deep; None if nothing of the backbone is known.
+    """Return the paths of the stages' last submodules, shallow to deep; None if none is known.
 
-    Those of arcface_torch's backbones are at 1/2, 1/4, 1/8 and 1/16 of the input. A vision
+    In arcface_torch's backbones, these have 1/2, 1/4, 1/8 and 1/16 of the input size. A vision
     transformer keeps one size throughout; its stages are the quarters of its depth. timm's networks
-    describe theirs as `feature_info`.
+    describe their stages in `feature_info`.
     """
     kind = type(model).__name__
     if kind == "IResNet":
@@ -21,14 +21,14 @@ def known_stages(model: nn.Module) -> list[str] | None:
         return ["layers.1", "layers.3", "layers.5", "conv_sep"]
     if described := _described_stages(model):
         return described
-    blocks = getattr(model, "blocks", None)  # other packages have classes of this name
+    blocks = getattr(model, "blocks", None)  # classes of this name may lack it
     if kind == "VisionTransformer" and isinstance(blocks, nn.ModuleList | nn.Sequential):
         return _quarters([f"blocks.{number}" for number in range(len(blocks))]) or None
     return None
 
 
 def _described_stages(model: nn.Module) -> list[str]:
-    """By `feature_info`: a list of tables with `module` and `reduction`, or an object with such."""
+    """Read `feature_info`: dicts with `module` and `reduction` in a list, or in its `info`."""
     info: Any = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
     if not isinstance(entries, list | tuple):
@@ -47,6 +47,6 @@ def _described_stages(model: nn.Module) -> list[str]:
 
 
 def _quarters(paths: list[str]) -> list[str]:
-    """The ends of the quarters of the depth; nothing if there are fewer than four blocks."""
+    """Return the last path of each quarter of the depth; none if there are fewer than four."""
     depth = len(paths)
     return [paths[depth * quarter // 4 - 1] for quarter in (1, 2, 3, 4)] if depth >= _MOST else []

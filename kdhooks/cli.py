@@ -1,4 +1,4 @@
-"""The command `kdhooks`: around a training, the installed methods, and a demonstration."""
+"""Command-line tools for distilled trainings: run, check, inspect, export and evaluate."""
 
 import argparse
 import json
@@ -15,30 +15,30 @@ from kdhooks.errors import KDHooksError
 from kdhooks.schema import recipe_schema
 
 _DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
-_TOOLS = {  # command -> the module that has it, and what it does
-    "run": ("run", "run a training script of arcface_torch, distilled"),
-    "doctor": ("doctor", "try one step of a recipe before the training starts"),
-    "taps": ("taps", "list the points of a network that a recipe can tap"),
-    "cache": ("cache", "fill, describe or check a cache of the teacher's embeddings"),
-    "export": (
-        "export",
-        "write a trained student as model.pt and as ONNX files",
+_TOOLS = {  # command -> its module, and its line in --help
+    "run": ("run", "run a training script of arcface_torch with distillation"),
+    "doctor": ("doctor", "check a recipe by trying one training step"),
+    "taps": ("taps", "list the submodules of a network that a recipe can tap"),
+    "cache": ("cache", "build, describe or check a cache of the teacher's embeddings"),
+    "export": ("export", "write a trained student to model.pt and to ONNX files"),
+    "evaluate": (
+        "evaluate",
+        "measure face verification with each model, and across two models",
     ),
-    "evaluate": ("evaluate", "measure models on pairs of faces, each alone and across"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 2 where the caller can fix what went wrong."""
+    """Run one command. The exit status is 2 if the caller can fix the error."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv[:1])  # what follows is the command's own
+    arguments = _parser().parse_args(argv[:1])  # the rest belongs to the command
     command: Callable[[list[str]], int] = arguments.command
     try:
         return command(list(argv[1:]))
     except KDHooksError as error:
         print(f"kdhooks: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="kdhooks",
         usage="kdhooks [-h] [--version] command …",
         description=__doc__,
-        epilog="kdhooks COMMAND --help says more of each.",
+        epilog="For the options of a command, run kdhooks COMMAND --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kdhooks {version('kdhooks')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = commands.add_parser("methods", help="list the installed methods, or describe one")
     listing.set_defaults(command=_methods)
-    schema = commands.add_parser("schema", help="write the JSON Schema of a recipe, for editors")
+    schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
     for name, (module, text) in _TOOLS.items():
         commands.add_parser(name, help=text).set_defaults(command=_tool(module))
@@ -76,10 +76,10 @@ def _tool(module: str) -> Callable[[list[str]], int]:
 def _methods(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="kdhooks methods",
-        description="List the installed methods, without importing them; or describe one of them.",
+        description="List the installed methods without importing them, or describe one of them.",
         allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", help="describe this method: hooks, needs, options")
+    parser.add_argument("name", nargs="?", help="describe this method: hooks, needs and options")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     if options.name is None:
@@ -101,8 +101,8 @@ def _listed(infos: Sequence[Mapping[str, str]]) -> str:
 def _schema(arguments: list[str]) -> int:
     argparse.ArgumentParser(
         prog="kdhooks schema",
-        description="Write the JSON Schema (draft 2020-12) of a recipe with all installed methods.",
-        epilog="In a recipe, the first line '#:schema kd.schema.json' names the file for editors.",
+        description="Print the JSON Schema (draft 2020-12) of recipes, with all installed methods.",
+        epilog="Save it as kd.schema.json, and start a recipe with '#:schema kd.schema.json'.",
         allow_abbrev=False,
     ).parse_args(arguments)
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

@@ -1,18 +1,18 @@
-"""What a copy or a pickle of a distilled module carries in place of the hooks of the original."""
+"""Classes whose objects lose their effect in a copy or a pickle of a distilled module."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class NotCopied:
-    """An attribute; a copy or a pickle of its owner has None instead."""
+    """Base of an attribute that becomes None in a copy or a pickle of its owner."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
 
 
 class IdleCopy:
-    """A hook; a copy or a pickle of its module has a hook instead that does nothing."""
+    """Base of a hook that does nothing in a copy or a pickle of its module."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _idle_hook, ()

@@ -1,8 +1,8 @@
-"""What a method declares: its taps, the loss on each, and the loss's weight.
+"""The declarations of a method: its taps, the loss on each, and the loss's weight.
 
-A tap's kind answers every question about it: what its loss is called with, which outputs of the
-models it needs, whether it needs the teacher and the labels, and whether it fits the two models.
-A new kind of tap is therefore one class here.
+The class of a tap determines the arguments of its loss, the outputs of the models that it needs,
+whether it needs the teacher and the labels, and which models it accepts. A new kind of tap is
+therefore one new class here.
 """
 
 import math
@@ -29,31 +29,32 @@ Weight: TypeAlias = Scheduled
 
 @dataclass(frozen=True)
 class Model:
-    """One side, as a method sees it when it declares its taps: probed before the first step."""
+    """The student or the teacher as a method sees it when it declares its taps, already probed."""
 
     module: nn.Module | None  # None: embeddings only, as from an ONNX file
     embedding_dim: int
     stages: tuple[Stage, ...] = ()
     classifier: Rows | None = None  # the teacher's rows (c e); None on the student's side
-    without_rows: str = ""  # of several teachers, those without rows beside others with them
-    joins: int = 1  # how many teachers it joins; paths then start with the number of one
+    without_rows: str = ""  # for errors: the teachers without rows, if others have them
+    joins: int = 1  # number of teachers; with several, a path starts with a teacher's number
     probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
     probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
     points: Points | None = field(default=None, repr=False, compare=False)
     tables: ClassTables = field(default_factory=ClassTables, repr=False, compare=False)
 
     def path(self, name: str, owner: str) -> str:
-        """The one submodule that a path, a name such as `stage3`, or a pattern stands for."""
+        """Return the path of the one submodule that a path, a name or a pattern stands for."""
         return name if self.points is None else self.points.one(name, owner)
 
     def paths(self, names: Sequence[str], owner: str) -> tuple[str, ...]:
-        """All submodules that paths, names and patterns such as `blocks.*` stand for."""
+        """Return the paths of all submodules that paths, names and patterns stand for."""
         return tuple(names) if self.points is None else self.points.several(names, owner)
 
     def stage(self, path: str, owner: str) -> Stage:
-        """The output of any submodule, which a forward probes unless it is one of the stages.
+        """Return any submodule as a `Stage`; a forward probes it unless it was probed before.
 
-        path: or a name, as for `path`. owner: for errors, such as "fitnet: student".
+        path: a path or a name, as for `path`. owner: the subject of errors, such as
+            "fitnet: student".
         """
         path = self.path(path, owner)
         for stage in (*self.stages, *self.probed.values()):
@@ -71,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """The inputs of one step's losses, in float32 at least."""
+    """The inputs of one step's losses, at least in float32."""
 
     student: Tensor  # embedding (b d)
     student_features: Mapping[str, Tensor]
@@ -85,10 +86,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Tap:
-    """A named, weighted loss. Its subclass decides what the loss is called with.
+    """A named, weighted loss. Each subclass defines the arguments of its loss.
 
     A loss returns a scalar, or a scalar and a dict of scalars to log.
-    needs_teacher, needs_labels: False if the loss ignores them; it must accept None for them then.
+    needs_teacher, needs_labels: False if the loss ignores them; it must then accept None for them.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Tap:
     inherits_classifier: ClassVar[bool] = False
     """Whether a host whose own head is a margin softmax may compute the loss itself."""
     per_optimizer_step: ClassVar[bool] = False
-    """Whether the loss counts once an optimizer step, however many batches that step sums."""
+    """Whether the loss counts once per optimizer step, however many batches are accumulated."""
 
     def __post_init__(self) -> None:
         check_name(self.name, type(self).__name__)
@@ -129,7 +130,7 @@ class Tap:
 
     def arguments(self, step: Step) -> tuple[object, ...]:
         """The arguments that the loss is called with."""
-        raise AssertionError("a tap is of one of the kinds below")
+        raise AssertionError("a subclass of Tap must define its arguments")
 
     def resolved(self, student: Model, teacher: Model) -> "Tap":
         """The same tap with the paths of submodules in place of their names."""
@@ -144,20 +145,20 @@ class Tap:
 
 
 def check_name(name: str, subject: str) -> None:
-    """Refuse what can't be the name of a term; subject: that of the error."""
+    """Refuse a text that cannot be the name of a term. subject: the subject of the error."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise KDHooksError(
-            f"{subject}: a name is lower case letters, digits and underscores, "
+            f"{subject}: a name must consist of lower case letters, digits and underscores, "
             f"since it becomes a key of logs and checkpoints; found '{name}'"
         )
     if name in ("task", "teacher"):
         raise KDHooksError(
-            f"{subject}: a name must not be one of kdhooks' own in the log; found '{name}'; choose "
+            f"{subject}: a name must not be one that kdhooks itself logs; found '{name}'; choose "
             f"another, such as '{name}_term'"
         )
-    if hasattr(nn.ModuleDict(), name):  # which holds the losses, and can't tell the two apart
+    if hasattr(nn.ModuleDict(), name):  # it keeps the losses by name
         raise KDHooksError(
-            f"{subject}: a name must not be one of torch's own for what a module has; found "
+            f"{subject}: a name must not be that of an attribute of torch's modules; found "
             f"'{name}'; choose another, such as '{name}_term'"
         )
 
@@ -185,10 +186,10 @@ class EmbeddingTap(Tap):
 
 @dataclass(frozen=True)
 class FeatureTap(Tap):
-    """loss(student [(b k h w)], teacher [(b k h w)], labels (b)), one entry a path.
+    """loss(student [(b k h w)], teacher [(b k h w)], labels (b)), one entry per path.
 
-    student, teacher: a path or a name of one submodule each; `path@2` is the output of its second
-        call, and `path:in` its input.
+    student, teacher: paths or names of single submodules; `path@2` is the output of a submodule's
+        second call, and `path:in` its input.
     """
 
     student: tuple[str, ...] = field(kw_only=True)
@@ -239,7 +240,7 @@ class ClassifierShare(Tap):
     """loss(student (b d), teacher (b e), labels (b), classifier), b the global batch.
 
     classifier is this rank's `ClassShard` of the rows of the teacher's classifier. A loss that
-    keeps something of each class may define `prepare(classifier)`, which is called once.
+    stores values per class may define `prepare(classifier)`, which is called once.
     """
 
     contract = "(b d), (b e), (b), classifier -> ()."
@@ -259,7 +260,7 @@ class ClassifierShare(Tap):
     def check(self, student: Model, teacher: Model, head: ClassShard | None) -> None:
         if teacher.classifier is None:
             raise KDHooksError(
-                f"{self.name} shares the teacher's classifier, and none is given"
+                f"{self.name} needs the teacher's classifier, and none is given"
                 f"{teacher.without_rows}; set teacher.classifier to checkpoint_gpu_*.pt shards, a "
                 "tensor file (c e), or class means made with kdhooks.class_means"
             )
@@ -272,8 +273,8 @@ class ClassifierShare(Tap):
 class InheritedClassifier(ClassifierShare):
     """A `ClassifierShare` whose loss is a softmax that the student's own head may compute.
 
-    A host that has such a head takes the teacher's rows over, frozen, and trains on them in place
-    of its own. Elsewhere kdhooks computes the loss.
+    A host with such a head replaces its rows by the teacher's, frozen, and trains the student on
+    them. In other hosts, kdhooks computes the loss.
     host_conflict: the reason why a host's head cannot compute this loss; "" if it can.
     """
 
@@ -286,7 +287,7 @@ class InheritedClassifier(ClassifierShare):
 class ComparedClassifiers(ClassifierShare):
     """A `ClassifierShare` whose loss also gets `head`, the `ClassShard` of the student's own rows.
 
-    Its scores on the student's rows are compared with the teacher's scores on the teacher's rows.
+    It compares the student's scores on these rows with the teacher's scores on the teacher's rows.
     """
 
     contract = "(b d), (b e), (b), classifier, head -> ()."
@@ -301,26 +302,27 @@ class ComparedClassifiers(ClassifierShare):
         if head is None:
             raise KDHooksError(
                 f"{self.name} compares class scores, and the student's own classifier is not "
-                "known; give Distiller(…, head=ClassShard(weight, 0, classes)), in MMEngine name "
+                "known; pass Distiller(…, head=ClassShard(weight, 0, classes)), in MMEngine name "
                 "it as classifier = 'head.fc.weight', in Lightning as "
                 "Distill(…, classifier='head.weight'), or use fcd, which needs none"
             )
         if head.weight.shape[1] != student.embedding_dim:
             raise KDHooksError(
                 f"{self.name}: the student's classifier must be as wide as its embedding; found "
-                f"rows of {head.weight.shape[1]} and {student.embedding_dim}"
+                f"rows of width {head.weight.shape[1]} and an embedding of width "
+                f"{student.embedding_dim}"
             )
         if not head.weight.requires_grad:
             raise KDHooksError(
-                f"{self.name}: the student's classifier must be trained; found rows without a "
-                "gradient (a head that copies the sampled ones has such); use fcd, or a head that "
-                "trains all its rows"
+                f"{self.name}: the student's classifier must be trained; found rows that do not "
+                "require grad (a head that samples classes may copy their rows); use fcd, or a "
+                "head that trains all its rows"
             )
 
 
 @dataclass(frozen=True)
 class ParameterTap(Tap):
-    """loss(parameters [(…)]), once per optimizer step; the student's own, named by path."""
+    """loss(parameters [(…)]), once per optimizer step, on named parameters of the student."""
 
     needs_teacher: bool = field(default=False, init=False)
     needs_labels: bool = field(default=False, init=False)
@@ -339,14 +341,14 @@ class ParameterTap(Tap):
         return f"{self.name} on {len(self.parameters)} parameters"
 
     def of(self, student: Model) -> list[nn.Parameter]:
-        """The student's parameters that this tap names, all of them trained."""
+        """Return the student's parameters that this tap names; refuse missing and frozen ones."""
         assert student.module is not None
         known = dict(student.module.named_parameters())
         for name in self.parameters:
             if name not in known:
                 raise KDHooksError(
                     f"{self.name}: student has no parameter '{name}'; {near_miss(name, known)}"
-                    f"it has {len(known)}"
+                    f"it has {len(known)} parameters"
                 )
             if not known[name].requires_grad:
                 raise KDHooksError(

@@ -1,4 +1,4 @@
-"""What an installed method is and needs, for `kdhooks methods NAME`."""
+"""Describes an installed method and its requirements, for `kdhooks methods NAME`."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ _STAGES = ("layer1", "layer2")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method, with the defaults of its options, can't do without."""
+    """The requirements of a method whose options have their defaults."""
 
     labels: bool
     class_rows: bool  # of the teacher
@@ -36,7 +36,7 @@ class Needs:
 
 
 def needs_of(method: object) -> Needs:
-    """Found by leaving each thing out: the method then refuses, or does without."""
+    """Find the requirements of a method by leaving out each input: the method may refuse that."""
     with undisturbed_generators(0, torch.device("cpu")), _silent():
         images = torch.rand(2, 3, 32, 32)
         student = probe_student(TinyFaceNet(), "", _STAGES, images)
@@ -68,7 +68,7 @@ def needs_of(method: object) -> Needs:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the warnings of methods about the tiny models that they are tried on."""
+    """Silence the warnings of methods about the tiny models that they are tried on."""
     log = logging.getLogger("kdhooks")
     before, log.disabled = log.disabled, True
     try:
@@ -78,12 +78,12 @@ def _silent() -> Iterator[None]:
 
 
 def as_table(name: str) -> dict[str, Any]:
-    """All that is known of a method, as JSON can hold it."""
+    """Return everything known about a method, in types that JSON can represent."""
     made = load(name)
     info = next(info for info in methods() if info.name == name)
     try:
         found: dict[str, Any] = {"needs": asdict(needs_of(create(name)))}
-    except KDHooksError as error:  # it can't run with its defaults alone
+    except KDHooksError as error:  # its defaults are not enough to run it
         found = {"needs": None, "reason": str(error)}
     return {
         **asdict(info),
@@ -111,7 +111,7 @@ def _as_table(option: Option) -> dict[str, Any]:
 
 
 def as_text(table: Mapping[str, Any]) -> str:
-    """The same for a reader."""
+    """Format the result of `as_table` as text."""
     lines = [
         f"{table['name']}: {table['paper']}",
         f"package  {table['package']}, {table['class']}",
@@ -121,13 +121,13 @@ def as_text(table: Mapping[str, Any]) -> str:
         lines.append(f"needs    depends on its options: {table['reason']}")
     else:
         words = [key.replace("_", " ") for key, needed in table["needs"].items() if needed]
-        lines.append(f"needs    {', '.join(words) or 'the embeddings alone'}")
+        lines.append(f"needs    {', '.join(words) or 'only the embeddings'}")
     lines.append("options")
     for name, option in table["options"].items():
         written = json.dumps(option["default"], ensure_ascii=False)  # as TOML writes it too
         default = "" if option["default"] is None else f" = {written}"
         notes = [
-            "must be given" if option["required"] else "",
+            "required" if option["required"] else "",
             option["type"],
             f"{option['range']} {option['unit']}".strip(),
             "or a schedule" if option["schedule"] else "",

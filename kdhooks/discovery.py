@@ -1,4 +1,4 @@
-"""Which methods are installed: entry points of group `kdhooks`, looked up lazily."""
+"""Finds the installed methods: entry points of the group `kdhooks`, imported only when used."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ GROUP = "kdhooks"
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """An installed method: what `kdhooks methods` prints. Nothing of it was imported."""
+    """An installed method, as `kdhooks methods` lists it. Its module need not be imported."""
 
     name: str
     paper: str  # the first line of its module's docstring
@@ -26,7 +26,7 @@ class MethodInfo:
 
 
 def methods() -> list[MethodInfo]:
-    """The installed methods by name, with paper and package, without importing them."""
+    """List the installed methods, sorted by name, without importing them."""
     return sorted(
         (MethodInfo(e.name, _paper(e), _package(e)) for e in entry_points(group=GROUP)),
         key=lambda info: (info.name, info.package),
@@ -34,7 +34,7 @@ def methods() -> list[MethodInfo]:
 
 
 def load(name: str) -> type:
-    """The class of an installed method."""
+    """Import the class of an installed method."""
     found = [e for e in entry_points(group=GROUP) if e.name == name]
     if not found:
         installed = sorted({e.name for e in entry_points(group=GROUP)})
@@ -61,11 +61,14 @@ def load(name: str) -> type:
 
 
 def create(method: object) -> object:
-    """A method from its name, a table {"name": …, options}, or an object that is one already."""
+    """Create a method from its name or a table {"name": …, options}; return an object as it is."""
     if isinstance(method, str):
         return create({"name": method})
     if inspect.isclass(method):
-        raise KDHooksError(f"method {method.__name__} is a class; give an object, with its ()")
+        raise KDHooksError(
+            f"a method must be an object; found the class {method.__name__}; write "
+            f"{method.__name__}(…)"
+        )
     if not isinstance(method, Mapping):
         if method is None or isinstance(method, bool | int | float | Sequence):
             raise KDHooksError(
@@ -76,8 +79,8 @@ def create(method: object) -> object:
     options = dict(method)
     name = options.pop("name", None)
     if not isinstance(name, str):
-        way_out = "; write name in place of type" if name is None and "type" in method else ""
-        raise KDHooksError(f"a method's table needs a 'name'; found {dict(method)}{way_out}")
+        way_out = "; write name instead of type" if name is None and "type" in method else ""
+        raise KDHooksError(f"the table of a method needs a 'name'; found {dict(method)}{way_out}")
     made = load(name)
     if isinstance(options.get("weight"), Mapping) and not issubclass(made, Options):
         options["weight"] = Schedule.read(options["weight"], f"{name}: weight")
@@ -89,7 +92,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _paper(entry: EntryPoint) -> str:
-    """The docstring's first line, read from the source file."""
+    """Read the first line of the module's docstring from its source file."""
     source = _source(entry.module)
     if source is None:
         return ""
@@ -101,7 +104,7 @@ def _paper(entry: EntryPoint) -> str:
 
 
 def _source(module: str) -> Path | None:
-    """Where a module's source is; unlike importlib.util.find_spec, imports no parent package."""
+    """Find a module's source file. Unlike importlib.util.find_spec, import no parent package."""
     locations = None
     spec = None
     for end in range(1, module.count(".") + 2):

@@ -1,8 +1,8 @@
-"""Declare once; then, in each step: student outputs -> teacher -> losses.
+"""Computes the losses of the methods in each step: student outputs -> teacher outputs -> losses.
 
-The way of one batch: `student(images)` runs the hooks of `StudentTaps`, which record its outputs
-and, from the second step on, let the `TeacherSession` run ahead. `kd(images, labels)` is
-`Distiller.forward`: it takes these outputs, asks the session for the teacher's, and calls each
+For each batch, `student(images)` runs the hooks of `StudentTaps`, which record the student's
+outputs and, from the second step on, let the `TeacherSession` run ahead. `kd(images, labels)` is
+`Distiller.forward`: it takes these outputs, gets the teacher's from the session, and calls each
 tap's loss on both.
 """
 
@@ -77,8 +77,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 class Distiller(nn.Module):
     """The losses of one or more methods between a student in training and a frozen teacher.
 
-    It owns the losses, not the models: `parameters()` must be optimized besides the student's, and
-    `state_dict()` holds the losses' parameters and state and the step, but no teacher.
+    It owns the losses, not the models: `parameters()` must be optimized in addition to those of the
+    student, and `state_dict()` holds the losses' parameters and state and the step, but no teacher.
 
         with Distiller(student, teacher, ["fcd"]) as kd:
             for images, labels in loader:
@@ -115,36 +115,36 @@ class Distiller(nn.Module):
         table_dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
         """
-        teacher: a frozen model or function; or a list of several, whose cosines the methods then
-            see as means. A tap names one of these by its number: `0.layer3`.
+        teacher: a frozen model or function, or a list of several. The methods see the mean of the
+            cosines of several teachers, and a tap names one of them by its number: `0.layer3`.
         methods: names, tables {"name": …, options} or objects; their terms keep this order.
         student_embedding: path of the submodule that returns (b d); "" is the model's output.
-        run_student: a forward on images (b 3 h w) alone, if `student(images)` is not one.
+        run_student: runs the student on images (b 3 h w), if `student(images)` does not.
         head: this rank's shard of the student's own classifier, for methods that compare logits;
             the teacher's rows are split in the same way.
-        host_head: "margin" if the host's own head is a margin softmax that can take the teacher's
-            rows over. A term that inherits the classifier is then left to it; see `inherited`.
-        student_view: a module (b 3 h w) -> (b 3 h w), such as `StudentView`: what the student sees
-            in training in place of the trainer's images, which the teacher sees.
+        host_head: "margin" if the host's own head is a margin softmax that can take over the
+            teacher's rows. It then computes a term that inherits the classifier; see `inherited`.
+        student_view: a module (b 3 h w) -> (b 3 h w), such as `StudentView`, that changes the
+            student's images in training. The teacher sees the unchanged images.
         plugins: objects that answer `model_stages` or `student_view`.
-        labels: False if there are none; any that `kd` is given all the same are ignored.
+        labels: False if there are none; labels that are passed to `kd` are then ignored.
         task_weight: the factor of the trainer's own loss, which the loop multiplies by
             `kd.task_weight`: a number, a schedule, or a function from the step to a number.
-        log_teacher_accuracy: every how many steps `metrics` holds the teacher's accuracy on the
-            batch, "teacher/accuracy", if a term uses the class rows; 0 for never.
-        steps_per_epoch: batches in an epoch, for schedules that count epochs.
-        seed: of the losses' initial weights and of the student's views; the global generators are
-            left as they were.
+        log_teacher_accuracy: the interval, in steps, at which `metrics` holds the teacher's
+            accuracy on the batch, "teacher/accuracy", if a term uses the class rows; 0 for never.
+        steps_per_epoch: the number of batches in an epoch, for schedules that count epochs.
+        seed: the seed of the losses' initial weights and of the student's views; the global
+            generators keep their states.
         nonfinite: the reaction to a term or a teacher's embedding that is not finite. "raise": the
-            next step raises, so that the device need not be waited for; "skip": the step goes on
-            without any term, on all ranks, and waits for the device.
-        sharded: whether each rank keeps the class tables of the methods for its own classes alone:
-            those of `head`, or an equal share. Each rank then saves its own state dict; or see
+            next step raises an error, so that no step waits for the device. "skip": the step
+            continues without any term, on all ranks; each step then waits for the device.
+        sharded: whether each rank keeps the methods' class tables for its own classes only: those
+            of `head`, or an equal share. Each rank then saves its own state dict; see also
             `whole_state_dict`.
-        learnt_whole: for a host that saves the state of one rank alone: tables that training
-            changes are on every rank.
-        table_dtype: of class rows that stay as they are: the teacher's, and coupleface's
-            prototypes.
+        learnt_whole: True for a host that saves the state of only one rank: every rank then keeps
+            whole tables, if training changes them.
+        table_dtype: the dtype of class rows that training does not change: the teacher's, and
+            coupleface's prototypes.
         """
         super().__init__()
         given = check_arguments(
@@ -169,7 +169,7 @@ class Distiller(nn.Module):
             table_dtype=table_dtype,
         )
         student = unwrap(student)
-        # Before a Teacher freezes its module.
+        # This check comes before one_or_several, since a new Teacher freezes its module.
         for one in listed_teachers(teacher):
             check_models(student, one.module if isinstance(one, Teacher) else one)
         taught_by = one_or_several(teacher)
@@ -179,10 +179,10 @@ class Distiller(nn.Module):
             raise KDHooksError(
                 f"steps_per_epoch must be a whole number, at least 1; found {steps_per_epoch!r}"
             )
-        self.step = 0  # steps taken; schedules count in these
+        self.step = 0  # number of steps taken, which schedules count
         self.steps_per_epoch = steps_per_epoch  # a host may set it before the first step
         self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
-        self.metrics: dict[str, Tensor] = {}  # of the last step, detached
+        self.metrics: dict[str, Tensor] = {}  # values of the last step, detached
         self.inherited: Inherited | None = None  # the term that the host's head computes
         self._embedding = student_embedding
         self._head = head
@@ -191,7 +191,7 @@ class Distiller(nn.Module):
         self._finite = Finite(nonfinite)
         first = next(student.parameters())
         with undisturbed_generators(seed, first.device):
-            # Drawn on the processor, so that a seed gives the same losses on every device.
+            # Drawn on the CPU, so that a seed creates the same losses on every device.
             images = (torch.rand(2, *input_shape, dtype=first.dtype) * 2 - 1).to(first.device)
             asked = Declarations(methods, plugins)
             self.student_view = asked.student_view(student_view)
@@ -225,22 +225,22 @@ class Distiller(nn.Module):
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
         self._ignores_labels = not labels
-        self._classes = classes if self._needs_labels else 0  # 0: any label is one of them
+        self._classes = classes if self._needs_labels else 0  # 0: labels are not compared with it
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
             self.teacher_rows = self._rows(theirs.classifier, tables)
         measured = labels and self.teacher_rows is not None and self._needs_teacher
-        self._measured = log_teacher_accuracy if measured else 0  # every so many steps
+        self._measured = log_teacher_accuracy if measured else 0  # interval in steps; 0: never
         self.to(first.device)
         self._convert_losses()
         parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
         self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
-        # DistributedDataParallel's name for what it must not make equal.
+        # DistributedDataParallel reads this attribute: it must not synchronise these buffers.
         self._ddp_params_and_buffers_to_ignore = sorted(own_buffers(self))
         self._connect(student, taught_by, images)
 
     def _rows(self, rows: Rows, tables: ClassTables) -> TeacherRows:
-        """This rank's rows of the teacher's classifier."""
+        """Create the table of this rank's rows of the teacher's classifier."""
         head = tables.head
         learnt = any(hasattr(loss, "prepare") for loss in self.losses.values())
         compared = self.inherited is not None or any(tap.needs_head for tap in self.taps)
@@ -264,15 +264,16 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """(b 3 h w), (b) -> each term's loss (), times its weight; after the student's forward.
 
-        images: those that the student was given, RGB, (pixel - 127.5) / 127.5.
+        images: the images passed to the student, RGB, (pixel - 127.5) / 127.5.
         labels: class numbers; None if no term needs them.
         teacher_images: another view of the same samples for the teacher; by default `images`.
-        indices: (b) places of the samples in the training set, if a table stands for the teacher.
+        indices: (b) indices of the samples in the training set, if the teacher is a table of
+            embeddings.
         """
         if self._session is None:
             raise KDHooksError(
                 "a copy of a Distiller has no teacher and no hooks; create a Distiller for the "
-                "copied student, and load the state dict of the first one"
+                "copied student, and load the state dict of the original"
             )
         try:
             step, questions = self._inputs(images, labels, teacher_images, indices)
@@ -288,11 +289,12 @@ class Distiller(nn.Module):
         teacher_images: Tensor | None,
         indices: Tensor | None,
     ) -> tuple[Step, list[Question]]:
-        """The inputs of the losses, and the questions about them that a device is to answer.
+        """Return the inputs of the losses, and questions about them that the device answers later.
 
-        A processor answers immediately, by an error; another device is read in the next step.
+        On the CPU, a question is answered immediately, by an error if need be; answers of another
+        device are read in the next step.
         """
-        # Before `take`, which lets go of them.
+        # `take` drops these.
         seen, inputs, version = self._student.images, self._student.inputs, self._student.version
         features = self._student.take()
         self._finite.check()
@@ -315,7 +317,7 @@ class Distiller(nn.Module):
         teacher = self._teach(theirs, labels, indices)
         check_batch(images, features[self._embedding], teacher.embedding if teacher else None)
         if not self._first_step_over and self._needs_teacher and seen is theirs:
-            # From now on, since the teacher is on its device and sees the student's own images.
+            # From the next step on: the teacher is on its device and sees the student's images.
             self._student.on_enter = self._session.run_ahead
             self._student.on_failure = self._session.drop_ahead
         if teacher is not None and not teacher.finite:
@@ -346,7 +348,7 @@ class Distiller(nn.Module):
         return output
 
     def _check_teacher(self, output: TeacherOutput, images: Tensor, labels: Tensor | None) -> None:
-        """In the first step."""
+        """Check the teacher's output in the first step."""
         ordered = labels if self._needs_labels or self.inherited else None
         replicas = self._replicas
         with nullcontext() if replicas is None else replicas.same_sizes(len(images)):
@@ -360,7 +362,7 @@ class Distiller(nn.Module):
     def _check_first(self, features: Mapping[str, Tensor]) -> None:
         check_shapes(features, self._stages)
         self._dtype = features[self._embedding].dtype
-        self._convert_losses()  # the student, or kd with it, may have been converted meanwhile
+        self._convert_losses()  # the student or kd may have been converted meanwhile
         if self.teacher_rows is not None:
             self.teacher_rows.to(self._dtype)
         if self._replicas is None and world() is not None:
@@ -371,7 +373,7 @@ class Distiller(nn.Module):
             self.losses.to(self._dtype)
 
     def _terms(self, step: Step, questions: list[Question]) -> dict[str, Tensor]:
-        """Each term's loss, times its weight."""
+        """Return each term's loss, times its weight."""
         number = self.step + 1
         if self._finite.skips:
             tapped = [*step.teacher_features.values(), *step.student_features.values()]
@@ -402,13 +404,13 @@ class Distiller(nn.Module):
         for number in self._varying:
             number.move(self.step, self.steps_per_epoch)
         kind = step.student.device.type
-        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
+        autocast = torch.is_autocast_enabled(kind)  # cheaper than switching it off
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
                 weighted[tap.name] = self._value(tap, loss, step) * self.weight(tap)
                 untouched.check(tap.name)
             if self._measured:
-                self.metrics.pop(_ACCURACY, None)  # of an earlier step
+                self.metrics.pop(_ACCURACY, None)  # the value of an earlier step
                 if self.step % self._measured == 0:
                     self._measure_teacher(step)
         return weighted
@@ -429,21 +431,23 @@ class Distiller(nn.Module):
             )
         self.metrics[tap.name] = value.detach()
         for key, note in notes.items():
-            number = note if note.is_floating_point() else note.float()  # the hosts log means
+            number = (
+                note if note.is_floating_point() else note.float()
+            )  # hosts average it for the log
             self.metrics[f"{tap.name}/{key}"] = number.detach()
         return value
 
     def _nothing(self, step: Step) -> dict[str, Tensor]:
-        """Zeros in place of the terms, with gradients of zero, for a step that is skipped."""
+        """Return a zero with zero gradients for each term of a step that is skipped."""
         self.step += 1
         self.metrics.clear()
-        # Not tensor * 0, which is not a number if the tensor is infinite.
+        # `tensor * 0` would be nan if the tensor is infinite.
         finite = [tensor.nan_to_num(0, 0, 0) for tensor in step.student_features.values()]
         zero = torch.stack([tensor.sum() * 0 for tensor in finite]).sum()
         return {tap.name: zero for tap in self.taps}
 
     def weight(self, tap: Tap) -> float:
-        """A term's factor in the step at hand."""
+        """Return a term's factor in the current step."""
         factor = tap.weight
         if callable(factor):
             factor = number_at(factor, self.step, self.steps_per_epoch)
@@ -474,12 +478,12 @@ class Distiller(nn.Module):
 
     @property
     def by_index(self) -> bool:
-        """Whether kd needs `indices`, since a table stands for a teacher."""
+        """Whether kd needs `indices`, since a teacher is a table of embeddings."""
         return self._session is not None and self._session.by_index
 
     @property
     def in_epochs(self) -> list[str]:
-        """The terms with a number that counts epochs, and "task_weight", if it does."""
+        """The terms with a schedule in epochs, and "task_weight" if it has one."""
         task = ["task_weight"] if self._task_weight.in_epochs else []
         return task + [
             tap.name
@@ -495,12 +499,12 @@ class Distiller(nn.Module):
 
     @property
     def skipped(self) -> int:
-        """Steps that went on without their terms, with nonfinite = "skip"."""
+        """The number of steps that continued without their terms, with nonfinite = "skip"."""
         return self._finite.skipped
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards and optimizer steps of the student inside are not distilled, and not refused."""
+        """Neither distil nor refuse the student's forwards and optimizer steps in this block."""
         before, self._student.paused = self._student.paused, True
         try:
             yield
@@ -508,28 +512,28 @@ class Distiller(nn.Module):
             self._student.paused = before
 
     def discard(self) -> None:
-        """Forget the student's last forward, whose terms are not wanted."""
+        """Drop the student's last forward, whose terms are not needed."""
         self._student.discard()
-        if self._session is not None:  # as in a copy
+        if self._session is not None:  # None in a copy
             self._session.drop_ahead()
 
     def advise(self, advice: str) -> None:
-        """For a host: a sentence for errors about terms that are not trained."""
+        """Add a host's advice to errors about terms that are not trained."""
         self._guard.host_advice = f"; {advice}"
 
     def view_by(self, around: Around) -> None:
-        """For a host whose students are given other images than a recipe's; see `Around`."""
+        """Let a host apply the view to its own image format; see `Around`."""
         if self._entrance is not None:
             self._entrance.around = around
 
     def check_finite(self) -> None:
-        """Raise if the last step was not finite: before the next one, and before a save."""
+        """Raise an error if the last step was not finite; called before each step and each save."""
         self._finite.check()
 
     # --- set-up and end ----------------------------------------------------------------------
 
     def _connect(self, student: nn.Module, teacher: Teacher | Teachers, images: Tensor) -> None:
-        """Register all that `remove` takes away. If one part raises, the others are taken back."""
+        """Register everything that `remove` removes. If one part raises, undo the others."""
         ours = [path for tap in self.taps for path in tap.student_paths]
         theirs = [path for tap in self.taps for path in tap.teacher_paths]
         with ExitStack() as undo:
@@ -543,12 +547,14 @@ class Distiller(nn.Module):
             self._guard = OptimizerGuard(student, self, self._student, rows)
             self._guard.more = self._task_weight.check_asked
             undo.callback(self._guard.remove)
-            if world() is not None:  # otherwise in the first step, if the ranks meet later
+            if (
+                world() is not None
+            ):  # otherwise the first step creates them, if there are ranks by then
                 self._replicas = self._new_replicas()
             undo.pop_all()
 
     def _entrance_for(self, images: Tensor, seed: int) -> Entrance | None:
-        """The student's view, tried on images (b 3 h w) like the trainer's."""
+        """Create the hook for the student's view, after trying the view on images (b 3 h w)."""
         if self.student_view is None:
             return None
         viewing = Viewing(self.student_view, seed)
@@ -574,18 +580,18 @@ class Distiller(nn.Module):
         return Replicas(self, declared, sharded)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The losses' parameters for an optimizer; see `kdhooks.parameter_groups`."""
+        """Return the losses' parameters for an optimizer; see `kdhooks.parameter_groups`."""
         return parameter_groups(self, weight_decay)
 
     def whole_state_dict(self) -> dict[str, Any]:
-        """The state dict with the class tables of all ranks, for any number of ranks to load.
+        """Return the state dict with the class tables of all ranks; any number of ranks loads it.
 
-        All ranks call this together.
+        All ranks must call this together.
         """
         return {**self.state_dict(), **whole_tables(self)}
 
     def remove(self) -> None:
-        """Take every hook off both models."""
+        """Remove every hook from both models."""
         self._student.remove()
         if self._session is not None:  # a copy of a Distiller has none of these
             self._session.close()
@@ -599,12 +605,12 @@ class Distiller(nn.Module):
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
             if kind is None:
-                self.check_finite()  # of the last step, which no other follows
+                self.check_finite()  # no next step will check the last one
         finally:
             self.remove()
 
     def get_extra_state(self) -> Tensor:
-        self.check_finite()  # so that no checkpoint is written of a spoilt step
+        self.check_finite()  # so that no checkpoint is written after a step that is not finite
         return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:

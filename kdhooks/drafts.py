@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: written beside their place, then moved there."""
+"""Writes files that appear complete or not at all: into a draft folder, from which they move."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def drafts(folder: Path) -> Iterator[Path]:
-    """A new folder inside of `folder`. When the block ends, its files replace those of `folder`.
+    """Yield a new folder in `folder`. When the block ends, its files replace those of `folder`.
 
-    If the block or the replacing raises, whatever it is, `folder` holds what it held before. A
-    process that is killed leaves the drafts in a folder `.draft-…`, and no file half-written.
+    If the block or the replacement raises any exception, `folder` keeps its earlier files. A
+    process that is killed leaves the drafts in a folder `.draft-…`, but no half-written file.
     """
     with TemporaryDirectory(prefix=".draft-", dir=folder) as name:
         draft = Path(name)
@@ -23,7 +23,7 @@ def drafts(folder: Path) -> Iterator[Path]:
 
 def _replace(draft: Path, folder: Path) -> None:
     files = sorted(path for path in draft.iterdir() if path.is_file())
-    # Weights in a file of their own come before the graph that names them.
+    # External weights are moved before the ONNX graph that refers to them.
     files.sort(key=lambda path: path.suffix == ".onnx")
     earlier = draft / "earlier"
     earlier.mkdir()
@@ -39,6 +39,6 @@ def _replace(draft: Path, folder: Path) -> None:
         for name in begun:
             if (earlier / name).exists():
                 os.replace(earlier / name, folder / name)
-            elif not (draft / name).exists():  # it was moved, and nothing was there before
+            elif not (draft / name).exists():  # it was moved, and replaced nothing
                 (folder / name).unlink(missing_ok=True)
         raise

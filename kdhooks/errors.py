@@ -1,4 +1,4 @@
-"""The one error a caller can fix, and the words in which it says what was found."""
+"""The one exception for errors that a caller can fix, and helpers for its messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class KDHooksError(Exception):
-    """Something the caller can fix; the message says subject, rule, value found, way out."""
+    """An error that the caller can fix; the message states subject, rule, value found, way out."""
 
 
 KDHooksError.__module__ = "kdhooks"
 
 
 def near_miss(found: str, known: Iterable[str]) -> str:
-    """ "did you mean 'layer3'? " for an unknown name, or nothing when no known one is close."""
+    """Return "did you mean 'layer3'? " for an unknown name, or "" if no known name is close."""
     names = list(known)
     close = [name for name in names if name.lower() == found.strip().lower()]
     close = close or difflib.get_close_matches(found, names, n=3, cutoff=0.6)
@@ -22,7 +22,7 @@ def near_miss(found: str, known: Iterable[str]) -> str:
 
 
 def in_one_line(error: Exception) -> str:
-    """Its class, and the first line of what it says."""
+    """Return the class of an error and the first line of its message."""
     words = str(error).strip().splitlines()
     return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
 
@@ -32,7 +32,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def shown_tensor(value: object) -> str:
-    """For an error: the dtype and the shape of a tensor; of anything else, its type."""
+    """Describe a value in an error: a tensor by dtype and shape, anything else by its type."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
     return type(value).__name__

@@ -1,4 +1,4 @@
-"""Networks by the name of a function that makes one: `package.module:factory`."""
+"""Creates networks by the name of a factory function: `package.module:factory`."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from kdhooks.errors import KDHooksError, near_miss
 
 
 def factory_named(name: str, subject: str) -> Callable[..., object]:
-    """The function at `package.module:factory`; a class is one too."""
+    """Import the function or class at `package.module:factory`."""
     module_name, _, path = name.partition(":")
     where = f"{subject} '{name}'"
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
@@ -20,8 +20,8 @@ def factory_named(name: str, subject: str) -> Callable[..., object]:
         found: Any = import_module(module_name)
     except ModuleNotFoundError as error:
         raise KDHooksError(
-            f"{where} can't be imported: {error}; start in the folder that holds it, or put that "
-            "folder into PYTHONPATH"
+            f"{where} can't be imported: {error}; start in the folder that contains it, or add "
+            "that folder to PYTHONPATH"
         ) from error
     except Exception as error:
         raise KDHooksError(
@@ -38,7 +38,7 @@ def factory_named(name: str, subject: str) -> Callable[..., object]:
         found = getattr(found, part)
     if isinstance(found, nn.Module) or not callable(found):
         raise KDHooksError(
-            f"{where} must be a function or a class that makes the network; found an object of "
+            f"{where} must be a function or a class that creates the network; found an object of "
             f"class {type(found).__name__}"
         )
     factory: Callable[..., object] = found
@@ -48,28 +48,28 @@ def factory_named(name: str, subject: str) -> Callable[..., object]:
 def made_by(
     factory: Callable[..., object], name: str, subject: str, **options: object
 ) -> nn.Module:
-    """Its network, with random weights."""
+    """Call a factory, which returns a network with random weights."""
     try:
         network = factory(**options)
     except KDHooksError:
         raise
     except TypeError as error:
         raise KDHooksError(
-            f"{subject} '{name}' must be made without further arguments: {error}; name a function "
-            "that takes none"
+            f"{subject} '{name}' must be callable without further arguments: {error}; name a "
+            "function that needs none"
         ) from error
     except Exception as error:
         raise KDHooksError(
-            f"{subject} '{name}' must make a network; it raises {type(error).__name__}: {error}"
+            f"{subject} '{name}' must return a network; it raises {type(error).__name__}: {error}"
         ) from error
     return as_network(network, name, subject)
 
 
 def as_network(made: object, name: str, subject: str) -> nn.Module:
-    """What a factory returned, refused if it is no module."""
+    """Return the result of a factory if it is a module; otherwise refuse it."""
     if not isinstance(made, nn.Module):
         raise KDHooksError(
-            f"{subject} '{name}' must make an nn.Module; found {type(made).__name__}"
+            f"{subject} '{name}' must return an nn.Module; found {type(made).__name__}"
         )
     return made
 

@@ -1,4 +1,4 @@
-"""Whether each step's numbers were finite, without waiting for the device to know."""
+"""Checks whether each step's numbers were finite, without waiting for the device."""
 
 import logging
 import math
@@ -21,12 +21,12 @@ class Question(NamedTuple):
     """Numbers of one step that must be finite, still on the device."""
 
     numbers: tuple[Tensor, ...]  # each (n)
-    fault: Callable[[Sequence[bool]], str]  # the words for the step, from which of them are finite
-    fatal: bool = False  # whether the step must not go on without its terms either
+    fault: Callable[[Sequence[bool]], str]  # the message, from whether each number is finite
+    fatal: bool = False  # whether "skip" must raise an error too
 
 
 def of_terms(values: Mapping[str, Tensor]) -> Question:
-    """Each term ()."""
+    """Ask whether each term () is finite."""
 
     def fault(finite: Sequence[bool]) -> str:
         bad = [name for name, fine in zip(values, finite, strict=True) if not fine]
@@ -36,12 +36,12 @@ def of_terms(values: Mapping[str, Tensor]) -> Question:
 
 
 def of_embedding(embedding: Tensor, labels: Tensor | None) -> Question:
-    """The teacher's embedding (b e), each sample by its sum."""
+    """Ask whether the teacher's embedding (b e) is finite, by the sum of each sample."""
     return Question((embedding.sum(dim=1),), partial(_lost_samples, labels))
 
 
 def _lost_samples(labels: Tensor | None, finite: Sequence[bool]) -> str:
-    kind = "places in the batch" if labels is None else "labels"
+    kind = "positions in the batch" if labels is None else "labels"
     names = range(len(finite)) if labels is None else labels.cpu().tolist()
     lost = [name for name, fine in zip(names, finite, strict=True) if not fine]
     return (
@@ -51,7 +51,7 @@ def _lost_samples(labels: Tensor | None, finite: Sequence[bool]) -> str:
 
 
 def refuse(wrong: Tensor, words: Callable[[], str]) -> Question | None:
-    """Raise now if a processor says that something is wrong (); ask about it on another device."""
+    """Raise an error if `wrong` () is true on the CPU; ask about it later on another device."""
     if wrong.device.type != "cpu":
         number = torch.where(wrong, torch.nan, 0.0).reshape(1)
         return Question((number,), lambda finite: words(), fatal=True)
@@ -61,31 +61,31 @@ def refuse(wrong: Tensor, words: Callable[[], str]) -> Question | None:
 
 
 class Finite:
-    """Asks the questions of each step; the answer is read in the next one.
+    """Asks the questions of each step; the answer is read in the next step.
 
-    With "skip", the host waits for the answer in the same step, since the step goes on without its
-    terms, on all ranks, if a number is not finite.
+    With "skip", the host waits for the answer in the same step, since that step continues without
+    its terms, on all ranks, if a number is not finite.
     """
 
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
         if nonfinite not in ("raise", "skip"):
             raise KDHooksError(f"nonfinite must be 'raise' or 'skip'; found {nonfinite!r}")
         self.skips = nonfinite == "skip"
-        self.skipped = 0  # steps that went on without their terms
+        self.skipped = 0  # number of steps that continued without their terms
         self._last: _Answer | None = None
 
     def usable(self, step: int, tapped: Iterable[Tensor], questions: Sequence[Question]) -> bool:
-        """Whether the losses may see these tensors, when skipping.
+        """With "skip", return whether the losses may see these tensors.
 
-        A bank of past embeddings would keep a number that is not finite for good.
+        A memory bank of past embeddings would keep a number that is not finite.
         """
         answer = _Answer(step, questions)
-        # 0 times a number is 0 if the number is finite; otherwise it is not a number.
+        # A number times 0 is 0 if it is finite, and nan otherwise.
         zeros = [(tensor.detach() * 0).sum() for tensor in (*tapped, *answer.pieces)]
         return self._all_ranks(torch.stack(zeros).sum() == 0, answer)
 
     def note(self, step: int, questions: Sequence[Question]) -> bool:
-        """Ask about a step whose losses are computed. False: it must go on without its terms."""
+        """Ask about a computed step. Return False if it must continue without its terms."""
         answer = _Answer(step, questions)
         if self.skips:
             return self._all_ranks(torch.isfinite(answer.numbers).all(), answer)
@@ -94,13 +94,13 @@ class Finite:
         return True
 
     def check(self) -> None:
-        """Raise if a number of the last step was not finite."""
+        """Raise an error if a number of the last step was not finite."""
         if self._last is None:
             return
-        if fault := self._last.get():  # which stays, so that nothing is saved after it either
+        if fault := self._last.get():  # kept, so that a later save raises too
             raise KDHooksError(
                 f"{fault}; lower the weight or the learning rate, or look at these samples; "
-                "nonfinite = 'skip' goes on without the terms of such a step"
+                "nonfinite = 'skip' continues without the terms of such a step"
             )
         self._last = None
 
@@ -112,29 +112,29 @@ class Finite:
             return True
         self.skipped += 1
         found = answer.get() or f"step {answer.step}: a tap, or another rank, is not finite"
-        log.warning("%s; the step goes on without its terms", found)
+        log.warning("%s; the step continues without its terms", found)
         return False
 
 
 class _Answer:
-    """A `Later` of the fault of one step; "" if all of its numbers are finite."""
+    """A `Later` whose result is the fault of one step, or "" if all its numbers are finite."""
 
     def __init__(self, step: int, questions: Sequence[Question]) -> None:
         self.step = step
         self._questions = questions
         self.pieces = [piece for question in questions for piece in question.numbers]
-        # A concatenation is one more operator for the device, and torch makes none of nothing.
+        # One tensor needs no concatenation, and torch cannot concatenate an empty list.
         pieces = self.pieces or [torch.zeros(0)]
         self.numbers = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         self._sent: Sent | None = None
 
     def sent(self) -> "_Answer":
-        """Start the way of the numbers to the host."""
+        """Start copying the numbers to the host."""
         self._sent = Sent(self.numbers)
         return self
 
     def get(self) -> str:
-        """Raises KDHooksError itself if the fault is fatal."""
+        """Wait for the fault and return it; raise KDHooksError if it is fatal."""
         numbers = self.numbers.cpu() if self._sent is None else self._sent.get()
         finite = list(map(math.isfinite, numbers.tolist()))
         if all(finite):

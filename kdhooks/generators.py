@@ -1,4 +1,4 @@
-"""Random numbers that do not disturb those of the training."""
+"""Seeded random numbers that leave the generators of the training unchanged."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def undisturbed_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """A seed of our own inside; torch's, numpy's and Python's generators unchanged outside."""
+    """Seed torch in this block, then restore torch's, numpy's and Python's generators."""
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

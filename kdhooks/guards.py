@@ -1,4 +1,4 @@
-"""Rules for the inputs of every step, whatever the training loop is."""
+"""Checks of the inputs of every step, in any training loop."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,29 +22,29 @@ def check_models(student: nn.Module, teacher: object) -> None:
     shared = {id(p) for p in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
     if any(id(parameter) in shared for parameter in student.parameters()):
         raise KDHooksError(
-            "the student and the teacher must have parameters of their own, since those of a "
-            "teacher are frozen; found common ones; give the teacher a copy of them, as "
-            "copy.deepcopy(model) makes it, and unfreeze the student by requires_grad_()"
+            "the student and the teacher must have parameters of their own, since a teacher is "
+            "frozen; found shared parameters; create the teacher from copy.deepcopy(model), and "
+            "unfreeze the student by student.requires_grad_()"
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise KDHooksError(
             "the student must train at least one parameter; found all of them frozen; unfreeze "
-            "them by student.requires_grad_(), and if it is also the teacher of another student, "
-            "give that one a copy, as copy.deepcopy(student) makes it"
+            "them by student.requires_grad_(); if it is also the teacher of another student, use "
+            "copy.deepcopy(student) there"
         )
 
 
 def check_images(images: object) -> None:
-    """Refuse images (b 3 h w) that are not a floating-point tensor, or none at all."""
+    """Refuse images (b 3 h w) that are not a floating-point tensor, and an empty batch."""
     if not isinstance(images, Tensor):
         raise KDHooksError(f"images must be a tensor (b 3 h w); found {type(images).__name__}")
     if not images.is_floating_point():
         raise KDHooksError(
-            f"images must be floating point, (pixel - 127.5) / 127.5; found {images.dtype}; give "
-            "kd (images.float() - 127.5) / 127.5, or these as teacher_images"
+            f"images must be floating point, (pixel - 127.5) / 127.5; found {images.dtype}; pass "
+            "(images.float() - 127.5) / 127.5 to kd, or pass it as teacher_images"
         )
     if not images.shape[0]:
-        raise KDHooksError("images must be of at least one sample; found an empty batch")
+        raise KDHooksError("images must hold at least one sample; found an empty batch")
 
 
 def check_same_images(
@@ -52,21 +52,21 @@ def check_same_images(
 ) -> Question | None:
     """Refuse images that are not those of the student's forward.
 
-    seen: the student's images, None if it got no tensor; inputs: all tensors that it got; version:
-    of `seen` when the forward started. Another tensor with the same content is accepted.
+    seen: the student's images; None if it got no tensor. inputs: all tensors that it got. version:
+    the version of `seen` when the forward started. A tensor with the same content is accepted.
     """
     if seen is None:
         return None
     if seen is images or (seen.device == images.device and seen.is_set_to(images)):
         if version >= 0 and version != images._version:
             raise KDHooksError(
-                "the images were written to in place after the student's forward had started; give "
-                "kd a copy from before as teacher_images, or do not write into them"
+                "the images were changed in place after the student's forward had started; pass "
+                "kd an earlier copy as teacher_images, or do not change them"
             )
         return None
     if any(images is tensor for tensor in inputs):
         return None
-    # Shapes and not tensors, which the words would keep alive until the next step.
+    # The message keeps shapes only: tensors would stay in memory until the next step.
     words = partial(_other_images, tuple(seen.shape), tuple(images.shape))
     if seen.shape != images.shape:
         raise KDHooksError(words())
@@ -74,11 +74,11 @@ def check_same_images(
 
 
 def _other_images(seen: tuple[int, ...], found: tuple[int, ...]) -> str:
-    content = ", of other content" if seen == found else ""
+    content = ", with other content" if seen == found else ""
     return (
         "the images given to kd must be those of the student's last forward in training; found "
         f"{found} after a forward on {seen}{content}; call kd once "
-        "after each forward with the same images, and give images that only the teacher should "
+        "after each forward with the same images, and pass images that only the teacher should "
         "see as teacher_images"
     )
 
@@ -92,7 +92,7 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
         return None
     if not isinstance(labels, Tensor):
         needs = (
-            f"; {listed(needed_by)} cannot do without; methods that need none are: "
+            f"; needed by: {listed(needed_by)}; methods that need no labels: "
             f"{listed(WITHOUT_LABELS)}"
             if needed_by
             else ""
@@ -104,8 +104,8 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise KDHooksError(
-            f"labels must be class numbers (b); found shape {tuple(labels.shape)}; turn one-hot "
-            "rows into numbers by labels.argmax(dim=1)"
+            f"labels must be class numbers (b); found shape {tuple(labels.shape)}; convert one-hot "
+            "rows to numbers by labels.argmax(dim=1)"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise KDHooksError(
@@ -116,26 +116,26 @@ def checked_labels(labels: object, images: Tensor, needed_by: Sequence[str]) -> 
         raise KDHooksError(
             f"images and labels must be of the same samples; found {len(images)} and {len(labels)}"
         )
-    labels = labels.long()  # others are no index, or are taken for a mask
-    return labels.clone() if labels.is_inference() else labels  # such a tensor has no version
+    labels = labels.long()  # other types cannot index, or act as a mask
+    return labels.clone() if labels.is_inference() else labels  # an inference tensor has no version
 
 
 def refuse_labelled(terms: Sequence[str]) -> None:
-    """terms: the names of those that need labels, if there are none."""
+    """Refuse terms that need labels, in a run without labels. terms: their names."""
     if terms:
         raise KDHooksError(
-            f"labels = false: {listed(terms)} need the class of each image; leave them out, or use "
-            f"methods that need none: {listed(WITHOUT_LABELS)}"
+            f"labels = false, but these terms need the class of each image: {listed(terms)}; leave "
+            f"them out, or use methods that need no labels: {listed(WITHOUT_LABELS)}"
         )
 
 
 def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None:
-    """(b 3 h w), (b d), (b e): a smaller batch would be broadcast, and train something else."""
+    """(b 3 h w), (b d), (b e): refuse other batch sizes, which could be broadcast silently."""
     b = images.shape[0]  # a Tensor's len() is a Python call
     if student.shape[0] != b:
         raise KDHooksError(
-            f"the student's last forward in training was of {len(student)} images, and kd was "
-            f"given {b}; call kd once after each forward, with the images of that forward"
+            f"the student's last forward in training was on {len(student)} images, but kd got "
+            f"{b}; call kd once after each forward, with the images of that forward"
         )
     if teacher is not None and teacher.shape[0] != b:
         raise KDHooksError(
@@ -144,7 +144,7 @@ def check_batch(images: Tensor, student: Tensor, teacher: Tensor | None) -> None
 
 
 def check_range(labels: Tensor, classes: int) -> Question | None:
-    """Refuse labels (b) beyond the classes. Labels below 0 are samples without a class."""
+    """Refuse labels (b) of unknown classes. Labels below 0 mark samples without a class."""
     return refuse((labels >= classes).any(), partial(out_of_range, labels, classes))
 
 
@@ -157,7 +157,7 @@ def out_of_range(labels: Tensor, classes: int) -> str:
 
 
 class Untouched:
-    """Notices that a loss has written into a tensor that the trainer or another loss uses."""
+    """Detects that a loss has written into a tensor that the trainer or another loss uses."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -168,5 +168,5 @@ class Untouched:
         if sum(map(_VERSION, self._tensors)) != self._versions:
             raise KDHooksError(
                 f"{name}: its loss wrote into one of its arguments in place, which changes the "
-                "labels, embeddings or features for all others; let it work on a clone"
+                "labels, embeddings or features for all other users; let it change a clone instead"
             )

@@ -1,4 +1,4 @@
-"""The contract, on one screen: what a method may declare. pluggy asks once per run."""
+"""The contract, on one screen: the hooks of a method. pluggy calls each of them once per run."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ hookimpl = pluggy.HookimplMarker("kdhooks")
 
 
 class Specs:
-    """A hook takes the arguments it names. None means: nothing to declare."""
+    """A hook receives the arguments that it names. It returns None if it declares nothing."""
 
     @hookspec
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap | None:
@@ -43,8 +43,8 @@ class Specs:
 
     @hookspec(firstresult=True)
     def student_view(self) -> nn.Module | None:
-        """Return a module (b 3 h w) -> (b 3 h w): what the student sees in training. First."""
+        """Return a module (b 3 h w) -> (b 3 h w) for the student's training images. First."""
 
 
 HOOKS = tuple(name for name in vars(Specs) if not name.startswith("_"))
-"""Their names, in this order."""
+"""The names of the hooks, in the order above."""

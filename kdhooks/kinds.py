@@ -1,4 +1,4 @@
-"""The types that an option may have: what each of them accepts, and how it is called in words."""
+"""The types that an option may have: the values that each accepts, and its name in messages."""
 
 import inspect
 import math
@@ -20,11 +20,11 @@ from kdhooks.errors import KDHooksError, near_miss
 from kdhooks.tensor_files import user_path
 
 T = TypeVar("T")
-_WHOLE = 2**63  # below which torch's whole numbers are
+_WHOLE = 2**63  # torch's integers are below it
 
 
 class OptionError(KDHooksError):
-    """A refused option. The path grows on its way out of nested tables."""
+    """A refused option. Each table around it adds its name to the path."""
 
     def __init__(self, rule: str, *path: str | int, subject: str = "") -> None:
         self.rule, self.path, self.subject = rule, path, subject
@@ -32,7 +32,7 @@ class OptionError(KDHooksError):
         super().__init__(f"{subject}: {where} {rule}" if where else f"{subject} {rule}")
 
     def inside(self, name: str | int, subject: str = "") -> "OptionError":
-        """The same of a table that has this one under that name, unless it names its own."""
+        """Return the error of the table around this one, unless the error has a subject already."""
         if self.subject:
             return self
         return OptionError(self.rule, name, *self.path, subject=subject)
@@ -59,7 +59,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """ "at least 0 and below 1"; "" if any number will do."""
+        """Return a text such as "at least 0 and below 1"; "" without bounds."""
         named = (
             ("at least", self.least), ("above", self.above),
             ("at most", self.most), ("below", self.below),
@@ -83,10 +83,10 @@ class Option:
 
 
 class Table:
-    """The base of the types that stand for a table of options."""
+    """The base of types that are created from a table of options."""
 
     bounded: ClassVar[tuple[str, ...]] = ()
-    """The numbers in here that the bounds of an option of this type apply to."""
+    """The attributes to which the bounds of an option of this type apply."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, object]) -> Self:
@@ -94,7 +94,7 @@ class Table:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
+    """Return the members of a union, or else the type itself."""
     if get_origin(kind) in (typing.Union, types.UnionType):
         return tuple(inner for member in get_args(kind) for inner in alternatives(member))
     if isinstance(kind, typing.NewType):
@@ -107,7 +107,7 @@ def is_list(kind: Any) -> bool:
 
 
 def items_of(kind: Any) -> tuple[tuple[Any, ...], bool]:
-    """The types of a list's items, and whether there must be one item of each."""
+    """Return the types of a list's items, and whether it must have one item of each."""
     inner = get_args(kind)
     fixed = get_origin(kind) is tuple and inner[-1:] != (Ellipsis,)
     return (inner, True) if fixed else (inner[:1] or (Any,), False)
@@ -118,12 +118,12 @@ class _Other(Exception):
 
 
 def checked(kind: Any, value: object, declared: Option, *, advise: bool = True) -> Any:
-    """The value as an option of this type keeps it: a list as a tuple, a path as a Path.
+    """Return the value in the form that options store: a list as a tuple, a path as a Path.
 
-    advise: whether a refusal says what to write instead.
+    advise: whether an error suggests what to write instead.
 
     Raises:
-        OptionError: the value is of another type, or outside of the bounds.
+        OptionError: the value is of another type, or outside the bounds.
     """
     kinds = alternatives(kind)
     for one in kinds:
@@ -159,11 +159,11 @@ def _number(kind: Any, value: object, declared: Option) -> object:
 
 
 def _within(number: T, declared: Option) -> T:
-    """The number, if it is finite and inside of the bounds."""
+    """Return the number if it is finite and within the bounds; otherwise raise an error."""
     found: Any = number
     try:
         finite = math.isfinite(found)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer that is too large for a float
         finite = False
     if not finite:
         raise OptionError(f"must be finite; found {reprlib.repr(found)}")
@@ -194,7 +194,7 @@ def _path(kind: Any, value: object, declared: Option) -> object:
 
 def _choice(kind: Any, value: object, declared: Option) -> object:
     for choice in get_args(kind):
-        # Not 1 for True, but any class of texts, as of numpy's or of an enumeration.
+        # 1 is not accepted for True, but subclasses of str are, such as numpy's or an enum's.
         alike = type(choice) is type(value) or (isinstance(choice, str) and isinstance(value, str))
         if alike and choice == value:
             return choice
@@ -269,7 +269,7 @@ _CHECKS: Mapping[Any, Callable[[Any, object, Option], object]] = {
 
 
 def described(kind: Any, *, plural: bool = False) -> str:
-    """ "a whole number", "'mse' or 'kl'", "a list of 3 numbers"."""
+    """Name a type: "a whole number", "one of 'mse', 'kl'", "a list of 3 numbers"."""
     if get_origin(kind) is Literal:
         return listed_choices(get_args(kind))
     if is_list(kind):
@@ -291,7 +291,7 @@ def described(kind: Any, *, plural: bool = False) -> str:
 
 _WORDS: Mapping[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"), int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"), str: ("a text", "texts"), Path: ("a path", "paths"),
+    float: ("a number", "numbers"), str: ("a string", "strings"), Path: ("a path", "paths"),
     Mapping: ("a table", "tables"), Callable: ("a function", "functions"),
     Tensor: ("a tensor", "tensors"), nn.Module: ("a module", "modules"),
     dict: ("a table", "tables"), Any: ("anything", "anything"),
@@ -307,7 +307,7 @@ def listed_choices(choices: Iterable[object]) -> str:
 
 
 def shown(value: object) -> str:
-    """For an error: the value itself if it is plain, else its type."""
+    """Format a value for an error: the value itself if it is plain, else its type."""
     if inspect.isclass(value):
         return f"the class {value.__name__}"
     if isinstance(value, torch.dtype):
@@ -317,10 +317,10 @@ def shown(value: object) -> str:
 
 
 def _way_out(kinds: Sequence[Any], value: object, declared: Option) -> str:
-    """What to write instead, if the mistake is a usual one."""
+    """Suggest what to write instead of a common mistake."""
     for instead, words in _instead_of(value):
         for kind in kinds:
-            with suppress(OptionError):  # this is not what was meant
+            with suppress(OptionError):  # `instead` is no valid value either
                 checked(kind, instead, declared, advise=False)
                 return f"; {words}"
     choices = [c for k in kinds if get_origin(k) is Literal for c in get_args(k)]
@@ -330,7 +330,7 @@ def _way_out(kinds: Sequence[Any], value: object, declared: Option) -> str:
 
 
 def _instead_of(value: object) -> Iterator[tuple[object, str]]:
-    """Values that may have been meant, and how to write each."""
+    """Yield the values that may have been meant, and how to write each."""
     if isinstance(value, str):
         bare = value.strip().lower()
         words = f"write {bare}, without quotes"
@@ -347,8 +347,8 @@ def _instead_of(value: object) -> Iterator[tuple[object, str]]:
         name = str(value).removeprefix("torch.")
         yield name, f"write {name!r}"
     elif isinstance(value, Tensor | np.ndarray | np.generic):
-        with suppress(ValueError, RuntimeError):  # of several numbers
-            yield value.item(), "give its item()"
-        yield value.tolist(), "give its tolist()"
+        with suppress(ValueError, RuntimeError):  # it holds several numbers
+            yield value.item(), "pass its item()"
+        yield value.tolist(), "pass its tolist()"
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            yield torch.from_numpy(value), "give torch.from_numpy(…) of it"
+            yield torch.from_numpy(value), "pass torch.from_numpy(…)"

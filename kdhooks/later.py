@@ -1,4 +1,4 @@
-"""Results that a device is still computing while the host, or another stream, goes on."""
+"""Results that a device is still computing while the host, or another stream, continues."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Tensors = TypeVar("Tensors", bound=Iterable[Tensor])
 
 
 class Later(Protocol[T_co]):
-    """A result that was started earlier. `get` waits for that result, and for nothing else."""
+    """A result of work that was started earlier. `get` waits for that result only."""
 
     def get(self) -> T_co: ...
 
 
 @dataclass(frozen=True)
 class Ready(Generic[T]):
-    """A result that need not be waited for."""
+    """A result that is available already."""
 
     value: T
 
@@ -45,14 +45,14 @@ class Sent:
 
 
 class SideStream:
-    """A CUDA stream of its own, for work beside the current stream's."""
+    """A separate CUDA stream, for work that runs in parallel with the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
     def run(self, work: Callable[[Tensor], Tensors], given: Tensor) -> Later[Tensors]:
-        """Start `work(given)` on the stream; `get` lets the current stream wait for it."""
+        """Start `work(given)` on the stream; `get` makes the current stream wait for it."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             made = work(given)
@@ -60,7 +60,7 @@ class SideStream:
         return _OnStream(self, made)
 
     def join(self) -> None:
-        """Let the current stream wait for all work on this one."""
+        """Make the current stream wait for all work on this one."""
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
 

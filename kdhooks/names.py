@@ -1,4 +1,4 @@
-"""Names of parameters and buffers, as the modules inside of a module declare them."""
+"""Full names of parameters and buffers that submodules declare."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from torch import nn
 
 
 def full_name(prefix: str, name: str) -> str:
-    """The name in the whole module; prefix "" is that of the module itself."""
+    """Return the name in the whole module. prefix: the submodule's path, "" for the whole."""
     return f"{prefix}.{name}".lstrip(".")
 
 
 def declared_inside(module: nn.Module, method: str) -> set[str]:
-    """The full names that modules inside return from a method `() -> set[str]`, if they have it."""
+    """Collect the full names that submodules return from a method `() -> set[str]`, if any."""
     found = set[str]()
     for prefix, inner in module.named_modules():
         names: Any = getattr(inner, method, None)

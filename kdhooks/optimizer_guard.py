@@ -1,4 +1,4 @@
-"""Rules for the steps of the student's optimizers, whatever the training loop is."""
+"""Checks of the student's optimizer steps, in any training loop."""
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
@@ -16,22 +16,22 @@ from kdhooks.taps import StudentTaps
 
 
 class OptimizerGuard(NotCopied):
-    """Looks at each step of the optimizers that train the student.
+    """Checks each step of the optimizers that train the student.
 
-    Always: a step after a forward of the student whose terms nobody computed is refused. Before an
-    optimizer's second step, once: the losses' parameters must be in an optimizer, and every term
-    must have taken part in a backward pass. By then, a loop that steps several optimizers in turn
-    has stepped each. An optimizer without any of the student's own parameters, as with FSDP, is not
-    looked at.
+    A step is refused if the terms of the student's last forward were not computed. Two more rules
+    are checked once, before an optimizer's second step: the losses' parameters must be in an
+    optimizer, and a backward pass must have reached every term. By then, a loop that steps several
+    optimizers in turn has stepped each of them. An optimizer without any of the student's own
+    parameters, as with FSDP, is not checked.
     """
 
     def __init__(
         self, student: nn.Module, distiller: nn.Module, taps: StudentTaps, head: Tensor | None
     ) -> None:
-        """head: the student's classifier rows, if a term trains them as well."""
+        """head: the student's classifier rows, if a term also trains them."""
         self.noting = True  # until a backward pass has reached every term
         self.host_advice = ""  # added to errors about terms that are not trained
-        self.more: Callable[[], None] | None = None  # one more rule, looked at once
+        self.more: Callable[[], None] | None = None  # one more rule, checked once
         self._computed = False  # whether kd has ever computed the terms
         self._student, self._distiller, self._taps = ref(student), ref(distiller), ref(taps)
         self._head = head
@@ -42,7 +42,7 @@ class OptimizerGuard(NotCopied):
         finalize(distiller, self._handle.remove)  # if nobody calls `remove`
 
     def note(self, terms: Mapping[str, Tensor]) -> None:
-        """The weighted terms of a step, before they are trained."""
+        """Note the weighted terms of a step, before the backward pass."""
         self._computed = True
         for name, term in terms.items():
             self._reached.setdefault(name, False)
@@ -81,23 +81,24 @@ class OptimizerGuard(NotCopied):
             raise KDHooksError(
                 "the student's optimizer stepped, and kd has computed no term; run the student by "
                 "calling it in training mode with gradients (student(images), not "
-                "student.forward(images)), make the Distiller before the first call of a compiled "
-                "student, and call kd(images, labels) after each forward; steps without terms "
+                "student.forward(images)), create the Distiller before the first call of a "
+                "compiled student, and call kd(images, labels) after each forward; steps without "
+                "terms "
                 "belong inside `with kd.paused():`" + self.host_advice
             )
         if dropped := [name for name, reached in self._reached.items() if not reached]:
             raise KDHooksError(
                 f"the student's optimizer stepped without {listed(dropped)}: no backward pass "
                 "reached these terms; add every term that kd returns to the loss that is trained "
-                "(for a later start, give its weight a schedule), or leave its method out"
+                "(a schedule as its weight can start a term later), or leave out its method"
                 + self.host_advice
             )
         if left := self._in_no_optimizer():
             raise KDHooksError(
-                f"these parameters of the losses are in no optimizer: {listed(left)}; give the "
-                "student's optimizer those of kd, or of the model that holds it, too, as "
-                "kd.parameter_groups(weight_decay) returns them; requires_grad_(False) keeps one "
-                "as it is"
+                f"these parameters of the losses are in no optimizer: {listed(left)}; add "
+                "kd.parameter_groups(weight_decay), or the parameters of the model that holds kd, "
+                "to the student's optimizer; a parameter that should stay as it is needs "
+                "requires_grad_(False)"
             )
         if self.more is not None:
             self.more()
@@ -113,7 +114,7 @@ class OptimizerGuard(NotCopied):
             known = set[int]().union(*map(_ids, optimizers))
             return [name for name, parameter in wanted.items() if id(parameter) not in known]
 
-        # An optimizer that has not stepped yet is found by a search, which takes longer.
+        # Optimizers that have not stepped yet are found by a search, which takes longer.
         if not without(self._stepped):
             return []
         return without(o for o in gc.get_objects() if issubclass(type(o), Optimizer))
@@ -123,13 +124,13 @@ class OptimizerGuard(NotCopied):
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
-    """Of the optimizer's parameters."""
+    """Return the ids of the optimizer's parameters."""
     groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def _check_static_graph(taps: StudentTaps) -> None:
-    """A DDP with a static graph averages gradients only after a backward through its output."""
+    """Refuse a static-graph DDP without a backward through its output: it averages nothing."""
     wrapper = None if taps.wrapper is None else taps.wrapper()
     if wrapper is None or not wrapper.static_graph:
         return
@@ -137,5 +138,5 @@ def _check_static_graph(taps: StudentTaps) -> None:
         raise KDHooksError(
             "DistributedDataParallel(static_graph=True) averaged no gradient of the student, since "
             "the loss does not depend on its output; train the terms together with a loss of that "
-            "output, or leave static_graph out"
+            "output, or leave out static_graph"
         )

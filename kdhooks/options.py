@@ -1,13 +1,13 @@
-"""Options, each declared once: its type, default, bounds, unit and meaning.
+"""Declares options, each in one place: its type, default, bounds, unit and meaning.
 
 A class of options is a frozen dataclass with keyword arguments:
 
     class KD(Options):
         temperature: Scheduled = option(4.0, "Softens the scores of both sides.", above=0)
 
-From the declaration follow the refusal of wrong values, the tables in docs/methods, the output of
-`kdhooks methods NAME`, and the JSON Schema that `kdhooks schema` writes. A class that declares no
-options in this way is read from the signature of its constructor: names and types alone.
+The declaration is the source of the checks of values, of the tables in docs/methods, of the output
+of `kdhooks methods NAME`, and of the JSON Schema that `kdhooks schema` prints. For a class without
+such declarations, only names and types are known, from the signature of its constructor.
 """
 
 import inspect
@@ -45,7 +45,7 @@ from kdhooks.kinds import (
 
 T = TypeVar("T")
 REQUIRED: Any = inspect.Parameter.empty
-"""The default of an option that must be given."""
+"""The default of an option that is required."""
 
 
 def option(
@@ -58,9 +58,9 @@ def option(
     below: float | None = None,
     unit: str = "",
 ) -> T:
-    """Declare an option. The bounds also hold for the items of a list, and for a schedule.
+    """Declare an option. The bounds also apply to the items of a list, and to a schedule.
 
-    A default that is a list is kept as a tuple, like every list that is given.
+    A default that is a list is stored as a tuple, like the lists that users pass.
     """
     kept: Any = tuple(default) if isinstance(default, list) else default
     bounds = Bounds(least=least, above=above, most=most, below=below)
@@ -73,13 +73,13 @@ def option(
 class Options(Table):
     """The base of a class of options. Creating an object checks every value, then calls `check`.
 
-    A list becomes a tuple, and a table becomes the class of options that it stands for.
-    subject: the name that errors start with; by default the class's name in lower case.
+    A list becomes a tuple, and a table becomes an object of its class of options.
+    subject: the start of errors; by default the class's name in lower case.
     """
 
     subject: ClassVar[str]
     rules: ClassVar[Mapping[str, Any]] = {}
-    """Keywords of JSON Schema for the rules that hold between the options."""
+    """Keywords of JSON Schema for rules that involve several options."""
 
     def __init_subclass__(cls, subject: str = "") -> None:
         cls.subject = subject or cls.__name__.lower()
@@ -95,7 +95,7 @@ class Options(Table):
         self.check()
 
     def check(self) -> None:
-        """Refuse values that do not go together, by raising `self.refused(…)`."""
+        """Refuse values that contradict each other, by raising `self.refused(…)`."""
 
     def refused(self, name: str, rule: str) -> OptionError:
         return OptionError(rule, name, subject=type(self).subject)
@@ -122,7 +122,7 @@ class Options(Table):
 
 
 def read(made: type[T], table: object, subject: str) -> T:
-    """An object of the class `made`, from a table of its options.
+    """Create an object of the class `made` from a table of its options.
 
     Raises:
         OptionError: an unknown or missing option, or one of a wrong type or value.
@@ -153,7 +153,7 @@ def read(made: type[T], table: object, subject: str) -> T:
         raise OptionError(error.rule, *error.path, subject=subject) from error
     except KDHooksError:
         raise
-    except Exception as error:  # of a constructor that somebody else wrote
+    except Exception as error:  # from the constructor of another package
         raise KDHooksError(
             f"{subject} can't be created with {reprlib.repr(given)}; found "
             f"{type(error).__name__}: {error}"
@@ -161,7 +161,7 @@ def read(made: type[T], table: object, subject: str) -> T:
 
 
 def declared_options(made: type) -> Mapping[str, Option]:
-    """By name, in their order."""
+    """Return the options of a class by name, in the order of their declaration."""
     if issubclass(made, Options):
         hints = typing.get_type_hints(made)
         return {
@@ -170,7 +170,7 @@ def declared_options(made: type) -> Mapping[str, Option]:
         }
     try:
         hints = typing.get_type_hints(made.__init__)
-    except Exception:  # an annotation of somebody else's that can't be resolved
+    except Exception:  # an annotation of another package that can't be resolved
         hints = {}
     return {
         name: Option(
@@ -182,12 +182,12 @@ def declared_options(made: type) -> Mapping[str, Option]:
 
 
 def _plain(declared: Field[Any]) -> Option:
-    """A field of a dataclass that was declared without `option`."""
+    """Describe a field of a dataclass that was declared without `option`."""
     return Option(Any, REQUIRED if declared.default is MISSING else declared.default)
 
 
 def opened(made: type) -> Mapping[str, Option]:
-    """The declared options with those of inner tables, as "urfm.centres"."""
+    """Return the declared options, those of inner tables with names such as "urfm.centres"."""
     found: dict[str, Option] = {}
     for name, declared in declared_options(made).items():
         if isinstance(declared.default, Options):
@@ -199,7 +199,7 @@ def opened(made: type) -> Mapping[str, Option]:
 
 
 def _of_signature(name: str, hint: Any, default: object) -> Any:
-    """The hint, as far as one can rely on it."""
+    """Return a type hint if options of this type can be checked, and Any otherwise."""
     if name == "weight" and hint is float:  # a recipe may hold a schedule there
         return Any
     if default is None:  # `x: int = None` allows None
@@ -227,14 +227,14 @@ def _checked_option(subject: str, name: str, declared: Option, value: object) ->
 def check_arguments(
     subject: str, declared: Mapping[str, Option], /, **found: object
 ) -> dict[str, Any]:
-    """The arguments of a function as options of these types and bounds keep them."""
+    """Check the arguments of a function as options, and return them in the form options store."""
     return {
         name: _checked_option(subject, name, declared[name], value) for name, value in found.items()
     }
 
 
 def _is_function(value: object) -> TypeGuard[Callable[[int], float]]:
-    """Whether its results are still to be checked; a schedule's are inside of its bounds."""
+    """Whether the value is a function with unchecked results; a schedule is checked already."""
     return callable(value) and not isinstance(value, Table | Bounded)
 
 

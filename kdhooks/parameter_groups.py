@@ -9,15 +9,15 @@ from kdhooks.names import declared_inside
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """One group with the decay, and one without it for the parameters that must not decay.
+    """Return one group with weight decay, and one without it for parameters that must not decay.
 
-    A module inside names these by `no_weight_decay() -> set[str]`, as in timm.
+    A submodule names the latter in `no_weight_decay() -> set[str]`, as in timm.
     """
     spared = declared_inside(module, "no_weight_decay")
     named = dict(module.named_parameters())
     if unknown := spared - named.keys():
         raise KDHooksError(
-            f"no_weight_decay names '{min(unknown)}', which is no parameter; "
+            f"no_weight_decay names '{min(unknown)}', which is not a parameter; "
             f"{near_miss(min(unknown), named)}the losses have: {listed(named)}"
         )
     groups = [

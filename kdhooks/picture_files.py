@@ -1,4 +1,4 @@
-"""The pictures of a folder or a zip, in order of name; all faults are reported together."""
+"""The pictures of a folder or a zip file, sorted by name; all faults are reported together."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ from typing import IO, TypeVar
 from kdhooks.errors import KDHooksError
 from kdhooks.pictures import Pixels, Unreadable, decode, read_size
 
-# Those that torchvision's ImageFolder takes for pictures.
+# The suffixes that torchvision's ImageFolder accepts.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _SHOWN = 5
-_CHUNK = 4096  # files of which a thread pool is told at a time
+_CHUNK = 4096  # files that are submitted to a thread pool at a time
 _ENCRYPTED = 1  # a bit of a zip entry's flags
 log = logging.getLogger("kdhooks")
 
@@ -26,11 +26,11 @@ Found = TypeVar("Found")
 
 
 class PictureFiles:
-    """Hidden files, and those whose names don't end as a picture's do, are skipped and logged."""
+    """The pictures of a source. Hidden files and files of other types are skipped and logged."""
 
     def __init__(self, source: str | Path, subject: str, turn: bool = True) -> None:
-        """source: a folder, in which links are followed, or a zip. subject: starts each error.
-        turn: as in `decode`.
+        """source: a folder, in which links are followed, or a zip file. subject: the start of each
+        error. turn: as in `decode`.
         """
         if not str(source):
             raise KDHooksError(f"{subject} must be a folder or a zip file; found an empty name")
@@ -51,7 +51,7 @@ class PictureFiles:
             refuse(subject, self.source, self._faults, 0)
         if self._skipped:
             log.warning(
-                "%s: skipped %d entries of '%s' that are no pictures: %s",
+                "%s: skipped %d entries of '%s' that are not pictures: %s",
                 subject,
                 len(self._skipped),
                 self.source,
@@ -59,12 +59,12 @@ class PictureFiles:
             )
 
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
-        """Raise if the header of one of these can't be used, or has another width and height."""
+        """Raise an error if a picture's header is unusable, or states another width and height."""
 
         def header(name: str) -> None:
             with self._open(name) as file:
                 found = read_size(file, self._turn)
-            # A picture may be stored lying; `pixels` turns it upright.
+            # A picture may be stored rotated by 90 degrees; `pixels` turns it upright.
             if sorted(found) != sorted(size):
                 raise Unreadable(wrong_size(found, size))
 
@@ -74,7 +74,7 @@ class PictureFiles:
         refuse(self._subject, self.source, faults, len(names))
 
     def pixels(self, name: str) -> Pixels:
-        """Raises Unreadable if there are none."""
+        """Return the pixels of a picture; raise Unreadable if it cannot be decoded."""
         with self._open(name) as file:
             return decode(file.read(), self._turn)
 
@@ -85,16 +85,16 @@ class PictureFiles:
                 yield file
         except (Unreadable, KDHooksError):
             raise
-        except Exception as error:  # of a damaged zip entry, whatever its decompression meets
+        except Exception as error:  # decompressing a damaged zip entry may raise anything
             reason = getattr(error, "strerror", None) or error
-            raise Unreadable(f"can't be opened ({reason}); mend or remove it") from error
+            raise Unreadable(f"can't be opened ({reason}); repair or remove it") from error
 
     def _opened(self, name: str) -> IO[bytes]:
         if self._archive:
             return self._archive.open(self._entries[name])
         path = self.source / name
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise Unreadable("is no file; remove it")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            raise Unreadable("is not a regular file; remove it")
         return path.open("rb")
 
     def _list_folder(self) -> None:
@@ -106,11 +106,13 @@ class PictureFiles:
                 status = folder.stat()
                 entries = list(os.scandir(folder))
             except OSError as error:
-                self._faults[prefix or "."] = f"can't be listed ({error.strerror}); allow it"
+                self._faults[prefix or "."] = (
+                    f"can't be listed ({error.strerror}); change its permissions"
+                )
                 continue
             here = (status.st_dev, status.st_ino)
             if here in above:
-                self._faults[prefix] = "links to a folder that it lies in; remove the link"
+                self._faults[prefix] = "links to a folder that contains it; remove the link"
                 continue
             for entry in entries:
                 name = prefix + entry.name
@@ -130,7 +132,7 @@ class PictureFiles:
             found = "does not exist"
         except OSError as error:
             found = f"can't be opened ({error.strerror})"
-        except Exception as error:  # of a damaged list of entries, whatever it meets
+        except Exception as error:  # reading a damaged list of entries may raise anything
             found = f"can't be read as a zip file ({error})"
         raise KDHooksError(
             f"{self._subject} must be a folder or a zip file with pictures; '{self.source}' {found}"
@@ -143,11 +145,11 @@ class PictureFiles:
         for name, entry in zip(names, entries, strict=True):
             parts = name.split("/")
             if ".." in parts or name.startswith("/") or "\\" in name:
-                self._faults[name] = "leads out of the archive, or has \\ for /; pack it again"
+                self._faults[name] = "leads out of the archive, or has \\ for /; create it again"
             elif any(map(_is_junk, parts)):
                 self._skipped.append(name)
             elif counts[name] > 1:
-                self._faults[name] = f"is {counts[name]} entries of one name; rename or remove them"
+                self._faults[name] = f"names {counts[name]} entries; rename or remove them"
             elif entry.flag_bits & _ENCRYPTED:
                 self._faults[name] = "is encrypted; unpack the archive with its password"
             elif self._take(name):
@@ -162,7 +164,7 @@ class PictureFiles:
 def read_all(
     names: Sequence[str], read: Callable[[str], Found], faults: dict[str, str]
 ) -> Iterator[tuple[str, Found]]:
-    """Each name and what is read of it, in order, by several threads; faults gets the others."""
+    """Yield each name and its content, in order, read by several threads; add errors to faults."""
 
     def tried(name: str) -> Found | Unreadable:
         try:
@@ -191,19 +193,19 @@ def refuse(subject: str, source: Path, faults: Mapping[str, str], total: int) ->
 
 
 def wrong_size(found: tuple[int, int], wanted: tuple[int, int]) -> str:
-    """Both as width and height."""
+    """Describe a picture of the wrong size. found, wanted: width and height."""
     return (
-        f"is {found[0]}x{found[1]} (width x height), where {wanted[0]}x{wanted[1]} is needed; "
+        f"is {found[0]}x{found[1]} (width x height), but {wanted[0]}x{wanted[1]} is needed; "
         "align the face to that size, as insightface.utils.face_align.norm_crop does"
     )
 
 
 def _is_junk(name: str) -> bool:
-    """What systems leave in folders and archives; a Mac's ._x.jpg looks like a picture."""
+    """Whether an operating system left the file there; macOS's ._x.jpg looks like a picture."""
     return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def first(texts: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
+    """List the first few texts, and count the others."""
     left = len(texts) - _SHOWN
     return "; ".join(texts[:_SHOWN]) + (f"; and {left} more" if left > 0 else "")

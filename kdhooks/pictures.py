@@ -1,4 +1,4 @@
-"""The pixels of a picture, or why there are none; nothing is clipped, dropped or guessed."""
+"""Decodes pictures; those whose pixels would have to be clipped, dropped or guessed are refused."""
 
 import io
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ Pixels: TypeAlias = NDArray[np.uint8]  # (h w 3) RGB
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow's conversion of these loses nothing
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # tags of TIFF; 0 is black if the second is 1
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # TIFF tags; photometric 1: 0 is black
 
 
 class Unreadable(Exception):
-    """Why a picture can't be used, and the way out; whoever knows its name puts that in front."""
+    """The reason why a picture cannot be used, and the way out; callers put its name in front."""
 
 
 def decode(content: bytes, turn: bool = True) -> Pixels:
-    """turn: a picture that is stored turned, by its EXIF data, is turned upright, else refused."""
+    """Decode a file. turn: turn a picture upright that EXIF marks as rotated; else refuse it."""
     with _opened(io.BytesIO(content), turn) as image:
         from PIL import ImageOps
 
@@ -34,13 +34,13 @@ def decode(content: bytes, turn: bool = True) -> Pixels:
 
 
 def read_size(file: IO[bytes], turn: bool = True) -> tuple[int, int]:
-    """Return width and height as they are stored. This checks all that the header tells."""
+    """Return the stored width and height, after checking everything that the header states."""
     with _opened(file, turn) as image:
         return image.size
 
 
 def encode(pixels: Pixels) -> bytes:
-    """The content of a PNG file."""
+    """Encode pixels as the content of a PNG file."""
     _check_pillow()
     from PIL import Image
 
@@ -72,8 +72,8 @@ def _opened(file: IO[bytes], turn: bool) -> "Iterator[Image]":
             turned = image.getexif().get(_ORIENTATION, 1)
             if turned != 1 and not turn:
                 raise Unreadable(
-                    f"is stored turned (EXIF orientation {turned}), and trainers disagree on "
-                    "turning it back; save it upright, as PIL.ImageOps.exif_transpose does"
+                    f"is stored rotated (EXIF orientation {turned}), and only some trainers undo "
+                    "that; save it upright, as PIL.ImageOps.exif_transpose does"
                 )
             yield image
     except UnidentifiedImageError as error:
@@ -90,22 +90,22 @@ def _opened(file: IO[bytes], turn: bool) -> "Iterator[Image]":
 
 
 def _check(image: "Image", most: int | None) -> None:
-    """Everything that a header tells."""
+    """Check everything that the header states."""
     width, height = image.size
     if most and width * height > most:
         raise Unreadable(f"has {width}x{height} pixels, more than Pillow decodes; make it smaller")
     # The other frames of an MPO are previews of the first.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise Unreadable("holds several frames or pages; save the one that is meant")
+        raise Unreadable("holds several frames or pages; save only the one to use")
     if image.mode not in (*_MODES, *_ALPHA) and not _has_16_bits(image):
         raise Unreadable(
             f"has pixels of Pillow's mode {image.mode}, whose range is not known; save it with 8 "
-            "bits a channel"
+            "bits per channel"
         )
 
 
 def _has_16_bits(image: "Image") -> bool:
-    """Grey from 0, which is black, to 65535."""
+    """Whether a picture is grey with 16 bits, from 0 (black) to 65535."""
     if image.format == "TIFF":
         tags = getattr(image, "tag_v2", {})
         plain = tags.get(_BITS) == (16,) and tags.get(_PHOTOMETRIC) == 1

@@ -1,8 +1,8 @@
 """The names that a recipe may use for a model's submodules, besides their paths.
 
-stage3          the end of the third stage of a known backbone
+stage3          the last submodule of the third stage of a known backbone
 embedding       the submodule that returns the embedding
-layer[1-4]      every submodule that the pattern matches, as blocks.* and block?.conv
+layer[1-4]      every submodule that the pattern matches; blocks.* and block?.conv work too
 """
 
 import re
@@ -22,28 +22,28 @@ _NAME = re.compile(r"stage\d+|embedding")
 
 @dataclass(frozen=True)
 class Points:
-    """The submodules of one model, and the names by which they are known.
+    """The submodules of one model, and the names that stand for them.
 
-    A submodule that is really called like a name, or like a pattern, comes first.
+    A submodule whose path is also a name or a pattern takes precedence.
     """
 
     model: nn.Module
     stages: tuple[str, ...]  # of a known backbone, shallow to deep
-    names: Mapping[str, str]  # a path by its name
+    names: Mapping[str, str]  # name -> path
 
     @classmethod
     def of(cls, model: nn.Module, stages: Sequence[str] | None, embedding: str) -> Self:
-        """stages: those that a host knows; by default those of a known backbone."""
+        """Create the names of a model. stages: by default those of a known backbone."""
         known = submodules(model)
         if stages is None:
             stages = known_stages(model)
             if stages is None or not {without_wrappers(path) for path in stages} <= known.keys():
-                stages = ()  # such as those of another class of the same name
+                stages = ()  # as if the class only shared the name of a known backbone
         names = {f"stage{number}": path for number, path in enumerate(stages, 1)}
         return cls(model, tuple(stages), {**names, "embedding": embedding})
 
     def one(self, path: str, side: str) -> str:
-        """The path that is meant. side: for errors, such as "fitnet: student"."""
+        """Return the only path that `path` stands for. side: for errors, as "fitnet: student"."""
         found = list(self._paths(path, side))
         if len(found) > 1:
             raise KDHooksError(
@@ -53,11 +53,11 @@ class Points:
         return found[0]
 
     def several(self, paths: Iterable[str], side: str) -> tuple[str, ...]:
-        """The paths that are meant, in the order given; those of a pattern in natural order."""
+        """Return all paths that `paths` stand for; those of a pattern are in natural order."""
         return tuple(found for path in paths for found in self._paths(path, side))
 
     def names_of(self, path: str) -> list[str]:
-        """The names that stand for a path, unless a submodule is really called so."""
+        """Return the names that stand for a path, except those that are also a submodule's path."""
         known = submodules(self.model)
         return [name for name, found in self.names.items() if found == path and name not in known]
 
@@ -80,7 +80,7 @@ class Points:
         elif _NAME.fullmatch(name):
             raise KDHooksError(self._unknown(name, side))
         else:
-            yield path  # refused by who looks for it
+            yield path  # `find` refuses it later
 
     def _unknown(self, name: str, side: str) -> str:
         stages = [f"{name} ({path})" for name, path in self.names.items() if name != "embedding"]
@@ -94,12 +94,12 @@ class Points:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Part by part, so that * matches no dot."""
+    """Match a path part by part, so that * does not match a dot."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _natural(path: str) -> list[tuple[int, int | str]]:
-    """Orders blocks.2 before blocks.10."""
+    """Return a key that sorts blocks.2 before blocks.10."""
     parts = re.split(r"(\d+)", path)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]

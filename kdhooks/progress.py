@@ -1,4 +1,4 @@
-"""How far something that takes long has come, on one line of the terminal."""
+"""Shows the progress of long work on one line of the terminal."""
 
 import sys
 import time
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-_PATIENCE = 2.0  # seconds without a line
+_PATIENCE = 2.0  # seconds before the line appears
 
 
 def progress(parts: Sequence[T], what: str) -> Iterator[T]:
-    """The parts, in order. The first rank shows their number on a terminal, if they take long."""
+    """Yield the parts, in order. If that takes long, rank 0 shows their number on a terminal."""
     shown, start = False, time.monotonic()
     for number, part in enumerate(parts, start=1):
         yield part

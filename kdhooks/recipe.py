@@ -1,4 +1,4 @@
-"""A checked description of a distillation, the same in every host, becomes a Distiller."""
+"""The recipe, a checked description of a distillation for any host; `build` makes a Distiller."""
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,79 +30,84 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
 from kdhooks.views.student_view import StudentView, ViewTable
 
-_UNNAMED = {  # in JSON Schema: a teacher's table without its embedding
+_UNNAMED = {  # JSON Schema of a teacher's table that does not specify the embedding
     "not": {"type": "object", "anyOf": [{"required": ["embedding"]}, {"required": ["embeddings"]}]}
 }
 _DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class SideTaps(Options, subject="recipe: taps"):
-    """The paths of the submodules of one model."""
+    """The tapped submodules of one model."""
 
     embedding: str | None = option(
         None,
-        "The submodule that returns the embedding; by default the model, or what the host finds.",
+        "The submodule that returns the embedding; by default the one that the host finds, or "
+        "else the whole model.",
     )
     stages: tuple[str, ...] | None = option(
         None,
-        "The ends of the stages, shallow to deep: paths, names such as stage3, or patterns such as "
-        "layer[1-4]; by default those of a known backbone.",
+        "The last submodule of each stage, from shallow to deep: paths, names such as stage3, or "
+        "patterns such as layer[1-4]; by default the stages of a known backbone.",
     )
 
 
 class TapsTable(Options, subject="recipe: taps"):
-    """Where both models are tapped."""
+    """The tapped submodules of both models."""
 
     student: SideTaps = option(SideTaps(), "The student's submodules.")
     teacher: SideTaps = option(SideTaps(), "The teacher's submodules.")
 
 
 class Recipe(Options):
-    """A recipe, checked as far as it can be without the models."""
+    """A recipe, checked as far as possible without the models."""
 
     teacher: TeacherTable | tuple[TeacherTable, ...] = option(
-        REQUIRED, "The frozen network that is learnt from; a list of tables for several of them."
+        REQUIRED, "The frozen network to learn from; for several teachers, a list of tables."
     )
     methods: Sequence[object] = option(
         REQUIRED, 'The methods: "name", or { name = "…", weight = …, and its options }.'
     )
-    taps: TapsTable = option(TapsTable(), "Where both models are tapped.")
+    taps: TapsTable = option(TapsTable(), "The tapped submodules of both models.")
     input_shape: tuple[int, int, int] = option(
         (3, 112, 112), "Channels, height and width of the training images.", least=1
     )
     student_view: ViewTable | nn.Module | None = option(
-        None, "What the student sees in training in place of the trainer's images."
+        None, "Changes to the student's training images; the teacher sees the unchanged images."
     )
     labels: bool = option(
-        True, "Whether there are labels. If not, methods that need them are refused."
+        True, "Whether the images have labels. If not, methods that need labels are refused."
     )
     task_weight: Scheduled = option(1.0, "The factor of the trainer's own loss.", least=0)
     log_teacher_accuracy: int = option(
         100,
-        "Every how many steps the log shows the teacher's accuracy on the batch, if a term uses "
-        "its class rows; 0: never.",
+        "The interval at which the log shows the teacher's accuracy on the batch, if a term uses "
+        "the teacher's class rows; 0: never.",
         least=0,
         unit="steps",
     )
     seed: int = option(
-        0, "Of the losses' initial weights and of the student's views.", least=0, most=2**63 - 1
+        0,
+        "The seed of the losses' initial weights and of the student's views.",
+        least=0,
+        most=2**63 - 1,
     )
     nonfinite: Literal["raise", "skip"] = option(
-        "raise", "The reaction to a term that is not finite: raise, or skip the step's terms."
+        "raise",
+        "The reaction to a term that is not finite: raise an error, or skip all terms of the step.",
     )
     sharded: bool = option(
         True,
-        "Whether each rank keeps the class tables of the methods for its own classes alone. If "
-        "not, every rank has those of all classes, but for the teacher's rows beside a split head.",
+        "Whether each rank keeps the methods' class tables for its own classes only. If not, every "
+        "rank keeps them for all classes, except the teacher's rows if the head is split.",
     )
     table_dtype: Literal["float32", "float16"] = option(
         "float32",
-        "The precision of class rows that stay as they are: the teacher's, and coupleface's "
-        "prototypes.",
+        "The precision of class rows that training does not change: the teacher's, and "
+        "coupleface's prototypes.",
     )
 
     rules: ClassVar[Mapping[str, Any]] = {
-        # The teacher's embedding is named in one place.
+        # The teacher's embedding may be specified in one place only.
         "if": {
             "required": ["taps"],
             "properties": {
@@ -129,7 +134,7 @@ class Recipe(Options):
             self._check_embedding()
 
     def _check_embedding(self) -> None:
-        """Of the teacher, it is named in one place."""
+        """Refuse a teacher's embedding that is specified in two places."""
         first, *others = self.teachers
         if others:
             raise self.refused(
@@ -141,20 +146,20 @@ class Recipe(Options):
             if getattr(first, key) is not None:
                 raise self.refused(
                     "taps.teacher.embedding",
-                    f"names the embedding, as teacher.{key} does; found both; leave one of them "
-                    "out",
+                    f"names the embedding, as teacher.{key} does; found both; leave out one of "
+                    "them",
                 )
 
     @property
     def teachers(self) -> tuple[TeacherTable, ...]:
-        """The tables of all teachers, of which there is mostly one."""
+        """The tables of all teachers; usually there is only one."""
         return (self.teacher,) if isinstance(self.teacher, TeacherTable) else self.teacher
 
     @classmethod
     def read(  # type: ignore[override]
         cls, source: "Recipe | Mapping[str, Any] | str | Path", subject: str = "recipe"
     ) -> "Recipe":
-        """From a dict, or a TOML file, whose relative paths start at the file's folder."""
+        """Read a dict or a TOML file; relative paths in a file start at the file's folder."""
         if isinstance(source, Recipe):
             return source
         if isinstance(source, str | Path):
@@ -165,20 +170,20 @@ class Recipe(Options):
         return read(cls, source, subject)
 
     def refuse_tables(self, host: str) -> None:
-        """For a host whose loop gives no indices: refuse a table of embeddings by index."""
+        """Refuse a table of embeddings by index, for a host whose loop passes no indices."""
         for table in self.teachers:
             is_file = table.embeddings is not None and table.embeddings.is_file()
             if is_file or isinstance(table.module, EmbeddingTable):
                 found = f"the file '{table.embeddings}'" if is_file else "an EmbeddingTable"
                 raise KDHooksError(
-                    f"{host}: teacher.embeddings must be a folder here, since the trainer gives no "
-                    f"indices; found {found}; fill a folder by kdhooks cache build, or use "
+                    f"{host}: teacher.embeddings must be a folder, since this trainer passes no "
+                    f"indices; found {found}; create the folder with kdhooks cache build, or call "
                     "kd(images, labels, indices=…) in a loop of your own"
                 )
 
 
 def _teachers_as_tables(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `teacher` of a recipe in Python may be the module itself, or a list with modules."""
+    """Convert a `teacher` that is a module in Python, or a list with modules, to tables."""
     teacher = recipe.get("teacher", {})
     if isinstance(teacher, list | tuple):
         named = [(f"teacher[{place}]", one) for place, one in enumerate(teacher)]
@@ -209,14 +214,16 @@ def build(
     steps_per_epoch: int | None = None,
     learnt_whole: bool = False,
 ) -> Distiller:
-    """The Distiller that a recipe describes.
+    """Create the Distiller that a recipe describes.
 
-    network: the host's factory for `teacher.network`, or one for each teacher; the rest: see
-        `Distiller`.
+    network: the host's factory for `teacher.network`, or one factory for each teacher.
+    The other arguments are those of `Distiller`.
     """
     recipe = Recipe.read(recipe)
     check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, student=student)
-    first = next(student.parameters(), torch.empty(0))  # a student without is refused below
+    first = next(
+        student.parameters(), torch.empty(0)
+    )  # a student without parameters is refused below
     with undisturbed_generators(recipe.seed, first.device):
         teachers = build_teachers(recipe, network)
     return Distiller(
@@ -247,7 +254,7 @@ def build(
 def build_teacher(
     recipe: Recipe, network: NetworkFactory | Sequence[NetworkFactory] | None = None
 ) -> Teacher:
-    """The teacher alone, as `kdhooks.class_means` takes it."""
+    """Create only the teacher of a recipe, for `kdhooks.class_means`."""
     if len(recipe.teachers) > 1:
         raise KDHooksError(
             f"recipe: build_teacher builds a single teacher; found {len(recipe.teachers)}; "
@@ -259,7 +266,7 @@ def build_teacher(
 def build_teachers(
     recipe: Recipe, network: NetworkFactory | Sequence[NetworkFactory] | None = None
 ) -> list[Teacher]:
-    """All teachers of a recipe, in its order. network: as for `build`."""
+    """Create all teachers of a recipe, in its order. network: as for `build`."""
     tables = recipe.teachers
     factories = list(network) if isinstance(network, Sequence) else [network] * len(tables)
     if len(factories) != len(tables):
@@ -279,7 +286,7 @@ def build_teachers(
 def build_from_table(
     table: TeacherTable, embedding: str | None = None, network: NetworkFactory | None = None
 ) -> Teacher:
-    """One teacher. embedding: what `taps` names, if the table names none."""
+    """Create one teacher. embedding: the submodule named in `taps`, if the table names none."""
     spec = with_module(table, network)
     transform = InputTransform()
     model: Any
@@ -290,15 +297,15 @@ def build_from_table(
         return Teacher(made(spec.embeddings), classifier=spec.classifier)
     elif spec.config is not None:
         raise KDHooksError(
-            f"recipe: teacher.config is a config file of MMEngine, and '{spec.config}' is not read "
-            "in this trainer; give the module itself as teacher"
+            f"recipe: teacher.config is a config file of MMEngine, and this trainer can't read "
+            f"'{spec.config}'; pass the module itself as teacher"
         )
     else:
         path = spec.onnx or insightface_model(
             str(spec.insightface), spec.root or "~/.insightface", spec.output
         )
         given = spec.input
-        # Three of each are for the transform below.
+        # The file takes one mean and one std; those of each channel go to the transform below.
         said = given.mean is not None and given.std is not None
         file = read_recognition_file(
             path,
@@ -310,8 +317,8 @@ def build_from_table(
         for key, wanted in {"mean": 0, "std": 1}.items() if file.whole_pixels else ():
             if (found := getattr(given, key)) is not None and {*np.ravel(found)} != {wanted}:
                 raise KDHooksError(
-                    f"recipe: teacher.input.{key} must be {wanted}, or left out, where a file's "
-                    f"images are uint8, as those of '{file.path}'; found {found}"
+                    f"recipe: teacher.input.{key} must be {wanted} or left out, since "
+                    f"'{file.path}' takes uint8 images; found {found}"
                 )
         opened = (to_torch if spec.convert else OnnxModel)(file)
         transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
@@ -342,7 +349,7 @@ def _average(numbers: Channels | None) -> float:
 
 
 def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The table with all relative paths in that folder, those in the methods' options too."""
+    """Resolve all relative paths of a recipe against the folder, also in the methods' options."""
     table = _paths_in_folder(Recipe, table, folder, "recipe: ")
     methods = table.get("methods")
     if not isinstance(methods, list):
@@ -360,7 +367,7 @@ def _method_in_folder(method: object, folder: Path) -> object:
 def _paths_in_folder(
     made: type, table: Mapping[str, Any], folder: Path, start: str
 ) -> Mapping[str, Any]:
-    """start: of the options' names, for errors."""
+    """Resolve the relative paths of one table. start: what precedes option names in errors."""
     placed = dict(table)
     for name, declared in declared_options(made).items():
         value, kinds = table.get(name), alternatives(declared.kind)
@@ -368,7 +375,7 @@ def _paths_in_folder(
         if isinstance(value, Mapping):
             if inner is not None:
                 placed[name] = _paths_in_folder(inner, value, folder, f"{start}{name}.")
-        elif isinstance(value, list) and inner is not None:  # of tables, as [[teacher]] writes them
+        elif isinstance(value, list) and inner is not None:  # a list of tables, such as [[teacher]]
             placed[name] = [
                 _paths_in_folder(inner, one, folder, f"{start}{name}[{place}].")
                 if isinstance(one, Mapping)
@@ -395,8 +402,8 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise KDHooksError(
-            f"recipe: '{path}' must be a text in UTF-8; found byte 0x{content[error.start]:02x} in "
-            f"line {line}; save the file in the encoding UTF-8"
+            f"recipe: '{path}' must be UTF-8 text; found byte 0x{content[error.start]:02x} in "
+            f"line {line}; save the file with UTF-8 encoding"
         ) from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and a number of 5000 digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of 5000 digits
         raise KDHooksError(f"recipe: '{path}' is not TOML: {error}") from error

@@ -1,4 +1,4 @@
-"""MMEngine imports this module when a config says type='kdhooks.…'; nothing else does."""
+"""MMEngine imports this module for a config with type='kdhooks.…'; nothing else imports it."""
 
 from mmengine.registry import HOOKS as ALL_HOOKS
 from mmengine.registry import MODELS as ALL_MODELS

@@ -1,4 +1,4 @@
-"""The state of the losses on several ranks, kept equal; and their batches, compared."""
+"""Keeps the state of the losses equal on all ranks, and compares the ranks' batch sizes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from kdhooks.taps import Removable
 
 
 class _Mark(NamedTuple):
-    """Tells a buffer from another one, and from itself after a change."""
+    """Identifies a buffer and its version: another tensor and a change both make it differ."""
 
     tensor: int
     version: int
@@ -30,10 +30,10 @@ class _Mark(NamedTuple):
 class _Place:
     module: nn.Module
     name: str
-    own: bool  # whether each rank keeps it by itself
+    own: bool  # whether each rank keeps its own values
 
     def is_split(self, head: bool) -> bool:
-        """Whether each rank has other classes; head: whether the student's classifier is split."""
+        """Whether each rank holds other classes. head: whether the student's head is split."""
         module = self.module
         return module.split.group is not None if isinstance(module, PerClass) else head
 
@@ -43,7 +43,7 @@ class _Place:
 
     @property
     def silent(self) -> bool:
-        """Whether it changes without a new version, as the statistics of a BatchNorm do."""
+        """Whether it may change without a new version, as the statistics of a BatchNorm do."""
         return isinstance(self.module, nn.modules.batchnorm._NormBase)
 
     def mark(self) -> _Mark:
@@ -51,7 +51,7 @@ class _Place:
         return _Mark(id(buffer), buffer._version)
 
     def replace(self, tensor: Tensor) -> None:
-        """By a new tensor, since the backward pass may still need the values of the old one."""
+        """Register a new tensor, since the backward pass may still need the old tensor's values."""
         persistent = self.name not in self.module._non_persistent_buffers_set
         self.module.register_buffer(self.name, tensor, persistent)
 
@@ -59,23 +59,23 @@ class _Place:
 class Replicas(NotCopied):
     """Keeps a module's parameters and floating-point buffers equal on all ranks.
 
-    At the start, each rank takes those of rank 0. Each backward leaves the ranks' mean gradient,
-    and each step the mean of the buffers that it has changed. A module inside may name buffers that
-    must not be averaged, `buffers_by_rank() -> set[str]`, since each rank holds other classes or
-    since the module computes them from all ranks' batches itself.
+    At the start, each rank receives the values of rank 0. Each backward pass averages the gradients
+    over the ranks, and each step averages the buffers that it changed. A submodule may name buffers
+    that must not be averaged in `buffers_by_rank() -> set[str]`, because each rank holds other
+    classes, or because the submodule itself computes them from the batches of all ranks.
 
-    If DistributedDataParallel holds the module as well, it averages equal gradients once more,
-    which leaves them as they are.
+    If DistributedDataParallel holds the module as well, it averages gradients that are equal
+    already, which does not change them.
     """
 
     def __init__(self, module: nn.Module, declared: Sequence[str], sharded: bool) -> None:
         """
         declared: one line for each term, the same on every rank.
-        sharded: whether the student's classifier is split, and what losses make of it.
+        sharded: whether the student's classifier, and buffers made from it, are split by class.
         """
         _refuse_different(declared)
         own = own_buffers(module)
-        # A module may replace its buffer by another tensor, so each is named by its module.
+        # A module may replace a buffer by another tensor, so places name a module and a buffer.
         places: list[_Place] = [
             _Place(inner, name, full_name(prefix, name) in own)
             for prefix, inner in module.named_modules()
@@ -96,7 +96,7 @@ class Replicas(NotCopied):
 
     @contextmanager
     def one_step(self, size: int) -> Iterator[None]:
-        """Run the losses inside, on a batch of `size` samples of this rank."""
+        """Run the losses in this block, on this rank's batch of `size` samples."""
         self._refuse_overwritten()
         self._average_gradients()
         with self.same_sizes(size), gathering_once():
@@ -105,7 +105,7 @@ class Replicas(NotCopied):
 
     @contextmanager
     def same_sizes(self, size: int) -> Iterator[None]:
-        """Gatherings inside refuse batches of other ranks that have not `size` samples too."""
+        """Before any gathering in this block, refuse ranks whose batch is not of `size` samples."""
         compared = set[dist.ProcessGroup]()
 
         def compare(group: dist.ProcessGroup) -> None:
@@ -120,7 +120,7 @@ class Replicas(NotCopied):
             before_gathering.reset(token)
 
     def _average_gradients(self) -> None:
-        """Also those of parameters that were unfrozen, or replaced, since the last step."""
+        """Hook all trained parameters, also those unfrozen or replaced since the last step."""
         module = self._module()
         for parameter in () if module is None else module.parameters():
             known = self._averaged.get(id(parameter))
@@ -147,22 +147,22 @@ class Replicas(NotCopied):
         self._note()
 
     def _refuse_overwritten(self) -> None:
-        """A DDP around the losses overwrites each rank's own classes with those of rank 0."""
+        """Refuse a DDP around the losses: it overwrites the classes of all ranks by rank 0's."""
         for place, before in zip(self._own, self._own_marks, strict=True):
             now = place.mark()
-            # In place: a module that is moved, as accelerate does, has other tensors.
+            # Only a change in place is refused: a module that accelerate moves has new tensors.
             if now.tensor == before.tensor and now.version != before.version:
                 raise KDHooksError(
-                    f"the buffer '{place.name}' holds this rank's own classes, and was overwritten "
+                    f"the buffer '{place.name}' holds this rank's own classes, but was overwritten "
                     "after the last step; DistributedDataParallel does that to the buffers of the "
                     "module that it wraps; keep kd outside of that module, since kd itself keeps "
                     "the ranks equal"
                 )
 
     def _compare_sizes(self, size: int, group: dist.ProcessGroup) -> None:
-        """A gathering of batches of different sizes would hang, or end the process.
+        """Refuse batches of different sizes: gathering them would hang or end the process.
 
-        The hosts compare them, so that no device is waited for.
+        The sizes are compared on the CPU, so that nothing waits for a device.
         """
         if group not in self._hosts:
             ranks = dist.get_process_group_ranks(group)
@@ -175,7 +175,7 @@ class Replicas(NotCopied):
         if len(set(found)) > 1:
             raise KDHooksError(
                 "these losses compare the samples of all ranks, whose batches must be of one size; "
-                f"found {found}, by rank; let the data loader drop or pad an incomplete last batch"
+                f"found {found} by rank; let the data loader drop or pad an incomplete last batch"
             )
 
     def remove(self) -> None:
@@ -185,7 +185,7 @@ class Replicas(NotCopied):
 
 
 class _NotesLoading(IdleCopy):
-    """A hook: a state dict may overwrite each rank's own buffers."""
+    """A hook that accepts the buffers of a loaded state dict as this rank's own."""
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas
@@ -195,12 +195,12 @@ class _NotesLoading(IdleCopy):
 
 
 def own_buffers(module: nn.Module) -> set[str]:
-    """The names of all buffers that each rank keeps by itself."""
+    """Return the names of all buffers of which each rank keeps its own values."""
     return declared_inside(module, "buffers_by_rank")
 
 
 def options_of(loss: nn.Module) -> str:
-    """The numbers and words that a loss and its parts hold, which its options have set."""
+    """List the numbers and strings that a loss and its submodules hold, as its options set them."""
     return ", ".join(
         f"{full_name(prefix, name)}={shown_number(value)}"
         for prefix, inner in loss.named_modules()
@@ -212,13 +212,13 @@ def options_of(loss: nn.Module) -> str:
 
 
 def shown_number(value: object) -> str:
-    """The same on two ranks that were given the same; a function can't be compared."""
+    """Format a number or a schedule to compare ranks; a function cannot be compared."""
     function = callable(value) and not isinstance(value, Schedule)
     return "by a function" if function else str(value)
 
 
 def _refuse_different(declared: Sequence[str]) -> None:
-    """Ranks with different terms would wait for each other for ever."""
+    """Refuse different terms on different ranks, which would wait for each other forever."""
     of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, list(declared))
     for rank, lines in enumerate(of_ranks):
@@ -227,7 +227,7 @@ def _refuse_different(declared: Sequence[str]) -> None:
             theirs = listed(line for line in lines if line not in of_ranks[0])
             raise KDHooksError(
                 "all ranks must declare the same terms in the same order; only rank 0 has: "
-                f"{ours}; only rank {rank}: {theirs}; start every rank with the same recipe"
+                f"{ours}; only rank {rank} has: {theirs}; start every rank with the same recipe"
             )
 
 

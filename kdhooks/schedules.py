@@ -11,10 +11,11 @@ from kdhooks.options import REQUIRED, Options, option
 
 
 class Schedule(Options):
-    """`initial`; from `start` a line to `value`, `warmup` long; from `stop` on `initial` again.
+    """A number that is `initial`, then changes linearly to `value`, then may return to `initial`.
 
-    A step is a batch, and the first is 0. An epoch is `Distiller.steps_per_epoch` batches. A term
-    of weight 0 is computed all the same, so that no parameter ever enters or leaves the graph.
+    The change starts at `start` and takes `warmup`; from `stop` on, the number is `initial` again.
+    A step is one batch; the first step is 0. An epoch is `Distiller.steps_per_epoch` batches. A
+    term of weight 0 is still computed, so that no parameter ever enters or leaves the graph.
     """
 
     bounded = ("value", "initial")
@@ -23,15 +24,17 @@ class Schedule(Options):
     initial: float | None = option(
         None, "The number until `start`, and again from `stop` on; by default 0."
     )
-    start: float = option(0, "When the number leaves `initial`.", least=0)
-    stop: float | None = option(None, "When it returns to `initial`; by default never.", least=0)
+    start: float = option(0, "When the change from `initial` to `value` starts.", least=0)
+    stop: float | None = option(
+        None, "When the number returns to `initial`; by default never.", least=0
+    )
     warmup: float = option(
-        0, "How long it takes from `initial` to `value`, along a straight line.", least=0
+        0, "The duration of the linear change from `initial` to `value`.", least=0
     )
     unit: Literal["step", "epoch"] = option("step", "The unit of `start`, `stop` and `warmup`.")
 
     def check(self) -> None:
-        if self.initial is None:  # without a change it is never used, and may not be 0
+        if self.initial is None:  # a constant never uses it, and 0 may be out of bounds
             changes = self.start or self.warmup or self.stop is not None
             object.__setattr__(self, "initial", 0.0 if changes else self.value)
         if self.unit == "step":
@@ -42,12 +45,12 @@ class Schedule(Options):
         if self.stop is not None and self.stop <= self.start + self.warmup:
             raise self.refused(
                 "stop",
-                "must come after start and warm-up, or `value` is never reached; found stop "
+                "must come after start + warmup, or else `value` is never reached; found stop "
                 f"{self.stop}, start {self.start}, warmup {self.warmup}",
             )
 
     def __call__(self, position: float) -> float:
-        """The number at this step, or at this epoch."""
+        """Return the number at this step, or at this epoch."""
         assert self.initial is not None
         if position < self.start or (self.stop is not None and position >= self.stop):
             return self.initial
@@ -56,7 +59,7 @@ class Schedule(Options):
 
 
 Scheduled: TypeAlias = float | Schedule | Callable[[int], float]
-"""A number; or a schedule of it, or a function of the step (the first is 0)."""
+"""A number, a schedule, or a function from the step (the first is 0) to a number."""
 
 
 def counts_epochs(value: Scheduled) -> TypeGuard[Schedule]:
@@ -64,10 +67,10 @@ def counts_epochs(value: Scheduled) -> TypeGuard[Schedule]:
 
 
 def number_at(value: Scheduled, step: int, steps_per_epoch: int | None) -> float:
-    """The number in this step.
+    """Return the number in this step.
 
     Raises:
-        KDHooksError: the schedule counts epochs, and nobody has set the number of steps in one.
+        KDHooksError: the schedule counts epochs, and the number of steps in an epoch is not set.
     """
     if not callable(value):
         return value
@@ -75,14 +78,14 @@ def number_at(value: Scheduled, step: int, steps_per_epoch: int | None) -> float
         return value(step)
     if steps_per_epoch is None:
         raise KDHooksError(
-            "a schedule counts epochs, and the number of steps in an epoch is not known; give "
-            "Distiller(…, steps_per_epoch=len(loader)), or a schedule in steps"
+            "a schedule counts epochs, and the number of steps in an epoch is not known; pass "
+            "Distiller(…, steps_per_epoch=len(loader)), or use a schedule in steps"
         )
     return value(step / steps_per_epoch)
 
 
 def times(value: Scheduled, factor: float) -> Scheduled:
-    """The same, multiplied by a constant."""
+    """Return a number, schedule or function multiplied by a constant."""
     if isinstance(value, Schedule):
         assert value.initial is not None
         return replace(value, value=value.value * factor, initial=value.initial * factor)
@@ -94,7 +97,7 @@ def times(value: Scheduled, factor: float) -> Scheduled:
 class Varying(nn.Module):
     """A number of a loss that may follow a schedule: `now` is its value in the current step.
 
-    A Distiller finds it among the loss's modules and tells it the step; without one it is step 0.
+    A Distiller finds it among the loss's modules and sets its step; before that, the step is 0.
     """
 
     def __init__(self, value: "Scheduled | Varying") -> None:

@@ -25,9 +25,9 @@ _SIMPLE: Mapping[Any, Schema] = {
 
 
 def recipe_schema() -> Schema:
-    """Of a recipe with all installed methods. It imports every one of them."""
+    """Return the schema of a recipe with all installed methods, after importing each of them."""
     schema = _of_class(Recipe)
-    schema["properties"]["teacher"]["anyOf"][1]["minItems"] = 1  # the tables of several teachers
+    schema["properties"]["teacher"]["anyOf"][1]["minItems"] = 1  # of the list of teachers
     names = sorted({info.name for info in methods()})
     schema["properties"]["methods"] = {
         **schema["properties"]["methods"],
@@ -36,13 +36,13 @@ def recipe_schema() -> Schema:
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "A recipe of kdhooks",
+        "title": "A kdhooks recipe",
         **schema,
     }
 
 
 def _of_method(name: str) -> Schema:
-    """The table of a method; any table, if the method can't be imported."""
+    """Return the schema of a method's table; it accepts any if the method cannot be imported."""
     const = {"const": name, "description": "The name of the method."}
     try:
         schema = _of_class(load(name))
@@ -54,7 +54,7 @@ def _of_method(name: str) -> Schema:
 
 
 def _of_class(made: type, bounds: Bounds | None = None) -> Schema:
-    """bounds: of the option that holds the table, for the numbers that the class names."""
+    """Return the schema of a table. bounds: those of its option, for the numbers in `bounded`."""
     bounded = made.bounded if bounds and issubclass(made, Options) else ()
     properties, required = {}, []
     for name, option in declared_options(made).items():
@@ -74,7 +74,7 @@ def _of_class(made: type, bounds: Bounds | None = None) -> Schema:
 
 
 def _of_option(option: Option, bounds: Bounds | None = None) -> Schema | None:
-    """None if a TOML file can't express the option."""
+    """Return the schema of an option; None if TOML cannot express its type."""
     found = [_of_kind(kind, bounds or option.bounds) for kind in alternatives(option.kind)]
     known = [schema for schema in found if schema is not None]
     if not known:
@@ -101,7 +101,7 @@ def _of_kind(kind: Any, bounds: Bounds) -> Schema | None:
     if origin is None and isinstance(kind, type) and issubclass(kind, Options):
         return _of_class(kind, bounds)
     if kind is types.NoneType or origin is not None or isinstance(kind, type):
-        return None  # an object that only Python has
+        return None  # an object that exists only in Python
     return {}
 
 

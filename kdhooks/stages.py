@@ -1,4 +1,4 @@
-"""The end of a stage of a backbone, as methods see it."""
+"""The last submodule of a backbone's stage, as methods see it."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 from kdhooks.taps import find
 
-# How many tokens a transformer puts before those of its patches, where it says so: as mmpretrain
-# and timm call it. And those tokens themselves, where it does not.
+# The attributes in which mmpretrain's and timm's transformers store how many tokens precede the
+# patch tokens; and attributes that hold these tokens, for transformers without such a number.
 _COUNTS = ("num_extra_tokens", "num_prefix_tokens")
 _TOKENS = (
     "cls_token", "class_token", "dist_token", "distillation_token",
@@ -19,10 +19,10 @@ _TOKENS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """The end of one stage of a backbone: its path, and what it put out when it was probed.
+    """The last submodule of one stage of a backbone: its path, and its output when probed.
 
-    probed: its output's shape without the batch; or why it has none, which who taps it is told.
-    prefix: how many tokens, of classes and the like, precede those of the patches.
+    probed: the output's shape without the batch; or the error to raise if a method taps the stage.
+    prefix: the number of tokens, such as class tokens, before the patch tokens.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Stage:
 
     @staticmethod
     def of(module: nn.Module, path: str, output: Tensor) -> "Stage":
-        """Of the submodule at a path, which put this out, (b …)."""
+        """Create the stage of the submodule at a path, from its output (b …)."""
         shape = tuple(output.shape[1:])
         return Stage(path, shape, _prefix(module, path, *shape) if len(shape) == 2 else 0)
 
@@ -48,7 +48,7 @@ class Stage:
 
 
 def _prefix(module: nn.Module, path: str, n: int, k: int) -> int:
-    """How many of n tokens are none of the patches, by what their owner says or holds."""
+    """Return how many of n tokens precede the patch tokens, by attributes of the modules above."""
     names = path.split(".")
     for end in reversed(range(len(names))):
         owner = find(module, ".".join(names[:end]), "")
@@ -57,7 +57,7 @@ def _prefix(module: nn.Module, path: str, n: int, k: int) -> int:
         held = [token.shape[-2] for token in tokens if isinstance(token, Tensor) and token.ndim > 1]
         counts = [count for count in said if type(count) is int] or (held and [sum(held)])
         if counts:
-            # Some join later than this stage, and some never.
+            # The model may add these tokens after this stage, or not at all.
             patches = n - counts[0]
             return counts[0] if patches > 0 and math.isqrt(patches) ** 2 == patches else 0
     return 0

@@ -1,4 +1,4 @@
-"""Records the outputs of named modules, and refuses those that would train the wrong thing."""
+"""Records the outputs of named modules, and refuses outputs that would train the wrong thing."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError, listed, near_miss
 
 HALF = (torch.float16, torch.bfloat16)
-# The children of DDP, DataParallel, torch.compile and Fabric that hold the model itself.
+# The attributes of DDP, DataParallel, torch.compile and Fabric that hold the wrapped model.
 _WRAPPERS = ("module", "_orig_mod", "_original_module", "_forward_module")
 _SUFFIX = re.compile(r"(.*)(:in|\[-?\d+\]|@[^@:\[]*)")
 
@@ -26,7 +26,7 @@ class Removable(Protocol):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, torch.compile and Fabric, in any nesting."""
+    """Return the model inside DistributedDataParallel, torch.compile and Fabric, however nested."""
     while (inner := _wrapped(model)) is not None:
         model = inner
     return model
@@ -34,13 +34,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
     data_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    children = dict(model.named_children())  # which names a module once, by its first name
+    children = dict(model.named_children())  # a module with two names appears once
     names = ("module",) if data_parallel else _WRAPPERS[1:]
     return next((children[name] for name in names if name in children), None)
 
 
 def find(model: nn.Module, path: str, side: str) -> nn.Module:
-    """The submodule at a path, whatever wrappers stand in front of it or in between.
+    """Return the submodule at a path, in which wrappers may be left out.
 
     `path@2`, `path[-1]` and `path:in` name the same submodule as `path`.
     """
@@ -58,27 +58,27 @@ def find(model: nn.Module, path: str, side: str) -> nn.Module:
 
 
 def submodules(model: nn.Module) -> dict[str, nn.Module]:
-    """All but the model itself, by each of their paths, without wrappers."""
+    """Return all submodules under each of their paths, in which wrappers are left out."""
     named = model.named_modules(remove_duplicate=False)
     return {without_wrappers(name): module for name, module in named if name}
 
 
 def children_of(model: nn.Module) -> list[str]:
-    """Their names without wrappers."""
+    """Return the names of a model's children, in which wrappers are left out."""
     return [without_wrappers(name) for name, _ in model.named_children()]
 
 
 class TapPath(NamedTuple):
-    """`path:in[-1]@2`, taken apart: the last of the inputs of the submodule's second call."""
+    """A parsed path such as `path:in[-1]@2`, the last input of the submodule's second call."""
 
     name: str  # of the submodule; "" is the model itself
-    place: int | None = None  # in []; without it, the one tensor
-    call: int = 0  # behind @; without it, 0
-    inner: bool = False  # whether `:in` asks for the input, not for the output
+    place: int | None = None  # the number in []; None for the only tensor
+    call: int = 0  # the number after @; 0 without one
+    inner: bool = False  # whether `:in` asks for the input instead of the output
 
 
 def split_path(path: str, side: str) -> TapPath:
-    """`:in`, [n] and @n may stand in any order, each of them once."""
+    """Parse a path, in which `:in`, [n] and @n may follow in any order, each at most once."""
     found: dict[str, str] = {}
     name = path
     while (match := _SUFFIX.fullmatch(name)) and match[2][0] not in found:
@@ -101,21 +101,21 @@ def without_wrappers(path: str) -> str:
 
 
 class Taps:
-    """Keeps outputs and inputs of named modules between `open` and `close`, until taken."""
+    """Records outputs and inputs of named modules between `open` and `close`, for `take`."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str], side: str) -> None:
         """
         paths: `path@2` names a call of a module that runs several times in one forward, `path[-1]`
-            one of several tensors that it puts out, and `path:in` its input.
+            one of several tensors that it returns, and `path:in` its input.
         """
         self._side = side
         self.recording = False
-        self._records: dict[str, tuple[Tensor, int]] = {}  # with the version that each had
+        self._records: dict[str, tuple[Tensor, int]] = {}  # with the tensor's version
         self.fired = False
         self._paths = list(dict.fromkeys(paths))
         found = [(path, find(model, path, side)) for path in self._paths]
         self._none_called = dict.fromkeys(self._paths, 0)
-        self._calls = dict(self._none_called)  # of each path, in this forward
+        self._calls = dict(self._none_called)  # number of calls in this forward
         self._handles: list[Removable] = [self._watch(path, module) for path, module in found]
 
     def _watch(self, path: str, module: nn.Module) -> Removable:
@@ -131,7 +131,7 @@ class Taps:
         self.recording = True
 
     def close(self, finished: bool = True) -> None:
-        """finished: whether the forward returned; if it raised, nobody takes its records."""
+        """Stop recording. finished: False if the forward raised, which drops its records."""
         if self.recording and not finished:
             self.discard()
         self.recording = False
@@ -160,10 +160,10 @@ class Taps:
                 f"{self._side} tap '{path or 'output'}' ran twice in one forward; name the call "
                 f"that is meant: '{path}@1' or '{path}@2'"
             )
-        if place is not None or not isinstance(output, Tensor):  # a call in each step is dear
+        if place is not None or not isinstance(output, Tensor):  # avoids a call in each step
             output = self._chosen(output, path, place)
         self.fired = True
-        # An inference tensor has no version; nothing can be written into it outside of its mode.
+        # An inference tensor has no version, and cannot be changed outside inference mode.
         version = -1 if output.is_inference() else output._version
         self._records[path] = output, version
 
@@ -176,7 +176,7 @@ class Taps:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """As an output: the tensor that the module gets, or all of its arguments."""
+        """Record an input like an output: the only tensor among the arguments, or all arguments."""
         given: Any = (*args, *kwargs.values())
         if len(given) == 1:
             (given,) = given
@@ -185,20 +185,20 @@ class Taps:
         self._record(path, place, wanted, module, args, given)
 
     def _chosen(self, output: object, path: str, place: int | None) -> Tensor:
-        """The tensor that a module put out or got, or the one of them that is meant."""
+        """Return the tensor that a module returned or got; of several, the one at `place`."""
         inner = split_path(path, self._side).inner
         puts_out, returns, each = (
-            ("get", "gets", "inputs") if inner else ("put out", "returns", "outputs")
+            ("get", "gets", "inputs") if inner else ("return", "returns", "outputs")
         )
         several = list(output) if isinstance(output, tuple | list) else None
         kind = type(output).__name__ + ("" if several is None else f" of {len(several)}")
         if several is None and place is not None:
             raise KDHooksError(
                 f"{self._side} tap '{path}' must name one of several {each}; found {kind}; leave "
-                f"'[{place}]' away"
+                f"out '[{place}]'"
             )
         if several is not None and (place is not None or len(several) == 1):
-            place = place or 0  # one alone, as of mmpretrain's backbones and necks
+            place = place or 0  # a tuple of one, as from mmpretrain's backbones
             if not -len(several) <= place < len(several):
                 raise KDHooksError(
                     f"{self._side} tap '{path}' must name one of several {each}; found {kind}"
@@ -213,19 +213,19 @@ class Taps:
         return output
 
     def take(self) -> dict[str, Tensor]:
-        """Each path's output of the last forward, in float32 at least. The records end here."""
+        """Return each path's output of the last forward, at least in float32; drop the records."""
         records, self._records = self._records, {}
         if len(records) < len(self._paths):
             raise KDHooksError(self._never_fired(records))
         outputs: dict[str, Tensor] = {}
         for path, (tensor, version) in records.items():
             if version < 0:
-                tensor = tensor.clone()  # no loss could use it
+                tensor = tensor.clone()  # no loss can use an inference tensor
             elif tensor._version != version:
                 raise KDHooksError(
                     f"{self._side} tap '{path or 'output'}' was overwritten in place after it was "
                     "recorded (an in-place ReLU, dropout or residual sum follows it, or the loop "
-                    "writes into it); tap the module that overwrites it, or clone it before"
+                    "writes into it); tap the module that overwrites it, or clone it first"
                 )
             outputs[path] = tensor.float() if tensor.dtype in HALF else tensor
         return outputs
@@ -234,7 +234,7 @@ class Taps:
         missing = [path for path in self._paths if path not in fired]
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
         if not self._handles:
-            return f"{self._side} tap {names} recorded nothing, since remove() took its hook off"
+            return f"{self._side} tap {names} recorded nothing, since remove() removed its hook"
         if fired:
             return (
                 f"{self._side} tap {names} did not run in this forward; tap a module that does, "
@@ -252,7 +252,7 @@ class Taps:
         )
 
     def discard(self) -> None:
-        """Forget the records of the last forward."""
+        """Drop the records of the last forward."""
         self._records.clear()
         self.recording = False
 
@@ -270,7 +270,7 @@ class Taps:
 
 
 def _disarmed() -> Taps:
-    """The taps that a copy or a pickle of a tapped model carries: they record nothing."""
+    """Create the taps of a copy or a pickle of a tapped model, which record nothing."""
     return Taps(nn.Identity(), (), "copy")
 
 
@@ -283,21 +283,21 @@ Entrance: TypeAlias = Callable[
 class StudentTaps:
     """Taps of a model in training, which record each forward that has gradients.
 
-    A forward opens at the model's entrance and closes at its exit, so that neither evaluation nor
-    the recomputation of activation checkpointing is recorded. Its records wait until they are
-    taken; another forward before that is refused.
+    Recording starts and stops with the model's forward, so that neither evaluation nor the
+    recomputation of activation checkpointing is recorded. The records must be taken before the next
+    forward, which is refused otherwise.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.images: Tensor | None = None  # the model's input, until its outputs are taken
         self.inputs: list[Tensor] = []  # all tensors that the model got
-        self.version = 0  # of the images, when the forward started
-        self.waiting = False  # whether a forward is over whose outputs nobody has taken
+        self.version = 0  # version of the images when the forward started
+        self.waiting = False  # whether the outputs of a finished forward have not been taken
         self.paused = False
         self.on_enter: Callable[[Tensor], object] | None = None  # called with the images
         self.on_failure: Callable[[], object] | None = None  # called if the forward raises
         self.wrapper: ref[nn.parallel.DistributedDataParallel] | None = None
-        self.view: Entrance | None = None  # what the model sees in place of its arguments
+        self.view: Entrance | None = None  # replaces the model's arguments
         self._taps = Taps(model, paths, "student")
         self._handles: list[Removable] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -312,13 +312,13 @@ class StudentTaps:
     def _enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # In a backward, it is activation checkpointing that runs the model again.
+        # During a backward pass, it is activation checkpointing that runs the model again.
         backward = torch._C._current_graph_task_id() != -1
         if self.paused or not self._handles or not model.training or backward:
             if backward and self.view is not None and self._handles and model.training:
                 raise KDHooksError(
-                    "the student as a whole ran again in a backward, by activation checkpointing "
-                    "around it, where its view would be another one; checkpoint its blocks instead"
+                    "the whole student ran again in a backward pass, by activation checkpointing "
+                    "around it, where its view would differ; checkpoint its blocks instead"
                 )
             return None
         if not torch.is_grad_enabled():
@@ -328,7 +328,7 @@ class StudentTaps:
             raise KDHooksError(
                 "the student ran again in training before kd computed the terms of its last "
                 "forward; call kd(images, labels) once after each forward, call kd.discard() if a "
-                "batch is skipped, or run the forwards that are not to count inside "
+                "batch is skipped, or run forwards that should not be distilled inside "
                 "`with kd.paused():`"
             )
         images, tensors = None, list[Tensor]()
@@ -357,12 +357,12 @@ class StudentTaps:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         view: Any = self.view
         if torch.compiler.is_compiling():
-            view = torch.compiler.disable(view)  # its step is no constant of the graph
+            view = torch.compiler.disable(view)  # its step must not become a constant
         changed: tuple[tuple[Any, ...], dict[str, Any]] | None = view(args, kwargs, images)
         return changed
 
     def _note_wrapper(self) -> None:
-        """Of the DistributedDataParallel whose forward this is, if there is one."""
+        """Remember the DistributedDataParallel whose forward this is, if there is one."""
         active = nn.parallel.DistributedDataParallel._active_ddp_module
         self.wrapper = None if active is None else ref(active)
 
@@ -379,7 +379,7 @@ class StudentTaps:
         self._taps.close(finished)
 
     def take(self) -> dict[str, Tensor]:
-        """Each path's output of the last forward, all of them with a gradient."""
+        """Return each path's output of the last forward; refuse any that does not require grad."""
         self.images, self.inputs, self.waiting = None, [], False
         outputs = self._taps.take()
         for path, tensor in outputs.items():
@@ -392,7 +392,7 @@ class StudentTaps:
         return outputs
 
     def discard(self) -> None:
-        """Forget the last forward."""
+        """Drop the last forward."""
         self.images, self.inputs, self.waiting = None, [], False
         self._taps.discard()
 
@@ -432,9 +432,9 @@ def _no_student_taps() -> StudentTaps:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each submodule's own mode and each buffer put back afterwards.
+    """Set a model to eval mode, then restore the mode of each submodule, and each buffer.
 
-    Observers of quantisation-aware training note what they see in eval mode too, in buffers.
+    Observers of quantisation-aware training update their buffers in eval mode, too.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -450,5 +450,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # their version counters need not tell
+                if not torch.equal(buffer, before):  # a version may not show it
                     buffer.resize_(before.shape).copy_(before)

@@ -7,14 +7,14 @@ from kdhooks.teacher_rows import Inherited
 
 
 class TaskWeight:
-    """A number or a schedule, and whether anybody has asked for it."""
+    """A number, a schedule or a function, and whether the loop has read it."""
 
     def __init__(self, value: Scheduled, inherited: Inherited | None) -> None:
         """inherited: the term that the trainer's own head computes, if there is one."""
         if inherited is not None and value != 1:
             raise KDHooksError(
                 f"task_weight must be 1 if the trainer's own head computes {inherited.name}, since "
-                f"there is no other loss of the trainer's; found {_shown(value)}; give "
+                f"the trainer then has no other loss; found {_shown(value)}; give "
                 f"{inherited.name} a weight instead, or set its head = 'own'"
             )
         self.value = value
@@ -25,7 +25,7 @@ class TaskWeight:
         return counts_epochs(self.value)
 
     def at(self, step: int, steps_per_epoch: int | None) -> float:
-        """The factor in this step."""
+        """Return the factor in this step, and note that it was read."""
         self.asked = True
         if not callable(self.value):
             return self.value
@@ -34,12 +34,12 @@ class TaskWeight:
         return float(factor)
 
     def check_asked(self) -> None:
-        """Refuse a factor that nothing has multiplied the trainer's loss by."""
+        """Refuse a factor other than 1 that the loop has never read."""
         if not self.asked and self.value != 1:
             raise KDHooksError(
-                f"task_weight is {_shown(self.value)}, and the loop has never read it, so that the "
+                f"task_weight is {_shown(self.value)}, but the loop has never read it, so the "
                 "trainer's own loss counts in full; train kd.task_weight * task_loss and the "
-                "terms, or leave task_weight out"
+                "terms, or leave out task_weight"
             )
 
 

@@ -30,10 +30,10 @@ class TeacherRows(PerClass):
         taken_by: ClassShard | None = None,
     ) -> None:
         """
-        losses: those of them that keep something of each class are shown the rows, once, in dtype.
-        kept: the dtype of the rows from then on.
-        taken_by: the student's own classifier, if a host puts these rows there: they are not held
-            twice.
+        losses: those with a method `prepare` receive the rows once, in `dtype`.
+        kept: the dtype in which the rows are stored.
+        taken_by: the student's own classifier, if a host puts these rows there. They are then not
+            stored here as well.
         """
         super().__init__(split, "teacher.classifier")
         own = rows.slice(split.start, split.stop)
@@ -51,9 +51,9 @@ class TeacherRows(PerClass):
 
     @torch.no_grad()
     def accuracy(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """(b e), (b) -> (): of all ranks' samples, the share that is nearest to its own class.
+        """(b e), (b) -> (): the share of all ranks' samples that are nearest to their own class.
 
-        Samples without a class, whose labels are below 0, do not count; 0 if there are no others.
+        Samples with labels below 0 have no class and do not count; 0 if there are no others.
         """
         shard = self.shard()
         labels = gather(labels, shard.group)
@@ -71,7 +71,7 @@ class Inherited:
 
 
 def number_of_classes(rows: Rows | None, head: ClassShard | None) -> int:
-    """The teacher's classes, which must be the student's; 0 if the teacher has no classifier."""
+    """Return the number of the teacher's classes, which must be the trainer's; 0 if unknown."""
     if rows is None:
         return 0
     if head is not None and head.total != rows.total:
@@ -85,7 +85,7 @@ def number_of_classes(rows: Rows | None, head: ClassShard | None) -> int:
 def left_to_host(
     taps: Sequence[Tap], rows: Rows | None, split: Callable[[int], ClassSplit]
 ) -> tuple[Inherited | None, tuple[Tap, ...]]:
-    """The term that a margin softmax of the host computes, if there is one; and all others."""
+    """Return the term that a margin softmax of the host computes, or None; and all other terms."""
     for tap in taps:
         if not (isinstance(tap, InheritedClassifier) and tap.weight != 0):
             continue
@@ -95,7 +95,7 @@ def left_to_host(
         if callable(tap.weight):
             raise KDHooksError(
                 f"{tap.name}: its weight must be a number if the trainer's head computes it, "
-                "since nothing else trains by the labels; set head = 'own' for a schedule"
+                "since no other loss trains with the labels; set head = 'own' for a schedule"
             )
         assert rows is not None
         own = split(rows.total)

@@ -1,4 +1,4 @@
-"""Files of tensors: read without running code that they carry, and written at one stroke."""
+"""Reads files of tensors without running code that they contain, and writes them atomically."""
 
 import codecs
 import pickle
@@ -16,7 +16,7 @@ from torch import Tensor
 from kdhooks.errors import KDHooksError, listed, near_miss
 
 CONVERT = "python -m kdhooks.tensors_only"
-_SIGNATURES = {  # the first bytes of files that people take for a checkpoint
+_SIGNATURES = {  # the first bytes of files that are mistaken for checkpoints
     b"version https://git-lfs": "is a Git LFS pointer and not the file itself; run git lfs pull",
     b"\x93NUMPY": "is a numpy array; save torch.from_numpy(numpy.load(…)) with torch.save",
     b"\x89HDF": "is an HDF5 file; save its weights as a state dict with torch.save",
@@ -27,8 +27,8 @@ _SIGNATURES = {  # the first bytes of files that people take for a checkpoint
     b"7z\xbc\xaf": "is a 7z archive; unpack it first",
     b"Rar!": "is a RAR archive; unpack it first",
 }
-_OF_OTHER_OBJECTS = ("GLOBAL", "Can only", "reduce", "Unsupported class")  # in torch's refusals
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a drive has one letter
+_OF_OTHER_OBJECTS = ("GLOBAL", "Can only", "reduce", "Unsupported class")  # in torch's errors
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Windows drive has one letter
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")
 _EXPORTED = (
     "is an exported program; give torch.export.load(…) as the teacher's module, or save its "
@@ -44,24 +44,24 @@ _OTHER_FORMATS = (".npy", ".npz", ".onnx", ".safetensors", ".h5", ".csv", ".json
 
 
 def user_path(path: object, subject: str) -> Path:
-    """A path on this machine, with its ~ resolved, whether or not something is there."""
+    """Return a path on this machine with ~ resolved, whether or not it exists."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise KDHooksError(f"{subject} must be a path; found {path!r}")
     if _ADDRESS.match(str(path)):
-        raise KDHooksError(f"{subject}: '{path}' is an address; download the file, and name that")
+        raise KDHooksError(f"{subject}: '{path}' is a URL; download the file, and name its path")
     try:
         found = Path(path).expanduser()
         found.exists()
-    except (RuntimeError, OSError) as error:  # no such user, no right to look, too long a name
+    except (RuntimeError, OSError) as error:  # unknown user, no permission, name too long
         reason = error.strerror if isinstance(error, OSError) else error
         raise KDHooksError(f"{subject}: '{path}' can't be looked up ({reason})") from error
     return found
 
 
 def read_tensors(path: Path, subject: str, *, mmap: bool = False) -> object:
-    """The content of a file that torch.save or safetensors wrote.
+    """Read a file that torch.save or safetensors wrote.
 
-    subject: for errors, like "teacher checkpoint". mmap: leave large tensors on the disk.
+    subject: for errors, such as "teacher checkpoint". mmap: leave large tensors on the disk.
     """
     head = first_bytes(path, subject)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
@@ -76,9 +76,9 @@ def read_tensors(path: Path, subject: str, *, mmap: bool = False) -> object:
         if not any(word in str(error) for word in _OF_OTHER_OBJECTS):
             raise KDHooksError(_broken(path, subject, error)) from error
         raise KDHooksError(
-            f"{subject}: '{path}' can't be read as tensors alone ({_reason(error)}); if you trust "
-            "whoever made the file, since reading all of it can run any code that it carries, "
-            f"write its tensors to a new file: {CONVERT} {path} NEW.pt"
+            f"{subject}: '{path}' holds other objects than tensors ({_reason(error)}), and reading "
+            "them can run any code in the file; if you trust whoever made it, write its tensors to "
+            f"a new file: {CONVERT} {path} NEW.pt"
         ) from error
     except Exception as error:
         raise KDHooksError(_broken(path, subject, error)) from error
@@ -86,7 +86,7 @@ def read_tensors(path: Path, subject: str, *, mmap: bool = False) -> object:
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dicts and lists of any depth, named by the path to each."""
+    """Yield all tensors in dicts and lists of any depth, each with its path as a name."""
     items: Any = ()
     if isinstance(content, Mapping):
         items = content.items()
@@ -100,18 +100,18 @@ def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def check_target(path: Path, subject: str) -> None:
-    """Refuse a file that could not be written, before a long pass."""
+    """Refuse a file that cannot be written, before long work for it starts."""
     if path.is_dir():
         raise KDHooksError(f"{subject}: '{path}' is a folder; name a file in it")
     if path.suffix.lower() in _OTHER_FORMATS:
         raise KDHooksError(
-            f"{subject}: '{path}' is written by torch.save, and its name says another format; take "
-            "a suffix like .pt"
+            f"{subject}: '{path}' is written by torch.save, but its suffix is of another format; "
+            "use a suffix such as .pt"
         )
     if not path.parent.is_dir():
         raise KDHooksError(
-            f"{subject}: there is no folder '{path.parent}' to write '{path.name}' in; make it "
-            "first, or name another"
+            f"{subject}: there is no folder '{path.parent}' to write '{path.name}' in; create it "
+            "first, or name another folder"
         )
     draft = _draft(path)
     try:
@@ -125,15 +125,15 @@ def check_target(path: Path, subject: str) -> None:
 
 
 def write_tensors(content: object, path: Path, subject: str) -> None:
-    """With torch.save, at one stroke, so that a stop in the middle leaves the earlier file."""
+    """Write a file with torch.save, atomically: an interruption leaves the earlier file."""
     draft = _draft(path)
     try:
         torch.save(content, draft)
         draft.replace(path)
-    except (OSError, RuntimeError) as error:  # of a full disk torch makes the latter
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         draft.unlink(missing_ok=True)
         raise KDHooksError(
-            f"{subject}: '{path}' can't be written ({error}); make room, or name another file"
+            f"{subject}: '{path}' can't be written ({error}); free disk space, or name another file"
         ) from error
 
 
@@ -142,7 +142,7 @@ def _draft(path: Path) -> Path:
 
 
 def first_bytes(path: Path, subject: str) -> bytes:
-    """Of a file that is there, can be read, and is not empty; anything else is refused."""
+    """Return the first bytes of a file; refuse one that is missing, unreadable or empty."""
     try:
         if path.is_dir():
             files = sorted(p.name for p in path.iterdir() if p.is_file())
@@ -152,7 +152,7 @@ def first_bytes(path: Path, subject: str) -> bytes:
             )
         if not path.is_file():
             if path.is_symlink():
-                raise KDHooksError(f"{subject}: '{path}' is a link to a file that is not there")
+                raise KDHooksError(f"{subject}: '{path}' is a link to a file that does not exist")
             beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             if path.exists():
                 raise KDHooksError(f"{subject}: '{path}' is not a regular file; name one")
@@ -165,7 +165,7 @@ def first_bytes(path: Path, subject: str) -> bytes:
             head = file.read(256)
     except OSError as error:
         raise KDHooksError(
-            f"{subject}: '{path}' can't be read ({error.strerror}); look at its permissions and "
+            f"{subject}: '{path}' can't be read ({error.strerror}); check its permissions and "
             "those of its folders"
         ) from error
     if not head:
@@ -174,9 +174,9 @@ def first_bytes(path: Path, subject: str) -> bytes:
 
 
 def _foreign(path: Path, head: bytes, whole: bool) -> str:
-    """What a file is that torch.save did not write, and the way out; "" if it may have.
+    """Describe a file that torch.save did not write, and the way out; "" if it may have written it.
 
-    whole: whether to compare all of it with its checksums, which torch does not do.
+    whole: whether to verify the checksums of the whole file, which torch does not do.
     """
     for signature, reason in _SIGNATURES.items():
         if head.startswith(signature):
@@ -184,7 +184,7 @@ def _foreign(path: Path, head: bytes, whole: bool) -> str:
     if head.startswith(b"PK"):
         return _of_archive(path, whole)
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_MARKUP):
-        return "is a web page, as a failed download leaves one; download the file again"
+        return "is a web page, probably from a failed download; download the file again"
     if path.suffix.lower() == ".onnx" or (head[0] == 8 and b"pytorch" in head[:32]):
         return 'is an ONNX file; name it as teacher.onnx, as in teacher = { onnx = "…" }'
     if _is_text(head):
@@ -196,7 +196,7 @@ def _is_text(head: bytes) -> bool:
     if any(byte < 32 and byte not in b"\t\r\n" for byte in head):
         return False
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # whose last letter may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
     except UnicodeDecodeError:
         return False
     return True
@@ -209,7 +209,7 @@ def _of_archive(path: Path, whole: bool) -> str:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
             for entry in archive.infolist() if whole else ():
-                if entry.CRC:  # 0: torch was told to leave it out
+                if entry.CRC:  # 0: torch was told to write no checksums
                     with archive.open(entry) as file:
                         while file.read(1 << 20):
                             pass
@@ -227,14 +227,13 @@ def _of_archive(path: Path, whole: bool) -> str:
 
 def _broken(path: Path, subject: str, error: Exception) -> str:
     return (
-        f"{subject}: '{path}' can't be read as tensors alone: it is damaged, or is not a file that "
-        f"torch.save wrote ({_reason(error)}); copy or download it again, or save "
-        "model.state_dict() with torch.save"
+        f"{subject}: '{path}' can't be read: it is damaged, or is not a file that torch.save wrote "
+        f"({_reason(error)}); copy or download it again, or save model.state_dict() with torch.save"
     )
 
 
 def _reason(error: Exception) -> str:
-    """The part of torch's long message that says what it found, without its advice."""
+    """Extract what torch found from its long message, without its advice."""
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     lines = text.strip().splitlines() or [type(error).__name__]
     return lines[0].partition(". ")[0]

@@ -1,8 +1,8 @@
-"""Writes the tensors of a checkpoint that holds other objects too to a file of tensors alone.
+"""Copies the tensors of a checkpoint that also holds other objects to a new file.
 
     python -m kdhooks.tensors_only OLD.pt NEW.pt
 
-Reading the old file can run any code that it carries, so use this for files of people you trust.
+Reading the old file can run any code that it contains, so only use files from people you trust.
 """
 
 import argparse
@@ -22,14 +22,16 @@ _SUBJECT = "tensors_only"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; the exit status is 2 if the caller can fix what went wrong."""
+    """Run the command. The exit status is 2 if the caller can fix the error."""
     parser = argparse.ArgumentParser(
         prog="python -m kdhooks.tensors_only",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("old", type=Path, help="checkpoint that you trust")
-    parser.add_argument("new", type=Path, help="file to write")
+    parser.add_argument(
+        "old", type=Path, help="the checkpoint to read, from a source that you trust"
+    )
+    parser.add_argument("new", type=Path, help="the file to write, with a suffix such as .pt")
     options = parser.parse_args(argv)
     try:
         convert(options.old, options.new)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(old: Path, new: Path) -> None:
-    """Dicts and lists stay as they are; modules become state dicts; all else is left out."""
+    """Copy tensors, arrays, numbers and text in dicts and lists; modules become state dicts."""
     if first_bytes(old, _SUBJECT).startswith(b"PK") and not zipfile.is_zipfile(old):
         raise KDHooksError(
             f"{_SUBJECT}: '{old}' is cut short: its end is missing; copy or download it again"
@@ -48,15 +50,15 @@ def convert(old: Path, new: Path) -> None:
     check_target(new, _SUBJECT)
     if new.exists() and new.samefile(old):
         raise KDHooksError(
-            f"{_SUBJECT}: '{new}' is the file to be read, whose other objects would be lost; name "
-            "another"
+            f"{_SUBJECT}: '{new}' is the file to read, whose other objects would be lost; name "
+            "another file"
         )
     try:
         content = torch.load(old, map_location="cpu", weights_only=False)
     except Exception as error:
         raise KDHooksError(
             f"{_SUBJECT}: '{old}' can't be read ({type(error).__name__}: {error}); run this in the "
-            "folder in which its own code can be imported"
+            "folder from which the code of its objects can be imported"
         ) from error
     kept = _plain(content)
     count = sum(1 for _ in named_tensors(kept))
@@ -67,7 +69,7 @@ def convert(old: Path, new: Path) -> None:
 
 
 def _plain(value: object) -> object:
-    """Tensors, arrays, numbers and text, in plain dicts and lists; None for everything else."""
+    """Keep tensors, arrays, numbers and text, in plain dicts and lists; else return None."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if isinstance(value, Mapping):

@@ -21,13 +21,13 @@ Flags: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; shares lie between 0 and 1."""
+    """The result of `verify`; shares lie between 0 and 1."""
 
     accuracy: float  # mean over the folds
     accuracy_std: float  # population standard deviation over the folds
     eer: float
-    tar: dict[float, float]  # FAR -> TAR; nan where there are too few pairs to measure that FAR
-    threshold: float  # the most accurate one on all pairs: for use, not for reporting
+    tar: dict[float, float]  # FAR -> TAR; nan if there are too few pairs to measure that FAR
+    threshold: float  # the most accurate one on all pairs: for deployment, not for reports
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ROC:
 
     far: Floats
     tar: Floats
-    thresholds: Floats  # falling; the first is +inf
+    thresholds: Floats  # in descending order; the first is +inf
 
 
 def verify(
@@ -45,7 +45,7 @@ def verify(
     folds: int | ArrayLike = 10,
     fars: Iterable[float] = (1e-2, 1e-3),
 ) -> Verification:
-    """(p), (p) -> every measure of this module at once; `folds` as in `fold_accuracies`."""
+    """(p), (p) -> every measure of this module; `folds` as in `fold_accuracies`."""
     if not isinstance(fars, Iterable) or isinstance(fars, str):
         raise KDHooksError(f"fars must be several numbers, got {fars!r}; write ({fars!r},)")
     fars = tuple(fars)
@@ -62,10 +62,10 @@ def verify(
 
 
 def fold_accuracies(scores: ArrayLike, same: ArrayLike, folds: int | ArrayLike = 10) -> Floats:
-    """(p), (p) -> (k), each fold judged by the `best_threshold` of the other folds.
+    """(p), (p) -> (k), the accuracy of each fold at the `best_threshold` of the other folds.
 
-    `folds` is a fold id for every pair, or a count: then the pairs are cut in that many runs, in
-    the order given, as the 6,000 pairs of LFW are meant to be.
+    `folds` is a fold id for every pair, or a number of folds. With a number, the pairs are cut into
+    that many consecutive parts, as intended for the 6,000 pairs of LFW.
     """
     values, flags = _checked_pairs(scores, same)
     ids = _fold_ids(folds, len(values))
@@ -84,19 +84,19 @@ def fold_accuracies(scores: ArrayLike, same: ArrayLike, folds: int | ArrayLike =
 
 
 def best_threshold(scores: ArrayLike, same: ArrayLike) -> float:
-    """(p), (p) -> (), the threshold that judges most pairs rightly, the strictest of equals.
+    """(p), (p) -> (), the threshold with the best accuracy; among equals, the strictest.
 
-    It lies halfway between two neighbouring scores, so that a new pair has room on either side.
+    It lies halfway between two neighbouring scores, so that new pairs have room on both sides.
     """
     thresholds, accepted_same, accepted_different = _accepted(*_checked_pairs(scores, same))
     best = int(np.argmax(accepted_same - accepted_different))
     above, below = np.append(thresholds, -np.inf)[best : best + 2]
     halfway = above / 2 + below / 2
-    return float(halfway if halfway > below else above)  # no number may lie between them
+    return float(halfway if halfway > below else above)  # none may lie between adjacent floats
 
 
 def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> float:
-    """(p), (p) -> (), where FAR equals 1 - TAR, on straight lines between the points of the ROC."""
+    """(p), (p) -> (), the FAR that equals 1 - TAR, with the ROC interpolated linearly."""
     curve = roc(scores, same)
     return float(np.interp(0.0, curve.far + curve.tar - 1, curve.far))
 
@@ -104,12 +104,13 @@ def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> float:
 def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> float:
     """(p), (p) -> (), the largest TAR of any threshold whose FAR is at most `far`.
 
-    nan when `far` is below one over the number of different-person pairs: one accepted pair is
-    then too many and none says nothing about so small a rate.
+    The result is nan if `far` is below one over the number of different-person pairs: one accepted
+    pair is then too many, and no accepted pair says nothing about so small a rate.
     """
     _check_far(far)
     values, flags = _checked_pairs(scores, same)
-    if far < 1 / np.sum(~flags):  # rates are divided in the same way, and 49 · (1 / 49) is below 1
+    # A product would round otherwise than the division of the rates: 49 · (1 / 49) is below 1.
+    if far < 1 / np.sum(~flags):
         return float("nan")
     curve = roc(values, flags)
     return float(curve.tar[curve.far <= far].max())
@@ -154,8 +155,8 @@ def flip_summed(embeddings: ArrayLike, flipped: ArrayLike) -> Floats:
 def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None = None) -> Floats:
     """(n d), (p 2) -> (p), cosines of the images that each pair names by row number.
 
-    With `other`, another model's embeddings of the same images, the second image of each pair is
-    taken from there: can the student's faces be looked up in a gallery made by the teacher?
+    `other` holds another model's embeddings of the same images. The second image of each pair is
+    then taken from there, which measures whether the student can search the teacher's gallery.
     """
     first = unit(embeddings)
     second = first if other is None else unit(other)
@@ -179,7 +180,7 @@ def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None
 
 
 def _accepted(values: Floats, same: Flags) -> tuple[Floats, Counts, Counts]:
-    """(p), (p) -> (t) each: thresholds, pairs accepted at each, of the same person and of two."""
+    """(p), (p) -> (t) each: thresholds, and accepted pairs of the same and of different people."""
     order = np.argsort(-values)
     values, same = values[order], same[order]
     last_of_equals = np.append(values[1:] != values[:-1], True)
@@ -191,7 +192,7 @@ def _accepted(values: Floats, same: Flags) -> tuple[Floats, Counts, Counts]:
 
 
 def _array(name: str, values: object) -> NDArray[Any]:
-    """As numpy has it; a tensor that numpy can't share, and rows of several lengths, get words."""
+    """Convert values to an array; explain why numpy cannot convert some tensors and ragged rows."""
     try:
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -237,7 +238,7 @@ def _checked_pairs(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Flags]:
 
 
 def _fold_ids(folds: int | ArrayLike, pairs: int) -> Counts:
-    """A count or ids (p) -> (p)."""
+    """A number of folds, or fold ids (p) -> fold ids (p)."""
     given = _array("folds", folds)
     if given.dtype.kind not in "iu":
         raise KDHooksError(f"folds must be integers, got {given.dtype}; number the folds")

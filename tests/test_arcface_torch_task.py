@@ -110,8 +110,8 @@ def test_a_head_that_computes_a_term_has_no_factor_besides(
     (report,) = one.run(install(teacher, "proxylesskd", task_weight=0.5))
     assert report["error"] == "KDHooksError"
     assert report["message"].startswith(
-        "task_weight must be 1 if the trainer's own head computes proxylesskd, since there is no "
-        "other loss of the trainer's; found 0.5; give proxylesskd a weight instead"
+        "task_weight must be 1 if the trainer's own head computes proxylesskd, since "
+        "the trainer then has no other loss; found 0.5; give proxylesskd a weight instead"
     )
     own = {"name": "proxylesskd", "head": "own"}
     assert "error" not in one.run(install(teacher, own, task_weight=0.5))[0]
@@ -131,7 +131,10 @@ def test_classes_of_other_data_are_not_compared(one: Trainer) -> None:
 
 def test_methods_that_need_labels_are_refused(one: Trainer, teacher: dict[str, str]) -> None:
     (report,) = one.run(install(teacher, ROWS, FCD, labels=False))
-    assert "labels = false: margindistillation need the class of each image" in report["message"]
+    assert (
+        "labels = false, but these terms need the class of each image: margindistillation"
+        in report["message"]
+    )
     assert f"or use methods that need none: {listed(WITHOUT_LABELS)}" in report["message"]
 
 

@@ -23,7 +23,7 @@ def test_only_a_whole_number_is_accepted(text: str) -> None:
 def test_a_number_has_nine_digits_at_most() -> None:
     assert at_least(0)("999999999") == 999999999
     assert at_least(60)("60") == 60
-    with pytest.raises(ArgumentTypeError, match="must have 9 digits at most; found 10"):
+    with pytest.raises(ArgumentTypeError, match="must have at most 9 digits; found 10"):
         at_least(1)("1000000000")
 
 
@@ -37,11 +37,11 @@ def test_a_factor_is_a_number(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tpu", "must be one that this machine has, like cpu, cuda or cuda:0; found 'tpu'"),
+        ("tpu", "must be a device of this machine, such as cpu, cuda or cuda:0; found 'tpu'"),
         ("cuda:900", "found 'cuda:900', and . CUDA devices"),
-        ("cpu:x", "must be one that this machine has"),
-        ("meta", "must be one that this machine has"),
-        ("", "must be one that this machine has"),
+        ("cpu:x", "must be a device of this machine"),
+        ("meta", "must be a device of this machine"),
+        ("", "must be a device of this machine"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(text: str, said: str) -> None:
@@ -53,9 +53,11 @@ def test_a_device_that_is_not_there_is_refused(text: str, said: str) -> None:
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert make_folder(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(KDHooksError, match=r"--out must be a folder .*can't be made \(File exists"):
+    with pytest.raises(
+        KDHooksError, match=r"--out must be a writable folder.*can't be created \(File exists"
+    ):
         make_folder(tmp_path / "file")
-    with pytest.raises(KDHooksError, match=r"can't be made \(Not a directory"):
+    with pytest.raises(KDHooksError, match=r"can't be created \(Not a directory"):
         make_folder(tmp_path / "file" / "inside")
 
 
@@ -78,4 +80,4 @@ def test_the_demo_needs_a_folder(tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
-    assert "--out must be a folder that can be written" in capsys.readouterr().err
+    assert "--out must be a writable folder" in capsys.readouterr().err

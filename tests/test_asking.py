@@ -124,7 +124,7 @@ def test_a_share_without_a_classifier_names_the_way_out() -> None:
         def classifier_share(self) -> ClassifierShare:
             return ClassifierShare("share", Gap())
 
-    with pytest.raises(KDHooksError, match="share shares the teacher's classifier, and none is"):
+    with pytest.raises(KDHooksError, match="share needs the teacher's classifier, and none is"):
         distil(Sharing(), teacher=lambda images: images.flatten(1)[:, :12])
 
 
@@ -152,9 +152,9 @@ def test_one_method_at_most_adapts_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("name", "weight", "match"),
     [
-        ("Gap", 1.0, "a name is lower case letters.*found 'Gap'"),
+        ("Gap", 1.0, "a name must consist of lower case letters.*found 'Gap'"),
         ("gap.x", 1.0, "found 'gap.x'"),
-        ("forward", 1.0, "EmbeddingTap: a name must not be one of torch's own .*'forward_term'"),
+        ("forward", 1.0, "EmbeddingTap: a name must not be that of an attribute .*'forward_term'"),
         ("training", 1.0, "found 'training'"),
         ("gap", -1.0, "gap: weight must be finite and at least 0; found -1"),
         ("gap", float("nan"), "found nan"),

@@ -307,7 +307,7 @@ def test_tokens_that_training_drops_are_refused_in_the_first_step() -> None:
         input_shape=(3, 32, 32),
     ) as kd:
         student(images)
-        message = r"'block' put out \(12, 6\) in training, \(16, 6\) when .*mask_ratio = 0"
+        message = r"'block' returned \(12, 6\) in training, but \(16, 6\) when .*mask_ratio = 0"
         with pytest.raises(KDHooksError, match=message):
             kd(images, targets)
 

@@ -201,7 +201,7 @@ def test_a_part_that_cannot_be_read_is_named(
     for argv in (("verify", "cache"), ("info", "cache"), (*BUILD, "folders")):
         cache(*argv, status=2)
         said = capsys.readouterr().err
-        assert f"{path}' can't be read (Permission denied); look at its permissions" in said
+        assert f"{path}' can't be read (Permission denied); check its permissions" in said
         assert "kdhooks cache verify cache checks all files" in said
 
 
@@ -253,7 +253,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
             "must be a folder or a zip file with pictures; 'absent' does not",
         ),
         ((*BUILD, "kd.toml"), "'kd.toml' can't be read as a zip file"),
-        ((*BUILD, "small"), "'a.png' is 112x50 (width x height), where 112x112 is needed"),
+        ((*BUILD, "small"), "'a.png' is 112x50 (width x height), but 112x112 is needed"),
         ((*BUILD, "empty"), "folder with train.rec and train.idx; found none in 'empty'"),
         (
             (*BUILD[:3], "--batch-size", "0", "--data", "folders"),

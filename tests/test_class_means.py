@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_pass(tmp_path: Path
     for path, said in (
         (tmp_path, "is a folder; name a file in it"),
         (tmp_path / "no" / "sums.pt", r"there is no folder '.*no' to write 'sums\.pt' in"),
-        (tmp_path / "sums.npy", "its name says another format"),
+        (tmp_path / "sums.npy", "its suffix is of another format"),
     ):
         with pytest.raises(KDHooksError, match=f"class means: .*{said}"):
             class_means(tiny_teacher(), never(), 6, save=path)

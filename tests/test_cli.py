@@ -103,7 +103,7 @@ class M:
     assert main(["methods", "needy"]) == 0
     text = capsys.readouterr().out
     assert "needs    depends on its options: needy needs its option 'size'" in text
-    assert "size  (must be given, a whole number)" in text
+    assert "size  (required, a whole number)" in text
 
 
 def test_the_list_of_methods_as_json(capsys: Captured) -> None:

@@ -90,12 +90,12 @@ def test_help_starts_with_a_sentence_about_the_command_and_has_examples(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((*DOCTOR, "--device", "cuda"), "--device: must be one that this machine has"),
+        ((*DOCTOR, "--device", "cuda"), "--device: must be a device of this machine"),
         ((*DOCTOR, "--device", "cuda:99"), "found 'cuda:99', and "),
         ((*DOCTOR, "--device", "tpu"), "found 'tpu' ("),
         ((*DOCTOR, "--device", "meta"), "found 'meta' ("),
         ((*DOCTOR, "--device", ""), "found '' ("),
-        ((*BUILD, "--device", "cuda"), "--device: must be one that this machine has"),
+        ((*BUILD, "--device", "cuda"), "--device: must be a device of this machine"),
         ((*DOCTOR, "--batch-size", "0"), "--batch-size: must be a whole number, at least 2"),
         ((*DOCTOR, "--batch-size", "-8"), "at least 2; found -8"),
         ((*DOCTOR, "--batch-size", "eight"), "at least 2; found eight"),

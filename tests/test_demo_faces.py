@@ -56,7 +56,7 @@ def test_unreadable_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b" / "3.png").write_bytes(b"no image")
     with pytest.raises(KDHooksError, match="found 2 faults among 3 pictures") as caught:
         read_faces(tmp_path)
-    assert "'b/2.png' is 100x90 (width x height), where 112x112 is needed" in str(caught.value)
+    assert "'b/2.png' is 100x90 (width x height), but 112x112 is needed" in str(caught.value)
     assert "'b/3.png' can't be read as an image" in str(caught.value)
 
 

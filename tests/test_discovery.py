@@ -152,13 +152,13 @@ def test_nobody_takes_the_name_of_a_built_in_method(path: Path) -> None:
 
 
 def test_a_class_is_refused_as_a_method() -> None:
-    with pytest.raises(KDHooksError, match=r"method FCD is a class; give an object, with its \(\)"):
+    with pytest.raises(KDHooksError, match=r"found the class FCD; write FCD\(…\)"):
         create(FCD)
 
 
 @pytest.mark.parametrize("table", [{}, {"weight": 1.0}, {"name": 3}])
 def test_a_table_needs_a_name(table: dict[str, object]) -> None:
-    with pytest.raises(KDHooksError, match=r"a method's table needs a 'name'; found \{"):
+    with pytest.raises(KDHooksError, match=r"the table of a method needs a 'name'; found \{"):
         create(table)
 
 

@@ -17,9 +17,9 @@ from tests.small_distiller import SMALL, distil, student
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"student_embedding": None}, "Distiller: student_embedding must be a text; found None"),
+        ({"student_embedding": None}, "Distiller: student_embedding must be a string; found None"),
         ({"student_stages": "layer1"}, r"student_stages must be a list .* write \['layer1'\]"),
-        ({"teacher_stages": [3]}, r"Distiller: teacher_stages\[0\] must be a text; found 3"),
+        ({"teacher_stages": [3]}, r"Distiller: teacher_stages\[0\] must be a string; found 3"),
         ({"input_shape": 112}, "input_shape must be a list of 3 whole numbers; found 112"),
         ({"input_shape": (3, 32.0, 32)}, r"input_shape\[1\] must be a whole number; found 32.0"),
         ({"input_shape": (3, -1, 32)}, r"input_shape\[1\] must be at least 1; found -1"),
@@ -82,7 +82,7 @@ def embed(images: Tensor) -> Tensor:
     [
         ({"run": "forward"}, "Teacher: run must be a function; found 'forward'"),
         ({"transform": 3}, "Teacher: transform must be a function; found 3"),
-        ({"embedding": None}, "Teacher: embedding must be a text; found None"),
+        ({"embedding": None}, "Teacher: embedding must be a string; found None"),
         ({"dtype": "float16"}, "Teacher: dtype must be an object of class dtype"),
         ({"dtype": torch.float64}, "dtype must be torch.float16 or torch.bfloat16; found torch.f"),
         ({"channels_last": "no"}, "channels_last must be true or false; found 'no'"),

@@ -79,7 +79,9 @@ def test_a_term_that_is_not_finite_later_stops_the_run() -> None:
         net(images)
         kd(images, labels)
     net(images)
-    with pytest.raises(KDHooksError, match=r"step 2: gap not finite; .* nonfinite = 'skip' goes"):
+    with pytest.raises(
+        KDHooksError, match=r"step 2: gap not finite; .* nonfinite = 'skip' continues"
+    ):
         kd(images, labels)
 
 
@@ -136,7 +138,7 @@ def test_skipping_continues_without_the_terms_of_the_step(caplog: pytest.LogCapt
             assert kd.metrics == {}
     assert values[0] == values[2] > 0 == values[1]
     assert kd.skipped == 1
-    assert "step 2: gap not finite; the step goes on without its terms" in caplog.text
+    assert "step 2: gap not finite; the step continues without its terms" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,11 @@ def test_nonfinite_must_be_raise_or_skip() -> None:
     ("teacher", "match"),
     [
         (lambda x: x.flatten(1)[:, :12] * torch.inf, "teacher tap 'embedding' is not finite"),
-        (lambda x: torch.zeros(len(x), 12), "an embedding of zeros, which has no direction"),
-        (lambda x: torch.ones(len(x), 12), "the same embedding .mean cosine 1.00000"),
+        (
+            lambda x: torch.zeros(len(x), 12),
+            "an embedding of zeros for all .*, which has no direction",
+        ),
+        (lambda x: torch.ones(len(x), 12), "the same embedding for all .*mean cosine 1.00000"),
     ],
 )
 def test_a_teacher_with_useless_embeddings_is_refused(
@@ -202,7 +207,7 @@ def test_a_wrong_class_order_is_refused() -> None:
     net, (images, labels) = student(), tiny_batch()
     kd = distil("proxylesskd", net=net, teacher=Teacher(good.module, classifier=rows.roll(1, 0)))
     net(images)
-    with pytest.raises(KDHooksError, match="find their own row in 0% of 12 samples"):
+    with pytest.raises(KDHooksError, match="found 0% of 12 samples of the first batch nearest"):
         kd(images, labels)
 
 
@@ -228,7 +233,9 @@ def test_classifier_and_embedding_must_be_of_one_network() -> None:
     module = tiny_teacher().module
     assert module is not None
     teacher = Teacher(module, classifier=torch.randn(6, 20))
-    with pytest.raises(KDHooksError, match="rows of width 20, its embedding is 12 wide"):
+    with pytest.raises(
+        KDHooksError, match="rows of width 20, but the teacher's embedding is 12 wide"
+    ):
         distil("fcd", teacher=teacher)
 
 

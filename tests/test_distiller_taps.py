@@ -129,7 +129,9 @@ def test_stages_that_differ_from_the_probe_are_refused() -> None:
     net.fc = nn.Linear(64 * 4, 12)
     images = torch.rand(12, 3, 64, 64)
     net(images)
-    with pytest.raises(KDHooksError, match=r"'layer1' put out \(4, 32, 32\) in training, \(4, 16"):
+    with pytest.raises(
+        KDHooksError, match=r"'layer1' returned \(4, 32, 32\) in training, but \(4, 16"
+    ):
         kd(images, labels)
 
 

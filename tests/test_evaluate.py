@@ -342,7 +342,7 @@ def test_images_of_another_size_are_refused(capsys: Captured, tmp_path: Path) ->
         f"input_shape = [3, 96, 96]\n{RECIPE.replace('model.pt', f'{Path.cwd()}/model.pt')}"
     )
     said = refused(capsys, *ONE, "--recipe", str(tmp_path / "kd.toml"))
-    assert "'0' is 112x112 (width x height), where 96x96 is needed" in said
+    assert "'0' is 112x112 (width x height), but 96x96 is needed" in said
 
 
 def test_a_set_that_cannot_be_evaluated_is_named_before_the_long_pass(

@@ -197,7 +197,7 @@ def test_the_same_folder_twice_is_one_folder(folder: Path, capsys: Captured) -> 
         (["--least-cosine", "0.9"], "--least-cosine is for --int8 and --float16; found neither"),
         (["--int8", "--calibrate", "absent"], "--calibrate must be a folder or a zip file with"),
         (["--int8", "--calibrate", "one"], "--calibrate must hold at least two pictures"),
-        (["--float16", "--data", "small"], "is 16x16 (width x height), where 112x112 is needed"),
+        (["--float16", "--data", "small"], "is 16x16 (width x height), but 112x112 is needed"),
         (["--int8", "--calibrate", "bad"], "--calibrate: every picture must be readable; found 1"),
         (["--float16", "--data", "faces", "--pairs", "no.txt"], "pairs: there is no file 'no.txt'"),
         (

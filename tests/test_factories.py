@@ -78,9 +78,12 @@ def test_a_plain_recipe_makes_its_teacher(name: str, tmp_path: Path) -> None:
         ),
         ("some_nets:network", "must be a function or a class that .*object of class TinyFaceNet"),
         ("some_nets:number", "must be a function or a class that .*object of class int"),
-        ("some_nets:needy", "must be made without further arguments: .*'width'; name a function"),
-        ("some_nets:broken", "must make a network; it raises ValueError: no such width"),
-        ("some_nets:text", "must make an nn.Module; found str"),
+        (
+            "some_nets:needy",
+            "must be callable without further arguments: .*'width'; name a function",
+        ),
+        ("some_nets:broken", "must return a network; it raises ValueError: no such width"),
+        ("some_nets:text", "must return an nn.Module; found str"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_named(name: str, said: str) -> None:

@@ -361,8 +361,8 @@ def test_a_batch_norm_of_one_number_is_refused_with_the_way_out() -> None:
             "normalise belongs to the distances 'l2' and 'l1'; found 'kl'",
         ),
         ({"hidden": 3}, "fitnet: hidden belongs to connector 'mlp'; found '1x1'"),
-        ({"student": 3}, "student must be a text or a list of texts; found 3"),
-        ({"student": ["a", 3]}, r"fitnet: student\[1\] must be a text; found 3"),
+        ({"student": 3}, "student must be a string or a list of strings; found 3"),
+        ({"student": ["a", 3]}, r"fitnet: student\[1\] must be a string; found 3"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
@@ -454,8 +454,11 @@ def test_modules_that_do_not_fit_are_refused(
             r"student tap 'layer3\[0\]' must name one of several outputs; found Tensor",
         ),
         ({"student": "layer3@0"}, "student tap 'layer3@0' must name a call by its number"),
-        ({"term": "My Term"}, "fitnet: term: a name is lower case letters, .*; found 'My Term'"),
-        ({"term": "float"}, "fitnet: term: a name must not be one of torch's own .*'float_term'"),
+        (
+            {"term": "My Term"},
+            "fitnet: term: a name must consist of lower case letters, .*; found 'My Term'",
+        ),
+        ({"term": "float"}, "fitnet: term: a name must not be that of an attribute .*'float_term'"),
     ],
 )
 def test_a_path_that_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:

@@ -87,7 +87,7 @@ def test_a_column_of_labels_is_taken_as_labels() -> None:
     ("change", "message"),
     [
         (lambda labels: labels.tolist(), r"must be a tensor \(b\) of class numbers; found list"),
-        (lambda labels: F.one_hot(labels, 6), r"found shape \(\d+, 6\); turn one-hot rows into"),
+        (lambda labels: F.one_hot(labels, 6), r"found shape \(\d+, 6\); convert one-hot rows to"),
         (lambda labels: labels.float(), r"whole numbers \(b\); found dtype torch.float32; use lab"),
         (lambda labels: labels > 0, r"whole numbers \(b\); found dtype torch.bool"),
         (lambda labels: labels[:3], r"of the same samples; found \d+ and 3"),

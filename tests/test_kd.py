@@ -242,7 +242,7 @@ def test_a_host_without_a_head_is_refused() -> None:
 
 
 def test_a_head_of_another_width_is_refused() -> None:
-    with pytest.raises(KDHooksError, match="as wide as its embedding; found rows of 5 and 12"):
+    with pytest.raises(KDHooksError, match="found rows of width 5 and an embedding of width 12"):
         distilled(whole(torch.ones(6, 5)))
 
 

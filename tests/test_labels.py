@@ -45,14 +45,14 @@ def test_methods_that_need_labels_are_refused_at_construction() -> None:
     with pytest.raises(KDHooksError) as error:
         kdhooks.build(recipe(*two, labels=False), student())
     assert str(error.value) == (
-        "labels = false: margindistillation, proxylesskd need the class of each image; leave them "
-        f"out, or use methods that need none: {LABEL_FREE}"
+        "labels = false, but these terms need the class of each image: margindistillation, "
+        f"proxylesskd; leave them out, or use methods that need no labels: {LABEL_FREE}"
     )
     kdhooks.build(recipe(*two), student())
 
 
 def test_the_trainers_own_head_needs_labels_too() -> None:
-    with pytest.raises(KDHooksError, match="labels = false: proxylesskd need the class of each"):
+    with pytest.raises(KDHooksError, match="need the class of each image: proxylesskd"):
         distil("proxylesskd", host_head="margin", labels=False)
 
 
@@ -64,8 +64,8 @@ def test_without_the_key_the_refusal_comes_at_the_call() -> None:
     with pytest.raises(KDHooksError) as error:
         kd(images)
     assert str(error.value) == (
-        "labels must be a tensor (b) of class numbers; found NoneType; margindistillation cannot "
-        f"do without; methods that need none are: {LABEL_FREE}"
+        "labels must be a tensor (b) of class numbers; found NoneType; needed by: "
+        f"margindistillation; methods that need no labels: {LABEL_FREE}"
     )
 
 

@@ -99,7 +99,7 @@ def test_a_stage_without_a_tensor_concerns_who_taps_it() -> None:
     losses(distilled("ShapedSwin", [{"name": "fcd", "projector": True}], taps=taps))
     with pytest.raises(
         KDHooksError,
-        match=r"'backbone.stages.1' must put out a tensor; found tuple of 2; .*backbone.stages.1"
+        match=r"'backbone.stages.1' must return a tensor; found tuple of 2; .*backbone.stages.1"
         r"\[-1\] is the last; stages are named, shallow to deep, as taps.student.stages",
     ):
         distilled("ShapedSwin", ["cakd"], taps=taps)

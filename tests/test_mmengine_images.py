@@ -260,7 +260,7 @@ def test_a_wrong_config_of_the_teacher_is_refused(
         ({"config": __file__, "network": {}}, "exactly one of .*; found network, config"),
         (
             {"network": STUDENT, "checkpoint": "https://example.org/a/b.pth"},
-            "'https://example.org/a/b.pth' is an address; download the file",
+            "'https://example.org/a/b.pth' is a URL; download the file",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_wrong_model_line_is_refused(changes: dict[str, Any], match: str) -> N
             {"methods": [LazyObject("a.b", "C")]},
             "must name a method as a string; found the class C",
         ),
-        ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name in place of type"),
+        ({"methods": [{"type": "fcd"}]}, "found {'type': 'fcd'}; write name instead of type"),
         ({"methods": "['fcd']"}, "write it without the quotes"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_method_that_needs_labels_is_refused_with_the_key_at_construction(
     tmp_path: Path, door: str
 ) -> None:
     needing = with_rows(tmp_path)
-    with pytest.raises(KDHooksError, match="labels = false: margindistillation need the class of"):
+    with pytest.raises(KDHooksError, match="need the class of each image: margindistillation"):
         unlabelled(door, tmp_path, labels=False, **needing).train()
     with pytest.raises(
         KDHooksError,

@@ -160,7 +160,7 @@ def test_a_pack_may_hold_a_file_of_several_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "match"),
     [
-        ({"onnx": "m.onnx", "output": 0}, "teacher.output must be a text; found 0"),
+        ({"onnx": "m.onnx", "output": 0}, "teacher.output must be a string; found 0"),
         (
             {"module": nn.Identity(), "output": "fc1"},
             "teacher.output belongs to teacher.onnx or teacher.insightface; found module",

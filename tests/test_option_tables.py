@@ -43,7 +43,7 @@ def test_a_table_has_groups_bounds_choices_and_marks() -> None:
         "|---|---|---|---|\n"
         "| `factor` † | 0.5 | a number, above 0 and at most 2 | The factor. |\n"
         '| `kind` | `"a"` | `"a"`, `"b"` | `a`: \\|x\\|; `b`: x². |\n'
-        '| `names` | `["*"]` | a list of texts | The names. |\n'
+        '| `names` | `["*"]` | a list of strings | The names. |\n'
         "| `inner.size` | 4 | a whole number, at least 1 pixels | The size. |\n"
         "| `bias` |  | true or false | By default true. |\n"
         f"\n{FOOTNOTE}"

@@ -83,7 +83,7 @@ BAD: list[tuple[str, object, str]] = [
     ("count", "8", "sample: count must be a whole number; found '8'; write 8, without quotes"),
     ("count", 0, "sample: count must be at least 1; found 0"),
     ("count", "1e3", "sample: count must be a whole number; found '1e3'$"),
-    ("count", torch.tensor(8), "must be a whole number; found Tensor; give its item()"),
+    ("count", torch.tensor(8), "must be a whole number; found Tensor; pass its item()"),
     ("count", torch.tensor([8, 9]), "must be a whole number; found Tensor$"),
     ("angle", "nan", "sample: angle must be a number, a table or a function; found 'nan'$"),
     ("angle", "٣", "sample: angle must be a number, a table or a function; found '٣'$"),
@@ -117,12 +117,16 @@ BAD: list[tuple[str, object, str]] = [
     ("kind", "FANCY", "found 'FANCY'; did you mean 'fancy'?"),
     ("kind", ["plain"], "sample: kind must be one of 'plain', 'fancy'; found ['plain']"),
     ("mode", 1, "sample: mode must be true or false or 'fast'; found 1"),
-    ("names", "layer3", "sample: names must be a list of texts; found 'layer3'; write ['layer3']"),
-    ("names", ["a", 3], "sample: names[1] must be a text; found 3"),
-    ("names", {"a": 1}, "sample: names must be a list of texts; found {'a': 1}"),
+    (
+        "names",
+        "layer3",
+        "sample: names must be a list of strings; found 'layer3'; write ['layer3']",
+    ),
+    ("names", ["a", 3], "sample: names[1] must be a string; found 3"),
+    ("names", {"a": 1}, "sample: names must be a list of strings; found {'a': 1}"),
     ("sizes", "42", "sample: sizes must be a list of whole numbers; found '42'$"),
-    ("sizes", np.array([4, 2]), "list of whole numbers; found ndarray; give its tolist()"),
-    ("rows", np.zeros((2, 3)), "found ndarray; give torch.from_numpy(…) of it"),
+    ("sizes", np.array([4, 2]), "list of whole numbers; found ndarray; pass its tolist()"),
+    ("rows", np.zeros((2, 3)), "found ndarray; pass torch.from_numpy(…)"),
     ("sizes", [4, 1], "sample: sizes[1] must be at least 2; found 1"),
     ("sizes", [4.5], "sample: sizes[0] must be a whole number; found 4.5"),
     ("point", [1.0], "sample: point must be a list of 2 numbers; found [1.0]"),
@@ -135,7 +139,7 @@ BAD: list[tuple[str, object, str]] = [
         "~nosuchuser/x",
         "sample: file must be a path on this machine; the path: '~nosuchuser",
     ),
-    ("file", "https://a.b/c.pt", "is an address; download the file, and name that"),
+    ("file", "https://a.b/c.pt", "is a URL; download the file, and name its path"),
     ("rows", 3, "sample: rows must be a tensor or a path; found 3"),
     ("inner", 3, "sample: inner must be a table; found 3"),
     ("inner", {"share": 2}, "sample: inner.share must be at least 0 and at most 1; found 2"),
@@ -280,7 +284,7 @@ def test_a_field_without_a_declaration_is_checked_by_its_type() -> None:
     for table, words in [
         ({}, "bare needs its option 'size'"),
         ({"size": "3"}, "bare: size must be a whole number; found '3'"),
-        ({"size": 3, "name": 4}, "bare: name must be a text; found 4"),
+        ({"size": 3, "name": 4}, "bare: name must be a string; found 4"),
     ]:
         with pytest.raises(KDHooksError) as error:
             Bare.read(table)

@@ -124,9 +124,9 @@ def test_terms_that_no_backward_reaches_are_refused_before_the_second_step() -> 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (others, r"after a forward on \(12, 3, 32, 32\), of other content; call kd once"),
+        (others, r"after a forward on \(12, 3, 32, 32\), with other content; call kd once"),
         (lambda images: images[:5], r"found \(5, 3, 32, 32\) after a forward on \(12, "),
-        (lambda images: images + 0.01, "of other content"),
+        (lambda images: images + 0.01, "with other content"),
     ],
 )
 def test_other_images_are_refused(given: Callable[[Tensor], Tensor], match: str) -> None:
@@ -191,7 +191,7 @@ def test_images_that_were_overwritten_meanwhile_are_refused(
     with distiller(net) as kd:
         net(view(images))
         images.mul_(0.5)
-        with pytest.raises(KDHooksError, match="written to in place after the student's forward"):
+        with pytest.raises(KDHooksError, match="changed in place after the student's forward"):
             kd(view(images), labels)
 
 
@@ -338,7 +338,9 @@ def test_methods_that_use_labels_name_themselves(method: str) -> None:
     spec = {"name": method, **({"k": 2} if method == "coupleface" else {})}
     with distiller(net, "fcd", spec) as kd:
         net(images)
-        with pytest.raises(KDHooksError, match=f"found NoneType; {method} cannot do without"):
+        with pytest.raises(
+            KDHooksError, match=f"found NoneType; needed by: {method}; methods that need no"
+        ):
             kd(images)
 
 

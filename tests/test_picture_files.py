@@ -58,7 +58,7 @@ def test_what_is_no_picture_is_skipped_and_logged(
 ) -> None:
     files = checked(made("a/1.png", "notes.txt", *JUNK))
     assert files.names == ["a/1.png"]
-    assert re.search(r"faces: skipped \d entries of '.*' that are no pictures: ", caplog.text)
+    assert re.search(r"faces: skipped \d entries of '.*' that are not pictures: ", caplog.text)
     assert "notes.txt" in caplog.text or "more" in caplog.text
     assert ".DS_Store" in caplog.text
 
@@ -88,7 +88,7 @@ def test_all_faults_are_reported_together(made: Callable[..., Path]) -> None:
     assert said.startswith("faces: every picture must be readable; found 7 faults among 9")
     assert "'b/empty.png' is empty; " in said
     assert "'b/text.jpg' can't be read as an image of the formats" in said
-    assert "'c/large.png' is 7x4 (width x height), where 6x4 is needed; align" in said
+    assert "'c/large.png' is 7x4 (width x height), but 6x4 is needed; align" in said
     assert said.endswith("; and 2 more")
 
 
@@ -98,7 +98,9 @@ def test_links_are_followed_unless_they_lead_around(tmp_path: Path) -> None:
     (folder / "b").symlink_to(tmp_path / "other")
     assert checked(folder).names == ["a/1.png", "b/2.png"]
     (folder / "a" / "up").symlink_to(folder)
-    with pytest.raises(KDHooksError, match="'a/up/' links to a folder that it lies in; remove the"):
+    with pytest.raises(
+        KDHooksError, match="'a/up/' links to a folder that contains it; remove the"
+    ):
         checked(folder)
 
 
@@ -118,9 +120,9 @@ def test_what_can_not_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match="found 3 faults among 4") as caught:
         checked(tmp_path)
     said = str(caught.value)
-    assert "'gone.png' can't be opened (No such file or directory); mend or remove it" in said
+    assert "'gone.png' can't be opened (No such file or directory); repair or remove it" in said
     assert "'loop.png' can't be opened (Too many levels of symbolic links)" in said
-    assert "'pipe.png' is no file; remove it" in said
+    assert "'pipe.png' is not a regular file; remove it" in said
 
 
 def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +144,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "open", refusing_file)
     with pytest.raises(KDHooksError, match="found 2 faults among 2 pictures") as caught:
         checked(tmp_path)
-    assert "'a/' can't be listed (Permission denied); allow it" in str(caught.value)
+    assert "'a/' can't be listed (Permission denied); change its permissions" in str(caught.value)
     assert "'b/2.png' can't be opened (Permission denied)" in str(caught.value)
     with pytest.raises(KDHooksError, match=r"found 1 faults among 0 .*'\.' can't be listed"):
         PictureFiles(tmp_path / "a", "faces")
@@ -156,13 +158,13 @@ def test_names_that_lead_out_of_a_zip_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match="found 3 faults among 2 pictures") as caught:
         checked(path)
     for name in ("/etc/1.png", "../1.png", "a\\2.png"):
-        assert f"'{name}' leads out of the archive, or has \\ for /; pack" in str(caught.value)
+        assert f"'{name}' leads out of the archive, or has \\ for /; create" in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", "a/1.png", "b/1.png", "./b/1.png", "c/1.png", "c/1.png")
-    with pytest.raises(KDHooksError, match=r"'b/1\.png' is 2 entries of one name.*'c/1.png' is 2"):
+    with pytest.raises(KDHooksError, match=r"'b/1\.png' names 2 entries.*'c/1.png' names 2"):
         checked(path)
 
 

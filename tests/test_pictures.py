@@ -77,7 +77,9 @@ def test_a_turned_picture_is_turned_upright_or_refused() -> None:
         lambda: decode(content, turn=False),
         lambda: read_size(io.BytesIO(content), False),
     ):
-        with pytest.raises(Unreadable, match=r"stored turned \(EXIF orientation 6\).*save it upri"):
+        with pytest.raises(
+            Unreadable, match=r"stored rotated \(EXIF orientation 6\).*save it upri"
+        ):
             read()
 
 
@@ -141,7 +143,7 @@ FLOATS = np.full((3, 4), 0.5, np.float32)
         (encoded(Image.fromarray(SHADES.astype(np.int32)), "TIFF"), "mode I, whose range is not"),
         (
             encoded(Image.fromarray(COLOURS), save_all=True, append_images=[OTHER]),
-            "holds several frames or pages; save the one that is meant",
+            "holds several frames or pages; save only the one to use",
         ),
         (
             encoded(Image.fromarray(COLOURS), "TIFF", save_all=True, append_images=[OTHER]),

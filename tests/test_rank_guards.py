@@ -268,7 +268,7 @@ def test_ranks_with_different_methods_are_refused_by_name(ranks: Ranks) -> None:
         message = rank["methods"]["error"]
         assert "all ranks must declare the same terms" in message
         assert "only rank 0 has: FeatureTap at" in message
-        assert "only rank 1: EmbeddingTap rkd" in message
+        assert "only rank 1 has: EmbeddingTap rkd" in message
 
 
 def test_ranks_with_different_weights_are_refused(ranks: Ranks) -> None:
@@ -294,7 +294,7 @@ def test_an_uneven_batch_of_a_loss_over_all_ranks_names_the_sizes(
 ) -> None:
     for rank in ranks:
         found = rank[f"uneven {method}"]
-        assert "whose batches must be of one size; found [6, 4], by rank" in found["error"]
+        assert "whose batches must be of one size; found [6, 4] by rank" in found["error"]
         assert found["step"] == 2
 
 

@@ -94,7 +94,7 @@ def test_the_paths_of_a_methods_options_start_at_the_files_folder_too(tmp_path: 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("http://a/kd.toml", "'http://a/kd.toml' is an address"),
+        ("http://a/kd.toml", "'http://a/kd.toml' is a URL"),
         ("", "recipe must be a path; found ''"),
         ("/dev/null", "'/dev/null' is not a regular file"),
     ],
@@ -326,8 +326,8 @@ def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (TEXT.encode("latin-1"), r"kd\.toml' must be a text in UTF-8; found byte 0xe9 in line 1"),
-        (TEXT.encode("utf-16"), r"kd\.toml' must be a text in UTF-8; found byte 0xff in line 1"),
+        (TEXT.encode("latin-1"), r"kd\.toml' must be UTF-8 text; found byte 0xe9 in line 1"),
+        (TEXT.encode("utf-16"), r"kd\.toml' must be UTF-8 text; found byte 0xff in line 1"),
         (b"a = 1\n# \xe9", "found byte 0xe9 in line 2; save the file in the encoding UTF-8"),
         (b"methods = [", r"recipe: '.*kd\.toml' is not TOML: "),
         (b"seed = " + b"9" * 5000, r"recipe: '.*kd\.toml' is not TOML: "),
@@ -375,8 +375,8 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
             {"teacher": {"module": nn.Identity(), "dtype": torch.float16}},
             "dtype must be one of .*; found torch.float16; write 'float16'",
         ),
-        ({"methods": [{"weight": 1}]}, "a method's table needs a 'name'"),
-        ({"methods": [{"name": 3}]}, "a method's table needs a 'name'"),
+        ({"methods": [{"weight": 1}]}, "the table of a method needs a 'name'"),
+        ({"methods": [{"name": 3}]}, "the table of a method needs a 'name'"),
         ({"taps": {"student": {"stages": "layer3"}}}, r"stages must be .* write \['layer3'\]"),
         ({"taps": []}, r"taps must be a table; found \[\]"),
         ({"seed": 2**64}, "seed must be at least 0 and at most"),

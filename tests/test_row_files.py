@@ -188,7 +188,7 @@ def test_a_transposed_classifier_is_called_so() -> None:
     with pytest.raises(KDHooksError, match=r"found 12 rows of width 6.* it is transposed; save"):
         probe_teacher(teacher, (), torch.zeros(2, 3, 32, 32))
     teacher = Teacher(network(), classifier=normal(1, 11, 6))
-    with pytest.raises(KDHooksError, match="they are of different networks"):
+    with pytest.raises(KDHooksError, match="use the classifier that was trained with this teacher"):
         probe_teacher(teacher, (), torch.zeros(2, 3, 32, 32))
 
 
@@ -206,13 +206,15 @@ def test_a_class_order_that_is_half_right_is_warned_of(
     embedding = rows.clone()
     embedding[right:] = rows[(labels[right:] + 1) % 20]
     if warned is None:
-        with pytest.raises(KDHooksError, match="find their own row in 45% of 20 samples"):
+        with pytest.raises(
+            KDHooksError, match="found 45% of 20 samples of the first batch nearest"
+        ):
             check_class_order(Rows.open(rows), embedding, labels)
         return
     found = check_class_order(Rows.open(rows), embedding, labels)
     assert bool(found) == bool(caplog.text) == warned
     if warned:
-        assert f"find their own row in {right / 20:.0%} of 20 samples only" in caplog.text
+        assert f"only {right / 20:.0%} of 20 samples of the first batch are nearest" in caplog.text
 
 
 def test_a_transposed_square_classifier_is_found_by_the_order() -> None:
@@ -348,7 +350,7 @@ def test_the_weights_that_are_meant_can_be_named_in_a_recipe(tmp_path: Path) -> 
     ("teacher", "match"),
     [
         ({"module": torch.flatten, "weights": "ema"}, "belongs to teacher.network or"),
-        ({"network": "a:b", "checkpoint": __file__, "weights": 3}, "must be a text; found 3"),
+        ({"network": "a:b", "checkpoint": __file__, "weights": 3}, "must be a string; found 3"),
     ],
 )
 def test_weights_belong_to_a_checkpoint(teacher: Content, match: str) -> None:

@@ -215,7 +215,7 @@ def test_an_empty_batch_is_refused() -> None:
     kd = Distiller(net, tiny_teacher(), ["fcd"], **SIZE)
     images = torch.zeros(0, 3, 32, 32)
     net(images)
-    with pytest.raises(KDHooksError, match="of at least one sample; found an empty batch"):
+    with pytest.raises(KDHooksError, match="hold at least one sample; found an empty batch"):
         kd(images, torch.zeros(0, dtype=torch.long))
 
 

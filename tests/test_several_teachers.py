@@ -437,8 +437,8 @@ def test_a_teacher_that_is_not_trained_is_named() -> None:
         return images.mean(dim=(2, 3)) * torch.inf
 
     for fault, words in (
-        (same, "^teacher 1 gives all images of the first batch the same embedding"),
-        (nothing, "^teacher 1 gives all images of the first batch an embedding of zeros"),
+        (same, "^teacher 1 returns the same embedding for all images"),
+        (nothing, "^teacher 1 returns an embedding of zeros for all images"),
         (infinite, "^teacher 1 tap 'embedding' is not finite on the first batch"),
     ):
         with pytest.raises(KDHooksError, match=words):
@@ -474,7 +474,9 @@ class Adapting(Method):
 
 
 def test_several_teachers_are_not_adapted() -> None:
-    with pytest.raises(KDHooksError, match=r"Linear would adapt 2 teachers.*prompts = \{ number ="):
+    with pytest.raises(
+        KDHooksError, match=r"Linear can adapt only one teacher; found 2; .*prompts = \{ number ="
+    ):
         trained([network(), network(2)], Adapting(), dim=24)
 
 

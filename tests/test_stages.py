@@ -97,7 +97,7 @@ def test_a_stage_that_cannot_be_tapped_concerns_who_taps_it() -> None:
         student(images)
         kd(images, labels)["last"].backward()
     with pytest.raises(
-        KDHooksError, match=r"'layer3' must put out a tensor; found tuple of 2.*shallow to deep, as"
+        KDHooksError, match=r"'layer3' must return a tensor; found tuple of 2.*shallow to deep, as"
     ):
         Distiller(student, tiny_teacher(), [Last(2)], **options)  # type: ignore[arg-type]
     assert not student.layer4._forward_hooks

@@ -171,7 +171,7 @@ def test_a_module_that_puts_out_no_tensor_is_refused() -> None:
 
     net = nn.Sequential(nn.Identity(), Pair())
     StudentTaps(net, ["1"])
-    with pytest.raises(KDHooksError, match="student tap '1' must put out a tensor; found tuple"):
+    with pytest.raises(KDHooksError, match="student tap '1' must return a tensor; found tuple"):
         net(images())
 
 
@@ -196,7 +196,7 @@ def test_one_of_several_outputs_is_named_by_its_place() -> None:
         ("1[3]", r"'1\[3\]' must name one of several outputs; found tuple of 3"),
         ("1[-4]", r"'1\[-4\]' must name one of several outputs; found tuple of 3"),
         ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave '\[0\]' away"),
-        ("1", r"must put out a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
+        ("1", r"must return a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
     ],
 )
 def test_a_place_that_is_not_there_is_refused(path: str, match: str) -> None:

@@ -90,8 +90,11 @@ def test_what_is_different_in_training_is_said() -> None:
         (["r19"], "network 'r19' is unknown to the trainer's get_model, which accepts names"),
         (["absent:f"], "network 'absent:f' can't be imported: No module named 'absent'"),
         (["backbones:f"], "network 'backbones:f' can't be imported: there is no 'f' in "),
-        (["backbones:no_network"], "must make an nn.Module; found int"),
-        (["backbones:get_model"], "must be made without further arguments: get_model() missing"),
+        (["backbones:no_network"], "must return an nn.Module; found int"),
+        (
+            ["backbones:get_model"],
+            "must be callable without further arguments: get_model() missing",
+        ),
         (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so that --emb"),
         (["tiny", "--input-shape", "1", "8", "8"], "run on images of the shape (1, 8, 8); it ra"),
         (["tiny", "--trainer", "absent"], "--trainer must be a folder; found 'absent'"),
@@ -111,7 +114,7 @@ def test_what_is_different_in_training_is_said() -> None:
         ),
         (
             ["backbones:broken"],
-            "network 'backbones:broken' must make a network; it raises ValueError",
+            "network 'backbones:broken' must return a network; it raises ValueError",
         ),
         (["needs_timm"], "ModuleNotFoundError: No module named 'timm'; install the package timm"),
     ],

@@ -224,7 +224,7 @@ def test_a_host_head_that_computes_the_term_leaves_no_other_loss() -> None:
 
 @pytest.mark.parametrize("name", ["task", "teacher"])
 def test_a_term_has_no_name_of_kdhooks_own(name: str) -> None:
-    with pytest.raises(KDHooksError, match=f"kdhooks' own in the log; found '{name}'; choose"):
+    with pytest.raises(KDHooksError, match=f"one that kdhooks itself logs; found '{name}'; choose"):
         Method(name)
 
 
@@ -245,4 +245,4 @@ def _differing() -> dict[str, Results]:
 def test_ranks_with_different_factors_are_refused(tmp_path: Any) -> None:
     for rank in on_two_ranks(_differing, tmp_path):
         said = rank["said"]["error"]
-        assert "only rank 0 has: task_weight 0.5; only rank 1: task_weight 1.5" in said
+        assert "only rank 0 has: task_weight 0.5; only rank 1 has: task_weight 1.5" in said

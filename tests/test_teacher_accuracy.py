@@ -192,4 +192,4 @@ def _differing() -> dict[str, Results]:
 
 def test_ranks_that_measure_in_different_steps_are_refused(tmp_path: Path) -> None:
     for rank in on_two_ranks(_differing, tmp_path):
-        assert "only rank 1: teacher/accuracy every 2 steps" in rank["said"]["error"]
+        assert "only rank 1 has: teacher/accuracy every 2 steps" in rank["said"]["error"]

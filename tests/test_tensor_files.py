@@ -47,7 +47,7 @@ def test_files_of_old_and_new_torch_are_read(legacy: bool, mmap: bool, tmp_path:
         (b"just some words\n", r"m\.pt' is a text file; name one that torch\.save wrote"),
         ("Größe,Höhe\n".encode(), r"m\.pt' is a text file"),
         (codecs.BOM_UTF8 + PAGE, r"m\.pt' is a web page"),
-        (PAGE, r"m\.pt' is a web page, as a failed download leaves one"),
+        (PAGE, r"m\.pt' is a web page, probably from a failed download"),
         (POINTER, r"m\.pt' is a Git LFS pointer and not the file itself; run git lfs pull"),
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file"),
         (gzip.compress(b"x", mtime=0), r"is compressed \(gzip\); unpack it first"),
@@ -117,8 +117,8 @@ def test_archives_of_other_kinds_are_told(tmp_path: Path) -> None:
         (3, "must be a path; found 3"),
         ("~nosuchuser/m.pt", "'~nosuchuser/m.pt' can't be looked up"),
         ("x" * 300, "can't be looked up .File name too long"),
-        ("https://host/m.pt", "'https://host/m.pt' is an address; download the file, and name"),
-        ("s3://bucket/m.pt", "is an address"),
+        ("https://host/m.pt", "'https://host/m.pt' is a URL; download the file, and name"),
+        ("s3://bucket/m.pt", "is a URL"),
     ],
 )
 def test_what_is_no_path_is_refused(path: object, said: str) -> None:
@@ -141,7 +141,7 @@ def test_folders_and_absent_files_show_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"there is no file .*no/model\.pt'; name the file"):
         read(tmp_path / "no" / "model.pt")
     (tmp_path / "link.pt").symlink_to(tmp_path / "gone.pt")
-    with pytest.raises(KDHooksError, match=r"link\.pt' is a link to a file that is not there"):
+    with pytest.raises(KDHooksError, match=r"link\.pt' is a link to a file that does not exist"):
         read(tmp_path / "link.pt")
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(KDHooksError, match=r"pipe\.pt' is not a regular file"):
@@ -182,7 +182,7 @@ def test_targets_are_checked_before_they_are_written(
     for path, said in (
         (tmp_path, "is a folder; name a file in it"),
         (tmp_path / "no" / "a.pt", r"there is no folder '.*no' to write 'a\.pt' in"),
-        (tmp_path / "a.npy", "its name says another format; take a suffix like .pt"),
+        (tmp_path / "a.npy", "its suffix is of another format; use a suffix such as .pt"),
     ):
         with pytest.raises(KDHooksError, match=said):
             check_target(path, "class means")
@@ -207,7 +207,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(KDHooksError, match=r"a\.pt' can't be written \(Pytorch.*make room"):
+    with pytest.raises(KDHooksError, match=r"a\.pt' can't be written \(Pytorch.*free disk space"):
         write_tensors(torch.zeros(2), tmp_path / "a.pt", "class means")
     assert torch.equal(torch.load(tmp_path / "a.pt"), torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
