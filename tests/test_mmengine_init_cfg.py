@@ -1,4 +1,4 @@
-"""A teacher whose parts' init_cfg name files has their weights, all of them."""
+"""A teacher loads all weights that the init_cfg of its parts name."""
 
 import warnings
 from importlib import import_module

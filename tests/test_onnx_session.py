@@ -1,4 +1,4 @@
-"""OnnxModel against the network that was exported; file contract; packs."""
+"""OnnxModel compared with the exported network, its contract of files, and insightface's packs."""
 
 import hashlib
 import re
@@ -71,7 +71,7 @@ def test_a_batch_open_only_in_name_is_run_image_by_image(
     assert capfd.readouterr().err == ""
 
 
-def test_an_output_declared_for_one_image_takes_batches_in_silence(
+def test_an_output_declared_for_one_image_takes_batches_without_warnings(
     network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     traced = export(network, tmp_path / "r18.onnx", open_batch=False)
@@ -92,7 +92,9 @@ def test_result_is_float32_without_gradient_whatever_the_input(file: Path) -> No
 
 
 @pytest.mark.parametrize("open_batch", [True, False])
-def test_no_images_give_no_embeddings(network: nn.Module, tmp_path: Path, open_batch: bool) -> None:
+def test_an_empty_batch_has_no_embeddings(
+    network: nn.Module, tmp_path: Path, open_batch: bool
+) -> None:
     model = OnnxModel(export(network, tmp_path / "r18.onnx", open_batch=open_batch))
     assert model(images(0)).shape == (0, 16)
 
@@ -116,7 +118,7 @@ def test_half_precision_files_run(tmp_path: Path) -> None:
     assert_close(OnnxModel(path)(images(2)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_in_a_file_of_their_own_are_read_and_hashed(file: Path, tmp_path: Path) -> None:
+def test_external_weights_are_read_and_hashed(file: Path, tmp_path: Path) -> None:
     path, weights = tmp_path / "split.onnx", tmp_path / "split.bin"
     onnx.save(
         onnx.load(file), path, save_as_external_data=True, location=weights.name, size_threshold=0
@@ -179,7 +181,7 @@ def test_other_scaling_in_the_graph_must_be_told(tmp_path: Path) -> None:
     assert (model.mean, model.std) == (0.0, 1.0)
 
 
-def test_weights_listed_as_inputs_are_not_asked_for(file: Path, tmp_path: Path) -> None:
+def test_weights_listed_as_inputs_are_not_required(file: Path, tmp_path: Path) -> None:
     listed = onnx.load(file)
     for weight in listed.graph.initializer:
         value = helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
@@ -209,7 +211,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n"]
 )
-def test_other_files_are_not_taken_for_onnx(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_onnx_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "page.onnx"
     path.write_bytes(content)
     with pytest.raises(
@@ -299,7 +301,7 @@ def test_modules_import_without_the_extra() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, file: Path) -> Path:
-    """An insightface folder with two packs; recognition there has 128 columns or more."""
+    """Create an insightface folder with two packs; only a recognition model has 128+ columns."""
     pack = tmp_path / "models" / "buffalo_x"
     pack.mkdir(parents=True)
     node = [Node("Identity", ["data"], ["fc1"])]
@@ -315,7 +317,7 @@ def root(tmp_path: Path, file: Path) -> Path:
     return tmp_path
 
 
-def test_the_recognition_model_of_a_pack_is_told_by_its_graph(root: Path) -> None:
+def test_the_recognition_model_of_a_pack_is_found_by_its_graph(root: Path) -> None:
     found = insightface_model("buffalo_x", root)
     assert found == root / "models" / "buffalo_x" / "w600k_r18.onnx"
 
@@ -326,13 +328,13 @@ def test_a_pack_unpacked_one_folder_too_deep_is_found(root: Path) -> None:
     assert insightface_model("antelope", root) == nested / "w600k_r18.onnx"
 
 
-def test_what_a_mac_leaves_in_a_pack_is_no_model(root: Path) -> None:
+def test_files_that_macos_adds_to_a_pack_are_ignored(root: Path) -> None:
     pack = root / "models" / "buffalo_x"
     (pack / "._w600k_r18.onnx").write_bytes(b"\0\5\x16\7")
     assert insightface_model("buffalo_x", root) == pack / "w600k_r18.onnx"
 
 
-def test_a_pack_has_a_name(root: Path) -> None:
+def test_an_empty_name_of_a_pack_is_refused(root: Path) -> None:
     with pytest.raises(KDHooksError, match="pack must be named, as 'buffalo_l'; found ''"):
         insightface_model("", root)
 
@@ -343,7 +345,7 @@ def test_the_home_folder_is_the_default(root: Path, monkeypatch: pytest.MonkeyPa
     assert insightface_model("buffalo_x").name == "w600k_r18.onnx"
 
 
-def test_a_missing_pack_is_named_with_what_is_there(root: Path) -> None:
+def test_a_missing_pack_is_named_with_the_installed_ones(root: Path) -> None:
     with pytest.raises(
         KDHooksError,
         match=r"buffalo_l does not exist; did you mean 'buffalo_x'\? installed: antelope, "

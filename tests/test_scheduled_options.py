@@ -1,4 +1,4 @@
-"""Every option that may follow a schedule is, in each step, the constant of that step."""
+"""Every option that may follow a schedule acts in each step like the constant of that step."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "coupleface": {"k": 2, "q": 1.8},
     "gkd": {"largest": 3, "scale": 8.0},
 }
-# What makes an option have an effect at all.
+# Further options without which an option has no effect.
 WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("adadistill", "quality"): {"margin_type": "adaface"},
     ("cakd", "weight"): {"embedding_weight": 1.0},
@@ -32,13 +32,13 @@ WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("cakd", "teacher_cls_weight"): {"prompts": {"number": 2}},
     ("proxylesskd", "m2"): {"margin_type": "combined"},
 }
-# Options of a transformer teacher, which has one stage here.
+# Options that need a transformer as teacher, which has one stage here.
 TRANSFORMER = {("cakd", "teacher_cls_weight")}
 Outcome: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # the terms, and all gradients
 
 
 def scheduled(made: type, prefix: str = "") -> Iterator[tuple[str, Option]]:
-    """The dotted names of a method's options that may follow a schedule."""
+    """Yield the dotted names of a method's options that may follow a schedule."""
     for name, declared in declared_options(made).items():
         kinds = alternatives(declared.kind)
         if Schedule in kinds:
@@ -57,15 +57,15 @@ def declared(name: str, path: str) -> Option:
 
 
 def numbers(name: str, path: str) -> tuple[float, float]:
-    """Two numbers inside of the bounds, neither of them the default."""
+    """Return two numbers inside of the bounds, neither of them the default."""
     if (name, path) == ("coupleface", "q"):
-        return 1.5, 1.9  # with less the hinge is idle between these networks
+        return 1.5, 1.9  # with smaller values the hinge is 0 between these networks
     default = declared(name, path).default
     return (0.5 * default, 0.75 * default) if default else (0.1, 0.3)
 
 
 def distil(name: str, path: str, value: object, net: nn.Module, **more: Any) -> Distiller:
-    """The method with one option set, in a Distiller; the same initial weights in each call."""
+    """Return a Distiller of the method with one option set, with the same weights in each call."""
     options: dict[str, Any] = {"name": name, **SMALL.get(name, {}), **WITH.get((name, path), {})}
     *groups, last = path.split(".")
     table = options
@@ -88,7 +88,7 @@ def distil(name: str, path: str, value: object, net: nn.Module, **more: Any) -> 
 
 
 def step(kd: Distiller, net: nn.Module) -> Outcome:
-    """A step without an optimizer: what is kept from step to step is the state of loss and BN."""
+    """Run a step without an optimizer: only the state of the loss and of BatchNorm changes."""
     for trained in (kd, net):
         trained.zero_grad()
     images, labels = tiny_batch()
@@ -111,7 +111,7 @@ def run(name: str, path: str, value: object, **more: Any) -> list[Outcome]:
 
 
 def check_follows(found: list[Outcome], name: str, path: str, course: list[float]) -> None:
-    """In each step it is, bit for bit, the run with that step's number as a constant."""
+    """Check that each step is bit-identical to a run with that step's number as a constant."""
     constant = {number: run(name, path, number) for number in set(course)}
     for place, number in enumerate(course):
         assert_close(found[place], constant[number][place], rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Similarity preservation: both forms against their equations; two ranks against one process."""
+"""Similarity preservation: both forms agree with their equations; two ranks agree with one."""
 
 from typing import get_args
 
@@ -65,7 +65,7 @@ def test_agrees_with_the_equation(similarity: Similarity, b: int, d: int, e: int
 
 
 def test_the_forms_agree_on_orthogonal_faces() -> None:
-    """Rows of length 1 already: why one default weight serves both."""
+    """Embeddings of length 1 have similar losses, so one default weight suits both forms."""
     student, teacher = torch.eye(4, 6).double(), 2 * rotation(3, 6)[:4]
     near = student + 0.01 * normal(4, 4, 6)
     values = [made(name)(near, teacher, any_labels(4)) for name in SIMILARITIES]
@@ -116,7 +116,7 @@ def test_precisions_agree(size: tuple[int, int, int], similarity: Similarity) ->
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_gradient_reaches_the_student_alone_and_there_is_no_state(similarity: Similarity) -> None:
+def test_only_the_student_receives_gradients_and_there_is_no_state(similarity: Similarity) -> None:
     module = made(similarity)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y).backward()

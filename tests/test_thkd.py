@@ -1,4 +1,4 @@
-"""Teacher-head distillation: logit distillation with the teacher's rows on both sides."""
+"""Teacher-head distillation is logit distillation with the teacher's rows on both sides."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_agrees_with_the_equation(b: int, c: int, e: int, scale: float, temperat
     assert rows.grad is None, "the teacher's classifier is frozen"
 
 
-def test_equal_embeddings_cost_nothing() -> None:
+def test_equal_embeddings_have_zero_loss() -> None:
     student = normal(1, 5, 4).requires_grad_()
     rows = ClassShard(normal(2, 7, 4), 0, 7)
     value, _ = declared()(student, 3 * student.detach(), torch.zeros(5, dtype=torch.long), rows)
