@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
@@ -15,18 +15,10 @@ from kdhooks.declarations import Step
 from kdhooks.testing import check_method
 from kdhooks_plugins.margindistillation import MarginDistillation, TeacherMargins
 from tests import golden
+from tests.compared import normal, whole
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import margindistillation as reference
 from tests.references.differences import central_differences
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
 
 
 def declared(width: int = 6, **options: Any) -> TeacherMargins:

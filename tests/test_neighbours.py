@@ -13,19 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdhooks import KDHooksError
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins import neighbours
 from kdhooks_plugins.neighbours import main, mine_into, mined, nearest_classes
+from tests.compared import normal
 from tests.references import coupleface as reference
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
 
 ROWS = Rows.open(normal(0, 6, 4))
 Disk = namedtuple("Disk", "free")

@@ -302,7 +302,10 @@ def test_images_may_be_quantised_in_their_own_range(
 
 
 UNKNOWN: dict[str, tuple[Nodes, str]] = {
-    "a range of its own": ([Node("Div", ["data", "255"], ["y"])], "brings it to 0..1; say what"),
+    "a range of its own": (
+        [Node("Div", ["data", "255"], ["y"])],
+        "0..255 to -1..1, but m.onnx brings it to 0..1; say what it expects: mean",
+    ),
     "an inverted image": (
         [Node("Sub", ["half", "data"], ["c"]), Node("Mul", ["c", "128th"], ["y"])],
         "brings it to 0.9961..-0.9961; say what",

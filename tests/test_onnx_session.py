@@ -109,15 +109,6 @@ def test_result_is_on_the_device_of_the_images(file: Path) -> None:
     assert_close(embedding.cpu(), model(images(2)), rtol=1e-3, atol=1e-3)
 
 
-def test_half_precision_files_run(tmp_path: Path) -> None:
-    nodes = [Node("Cast", ["data"], ["wide"], to=TensorProto.FLOAT), *pooled("wide")]
-    path = write_graph(
-        tmp_path / "half.onnx", nodes, {}, gives=[("b", 3)], takes_type=TensorProto.FLOAT16
-    )
-    expected = images(2).half().float().mean(dim=(2, 3))
-    assert_close(OnnxModel(path)(images(2)), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_external_weights_are_read_and_hashed(file: Path, tmp_path: Path) -> None:
     path, weights = tmp_path / "split.onnx", tmp_path / "split.bin"
     onnx.save(
@@ -131,54 +122,12 @@ def test_external_weights_are_read_and_hashed(file: Path, tmp_path: Path) -> Non
         OnnxModel(path)
 
 
-def scaled(path: Path, *nodes: onnx.NodeProto, **constants: float) -> Path:
-    arrays = {name: np.array([value], np.float32) for name, value in constants.items()}
-    return write_graph(path, [*nodes, *pooled("scaled")], arrays, gives=[("b", 3)])
-
-
-def test_without_scaling_in_the_graph_images_are_minus_one_to_one(file: Path) -> None:
-    model = OnnxModel(file)
-    assert (model.mean, model.std) == (127.5, 127.5)
-
-
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        [Node("Sub", ["data", "c"], ["x"]), Node("Mul", ["x", "s"], ["scaled"])],
-        [Node("Mul", ["s", "data"], ["x"]), Node("Sub", ["x", "one"], ["scaled"])],
-        [Node("Sub", ["data", "c"], ["x"]), Node("Div", ["x", "c"], ["scaled"])],
-        [
-            Node("Constant", [], ["k"], value_float=1.0),
-            Node("Constant", [], ["half"], value=helper.make_tensor("", 1, [1], [127.5])),
-            Node("Sub", ["data", "half"], ["x"]),
-            Node("Mul", ["x", "s"], ["scaled"]),
-        ],
-    ],
-)
-def test_with_scaling_in_the_graph_images_are_pixels(
-    tmp_path: Path, nodes: list[onnx.NodeProto]
-) -> None:
-    model = OnnxModel(scaled(tmp_path / "m.onnx", *nodes, c=127.5, s=0.0078125, one=1.0))
-    assert (model.mean, model.std) == (0, 1)
-
-
 def test_statistics_of_mxnet_in_the_graph_mean_pixels(tmp_path: Path) -> None:
     inputs = ["data", "one", "zero", "mean", "var"]
     node = Node("BatchNormalization", inputs, ["scaled"], name="bn_data")
     constants = {name: np.ones(3, np.float32) for name in inputs[1:]}
     path = write_graph(tmp_path / "m.onnx", [node, *pooled("scaled")], constants, gives=[("b", 3)])
     assert (OnnxModel(path).mean, OnnxModel(path).std) == (0, 1)
-
-
-def test_other_scaling_in_the_graph_must_be_told(tmp_path: Path) -> None:
-    path = scaled(tmp_path / "m.onnx", Node("Div", ["data", "c"], ["scaled"]), c=255.0)
-    with pytest.raises(
-        KDHooksError,
-        match=r"0\.\.255 to -1\.\.1, but m\.onnx brings it to 0\.\.1; say what it expects: mean",
-    ):
-        OnnxModel(path)
-    model = OnnxModel(path, mean_std=(0.0, 1.0))
-    assert (model.mean, model.std) == (0.0, 1.0)
 
 
 def test_weights_listed_as_inputs_are_not_required(file: Path, tmp_path: Path) -> None:
@@ -228,9 +177,6 @@ Shapes = list[list[int | str | None] | None]
     [
         (["b", 112, 112, 4], [["b", 4]], "takes data (?, 112, 112, 4); choose another file"),
         (["b", 7], [["b", 4]], "takes data (?, 7); choose another file"),
-        (["b", 3, 112, 112], [["b", 4], ["b", 1]], "gives fc1 (?, 4), fc2 (?, 1); choose"),
-        (["b", 3, 112, 112], [["b", 3, 8, 8]], "gives fc1 (?, 3, 8, 8); choose another file"),
-        ([8, 3, 112, 112], [[8, 4]], "batch of m.onnx must be open or 1, got 8; export it with"),
         (["b", 3, "h", "w"], [["b", 4]], "images are, got data (?, 3, ?, ?); export it with a"),
         (["b", 3, 112, 112], [None], "m.onnx makes (1, 3, 112, 112) of (1, 3, 112, 112); choose"),
     ],
@@ -238,8 +184,7 @@ Shapes = list[list[int | str | None] | None]
 def test_models_that_do_not_embed_images_are_refused(
     tmp_path: Path, takes: list[int | str | None], gives: Shapes, message: str
 ) -> None:
-    nodes = [Node("Identity", ["data"], [f"fc{1 + i}"]) for i in range(len(gives))]
-    path = write_graph(tmp_path / "m.onnx", nodes, {}, takes, gives)
+    path = write_graph(tmp_path / "m.onnx", [Node("Identity", ["data"], ["fc1"])], {}, takes, gives)
     with pytest.raises(KDHooksError, match=re.escape(message)):
         OnnxModel(path)
 
@@ -273,20 +218,10 @@ def test_models_of_integers_are_refused(tmp_path: Path) -> None:
         OnnxModel(path)
 
 
-def test_what_onnxruntime_says_is_passed_on(tmp_path: Path) -> None:
-    nodes = [Node("GlobalAveragePool", ["data"], ["x"]), Node("Nonsense", ["x"], ["fc1"])]
-    path = write_graph(tmp_path / "m.onnx", nodes, {})
-    with pytest.raises(KDHooksError, match=r"must load m\.onnx, but says: .*Nonsense.*; a newer"):
-        OnnxModel(path)
-
-
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_a_missing_package_names_its_extra(
-    file: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_missing_onnxruntime_names_its_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
-        KDHooksError, match=rf"the package {package}, which is not installed; pip install kdhooks\["
+        KDHooksError, match=r"the package onnxruntime, which is not installed; pip install kdhooks"
     ):
         OnnxModel(file)
 

@@ -19,10 +19,8 @@ from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import OnnxNetwork, to_torch
 from tests.onnx_samples import (
     IResNet,
-    MobileFaceNet,
     export,
     images,
-    opened_like_insightface,
     pooled,
     randomised,
     sface,
@@ -42,28 +40,6 @@ def assert_agrees(network: OnnxNetwork, path: Path, count: int = 3) -> None:
     with torch.no_grad():
         ours, theirs = network(batch), OnnxModel(path, (network.mean, network.std))(batch)
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-
-
-@pytest.mark.parametrize("open_batch", [True, False])
-@pytest.mark.parametrize("kind", [IResNet, MobileFaceNet])
-def test_exported_networks_come_back(
-    tmp_path: Path, kind: type[nn.Module], open_batch: bool
-) -> None:
-    exported = randomised(kind())
-    path = export(exported, tmp_path / "m.onnx", open_batch=open_batch)
-    network = to_torch(path)
-    assert_agrees(network, path)
-    with torch.no_grad():
-        assert_close(network(images(3)), exported(images(3)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_flattening_traced_for_one_image_takes_batches(tmp_path: Path) -> None:
-    exported = randomised(MobileFaceNet())
-    network = to_torch(
-        opened_like_insightface(export(exported, tmp_path / "m.onnx", open_batch=False))
-    )
-    with torch.no_grad():
-        assert_close(network(images(3)), exported(images(3)), rtol=1e-4, atol=1e-5)
 
 
 def test_children_have_the_names_of_the_nodes(tmp_path: Path) -> None:

@@ -41,8 +41,13 @@ def write(folder: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("contents", CONTENTS)
+@pytest.mark.parametrize(
+    ("contents", "flags"),
+    [
+        *((each, "bools") for each in CONTENTS),
+        *(("bytes", each) for each in FLAGS if each != "bools"),
+    ],
+)
 def test_every_form_is_read(contents: str, flags: str, protocol: int, tmp_path: Path) -> None:
     given = [CONTENTS[contents](content) for content in PICTURES]
     found = read_pickled_pairs(

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from kdhooks import (
     ClassifierShare,
-    ClassShard,
     Distiller,
     InheritedClassifier,
     KDHooksError,
@@ -25,6 +24,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins._margin import MOST
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from tests import golden
+from tests.compared import normal, whole
 from tests.references import fcd as fcd_reference
 from tests.references import proxylesskd as reference
 from tests.references.differences import central_differences
@@ -65,15 +65,6 @@ def inheriting(**options: Any) -> InheritedClassifier:
 
 def made(d: int = 6, e: int = 6, **options: Any) -> nn.Module:
     return declared(d, e, **options).loss.double()
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def labels_of(seed: int, b: int, c: int) -> Tensor:

@@ -15,6 +15,7 @@ from kdhooks.testing import check_method
 from kdhooks_plugins import rkd
 from kdhooks_plugins.rkd import RKD
 from tests import golden
+from tests.compared import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import rkd as reference
 from tests.references.differences import central_differences
@@ -31,11 +32,6 @@ TERMS: list[dict[str, float]] = [
 
 def made(**options: object) -> nn.Module:
     return RKD(**options).embedding_tap().loss  # type: ignore[arg-type]  # this file's tables
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def any_labels(b: int) -> Tensor:

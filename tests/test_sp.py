@@ -14,6 +14,7 @@ from kdhooks import KDHooksError
 from kdhooks.testing import check_method
 from kdhooks_plugins.sp import SP, Similarity
 from tests import golden
+from tests.compared import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import sp as reference
 from tests.references.differences import central_differences
@@ -25,11 +26,6 @@ sizes = st.tuples(st.integers(1, 6), st.integers(2, 8), st.integers(0, 2**16))  
 
 def made(similarity: Similarity = "cosine", global_batch: bool = True) -> nn.Module:
     return SP(similarity=similarity, global_batch=global_batch).embedding_tap().loss
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def any_labels(b: int) -> Tensor:

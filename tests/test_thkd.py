@@ -5,19 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
 from kdhooks.testing import check_method
 from kdhooks_plugins.thkd import THKD
+from tests.compared import normal
 from tests.references import kd as reference
 from tests.references.differences import central_differences
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def declared(width: int = 4, **options: Any) -> nn.Module:
