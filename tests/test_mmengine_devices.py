@@ -18,7 +18,7 @@ from tests.second_device import NAME, Device, in_a_process, python_devices
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.device import utils as device_utils

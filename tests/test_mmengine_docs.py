@@ -24,7 +24,7 @@ from torch import nn
 pytest.importorskip("mmengine")
 pytest.importorskip("PIL")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.config import Config

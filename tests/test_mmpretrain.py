@@ -53,7 +53,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], Any, int]] = {
             "arch": WINDOWS,
             "img_size": SIDE,
             "window_size": 2,
-            "drop_path_rate": 0.0,  # MMEngine does not resume its random numbers
+            "drop_path_rate": 0.0,  # MMEngine does not save the state of its random numbers
         },
         GAP,
         128,

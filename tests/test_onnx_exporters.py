@@ -290,7 +290,7 @@ def test_the_style_of_paddles_converter(tmp_path: Path, scaled: bool, convert: b
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnxruntime_may_round_to_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It rounds to float16 on a GPU; on the CPU it computes in float32, so `Rounding` stands in."""
+    """onnxruntime rounds to float16 only on a GPU, so `Rounding` simulates it on the CPU."""
 
     class Rounding(OnnxModel):
         def __call__(self, images: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def fabric(half: bool = False) -> Host:
 
 
 def accelerate(half: bool = False) -> Host:
-    import_module("accelerate.state").AcceleratorState._reset_state(True)  # one for each process
+    import_module("accelerate.state").AcceleratorState._reset_state(True)  # a process has only one
     host: Any = import_module("accelerate").Accelerator(
         cpu=True, mixed_precision="bf16" if half else "no"
     )

@@ -251,7 +251,7 @@ def test_a_teacher_sees_at_least_one_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # its rows are SHORT's
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # A has SHORT's rows
 def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")

@@ -107,7 +107,7 @@ def test_code_in_a_file_is_not_run(place: Callable[[object], object], tmp_path: 
 
 
 def test_a_file_cannot_change_an_allowed_name(tmp_path: Path) -> None:
-    """Opcode BUILD sets attributes of what a file names, such as the defaults of a function."""
+    """Opcode BUILD sets attributes of a named object, such as the defaults of a function."""
     content = b"\x80\x02c_codecs\nencode\n}X\x01\x00\x00\x00aK\x01sb."
     with pytest.raises(KDHooksError, match=r"found changes to _codecs\.encode"):
         read_pickled_pairs(write(tmp_path, content), "data")

@@ -15,7 +15,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks

@@ -113,7 +113,7 @@ def test_one_shard_of_several_is_read_with_a_warning(tmp_path: Path, caplog: Log
     assert Rows.open(tmp_path / "checkpoint_gpu_0.pt").total == 2
     assert "checkpoint_gpu_0.pt' is one of several shards in its folder" in caplog.text
     caplog.clear()
-    Rows.open(tmp_path / "checkpoint_gpu_1.pt")  # nobody would mistake this one for all classes
+    Rows.open(tmp_path / "checkpoint_gpu_1.pt")  # a later shard is not mistaken for all classes
     assert not caplog.text
 
 

@@ -1,4 +1,4 @@
-"""`kdhooks schema`: the JSON Schema of a recipe agrees with what a recipe accepts."""
+"""`kdhooks schema`: the JSON Schema accepts and refuses the same recipes as kdhooks."""
 
 import json
 import tomllib

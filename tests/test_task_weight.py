@@ -17,7 +17,7 @@ from tests.ranks import Results, here, on_two_ranks
 from tests.small_distiller import SMALL, Method, distil, student
 
 FALLING: dict[str, Any] = {"value": 0.25, "initial": 1.0, "start": 1, "warmup": 2}
-FACTORS = [1.0, 1.0, 0.625, 0.25, 0.25]  # of its first steps
+FACTORS = [1.0, 1.0, 0.625, 0.25, 0.25]  # the factors of FALLING in the first steps
 
 
 class Loop:

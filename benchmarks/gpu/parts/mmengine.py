@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
 
 ABOUT = (
-    "examples/mmengine/train.py, started like a user does, with --amp on a GPU: a small network "
+    "examples/mmengine/train.py, run as a user runs it, with --amp on a GPU: a small network "
     "learns from SFace on the ORL faces, with each config of the example. The losses are the last "
     "logged ones, means of ten iterations; the accuracy is that of ten-fold verification on people "
     "outside of the training set. The trainings are short: they show that the configs run, not "
