@@ -32,7 +32,7 @@ options_drawn = st.fixed_dictionaries(
 
 
 def made(**options: Any) -> nn.Module:
-    """The plain form, unless the options say otherwise."""
+    """Create the loss; standardization is off unless an option turns it on."""
     return KD(**{"standardize": False, **options}).classifier_share().loss
 
 
@@ -89,7 +89,7 @@ def test_agrees_with_the_equation(
 
 
 def test_is_torchs_kl_divergence_of_softened_logits() -> None:
-    """A second reference: the reduction that is named batchmean, T² in front."""
+    """A second reference: torch's reduction "batchmean", multiplied by T²."""
     student, teacher = normal(1, 5, 3), normal(2, 5, 4)
     ours, theirs, labels = normal(3, 7, 3), normal(4, 7, 4), labels_of(5, 5, 7)
     value, notes = made()(student, teacher, labels, whole(theirs), whole(ours))
@@ -102,9 +102,9 @@ def test_is_torchs_kl_divergence_of_softened_logits() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.3, 7.0])
-def test_standardized_scores_do_not_depend_on_the_scale_but_as_a_factor(factor: float) -> None:
-    """Nor on that of the student's cosines: one with a seventh of their spread, in the same order,
-    costs nothing, where plain scores would have it spread.
+def test_the_scale_only_multiplies_the_standardized_loss(factor: float) -> None:
+    """The spread of the cosines does not matter either: if the two sides' cosines differ only by a
+    shift and a factor, the standardized loss is zero, while the plain loss is not.
     """
     student, teacher, labels = normal(1, 5, 3), normal(2, 5, 4), labels_of(3, 5, 9)
     ours, theirs = whole(normal(4, 9, 3)), whole(normal(5, 9, 4))
@@ -113,12 +113,12 @@ def test_standardized_scores_do_not_depend_on_the_scale_but_as_a_factor(factor: 
     assert_close(other, factor * value)
     plain, _ = made(scale=64 * factor)(student, teacher, labels, theirs, ours)
     assert plain != made()(student, teacher, labels, theirs, ours)[0]
-    flat = torch.tensor([[0.0, 0, 1]]).double()  # its cosines with these are all near 1
+    flat = torch.tensor([[0.0, 0, 1]]).double()  # all its cosines with `near` are close to 1
     near = torch.cat([0.1 * normal(6, 9, 2), torch.ones(9, 1).double()], dim=1)
     cosines = nn.functional.normalize(near)[:, 2]
     spread = torch.stack([factor * (cosines - cosines.mean()), torch.ones(9)], dim=1).double()
     spread[:, 1] = (1 - spread[:, 0].square()).sqrt()
-    one = torch.tensor([[1.0, 0]]).double()  # its cosines: the same less their mean, times factor
+    one = torch.tensor([[1.0, 0]]).double()  # its cosines: the student's less their mean, * factor
     cost, _ = made(standardize=True)(flat, one, labels[:1], whole(spread), whole(near))
     assert_close(cost.item(), 0.0, rtol=0, atol=1e-6)
     assert made(scale=64.0)(flat, one, labels[:1], whole(spread), whole(near))[0] > 1e-3
@@ -175,7 +175,7 @@ def test_ignores_lengths_batch_order_and_the_names_of_classes(
     assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_labels_matter_to_the_margin_alone() -> None:
+def test_labels_affect_only_the_margin() -> None:
     rows, other, unknown = whole(golden.W), whole(normal(6, 5, 6)), torch.full_like(golden.Y, -1)
     plain, _ = made()(golden.S, golden.T, golden.Y, rows, other)
     assert_close(made()(golden.S, golden.T, unknown, rows, other)[0], plain)
@@ -205,7 +205,7 @@ def test_precisions_agree(size: tuple[int, int, int, int]) -> None:
         assert_close(value(torch.float32, rounded), exact, rtol=1e-4, atol=1e-2)
 
 
-def test_gradient_reaches_student_and_head_alone_and_there_is_no_state() -> None:
+def test_only_student_and_head_receive_gradients_and_there_is_no_state() -> None:
     tensors = [x.clone().requires_grad_() for x in (golden.S, golden.T, golden.W, golden.W)]
     student, teacher, theirs, ours = tensors
     module = made()
@@ -227,7 +227,7 @@ def test_conforms_with_other_options(options: dict[str, Any]) -> None:
     check_method(lambda weight=1.0: KD(weight=weight, **options))
 
 
-# --- what the caller can fix -----------------------------------------------------------------
+# --- errors that the caller can fix ----------------------------------------------------------
 
 
 def distilled(head: ClassShard | None) -> None:
@@ -280,7 +280,7 @@ def _scenario(options: dict[str, Any]) -> Results:
 
 
 def _scenarios() -> dict[str, Results]:
-    NUMBERS["cpu"] = 2 * len(_LABELS)  # two classes at a time, in these processes
+    NUMBERS["cpu"] = 2 * len(_LABELS)  # chunks of two classes, in these processes
     return {name: _scenario(options) for name, options in _OPTIONS.items()}
 
 

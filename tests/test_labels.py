@@ -1,4 +1,4 @@
-"""Runs without labels: what is refused, and what is looked at no more."""
+"""Runs without labels: which methods are refused, and which checks are skipped."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def recipe(*named: object, **more: object) -> dict[str, Any]:
     return {"teacher": teacher, "methods": list(named), "input_shape": list(SMALL), **more}
 
 
-def test_a_recipe_without_labels_trains_by_images_alone() -> None:
+def test_a_recipe_without_labels_trains_on_images_only() -> None:
     net = student()
     kd = kdhooks.build(recipe("fcd", "rkd", labels=False), net)
     images, _ = tiny_batch()
@@ -72,8 +72,8 @@ def test_without_the_key_the_refusal_comes_at_the_call() -> None:
 @pytest.mark.parametrize(
     "dummy", [torch.full((12,), 10**6), torch.zeros(12), torch.zeros(3, dtype=torch.long), "none"]
 )
-def test_labels_that_are_given_all_the_same_are_not_looked_at(dummy: Any) -> None:
-    """Not their range, their kind or number, nor the order of the classes."""
+def test_labels_that_are_passed_anyway_are_not_checked(dummy: Any) -> None:
+    """Neither their range, type and number nor the order of the classes is checked."""
     net = student()
     kd = distil("fcd", net=net, labels=False)
     images, _ = tiny_batch()
@@ -85,7 +85,7 @@ def test_labels_that_are_given_all_the_same_are_not_looked_at(dummy: Any) -> Non
     assert "teacher/accuracy" not in kd.metrics
 
 
-def test_a_loss_that_ignores_labels_is_given_none() -> None:
+def test_a_loss_that_ignores_labels_receives_none() -> None:
     given = []
 
     class Noting(torch.nn.Module):
@@ -110,7 +110,7 @@ def test_a_loss_that_ignores_labels_is_given_none() -> None:
 
 
 def test_a_teachers_classes_need_not_be_the_trainers() -> None:
-    """Unlabelled images go through a head with another number of classes."""
+    """Without labels, a head with another number of classes is accepted."""
     head = ClassShard(torch.randn(4, 12, requires_grad=True), 0, 4)
     distil("fcd", head=head, labels=False)
     with pytest.raises(KDHooksError, match="teacher classifier has 6 classes, the trainer 4"):
@@ -126,10 +126,21 @@ def test_the_key_is_true_or_false(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WITHOUT_LABELS if name != "cakd"])
-def test_every_method_without_labels_runs_without_them(name: str) -> None:
-    """cakd's options are for larger maps than these."""
-    net, stages = student(), ["layer1", "layer2"]
-    kd = distil(name, net=net, student_stages=stages, teacher_stages=stages, labels=False)
-    images, _ = tiny_batch()
-    net(images)
-    assert kd(images)
+def test_a_method_without_labels_has_the_same_terms_without_them(name: str) -> None:
+    """cakd is left out: its default options need larger maps than these."""
+    stages, (images, labels) = ["layer1", "layer2"], tiny_batch()
+    runs: list[tuple[dict[str, bool], tuple[torch.Tensor, ...]]] = [
+        ({}, (images, labels)),
+        ({}, (images,)),
+        ({"labels": False}, (images,)),
+    ]
+    values = []
+    for options, arguments in runs:
+        net = student()
+        kd = distil(name, net=net, student_stages=stages, teacher_stages=stages, **options)
+        net(images)
+        values.append(kd(*arguments))
+        kd.remove()
+    assert values[0]
+    for other in values[1:]:
+        torch.testing.assert_close(other, values[0], rtol=0, atol=0)

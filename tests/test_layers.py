@@ -1,5 +1,5 @@
-"""Imports run downwards along the floors of CONTRIBUTING.md, and optional packages stay where they
-belong.
+"""Imports go only to lower floors of the table in CONTRIBUTING.md, and only the modules that own an
+optional package import it.
 """
 
 import ast
@@ -20,7 +20,7 @@ import kdhooks_plugins
 ROOT = Path(__file__).parents[1]
 
 EVERYWHERE = {"torch", "pluggy", "numpy", "einops", "kdhooks"}
-OWNERS = {  # an optional package -> the modules that may import it, patterns with spaces between
+OWNERS = {  # an optional package -> patterns of the modules that may import it, split by spaces
     "onnx": "kdhooks.onnx.*",
     "onnxruntime": "kdhooks.onnx.*",
     "PIL": "kdhooks.pictures",
@@ -44,7 +44,7 @@ FOR_PLUGINS = {
     *FILES,
     *(f"classes.{name}" for name in CLASSES),
 }
-NAMESPACES = {  # their __init__.py holds a docstring, or names of other modules
+NAMESPACES = {  # packages whose __init__.py holds only a docstring or re-exports
     "kdhooks", "kdhooks.classes", "kdhooks.evaluation", "kdhooks.onnx", "kdhooks.teacher",
     "kdhooks.views", "kdhooks_plugins",
     "kdhooks_integrations",
@@ -55,11 +55,11 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-# --- what imports what -----------------------------------------------------------------------
+# --- the graph of imports --------------------------------------------------------------------
 
 
 def sources() -> dict[str, Path]:
-    """Each module of the four packages, and its file."""
+    """Return the file of each module of the four packages."""
     found = {}
     for package in (kdhooks, kdhooks_plugins, kdhooks_integrations, kdhooks_demo):
         folder = Path(package.__path__[0])
@@ -71,7 +71,7 @@ def sources() -> dict[str, Path]:
 
 
 def imported(source: str, modules: Mapping[str, object]) -> Iterator[str]:
-    """The modules that a source imports, anywhere in it."""
+    """Yield the modules that a source imports, inside of functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -84,14 +84,14 @@ def imported(source: str, modules: Mapping[str, object]) -> Iterator[str]:
 
 
 def origin(module: str, name: str) -> str:
-    """kdhooks/__init__.py only re-exports: a public name counts as an import of its module."""
+    """Return the module that defines a name, because kdhooks/__init__.py only re-exports."""
     if module != "kdhooks":
         return module
     return public().get(name, "kdhooks")
 
 
 def public() -> dict[str, str]:
-    """Each public name, and the module that it comes from."""
+    """Return the module that each public name comes from."""
     tree = ast.parse(sources()["kdhooks"].read_text(encoding="utf-8"))
     return {
         alias.name: node.module
@@ -110,25 +110,25 @@ def graph() -> dict[str, set[str]]:
 
 
 def floors(text: str) -> list[tuple[str, int]]:
-    """Patterns of module names with their floor, from the table of CONTRIBUTING.md."""
+    """Return the patterns of module names with their floor, from the table in CONTRIBUTING.md."""
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
     return [(name, int(floor)) for floor, cell in rows for name in re.findall(r"`([^`]+)`", cell)]
 
 
 def floor_of(module: str, table: list[tuple[str, int]]) -> int | None:
-    """The kdhooks. of core modules is left out in the table."""
+    """Return the floor of a module; the table omits the prefix `kdhooks.` of core modules."""
     short = module.removeprefix("kdhooks.")
     found = [floor for pattern, floor in table if fnmatch.fnmatchcase(short, pattern)]
     return found[0] if len(found) == 1 else None
 
 
 def packages_of(table: list[tuple[str, int]]) -> list[str]:
-    """The patterns of whole packages, whose modules may import one another."""
+    """Return the patterns of whole packages, whose modules may import one another."""
     return [pattern for pattern, _ in table if pattern.startswith("kdhooks_")]
 
 
 def upward(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> list[str]:
-    """Imports of a module that is not on a lower floor."""
+    """Return the imports of modules that are not on a lower floor."""
     found = []
     for importer, targets in imports.items():
         for target in sorted(targets & imports.keys() - NAMESPACES):
@@ -143,7 +143,7 @@ def upward(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> lis
 
 
 def too_high(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> list[str]:
-    """Modules of the core that could stand on a lower floor."""
+    """Return the core modules that could be on a lower floor."""
     found = []
     for module, targets in imports.items():
         inner = targets & imports.keys() - NAMESPACES
@@ -156,7 +156,7 @@ def too_high(imports: Mapping[str, set[str]], table: list[tuple[str, int]]) -> l
 
 
 def cycles(imports: Mapping[str, set[str]]) -> list[str]:
-    """Modules that reach themselves."""
+    """Return the modules that import themselves, directly or through others."""
     found = []
     for start in imports:
         seen: set[str] = set()
@@ -172,7 +172,7 @@ def cycles(imports: Mapping[str, set[str]]) -> list[str]:
 
 
 def astray(imports: Mapping[str, set[str]]) -> list[str]:
-    """Imports of an optional or unknown package outside of the modules that own it."""
+    """Return the imports of optional or unknown packages outside of the modules that own them."""
     found = []
     for importer, targets in imports.items():
         for target in sorted(targets):
@@ -186,7 +186,7 @@ def astray(imports: Mapping[str, set[str]]) -> list[str]:
 
 
 def beyond_plugins(imports: Mapping[str, set[str]]) -> list[str]:
-    """What a method's module imports of kdhooks besides the contract."""
+    """Return the imports of kdhooks in method modules that go beyond the contract."""
     allowed = {f"kdhooks.{name}" for name in FOR_PLUGINS}
     return [
         f"{importer} imports {target}"
@@ -220,7 +220,7 @@ def test_imports_run_downwards(table: list[tuple[str, int]]) -> None:
     assert upward(graph(), table) == []
 
 
-def test_no_module_stands_higher_than_it_must(table: list[tuple[str, int]]) -> None:
+def test_no_module_is_higher_than_necessary(table: list[tuple[str, int]]) -> None:
     assert too_high(graph(), table) == []
 
 
@@ -245,7 +245,7 @@ def test_the_public_names_are_all_re_exports() -> None:
 
 
 def after(statement: str) -> set[str]:
-    """The optional packages that a fresh interpreter has imported after a statement."""
+    """Return the optional packages that a new interpreter has imported after a statement."""
     code = f"{statement}\nimport sys\nprint(*[m for m in {OPTIONAL} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
@@ -271,7 +271,7 @@ def test_an_upward_import_is_noticed() -> None:
     assert upward({"kdhooks.low": set(), "kdhooks.high": {"kdhooks.low"}}, TABLE) == []
 
 
-def test_an_import_along_a_floor_is_noticed_but_within_a_package() -> None:
+def test_an_import_on_the_same_floor_is_noticed_except_within_a_package() -> None:
     table = [("one", 1), ("two", 1), ("kdhooks_plugins.*", 1)]
     imports = {"kdhooks.one": {"kdhooks.two"}, "kdhooks.two": set[str]()}
     assert upward(imports, table) == ["kdhooks.one (floor 1) imports kdhooks.two (floor 1)"]

@@ -35,7 +35,7 @@ from tests.lightning_runs import (
 pytestmark = [
     # Lightning warns of loaders without workers, steps without a logger and the like.
     pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # it meets a newer torch
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning with a newer torch
 ]
 
 
@@ -44,7 +44,7 @@ def same(one: Any, other: Any) -> None:
 
 
 def by_hand(*methods: Any, **keys: Any) -> Faces:
-    """Faces, trained by a loop of one's own with a Distiller."""
+    """Train Faces in a hand-written loop with a Distiller."""
     module = Faces()
     table = recipe(*methods)
     kd = Distiller(
@@ -88,7 +88,7 @@ def test_weight_0_is_the_plain_run_to_the_last_bit() -> None:
 
 
 class Clipped(Manual):
-    """Clips the norm of all gradients of its optimizer, of this many parameters more."""
+    """Clips the norm of all gradients, including those of `more` additional parameters."""
 
     def __init__(self, more: int = 0) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class Clipped(Manual):
 
 
 @pytest.mark.parametrize("more", range(3))
-def test_weight_0_leaves_the_norm_that_clips_as_it_is(more: int) -> None:
-    """A sum of other zeros besides the gradients may be rounded to another number."""
+def test_weight_0_leaves_the_clipped_norm_as_it_is(more: int) -> None:
+    """Zero gradients of additional parameters could change how the norm is rounded."""
     plain, distilled = Clipped(more), Clipped(more)
     options: dict[str, Any] = {"gradient_clip_val": 0.1} if more else {}
     fit(plain, **options)
@@ -121,7 +121,7 @@ def test_weight_0_leaves_the_norm_that_clips_as_it_is(more: int) -> None:
 
 
 class Terms(Callback):  # type: ignore[misc]
-    """Keeps what a step has logged."""
+    """Keeps the values that each step has logged."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -151,7 +151,7 @@ class Saving(Callback):  # type: ignore[misc]
 
 
 class Shared(LightningModule):  # type: ignore[misc]
-    """A shared step that returns a dict; batches, and what is configured, are dicts, too."""
+    """Returns a dict from a shared step; its batches and its optimizer configuration are dicts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_another_style_of_module_is_distilled() -> None:
 
 
 class Direct(Manual):
-    """It forgets manual_backward."""
+    """Calls loss.backward() instead of manual_backward."""
 
     def manual_backward(self, loss: Any) -> None:
         raise AssertionError
@@ -231,7 +231,7 @@ def test_other_precisions_train(precision: Any) -> None:
     module, callback = Faces(), distil(PROJECTED, "rkd")
     before = weights(module)
     options: dict[str, Any] = {"precision": precision}
-    if precision == "16-mixed":  # the Trainer has this for GPUs alone
+    if precision == "16-mixed":  # the Trainer supports this only on GPUs
         scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
         options = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
     fit(module, callback, **options)
@@ -242,7 +242,7 @@ def test_other_precisions_train(precision: Any) -> None:
 
 
 def test_gradients_are_accumulated_and_clipped_together() -> None:
-    """Two batches a step: the mean of their losses, as by hand."""
+    """Two batches per step use the mean of their losses, like a hand-written loop."""
     module, callback = Faces(), distil()
     fit(module, callback, epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.1)
     hand = Faces()
@@ -299,12 +299,12 @@ def test_an_average_of_the_weights_is_kept_and_resumed(tmp_path: Path) -> None:
 
 
 @averaging
-def test_an_average_in_front_is_refused() -> None:
+def test_a_weight_average_before_distill_is_refused() -> None:
     with pytest.raises(KDHooksError, match="must stand before EMAWeightAveraging"):
         fit(Faces(), callbacks.EMAWeightAveraging(), distil())
 
 
-def test_validation_does_not_count() -> None:
+def test_validation_batches_are_not_counted_as_steps() -> None:
     plain, watched = Faces(), Faces()
     fit(plain, callback := distil())
     torch.manual_seed(3)
@@ -319,8 +319,8 @@ def test_validation_does_not_count() -> None:
 # --- recipes -------------------------------------------------------------------------------------
 
 
-def test_what_a_recipe_says_holds_here_too() -> None:
-    """A view for the student, no labels, a factor of the trainer's loss, two teachers."""
+def test_the_callback_follows_the_keys_of_a_recipe() -> None:
+    """The recipe has a student view, no labels, a weight of the trainer's loss and two teachers."""
     table = recipe(
         {**PROJECTED, "weight": {"value": 4.0, "warmup": 1, "unit": "epoch"}},
         student_view={"mask": {"p": 1.0}},
@@ -370,7 +370,7 @@ def test_a_classifier_is_named_by_its_path(tmp_path: Path) -> None:
 
 
 def test_other_images_for_the_teacher() -> None:
-    """The teacher sees the batch's clean images, and the student other ones."""
+    """The teacher gets the clean images of the batch, the student gets changed ones."""
 
     class Noisy(Faces):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -430,7 +430,7 @@ def test_checkpoints_are_exchanged_with_plain_runs(tmp_path: Path) -> None:
     same(weights(onward), weights(straight))
     same(weights(back), weights(straight))
     assert callback.distiller is not None
-    assert callback.distiller.step == 4  # of its own
+    assert callback.distiller.step == 4  # counted from the resume: the plain run has no Distiller
     Faces.load_from_checkpoint(b)
 
 
@@ -456,7 +456,7 @@ def test_a_second_fit_goes_on() -> None:
 
 
 def test_a_pickle_of_the_callback_starts_where_the_fit_has_ended() -> None:
-    """As strategies that start processes make one, and copies of a Trainer."""
+    """Strategies that start processes pickle the callback, and copying a Trainer copies it."""
     fit(Faces(), callback := distil())
     for copied in pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback):
         fit(Faces(), copied)
@@ -467,7 +467,7 @@ def test_a_pickle_of_the_callback_starts_where_the_fit_has_ended() -> None:
 
 
 class Copying(Callback):  # type: ignore[misc]
-    """Copies the LightningModule while it trains, as callbacks that average the weights do."""
+    """Copies the LightningModule during training, like callbacks that average the weights."""
 
     def __init__(self, copied: Any) -> None:
         self.copied = copied
@@ -533,11 +533,11 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert not module.model._forward_hooks
 
 
-# --- where the layers are made -------------------------------------------------------------------
+# --- where the layers are created ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
-def test_layers_may_be_made_in_a_hook(hook: str) -> None:
+def test_layers_may_be_created_in_a_hook(hook: str) -> None:
     class Late(Faces):
         def __init__(self) -> None:
             LightningModule.__init__(self)
@@ -611,12 +611,12 @@ class Foreign(Faces):
         (Foreign, r"schedule must be a torch\.optim\.lr_scheduler; found Rate"),
     ],
 )
-def test_a_module_that_can_not_be_distilled_is_refused(module: Any, words: str) -> None:
+def test_a_module_that_cannot_be_distilled_is_refused(module: Any, words: str) -> None:
     with pytest.raises(KDHooksError, match=words):
         fit(module(), distil())
 
 
-def test_labels_that_are_not_there_are_asked_for() -> None:
+def test_missing_labels_are_refused() -> None:
     data = loader(wrap=lambda pair: pair[:1])
 
     class Unlabelled(Faces):

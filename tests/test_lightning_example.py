@@ -1,4 +1,4 @@
-"""examples/lightning: faces go in, with or without labels, and a distilled student comes out."""
+"""examples/lightning distils a student from faces with or without labels."""
 
 import re
 import sys
@@ -40,7 +40,7 @@ def student() -> nn.Module:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The example's script as a module; its neighbour is imported as if it had been started."""
+    """Import the example's script as a module, with its folder on the path as if it were run."""
     monkeypatch.syspath_prepend(EXAMPLE)
     for name in ("train", "faces"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -53,7 +53,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Made-up faces, pairs of two of the people, and a recipe."""
+    """Write random faces, pairs of two of the people, and a recipe."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     for person in range(PEOPLE):
@@ -99,7 +99,7 @@ def saved() -> dict[str, torch.Tensor]:
 
 def test_faces_without_labels_train_a_student(train: ModuleType, folder: Path) -> None:
     trainer = run(train, "--pairs", "pairs.txt")
-    assert trainer.global_step == 2 * 4  # of 16 faces: two of the six people are tested
+    assert trainer.global_step == 2 * 4  # 16 faces in batches of 4: two of six people are held out
     assert saved().keys() == student().state_dict().keys()
     names = trainer.callback_metrics.keys()
     assert {"kdhooks/fcd", "verification/accuracy", "verification/eer"} <= names
@@ -116,7 +116,7 @@ def test_faces_with_labels_train_a_head_as_well(train: ModuleType, folder: Path)
     assert {"kdhooks/fcd", "loss"} <= trainer.callback_metrics.keys()
 
 
-def test_a_run_that_was_ended_goes_on(
+def test_an_interrupted_run_resumes(
     train: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ def test_a_run_that_was_ended_goes_on(
 
 
 def test_the_measures_are_those_of_the_embeddings(train: ModuleType, folder: Path) -> None:
-    """The rows of the pairs find their faces: two pictures of a person are closer than others."""
+    """The pairs refer to the right faces: two pictures of one person are closer than of two."""
     from faces import open_faces, tested_faces
 
     faces, pairs = tested_faces(open_faces("faces"), "pairs.txt")
@@ -148,14 +148,14 @@ def test_the_commands_of_the_page_are_understood(train: ModuleType) -> None:
     assert [train.parser().parse_args(line.split()).recipe for line in lines] == ["kd.toml"] * 3
 
 
-def test_the_recipe_of_the_example_is_one(folder: Path) -> None:
+def test_the_recipe_of_the_example_is_valid(folder: Path) -> None:
     Path("teacher.onnx").write_text("a network")
     text = (EXAMPLE / "kd.toml").read_text(encoding="utf-8")
     Path("kd.toml").write_text(text)
     assert not Recipe.read("kd.toml").labels
 
 
-def test_faces_that_can_not_be_used_are_refused(train: ModuleType, folder: Path) -> None:
+def test_faces_that_cannot_be_used_are_refused(train: ModuleType, folder: Path) -> None:
     (folder / "faces" / "alone.png").write_bytes(encode(np.zeros((112, 112, 3), np.uint8)))
     write_recipe(folder, labels=True)
     with pytest.raises(KDHooksError, match=r"found 1 of 25 pictures in no folder; .* labels = fal"):

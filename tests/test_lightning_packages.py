@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def faces(package: Any, hook: str | None = None) -> Any:
-    """The module Faces as a LightningModule of this package, which may make its layers late."""
+    """Return Faces as a LightningModule of this package; `hook` creates the layers, if given."""
     late = hook is not None
 
     class Module(package.LightningModule):  # type: ignore[misc]
@@ -70,7 +70,7 @@ def test_a_trainer_of_either_package_trains_the_same(package: Any) -> None:
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
-def test_layers_may_be_made_late_in_either_package(package: Any, hook: str) -> None:
+def test_a_hook_may_create_the_layers_in_either_package(package: Any, hook: str) -> None:
     late = trained(package, distil(), module=faces(package, hook))
     early = trained(package, distil())
     assert_close(weights(late.model), weights(early.model), rtol=0, atol=0)
@@ -87,7 +87,7 @@ def test_a_run_resumes_in_the_other_package(package: Any, tmp_path: Any) -> None
     assert callback.distiller.step == 8
 
 
-def test_what_a_trainer_must_be_like_holds_in_either_package(
+def test_a_trainer_of_either_package_is_checked(
     package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if hasattr(package.callbacks, "EMAWeightAveraging"):  # since Lightning 2.6

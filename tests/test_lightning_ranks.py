@@ -1,4 +1,4 @@
-"""The Lightning callback on two ranks, which train the student that one process trains."""
+"""The Lightning callback trains the same student on two ranks as in one process."""
 
 import os
 import warnings
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 METHODS = [PROJECTED, "rkd"]  # rkd compares the samples of all ranks
-OF_CLASSES = [  # whose tables are split over the ranks, or change and are whole
+OF_CLASSES = [  # coupleface splits its table over the ranks; icdface updates a whole one
     {"name": "coupleface", "k": 3, "projector": True},
     {"name": "icdface", "projector": True},
 ]
@@ -29,7 +29,7 @@ VIEW = {"mask": {"p": 0.5}}
 
 
 class Child(Faces):
-    """A child is the student; without BatchNorm, whose statistics are those of one rank."""
+    """Has the student as a child, without BatchNorm, whose statistics would differ by rank."""
 
     def __init__(self) -> None:
         super().__init__()

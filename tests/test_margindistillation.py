@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
@@ -15,18 +15,10 @@ from kdhooks.declarations import Step
 from kdhooks.testing import check_method
 from kdhooks_plugins.margindistillation import MarginDistillation, TeacherMargins
 from tests import golden
+from tests.compared import normal, whole
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import margindistillation as reference
 from tests.references.differences import central_differences
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
 
 
 def declared(width: int = 6, **options: Any) -> TeacherMargins:
@@ -40,8 +32,8 @@ def test_gives_the_golden_margins() -> None:
     assert_close(found.tolist(), [0.5, 0.499791, 0.486769, 0.496316], rtol=0, atol=6e-7)
 
 
-def test_margins_stay_in_bounds_where_the_teacher_knows_no_sample() -> None:
-    """On these every similarity is negative, and the plain equation gives up to 2.03."""
+def test_margins_stay_in_bounds_if_the_teacher_recognises_no_sample() -> None:
+    """Every similarity is negative here, for which the plain equation yields up to 2.03."""
     assert declared().margins(golden.T, golden.Y, whole(golden.W)).tolist() == [0.2] * 4
 
 
@@ -73,7 +65,7 @@ def test_agrees_with_the_equation(
 
 
 def _scenarios() -> dict[str, Results]:
-    """With the rows whole on every rank, and split; the teacher is surest on the second rank."""
+    """Run with whole and with split rows; the teacher is most certain on the second rank."""
     return {"whole": _scenario(split=False), "split": _scenario(split=True)}
 
 
@@ -134,7 +126,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> Non
         declared(**options)
 
 
-def test_two_schedules_may_cross_no_step() -> None:
+def test_two_schedules_must_not_cross_in_any_step() -> None:
     warmup = {"warmup": 4, "unit": "step"}
     both = declared(low={"value": 0.2, **warmup}, high={"value": 0.5, **warmup})
     crossing = declared(low={"value": 0.4, **warmup}, high=lambda step: 0.25)

@@ -1,4 +1,4 @@
-"""docs/writing-a-method.md: each of its methods runs as it stands there; no hook is left out."""
+"""Each method of docs/writing-a-method.md runs as printed, and the page describes every hook."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ HOOKS = [name for name in vars(Specs) if not name.startswith("_")]
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """All blocks of the page in their order, as one module."""
+    """Run all blocks of the page in their order, as one module."""
     found: dict[str, Any] = {"__name__": "writing_a_method"}
     for name, text in BLOCKS.items():
         if name != "package":
@@ -49,7 +49,7 @@ def test_a_method_of_the_page_conforms(method: str, names: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("method", ["ShortFilters", "Adapted"])
-def test_a_method_that_sees_no_batch_or_trains_the_teachers_side_runs(
+def test_methods_without_a_batch_or_with_weights_on_the_teachers_side_run(
     method: str, names: dict[str, Any]
 ) -> None:
     net, (images, labels) = student(), tiny_batch()
@@ -74,7 +74,7 @@ def test_the_stages_of_the_plugin_are_tapped(names: dict[str, Any]) -> None:
     assert kd.taps[0].student_paths == ("layer2", "layer4")
 
 
-def test_the_view_is_the_students_alone(names: dict[str, Any]) -> None:
+def test_only_the_student_sees_the_view(names: dict[str, Any]) -> None:
     net, (images, labels) = student(), tiny_batch()
     seen: list[torch.Tensor] = []
     kd = distil(names["Near"](), names["Noisy"](amount=0.2), net=net)

@@ -1,4 +1,7 @@
-"""The two doors of MMEngine train as a loop by hand does, harm nothing, and log what they train."""
+"""Both entry points for MMEngine, model and hook, train like a hand-written loop and log the terms.
+
+A run with weight 0 equals the plain run.
+"""
 
 import copy
 import json
@@ -17,7 +20,7 @@ from kdhooks import EmbeddingTap, hookimpl
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import MODELS
@@ -45,11 +48,14 @@ from tests.mmengine_runs import (
 pytestmark = QUIET
 
 
-# --- the same as a loop by hand ------------------------------------------------------------------
+# --- the same as a hand-written loop -------------------------------------------------------------
 
 
 def by_hand(accumulate: int, steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """CE + 8 mean(1 - cos(P(s), t)), SGD with momentum and clipped norm; P as kdhooks draws it."""
+    """Train on CE + 8 mean(1 - cos(P(s), t)) with SGD, momentum and a clipped norm.
+
+    The projector P starts with the weights that kdhooks draws.
+    """
     student, teacher = Recogniser(seed=5).train(), Taught()
     drawn = MODELS.build(distilled(methods=[PROJECTED]))
     projector: nn.Module = copy.deepcopy(drawn.kdhooks.distiller.losses.fcd.projector)
@@ -106,13 +112,13 @@ def test_equals_a_loop_by_hand(tmp_path: Path, door: str, kind: str, accumulate:
     assert same({**students(run.state), "projector": projector}, state)
 
 
-# --- do no harm ----------------------------------------------------------------------------------
+# --- the student stays as it is ------------------------------------------------------------------
 
 
 @each_door
 @pytest.mark.parametrize("method", [FCD, PROJECTED, {"name": "rkd"}])
 def test_weight_zero_is_the_plain_run(tmp_path: Path, door: str, method: dict[str, Any]) -> None:
-    """The student's init_cfg touches, and draws numbers for, its own layers alone."""
+    """The student's init_cfg initialises only the student's layers and draws no other numbers."""
     student = {**STUDENT, "init_cfg": {"type": "Normal", "layer": "Linear", "std": 0.1}}
     plain = train(tmp_path, model=student)
     generator = torch.get_rng_state()
@@ -175,7 +181,7 @@ def test_evaluation_runs_no_teacher_and_keeps_nothing(tmp_path: Path) -> None:
     assert not distiller._student._taps._records
 
 
-def test_a_copy_of_the_student_is_left_alone() -> None:
+def test_a_copy_of_the_student_is_not_distilled() -> None:
     model = MODELS.build(distilled())
     data = samples("dict")
     batch = {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
@@ -195,7 +201,7 @@ class Gap(nn.Module):
 
 
 class LossGap:
-    """All its names have 'loss' in them."""
+    """Uses names that contain 'loss', which MMEngine would add to the total."""
 
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:

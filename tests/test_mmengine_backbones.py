@@ -1,4 +1,4 @@
-"""Stages, embeddings and classifiers of mmpretrain's shapes are found by how models are built."""
+"""Stages, embeddings and classifiers are found in models that are built like mmpretrain's."""
 
 import warnings
 from importlib import import_module
@@ -13,7 +13,7 @@ from kdhooks.testing import tiny_teacher
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import MODELS
@@ -44,12 +44,12 @@ def distilled(kind: str, methods: Any, teacher: Any = None, **changes: Any) -> A
         ("ShapedSwin", ["stages.0.blocks.1", "stages.1.blocks.1"]),
     ],
 )
-def test_a_stage_ends_where_the_map_is_halved_next(kind: str, stages: list[str]) -> None:
+def test_a_stage_ends_before_the_map_is_halved(kind: str, stages: list[str]) -> None:
     model = MODELS.build(shaped(kind))
     assert Conventions().model_stages(model) == [f"backbone.{stage}" for stage in stages]
 
 
-def test_stages_of_other_networks_shapes() -> None:
+def test_stages_of_networks_of_other_structures() -> None:
     def conv(stride: int = 1) -> nn.Module:
         return nn.Conv2d(3, 3, 1, stride=stride)
 
@@ -73,7 +73,7 @@ def test_stages_of_other_networks_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", ["IResNet", "MobileFaceNet", "VisionTransformer"])
-def test_a_class_of_a_known_name_and_another_shape_has_no_stages(name: str) -> None:
+def test_a_class_with_a_known_name_but_another_structure_has_no_stages(name: str) -> None:
     assert Conventions().model_stages(type(name, (nn.Module,), {})()) is None
 
 
@@ -94,7 +94,7 @@ def test_methods_train_by_stages_and_without(kind: str, name: str) -> None:
     assert any(p.grad is not None for p in model.backbone.parameters())
 
 
-def test_a_stage_without_a_tensor_concerns_who_taps_it() -> None:
+def test_a_stage_that_returns_no_tensor_is_refused_only_if_tapped() -> None:
     taps = {"student": {"stages": ["backbone.stages.0", "backbone.stages.1"]}}
     losses(distilled("ShapedSwin", [{"name": "fcd", "projector": True}], taps=taps))
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_rows_of_arcfaces_head_are_found() -> None:
     assert losses(model)["loss_kd_kd"].requires_grad
 
 
-def test_several_rows_a_class_are_no_classifier() -> None:
+def test_several_rows_per_class_are_refused_as_a_classifier() -> None:
     centres = {"student": {"head_options": {"k": 3}}}
     distilled("ShapedMobileNet", [{"name": "fcd", "projector": True}], rows(), **centres)
     with pytest.raises(KDHooksError, match=r"classifier is not known; .*classifier = 'head.fc.w"):
@@ -149,7 +149,7 @@ def test_several_rows_a_class_are_no_classifier() -> None:
         )
 
 
-def test_a_heads_bias_must_be_left_out_knowingly() -> None:
+def test_a_bias_is_ignored_only_if_the_classifier_is_named() -> None:
     linear = {"student": {"head": "ShapedLinear"}}
     distilled("ShapedMobileNet", [{"name": "fcd", "projector": True}], rows(), **linear)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A config of MMEngine says which distillation it wants, and what else it asks for still works."""
+"""An MMEngine config selects the distillation, and its other features keep working."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from kdhooks import KDHooksError
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.config import Config
@@ -44,7 +44,7 @@ from tests.mmengine_runs import (
 pytestmark = QUIET
 
 
-# --- what a config says --------------------------------------------------------------------------
+# --- distillation in a config --------------------------------------------------------------------
 
 BASE = """
 model = dict(type='Recogniser')
@@ -121,7 +121,7 @@ def test_a_config_needs_no_custom_imports() -> None:
 
 
 @each_door
-def test_a_toml_file_says_the_same(tmp_path: Path, door: str) -> None:
+def test_a_toml_file_equals_the_same_keys_in_the_config(tmp_path: Path, door: str) -> None:
     torch.save({"state_dict": trained_teacher().state_dict()}, tmp_path / "teacher.pth")
     network = {"type": "Recogniser", "width": 6}
     (tmp_path / "kd.toml").write_text(
@@ -145,7 +145,7 @@ def test_a_toml_file_says_the_same(tmp_path: Path, door: str) -> None:
 
 @each_door
 def test_a_cached_run_repeats_the_run_that_filled_the_cache(tmp_path: Path, door: str) -> None:
-    """Two epochs, of which the second finds all of the first; then both find everything."""
+    """The second epoch finds all embeddings of the first; in a second run both epochs do."""
     teacher = {**KD["teacher"], "cache": {"path": str(tmp_path / "cache"), "max_gb": 1}}
     filling = train(tmp_path / "1", **both(door, teacher=teacher))
     (keys,) = (tmp_path / "cache").glob("*.keys")
@@ -156,7 +156,7 @@ def test_a_cached_run_repeats_the_run_that_filled_the_cache(tmp_path: Path, door
     assert same(repeating.state, filling.state)
 
 
-def test_a_teachers_init_cfg_says_where_its_weights_are(tmp_path: Path) -> None:
+def test_a_teachers_init_cfg_names_its_weights(tmp_path: Path) -> None:
     taught = trained_teacher()
     torch.save(taught.state_dict(), tmp_path / "teacher.pth")
     pretrained = {"type": "Pretrained", "checkpoint": str(tmp_path / "teacher.pth")}
@@ -174,7 +174,7 @@ def test_a_teachers_init_cfg_says_where_its_weights_are(tmp_path: Path) -> None:
         MODELS.build(distilled(teacher={"module": module}))
 
 
-# --- what else a config may ask for --------------------------------------------------------------
+# --- other features of a config ------------------------------------------------------------------
 
 
 @each_door
@@ -210,7 +210,7 @@ def test_amp(tmp_path: Path, door: str) -> None:
 
 @each_door
 def test_activation_checkpointing(tmp_path: Path, door: str) -> None:
-    """A tap on the block itself is fine; one inside of it has no gradient there."""
+    """A tap on a checkpointed block works; a tap inside of it has no gradient."""
 
     def run(tap: str, *blocks: str) -> Run:
         taps = {"student": {"stages": [tap]}, "teacher": {"stages": ["layer3"]}}
@@ -230,14 +230,14 @@ def test_compile(tmp_path: Path, door: str) -> None:
     methods = [{**PROJECTED, "weight": weight}]
     plain = train(tmp_path, **both(door, methods=methods))
     torch.compiler.reset()
-    gc.collect()  # a Distiller of another test would take its hook off while dynamo follows it
+    gc.collect()  # else a Distiller of another test may remove its hook while dynamo traces it
     fast = train(tmp_path, **both(door, methods=methods), compile={"backend": "eager"})
     torch.compiler.reset()
     assert fast["loss"] == pytest.approx(plain["loss"])
 
 
-def test_an_own_learning_rate_for_the_auxiliaries(tmp_path: Path) -> None:
-    """The main door goes through MMEngine's own constructor of optimizers."""
+def test_the_methods_weights_can_have_their_own_learning_rate(tmp_path: Path) -> None:
+    """kdhooks.Distill leaves the parameter groups to MMEngine's optimizer constructor."""
     wrapper = {
         "optimizer": {"type": "SGD", "lr": 0.05},
         "paramwise_cfg": {"custom_keys": {"kdhooks": {"lr_mult": 0.1}}},

@@ -1,4 +1,4 @@
-"""A run of MMEngine distils on another device and on two ranks as on one processor."""
+"""An MMEngine run distils on another device and on two ranks as in one process on the CPU."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ from tests.second_device import NAME, Device, in_a_process, python_devices
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.device import utils as device_utils
@@ -43,7 +43,7 @@ pytestmark = QUIET
 
 # --- another device ------------------------------------------------------------------------------
 
-OF_CLASSES = {"name": "coupleface", "k": 3, "projector": True}  # its table is split over the ranks
+OF_CLASSES = {"name": "coupleface", "k": 3, "projector": True}  # the ranks share its table
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,10 @@ def process() -> Iterator[ProcessPoolExecutor]:
 def on_a_device(
     place: str, door: str, kind: str, folder: Path, nonfinite: str = "raise"
 ) -> tuple[str, list[float]]:
-    """Where the methods' weights are, and the losses; after the first step nothing waits."""
+    """Return the device of the methods' weights, and the losses.
+
+    From the second step on, the host must not wait for the device.
+    """
     warnings.simplefilter("ignore")
     device_utils.DEVICE = place
     device, ours = Device(), _AddTerms.__call__
@@ -90,7 +93,7 @@ def test_the_methods_are_where_the_model_is(
 
 @python_devices
 def test_a_step_that_waits_is_noticed(tmp_path: Path, process: ProcessPoolExecutor) -> None:
-    """As one does that may go on without its terms."""
+    """With nonfinite = "skip" the host waits for the terms in every step."""
     arguments = (f"{NAME}:0", "model", "Runner", tmp_path, "skip")
     with pytest.raises(RuntimeError, match="the host waits for the device"):
         process.submit(on_a_device, *arguments).result()
@@ -100,7 +103,7 @@ def test_a_step_that_waits_is_noticed(tmp_path: Path, process: ProcessPoolExecut
 
 
 def on_this_rank() -> dict[str, Results]:
-    """Both doors, with and without accumulation; and scheduled terms under a static graph."""
+    """Train by both entry points: with accumulation, and without it under a static graph."""
     warnings.simplefilter("ignore")
     size = int(os.environ.get("KDHOOKS_TEST_BATCH", "4"))
     found = {}

@@ -1,6 +1,6 @@
-"""What docs/mmengine.md says is run as it stands there, and so is its example.
+"""The blocks of docs/mmengine.md and its example run as printed.
 
-A block is named by the word after its language; each name has its test here.
+The word after a block's language is its name; each name has its test here.
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch import nn
 pytest.importorskip("mmengine")
 pytest.importorskip("PIL")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.config import Config
@@ -51,12 +51,23 @@ PLAIN = ("labels_alone", "without_head")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mmengine's own
 
 
+def unformatted(patch: pytest.MonkeyPatch) -> None:
+    """Skip yapf, with which MMEngine formats a config, in half the time of such a short run."""
+    patch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, False))
+
+
+@pytest.fixture(autouse=True)
+def _unformatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    unformatted(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with faces, a user's config made of the example's parts, and a trained teacher."""
+    """Create a folder with faces, a user's config and a trained teacher."""
     folder = tmp_path_factory.mktemp("material")
     faces = str(written(made_faces(), folder / "faces"))
     with pytest.MonkeyPatch.context() as patch:
+        unformatted(patch)
         patch.chdir(folder)
         patch.syspath_prepend(str(EXAMPLE))
         config = Config.fromfile(EXAMPLE / "configs" / "labels_alone.py")
@@ -82,7 +93,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory."""
+    """Copy the user's config and the teacher into the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLE))
     shutil.copy(material / "your_config.py", tmp_path)
@@ -93,10 +104,10 @@ _numbers = itertools.count()
 
 
 def ran(block: str) -> Any:
-    """The runner of a config file with this text, after its training."""
+    """Train a config file that has the text of this block, and return its runner."""
     Path(f"{block}.py").write_text(BLOCKS[block])
     config = Config.fromfile(f"{block}.py")
-    config.experiment_name = f"block{next(_numbers)}"  # else of the second of the clock
+    config.experiment_name = f"block{next(_numbers)}"  # the default, a time in seconds, can repeat
     runner = Runner.from_cfg(config)
     runner.train()
     return runner
@@ -186,7 +197,7 @@ def test_every_block_has_its_test() -> None:
     assert set(BLOCKS) == tested | shells
 
 
-# --- the example, as a shell runs it -------------------------------------------------------------
+# --- the example's shell commands ----------------------------------------------------------------
 
 
 def lines(*blocks: str) -> list[str]:
@@ -196,7 +207,7 @@ def lines(*blocks: str) -> list[str]:
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Faces and pairs in the working directory, and a quick teacher in SFace's place."""
+    """Write faces and pairs into the working directory, and replace SFace by a fast teacher."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLE))
     parts = import_module("face_recognition")
@@ -215,7 +226,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def quick_teacher() -> nn.Module:
-    """With SFace's names for the ends of 28x28, 14x14 and 7x7."""
+    """Return a teacher whose 28x28, 14x14 and 7x7 stages have SFace's names."""
     teacher = nn.Sequential()
     for stage, pool in (("conv_6_relu", 4), ("conv_12_relu", 2), ("conv_14_relu", 2)):
         teacher.add_module(stage, nn.AvgPool2d(pool))
@@ -227,7 +238,7 @@ def quick_teacher() -> nn.Module:
 
 
 def shell(line: str, *more: str) -> Any:
-    """A line of a shell, in this process, on few faces and for two steps."""
+    """Run a shell command in this process, on few faces and for two steps."""
     script, *words = shlex.split(line)[1:]
     words = [word.replace("examples/mmengine", str(EXAMPLE)) for word in words]
     if "--data" not in words:
@@ -239,7 +250,7 @@ def shell(line: str, *more: str) -> Any:
 
 
 @pytest.mark.parametrize("block", ["example", "rows", "options"])
-def test_the_lines_of_a_shell_run(block: str, example: Path) -> None:
+def test_the_shell_commands_run(block: str, example: Path) -> None:
     for line in lines(block):
         done = shell(line)
         if "class_means" in line:
@@ -249,8 +260,8 @@ def test_the_lines_of_a_shell_run(block: str, example: Path) -> None:
             assert ("labels_alone" in line) != hasattr(done.model, "kdhooks")
 
 
-def test_the_hook_config_is_the_models_to_the_last_bit(example: Path) -> None:
-    # MMEngine names a run by the second in which it starts, and warns of two that share it.
+def test_the_hook_config_trains_the_same_bits_as_the_model_config(example: Path) -> None:
+    # MMEngine names a run by its start time in seconds, and warns if two names are equal.
     command = (
         "python train.py examples/mmengine/configs/{0}.py --cfg-options experiment_name={0}_twin"
     )

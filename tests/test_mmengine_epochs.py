@@ -1,4 +1,4 @@
-"""A schedule that counts epochs counts those of the Runner's train dataloader."""
+"""A schedule in epochs counts those of the Runner's train dataloader."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ from kdhooks import KDHooksError
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.dataset import InfiniteSampler
@@ -40,14 +40,14 @@ from tests.mmengine_runs import (
 
 pytestmark = QUIET
 
-# Three steps an epoch: 0 in the first; then up to 8 within two thirds of one; then 8.
+# Three steps per epoch: weight 0 in the first epoch, then a rise to 8 within two thirds of one.
 EPOCHS = {**FCD, "weight": {"value": 8.0, "start": 1, "warmup": 2 / 3, "unit": "epoch"}}
 WEIGHTS = [0.0, 0.0, 0.0, 0.0, 4.0, 8.0]
 ITERS = {"by_epoch": False, "max_iters": 6}
 
 
 class Stream(IterableDataset[Any]):
-    """As many samples as one asks for, and no length."""
+    """Yields samples without end, and has no length."""
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -123,7 +123,7 @@ def test_a_dataloader_without_a_length_has_no_epochs(tmp_path: Path, door: str) 
         run(EPOCHS)
 
 
-def test_a_model_without_a_runner_is_told_the_length() -> None:
+def test_a_model_without_a_runner_needs_steps_per_epoch() -> None:
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     relations = {"name": "rkd", "weight": 1.0}
     inside = {"name": "eckd", "gamma": EPOCHS["weight"], "exclusivity_weight": 0}
@@ -139,7 +139,7 @@ def test_a_model_without_a_runner_is_told_the_length() -> None:
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, 3), (2, 2), (4, 1)])
 def test_an_infinite_sampler_has_the_length_of_all_ranks_data(ranks: int, expected: int) -> None:
-    """Its own length is that of the data set, of which each rank sees a share."""
+    """The sampler's length is that of the whole data set, of which each rank sees a share."""
     data: Any = samples("dict")
     sampler = InfiniteSampler(data, seed=0)
     sampler.world_size = ranks

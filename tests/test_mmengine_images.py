@@ -1,4 +1,4 @@
-"""What the teacher is given of the student's images, by both models' data_preprocessors."""
+"""The teacher gets the student's images, converted by both models' data_preprocessors."""
 
 import warnings
 from importlib import import_module
@@ -16,7 +16,7 @@ from kdhooks.testing import TinyFaceNet, tiny_teacher
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import HOOKS, MODELS
@@ -40,14 +40,14 @@ ASKED = (
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = MODELS.build(shaped(KIND, data_preprocessor=IMAGENET)).train()
-    for _ in range(60):  # until the running statistics are those of these images
+    for _ in range(60):  # until the running statistics have reached those of these images
         model(model.data_preprocessor(batch())["inputs"])
     torch.save({"state_dict": model.state_dict()}, tmp_path / "teacher.pth")
     return tmp_path / "teacher.pth"
 
 
 def seen_by_teacher(teacher: Any, student: Any, **changes: Any) -> Tensor:
-    """What the teacher's own forward is called with in a step on `batch()`."""
+    """Return the images that the teacher's forward receives in a step on `batch()`."""
     model: Any = mmengine.Distill(student, teacher=teacher, **{**KD, **changes})
     module = model.kdhooks.distiller._session.teacher.module
     seen: list[Tensor] = []
@@ -57,7 +57,7 @@ def seen_by_teacher(teacher: Any, student: Any, **changes: Any) -> Tensor:
 
 
 def as_by(preprocessor: dict[str, Any]) -> Tensor:
-    """`batch()`, as a model with this data_preprocessor is given it."""
+    """Return `batch()` as this data_preprocessor passes it to its model."""
     made = MODELS.build({"type": "ShapedPreprocessor", **preprocessor})
     images: Tensor = made(batch())["inputs"]
     return images
@@ -71,7 +71,7 @@ def test_the_teachers_own_normalisation_is_applied(checkpoint: Path, own: dict[s
     torch.testing.assert_close(found, as_by(own), atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_said_of_the_teachers_images_comes_first(checkpoint: Path) -> None:
+def test_teacher_input_takes_precedence_over_the_teachers_preprocessor(checkpoint: Path) -> None:
     network = shaped(KIND, data_preprocessor=IMAGENET)
     said = {"mean": 0.0, "std": 255.0, "order": "bgr"}
     teacher = {"network": network, "checkpoint": checkpoint, "input": said}
@@ -80,8 +80,8 @@ def test_what_is_said_of_the_teachers_images_comes_first(checkpoint: Path) -> No
     torch.testing.assert_close(found, loaded / 255, atol=1e-4, rtol=1e-4)
 
 
-def test_a_teacher_that_does_not_say_is_asked_for_it(checkpoint: Path) -> None:
-    """As mmpretrain's do not, whose data_preprocessor is outside of the model's config."""
+def test_a_teacher_without_a_preprocessor_needs_teacher_input(checkpoint: Path) -> None:
+    """mmpretrain's models have none: their data_preprocessor is outside of the model's config."""
     student = shaped(KIND, data_preprocessor=IMAGENET)
     teacher = {"network": shaped(KIND), "checkpoint": checkpoint}
     half: dict[str, Any] = {**teacher, "input": {"mean": 0.0}}
@@ -95,7 +95,7 @@ def test_a_teacher_that_does_not_say_is_asked_for_it(checkpoint: Path) -> None:
 
 
 def test_two_models_of_one_pipeline_see_the_same(checkpoint: Path) -> None:
-    """Neither says how its images are normalised, and both leave the channels as loaded."""
+    """Neither model specifies a normalisation, and both keep the channels as loaded."""
     torch.manual_seed(1)
     teacher = {"network": shaped(KIND), "checkpoint": checkpoint}
     pixels: dict[str, Any] = {"input": {"mean": 127.5, "std": 127.5}}
@@ -108,7 +108,7 @@ def test_two_models_of_one_pipeline_see_the_same(checkpoint: Path) -> None:
     assert torch.equal(seen[-1], images)
 
 
-def test_a_preprocessor_of_an_unknown_kind_is_asked(checkpoint: Path) -> None:
+def test_a_preprocessor_of_an_unknown_kind_needs_teacher_input(checkpoint: Path) -> None:
     from mmengine.model import BaseDataPreprocessor
 
     class Own(BaseDataPreprocessor):  # type: ignore[misc]
@@ -154,7 +154,7 @@ def test_the_order_of_the_channels(
         torch.testing.assert_close(found, as_by(own), atol=1e-4, rtol=1e-4)
 
 
-def test_the_order_is_asked_for_a_teacher_that_is_no_model_of_mmengines() -> None:
+def test_a_teacher_that_is_no_mmengine_model_needs_the_order_too() -> None:
     student = shaped(KIND, data_preprocessor={**IMAGENET, "to_rgb": False})
     with pytest.raises(KDHooksError, match="student's data_preprocessor has to_rgb = False"):
         mmengine.Distill(student, teacher=tiny_teacher().module, **KD)
@@ -168,7 +168,7 @@ def test_the_order_is_asked_for_a_teacher_that_is_no_model_of_mmengines() -> Non
 def test_a_data_preprocessor_at_the_top_is_the_students(
     tmp_path: Path, kind: str, door: str
 ) -> None:
-    """The plain run's, to the last bit, where nothing is distilled."""
+    """With weight 0 the run is bit-identical to the plain run."""
     top = {"data_preprocessor": {**IMAGENET, "std": [58.0, 57.0, 57.0]}, "data": "sample"}
     student = shaped(KIND)
     table = {"teacher": {"module": {"type": "Taught"}}, **KD}
@@ -209,7 +209,7 @@ def written(folder: Path, model: object, top: object = None) -> Path:
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_teacher_by_its_configs_file(checkpoint: Path, distilled: bool, tmp_path: Path) -> None:
-    """With the data_preprocessor at the top; a distilled student can be a teacher, too."""
+    """Its data_preprocessor is at the top; the config of a distilled student works, too."""
     model = shaped(KIND)
     if distilled:
         model = {"type": "kdhooks.Distill", "student": model, "teacher": {}, "methods": []}
@@ -264,20 +264,20 @@ def test_a_wrong_config_of_the_teacher_is_refused(
         ),
     ],
 )
-def test_a_wrong_source_is_refused_at_both_doors(teacher: dict[str, Any], match: str) -> None:
+def test_a_wrong_source_is_refused_by_model_and_hook(teacher: dict[str, Any], match: str) -> None:
     with pytest.raises(KDHooksError, match=match):
         mmengine.Distill(STUDENT, teacher=teacher, **KD)
     with pytest.raises(KDHooksError, match=match):
         HOOKS.build({"type": "kdhooks.DistillHook", "teacher": teacher, **KD})
 
 
-def test_other_hosts_read_no_config_of_mmengines() -> None:
+def test_other_hosts_refuse_a_teacher_by_mmengine_config() -> None:
     recipe = {"teacher": {"config": __file__, "checkpoint": __file__}, **KD}
     with pytest.raises(KDHooksError, match=r"teacher.config is a config file of MMEngine, and"):
         build(recipe, TinyFaceNet())
 
 
-def test_means_of_numpy_are_numbers() -> None:
+def test_numpy_means_are_accepted_as_numbers() -> None:
     given = {"mean": np.float32(0), "std": np.full(3, 255)}
     plain, other = (Seen.of(None).but(said) for said in ({"mean": 0, "std": [255.0] * 3}, given))
     assert plain.mean is not None

@@ -1,4 +1,4 @@
-"""A teacher whose parts' init_cfg name files has their weights, all of them."""
+"""A teacher loads all weights that the init_cfg of its parts name."""
 
 import warnings
 from importlib import import_module
@@ -12,7 +12,7 @@ from kdhooks import KDHooksError
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.model import BaseModule

@@ -1,4 +1,4 @@
-"""Labels are asked for where a method needs them, and mixed ones are refused to these."""
+"""Only methods that need labels require them, and these methods refuse mixed labels."""
 
 import warnings
 from importlib import import_module
@@ -12,7 +12,7 @@ from kdhooks.testing import tiny_teacher
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from kdhooks_integrations import mmengine
@@ -56,14 +56,14 @@ def test_methods_without_labels_see_the_mixed_images() -> None:
     torch.testing.assert_close(seen[-1], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_augments_that_mix_classes_are_refused_to_methods_of_labels() -> None:
+def test_methods_that_need_labels_refuse_augments_that_mix_classes() -> None:
     with pytest.raises(KDHooksError, match=r"kd need one .*batch_augments \(Mixup\) mix images"):
         distilled("kd", MIXED)
 
 
 @pytest.mark.parametrize("path", ["", "data_samples.gt_label"])
 def test_mixed_scores_beside_the_labels_are_noticed(path: str) -> None:
-    """By whoever mixed them; one class for sure is a label."""
+    """This does not depend on who mixed them; a score of 1 for one class counts as a label."""
     for share, mixed in ((1.0, False), (0.7, True), (0.3, True)):
         model = distilled("kd", labels=path)
         given = model.data_preprocessor(batch(), True)

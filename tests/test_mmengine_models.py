@@ -1,4 +1,4 @@
-"""The doors of MMEngine find the stages, classifiers and labels of models of other shapes."""
+"""Both entry points find the stages, classifiers and labels of models of other structures."""
 
 import warnings
 from importlib import import_module
@@ -13,7 +13,7 @@ from kdhooks.testing import TinyFaceNet
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import MODELS
@@ -41,7 +41,7 @@ pytestmark = QUIET
 
 @each_door
 def test_a_model_of_mmpretrains_shape(tmp_path: Path, door: str) -> None:
-    """The teacher sees what the recipe promises, however the student's images are normalised."""
+    """The teacher sees (pixel - 127.5) / 127.5 whatever the student's normalisation is."""
     seen: list[Tensor] = []
 
     def teacher(images: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ def test_stages_by_convention() -> None:
 
 
 def test_the_tutorials_model(tmp_path: Path) -> None:
-    """Positional data, no defaults, no mode but 'loss' and 'predict'."""
+    """It takes its data by position, and knows only the modes 'loss' and 'predict'."""
     taps = {"student": {"embedding": "resnet"}}
     run = train(tmp_path, model=distilled({"type": "Tutorial"}, taps=taps), data="tuple")
     assert run["loss_kd_fcd"][-1] < run["loss_kd_fcd"][0]
 
 
 def test_a_students_own_classifier(tmp_path: Path) -> None:
-    """For methods that compare logits; found by convention, or named."""
+    """The classifier of a method that compares logits is found by convention or by its name."""
     given = {"teacher": {"module": Taught(), "classifier": torch.randn(6, 12)}, "methods": ["kd"]}
     named = {**given, "classifier": "head.weight"}
     for table in (given, named):

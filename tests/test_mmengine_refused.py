@@ -1,4 +1,4 @@
-"""A wrong config, batch or model of MMEngine is refused or noticed at each place."""
+"""A wrong config, batch or model is refused, or noticed in the run."""
 
 import gc
 import warnings
@@ -17,7 +17,7 @@ from kdhooks.testing import TinyFaceNet
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.config.lazy import LazyObject
@@ -55,7 +55,7 @@ KNOWN = {"teacher": ROWS, "methods": ["kd"]}  # a method that needs labels
 
 @MODELS.register_module()
 class Wordy(Recogniser):
-    """Does not like its options."""
+    """Raises an error from its options."""
 
     def __init__(self, words: str | None = None) -> None:
         if words:
@@ -157,7 +157,7 @@ def test_a_wrong_hook_line_is_refused_when_it_is_read(changes: dict[str, Any], m
         HOOKS.build(hook(**changes))
 
 
-def test_channels_that_are_turned_round_must_be_said() -> None:
+def test_reversed_channels_need_the_order_of_the_input() -> None:
     seen: list[Tensor] = []
 
     def teacher(images: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def test_channels_that_are_turned_round_must_be_said() -> None:
 
 @pytest.mark.parametrize("source", ["network", "module"])
 def test_a_teachers_embedding_is_found_as_the_students_is(tmp_path: Path, source: str) -> None:
-    """And not the logits that a classifier's forward returns, unless that is asked for."""
+    """The logits that a classifier's forward returns are used only if taps ask for them."""
     torch.manual_seed(0)
     trained = Classifier().train()
     trained(torch.randn(8, 3, 32, 32))
@@ -192,7 +192,7 @@ def test_a_teachers_embedding_is_found_as_the_students_is(tmp_path: Path, source
         assert found.shape == (2, dim)
 
 
-def test_images_between_0_and_1_are_doubted(caplog: pytest.LogCaptureFixture) -> None:
+def test_images_between_0_and_1_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     labels = torch.arange(4)
     for said, images, doubted in (
         ({}, torch.rand(4, 3, 32, 32), True),
@@ -232,7 +232,7 @@ def test_a_wrong_batch_is_refused(
             model(**given, mode="loss")
 
 
-def test_pixels_that_are_said_to_be_pixels_are_taken() -> None:
+def test_pixels_are_accepted_if_the_input_specifies_them() -> None:
     seen: list[Tensor] = []
 
     def teacher(images: Tensor) -> Tensor:
@@ -262,17 +262,17 @@ def test_losses_must_be_a_dict_without_our_keys() -> None:
             model(torch.rand(4, 3, 32, 32), torch.arange(4), mode="loss")
 
 
-def test_one_door_alone(tmp_path: Path) -> None:
+def test_model_and_hook_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"distilled already; keep kdhooks\.Distill around it"):
         train(tmp_path, model=distilled(), hooks=[hook()])
 
 
-def test_the_hook_refuses_what_only_the_main_door_can_do(tmp_path: Path) -> None:
+def test_the_hook_refuses_what_only_the_model_entry_point_can_do(tmp_path: Path) -> None:
     groups = {
         "optimizer": {"type": "SGD", "lr": 0.05},
         "paramwise_cfg": {"custom_keys": {"head": {"lr_mult": 0.1}}},
     }
-    train(tmp_path, hooks=[hook()], optim_wrapper=groups)  # nothing of its own to train
+    train(tmp_path, hooks=[hook()], optim_wrapper=groups)  # this method trains no weights
     with pytest.raises(KDHooksError, match=r"the optimizer has \d+ groups.*type='kdhooks.Distill'"):
         train(tmp_path, hooks=[hook(methods=[PROJECTED])], optim_wrapper=groups)
     parameter = nn.Parameter(torch.zeros(1))
@@ -287,7 +287,7 @@ def test_the_hook_refuses_what_only_the_main_door_can_do(tmp_path: Path) -> None
         HOOKS.build(hook(methods=[PROJECTED])).before_run(wrapped)
 
 
-def test_a_train_step_that_passes_the_model_by_is_noticed(tmp_path: Path) -> None:
+def test_a_train_step_that_does_not_call_the_model_is_noticed(tmp_path: Path) -> None:
     class Aside(Recogniser):
         def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
             loss = self.backbone(data["inputs"]).sum()
@@ -299,7 +299,7 @@ def test_a_train_step_that_passes_the_model_by_is_noticed(tmp_path: Path) -> Non
 
 
 class OwnMode(Recogniser):
-    """Its train_step has a word of its own for the losses."""
+    """Its train_step calls the mode of the losses 'train'."""
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
         return super().forward(inputs, labels, "loss" if mode == "train" else mode)
@@ -309,7 +309,7 @@ class OwnMode(Recogniser):
 
 
 class Past(Recogniser):
-    """Its losses come past __call__, where hooks are."""
+    """Computes its losses by forward, without __call__ and so without hooks."""
 
     def _run_forward(self, data: Any, mode: str) -> Any:
         return self.forward(**data, mode=mode)
@@ -324,14 +324,14 @@ class Frozen(Recogniser):
 
 
 class Choosy(Recogniser):
-    """Trains what it knows by name."""
+    """Trains only the loss that it knows by name."""
 
     def parse_losses(self, losses: dict[str, Tensor]) -> Any:
         return losses["loss_cls"], {"loss": losses["loss_cls"]}
 
 
 def by_door(runner: Any, student: nn.Module, door: str, **table: Any) -> Any:
-    """The runner, with a student that no registry knows."""
+    """Return the runner with a student that is in no registry."""
     runner.model = student
     if door == "model":
         runner.model = mmengine.Distill(student, **{**KD, **table})
@@ -362,7 +362,7 @@ def test_a_run_without_the_terms_is_noticed(
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class Parts:
-    """Lists the parts of the model that it knows, for one optimizer or for one each."""
+    """Passes the parts of the model that it knows to one optimizer, or to one each."""
 
     def __init__(self, optim_wrapper_cfg: Any, paramwise_cfg: Any = None) -> None:
         self.several, self.also = optim_wrapper_cfg["several"], optim_wrapper_cfg["also"]
@@ -377,7 +377,7 @@ class Parts:
 
 
 class InTurn(Recogniser):
-    """Steps several optimizers."""
+    """Steps several optimizers in turn."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> Any:
         loss, log = self.parse_losses(self(**data, mode="loss"))
@@ -404,7 +404,7 @@ def test_methods_that_no_optimizer_trains_are_noticed(tmp_path: Path, several: b
     run(["kdhooks"])
 
 
-def test_a_trained_models_guard_ends_with_it(tmp_path: Path) -> None:
+def test_the_optimizer_guard_is_removed_with_the_model(tmp_path: Path) -> None:
     gc.collect()
     hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
     before = len(hooks)

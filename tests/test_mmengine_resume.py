@@ -1,4 +1,4 @@
-"""A run of MMEngine resumes and loads checkpoints that were written with and without kdhooks."""
+"""An MMEngine run resumes and loads checkpoints that were written with and without kdhooks."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from kdhooks import KDHooksError
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.logging import HistoryBuffer
@@ -86,7 +86,9 @@ def test_a_checkpoint_of_one_door_is_resumed_by_the_other(
     assert resumed.logs == straight.logs[3:]
 
 
-def test_torch_refuses_mmengines_checkpoints_until_told(tmp_path: Path, safe_globals: None) -> None:
+def test_torch_refuses_mmengines_checkpoints_until_allowed(
+    tmp_path: Path, safe_globals: None
+) -> None:
     torch.serialization.clear_safe_globals()
     train(tmp_path, **both("model"))
     with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
@@ -100,7 +102,7 @@ class Getattr:
         return getattr, (HistoryBuffer, "__init__")
 
 
-def test_a_checkpoint_gets_no_more_than_the_historys_own_methods(
+def test_a_checkpoint_may_name_only_the_historys_own_methods(
     tmp_path: Path, safe_globals: None
 ) -> None:
     mmengine.allow_resume()
@@ -110,7 +112,7 @@ def test_a_checkpoint_gets_no_more_than_the_historys_own_methods(
 
 
 @each_door
-def test_a_plain_checkpoint_can_be_begun_from(
+def test_a_run_can_start_from_a_plain_checkpoint(
     tmp_path: Path, safe_globals: None, door: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     mmengine.allow_resume()
@@ -139,7 +141,7 @@ def test_a_plain_runs_checkpoint_is_resumed_distilled(
     door: str,
     wrapper: dict[str, Any],
 ) -> None:
-    """The student goes on as if nothing had happened, momentum and schedule included."""
+    """The student continues as in the plain run, with its momentum and its schedule."""
 
     def run(name: str, weight: float, **changes: Any) -> Run:
         options = both(door, methods=[{**PROJECTED, "weight": weight}])
@@ -174,7 +176,7 @@ def test_a_plain_runs_checkpoint_is_resumed_with_averaged_weights(
     door: str,
     averaged: bool,
 ) -> None:
-    """Whether the plain run had EMAHook or not."""
+    """The plain run may have had EMAHook or not."""
     ema = {"type": "EMAHook"}
     plain = train(tmp_path / "plain", hooks=[ema] * averaged)
     options = both(door, methods=[{**PROJECTED, "weight": 0.0}])
@@ -200,7 +202,7 @@ def test_a_plain_runs_checkpoint_needs_the_hook(
 
 
 def test_a_distilled_runs_checkpoint_in_a_plain_run(tmp_path: Path, safe_globals: None) -> None:
-    """It resumes where the methods train nothing, and else can be loaded from."""
+    """It can be resumed if the methods train no weights; otherwise it can only be loaded from."""
     for name, method in (("without", FCD), ("with", PROJECTED)):
         train(tmp_path / name, **both("model", methods=[method]), hooks=[RESUME])
     one, other = (str(tmp_path / name / "epoch_1.pth") for name in ("without", "with"))
@@ -217,7 +219,7 @@ ECKD = {"name": "eckd", "exclusivity_weight": 0}  # its one weight has the shape
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize(("before", "after"), [([PROJECTED, ECKD], [ECKD, PROJECTED]),
                                                ([PROJECTED], [ECKD])])  # fmt: skip
-def test_other_methods_dont_get_the_state_of_these(
+def test_other_methods_cannot_resume_this_state(
     tmp_path: Path,
     safe_globals: None,
     kind: str,
@@ -225,7 +227,7 @@ def test_other_methods_dont_get_the_state_of_these(
     before: list[dict[str, Any]],
     after: list[dict[str, Any]],
 ) -> None:
-    """With ResumeHook, or where a script has called allow_resume: at the first step at last."""
+    """The refusal comes with ResumeHook, or after allow_resume, by the first step at the latest."""
     mmengine.allow_resume()
     hooks = [RESUME] * told
     train(tmp_path / "a", kind, **both("model", methods=before), hooks=hooks)
@@ -236,7 +238,7 @@ def test_other_methods_dont_get_the_state_of_these(
     train(tmp_path / "d", kind, **both("model", methods=before), **given, resume=True)
 
 
-def test_a_method_more_has_no_place_in_the_optimizers_state(
+def test_the_state_of_the_optimizer_needs_the_same_methods(
     tmp_path: Path, safe_globals: None
 ) -> None:
     train(tmp_path / "a", **both("model", methods=[PROJECTED]), hooks=[RESUME])
@@ -253,7 +255,7 @@ def test_a_method_more_has_no_place_in_the_optimizers_state(
 
 @each_runner
 @each_door
-def test_a_loaded_checkpoint_begins_its_schedule_anew(
+def test_a_schedule_starts_again_after_load_from(
     tmp_path: Path, safe_globals: None, kind: str, door: str
 ) -> None:
     mmengine.allow_resume()
@@ -266,7 +268,7 @@ def test_a_loaded_checkpoint_begins_its_schedule_anew(
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_an_optimizer_without_a_place_for_more_is_refused(several: bool) -> None:
+def test_an_optimizer_whose_state_cannot_be_extended_is_refused(several: bool) -> None:
     model = MODELS.build(distilled(methods=[PROJECTED]))
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     if several:

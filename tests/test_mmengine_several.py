@@ -1,4 +1,4 @@
-"""Several teachers in MMEngine, by both of its ways, and by a model that mmpretrain's look like."""
+"""Several teachers in MMEngine, by both entry points."""
 
 import warnings
 from pathlib import Path
@@ -35,7 +35,7 @@ PROJECTED = {"name": "fcd", "projector": True}
 
 @pytest.fixture
 def teachers(tmp_path: Path) -> list[dict[str, Any]]:
-    """A module by its config; and a network whose weights and class rows are in one file."""
+    """Return a module by its config, and a network with its weights and class rows in one file."""
     torch.save(trained_teacher().state_dict(), tmp_path / "teacher.pth")
     second = {
         "network": {"type": "Recogniser", "width": 6},
@@ -80,7 +80,9 @@ def test_kill_and_resume_equals_the_straight_run(
     assert same(resumed.state, straight.state)
 
 
-def test_each_teacher_is_given_what_its_own_model_expects(teachers: list[dict[str, Any]]) -> None:
+def test_each_teacher_gets_the_images_that_its_model_expects(
+    teachers: list[dict[str, Any]],
+) -> None:
     model: Any = MODELS.build(distilled(teacher=teachers, methods=["sp"]))
     session = model.kdhooks.distiller._session
     assert isinstance(session, TeacherSessions)
@@ -101,7 +103,7 @@ def test_a_fault_names_the_teacher(teachers: list[dict[str, Any]]) -> None:
 
 
 @each_door
-def test_a_cache_stands_for_the_teacher(door: str, tmp_path: Path) -> None:
+def test_a_cache_replaces_the_teacher(door: str, tmp_path: Path) -> None:
     cached = {"module": {"type": "Taught"}, "cache": str(tmp_path / "cache")}
     filling = train(tmp_path / "filling", **both(door, teacher=cached))
     alone = {"embeddings": str(tmp_path / "cache")}

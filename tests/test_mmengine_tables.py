@@ -1,4 +1,4 @@
-"""MMEngine: a table with a row for each sample stands for the teacher."""
+"""In MMEngine, a table with a row for each sample replaces the teacher."""
 
 import re
 import warnings
@@ -32,7 +32,7 @@ RESUME = {"type": "kdhooks.ResumeHook"}
 
 
 def Parts() -> Dataset[Any]:
-    """Two data sets, each of which numbers its samples from 0."""
+    """Concatenate two data sets, each of which numbers its samples from 0."""
     part: Any = samples("sample")[:12]
     return ConcatDataset([part, part])
 
@@ -69,10 +69,10 @@ def losses(folder: Path, **changes: Any) -> list[float]:
 
 
 @each_door
-def test_it_trains_what_the_network_trains(
+def test_the_table_trains_the_same_as_its_network(
     door: str, table: dict[str, Any], tmp_path: Path
 ) -> None:
-    """By sample_idx, in shuffled batches, under a view; a table in another order trains another."""
+    """Rows are found by sample_idx in shuffled batches with a view; a reordered table differs."""
     network = losses(tmp_path / "network", door=door)
     place = {"indices": "data_samples.sample_idx"} if door == "hook" else {}
     stored = losses(tmp_path / "stored", door=door, teacher=table, **place)
@@ -103,7 +103,7 @@ def test_samples_without_numbers_are_refused(
             train(tmp_path, **both(door, teacher=table, **place))
 
 
-def test_parts_that_count_from_0_are_refused_unless_others_numbers_are_named(
+def test_parts_that_count_from_0_are_refused_unless_indices_are_named(
     table: dict[str, Any], tmp_path: Path
 ) -> None:
     changes = options("model", teacher=table)
@@ -131,7 +131,7 @@ def test_mixed_images_are_refused(table: dict[str, Any]) -> None:
 
     model: Any = MODELS.build(STUDENT)
     model.data_preprocessor.batch_augments = type("Augments", (), {"augments": [Mixup()]})()
-    MODELS.build(distilled(model, methods=METHODS))  # of a network they are what it sees
+    MODELS.build(distilled(model, methods=METHODS))  # a network as teacher sees the mixed images
     another: Any = MODELS.build(STUDENT)
     another.data_preprocessor.batch_augments = model.data_preprocessor.batch_augments
     with pytest.raises(KDHooksError, match=r"batch_augments \(Mixup\) mix images of two; remove"):
@@ -139,7 +139,7 @@ def test_mixed_images_are_refused(table: dict[str, Any]) -> None:
     assert not another._forward_hooks, "nothing is left on the student"
 
 
-def test_a_place_of_numbers_without_a_table_is_refused() -> None:
+def test_indices_without_a_table_are_refused() -> None:
     with pytest.raises(
         KDHooksError, match=r"indices = 'labels' .* but no teacher is a table; leave"
     ):
@@ -156,7 +156,7 @@ def test_one_of_several_teachers_is_a_table(table: dict[str, Any], tmp_path: Pat
     assert np.isfinite(several["loss_kd_sp"]).all()
 
 
-def test_the_config_in_the_docs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_in_the_docs_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[1] / "docs" / "teachers-and-views.md"
     (block,) = re.findall(
         r"^```python table-mmengine\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL

@@ -1,4 +1,4 @@
-"""In MMEngine, by either door: no labels, and a factor of the student's own losses."""
+"""MMEngine, by both entry points: runs without labels, and a factor of the student's own losses."""
 
 import copy
 import warnings
@@ -14,7 +14,7 @@ from kdhooks.testing import tiny_batch, tiny_teacher
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import DATASETS, MODELS
@@ -44,7 +44,7 @@ FACTORS = [1.0, 1.0, 0.625, 0.25, 0.25, 0.25]
 
 
 def with_rows(folder: Path) -> dict[str, Any]:
-    """A teacher with class rows, and a method that needs them and labels."""
+    """Return a teacher with class rows, and a method that needs them and labels."""
     rows, file = tiny_teacher().classifier, folder / "rows.pt"
     assert rows is not None
     torch.save(rows.slice(0, rows.total), file)
@@ -57,7 +57,7 @@ def with_rows(folder: Path) -> dict[str, Any]:
 
 @MODELS.register_module()
 class Unlabelled(Recogniser):
-    """Its data samples tell nothing, so that it has no loss of its own."""
+    """Has no loss of its own, because its data samples have no labels."""
 
     def forward(  # type: ignore[override]
         self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
@@ -91,7 +91,7 @@ def unlabelled(door: str, folder: Path, **changes: Any) -> Any:
 
 @each_door
 @pytest.mark.parametrize("labels", [{"labels": False}, {}])
-def test_data_without_labels_trains_by_the_terms_alone(
+def test_data_without_labels_trains_only_on_the_terms(
     tmp_path: Path, door: str, labels: dict[str, bool]
 ) -> None:
     runner = unlabelled(door, tmp_path, methods=["fcd", "rkd"], **labels)
@@ -119,18 +119,18 @@ def test_a_method_that_needs_labels_is_refused_with_the_key_at_construction(
         unlabelled(door, tmp_path, **needing).train()
 
 
-def test_labels_are_not_handed_over_with_labels_false(tmp_path: Path) -> None:
-    """Nor looked for: this place of them does not exist."""
+def test_labels_are_not_passed_on_with_labels_false(tmp_path: Path) -> None:
+    """They are not looked up either: `False` names no place in the data."""
     run = train(tmp_path, **both("model", labels=False))
     distiller: Any = run.model.get_submodule("kdhooks.distiller")
     assert distiller.labelled == []
     assert run.logs == train(tmp_path, **both("model")).logs
 
 
-# --- the factor of the student's own losses ------------------------------------------------------
+# --- the weight of the student's own losses ------------------------------------------------------
 
 
-def test_the_losses_of_the_task_are_those_that_mmengine_adds_up() -> None:
+def test_the_task_losses_are_those_that_mmengine_adds_up() -> None:
     x = torch.tensor(3.0)
     given = {"loss_cls": x, "aux_loss": [x, 2 * x], "acc": x, "lossless": 3}
     assert _times(given, 1) is given
@@ -195,7 +195,7 @@ def test_a_schedules_factors_are_those_of_its_steps(tmp_path: Path) -> None:
     assert run["loss_cls"][2] == pytest.approx(whole["loss_cls"][2] * 0.625, rel=1e-6)
 
 
-def test_epochs_count_as_the_runners_do(tmp_path: Path) -> None:
+def test_the_task_weight_counts_the_runners_epochs(tmp_path: Path) -> None:
     table = {"value": 0.0, "initial": 1.0, "start": 1, "unit": "epoch"}
     run = train(tmp_path, **both("model", task_weight=table))
     assert [loss > 0 for loss in run["loss_cls"]] == [True] * 3 + [False] * 3

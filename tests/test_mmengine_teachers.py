@@ -1,4 +1,4 @@
-"""MMEngine's teachers: one of several sets of weights, class rows inside, networks by name."""
+"""MMEngine checkpoints as teachers: the choice of weights, class rows in them, named networks."""
 
 import warnings
 from pathlib import Path
@@ -43,12 +43,12 @@ def built(folder: Path, content: Any, **teacher: Any) -> Teacher:
 
 
 def averaged() -> dict[str, Any]:
-    """As EMAHook leaves it: the weights to be used are those of state_dict."""
+    """Return a checkpoint as EMAHook writes it: the weights to use are in state_dict."""
     ema = {f"module.{key}": value for key, value in state(1).items()}
     return {"state_dict": state(), "ema_state_dict": {"steps": torch.tensor(3), **ema}, "meta": {}}
 
 
-def test_of_two_sets_of_weights_those_of_state_dict_are_taken(tmp_path: Path) -> None:
+def test_state_dict_is_preferred_to_other_weights(tmp_path: Path) -> None:
     for weights, plus in (({}, 0), ({"weights": "ema_state_dict"}, 1)):
         module = built(tmp_path, averaged(), **weights).module
         assert module is not None
@@ -62,7 +62,7 @@ def test_a_bare_state_dict_is_taken(tmp_path: Path) -> None:
     assert torch.equal(module.state_dict()["head.weight"], state()["head.weight"])
 
 
-def test_rows_are_a_weight_of_the_model(tmp_path: Path) -> None:
+def test_class_rows_can_be_a_weight_of_the_model(tmp_path: Path) -> None:
     teacher = built(tmp_path, averaged(), classifier="head.weight")
     assert teacher.classifier is not None
     assert torch.equal(teacher.classifier.slice(0, 6), teacher.module.state_dict()["head.weight"])  # type: ignore[union-attr]
@@ -85,8 +85,8 @@ def test_a_network_by_name_takes_its_part_of_the_checkpoint(tmp_path: Path) -> N
     assert torch.equal(teacher.classifier.slice(0, 6), state()["head.weight"])
 
 
-def test_of_a_distilled_config_the_student_is_the_teacher(tmp_path: Path) -> None:
-    """Without the teacher and the methods that it had itself."""
+def test_the_student_of_a_distilled_config_becomes_the_teacher(tmp_path: Path) -> None:
+    """The config's own teacher and methods are ignored."""
     taught = trained_teacher()
     torch.save({"state_dict": taught.state_dict()}, tmp_path / "teacher.pth")
     network = {

@@ -1,4 +1,4 @@
-"""What an MMEngine student sees in place of its data loader's images, by both doors."""
+"""An MMEngine student sees a view instead of its data loader's images, by both entry points."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from kdhooks import KDHooksError, StudentView, viewed
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from mmengine.registry import MODELS
@@ -45,7 +45,7 @@ RESUME = {"type": "kdhooks.ResumeHook"}
 
 
 def first_layer(model: Any) -> list[Tensor]:
-    """What it is given, forward by forward."""
+    """Return a list that receives the layer's input in each forward."""
     seen: list[Tensor] = []
     model.backbone.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     return seen
@@ -67,7 +67,7 @@ def expected(images: Tensor, step: int = 0) -> Tensor:
 # --- the images of a forward ---------------------------------------------------------------------
 
 
-def test_the_view_is_on_in_training_in_mode_loss_alone() -> None:
+def test_the_view_is_applied_only_in_training_in_mode_loss() -> None:
     model = distilled().train()
     seen = first_layer(model)
     images, labels = batch()
@@ -114,7 +114,7 @@ def test_a_student_of_another_range_sees_the_view_in_its_own_range(mean: Any, or
     assert_close(seen[-1], as_student(expected(images, 1)), rtol=1e-4, atol=1e-4)
 
 
-def test_images_behind_another_tensor_are_refused() -> None:
+def test_images_after_another_tensor_are_refused() -> None:
     @MODELS.register_module(force=True)
     class BesideMaps(Recogniser):
         def forward(  # type: ignore[override]
@@ -175,10 +175,8 @@ def test_kill_and_resume_equals_the_straight_run(
     assert same(resumed.state, straight.state)
 
 
-def test_a_run_that_starts_from_a_checkpoint_draws_from_its_own_first_step(
-    tmp_path: Path, safe_globals: None
-) -> None:
-    """The checkpoint's step is not this run's."""
+def test_after_load_from_the_view_draws_from_step_0(tmp_path: Path, safe_globals: None) -> None:
+    """The step in the checkpoint is not used."""
     mmengine.allow_resume()
     options = both(DOORS[0], **VIEW)
     train(tmp_path / "first", **copy.deepcopy(options))

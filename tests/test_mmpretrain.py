@@ -1,4 +1,4 @@
-"""Every method between real models of mmpretrain, in real runs, where mmpretrain is installed."""
+"""Every method trains between real mmpretrain models, if mmpretrain is installed."""
 
 import warnings
 from importlib import import_module
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kdhooks import KDHooksError, methods
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of its own, on new torch and Python
+    warnings.simplefilter("ignore")  # mmpretrain warns on a new torch and Python
     pytest.importorskip("mmpretrain", exc_type=ImportError)
     import_module("mmpretrain.models")
     import_module("mmengine.runner")
@@ -53,7 +53,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], Any, int]] = {
             "arch": WINDOWS,
             "img_size": SIDE,
             "window_size": 2,
-            "drop_path_rate": 0.0,  # MMEngine does not resume its random numbers
+            "drop_path_rate": 0.0,  # MMEngine does not save the state of its random numbers
         },
         GAP,
         128,
@@ -80,7 +80,7 @@ def network(kind: str, **changes: Any) -> dict[str, Any]:
 
 
 def MmpretrainSamples() -> list[Any]:
-    """Two pictures of each class, alike but for noise."""
+    """Return two pictures of each class, which differ only by noise."""
     structures = import_module("mmpretrain.structures")
     drawn = torch.Generator().manual_seed(0)
     shapes = F.interpolate(torch.rand(CLASSES, 3, 4, 4, generator=drawn), (SIDE, SIDE))
@@ -105,7 +105,7 @@ def batch() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of checkpoints, whose rows are the class means of `batch()`."""
+    """Write checkpoints into a folder; their class rows are the class means of `batch()`."""
     folder = tmp_path_factory.mktemp("teachers")
     for kind in NETWORKS:
         torch.manual_seed(1)
@@ -200,17 +200,17 @@ def test_mixed_images_are_for_methods_without_labels(teachers: Path, augment: st
         "student": network("resnet", train_cfg=mixing),
     }
     model: Any = mmengine.Distill(**given, **table(teachers, "resnet", "rkd"))
-    # The head's own loss is of ArcFace, which takes no shares.
+    # ArcFace, the head's own loss, does not accept mixed labels.
     model.head.loss = lambda features, samples: {"loss": features[-1].mean()}
     losses = model(**model.train().data_preprocessor(batch(), True), mode="loss")
     assert losses["loss_kd_rkd"].requires_grad
-    given["data_preprocessor"] = dict(IMAGENET)  # which mmpretrain adds to
+    given["data_preprocessor"] = dict(IMAGENET)  # a new dict, since mmpretrain adds keys to it
     with pytest.raises(KDHooksError, match=rf"kd need one .*batch_augments \({augment}\) mix"):
         mmengine.Distill(**given, **table(teachers, "resnet", "kd"))
 
 
 def ran(folder: Path, kind: str, door: str = "", given: Any = None, **changes: Any) -> Any:
-    """Two epochs of three steps, the data_preprocessor at the config's top."""
+    """Train two epochs of three steps, with the data_preprocessor at the config's top."""
     model, hooks = network(kind), []
     if door == "model":
         model = {"type": "kdhooks.Distill", "student": model, **given}

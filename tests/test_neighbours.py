@@ -1,4 +1,4 @@
-"""Mining each class's nearest others: right, in chunks, resumed, and for the right rows alone."""
+"""Mining the nearest other classes of each class: in chunks, resumed, and for the same rows."""
 
 import json
 import os
@@ -13,19 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdhooks import KDHooksError
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins import neighbours
 from kdhooks_plugins.neighbours import main, mine_into, mined, nearest_classes
+from tests.compared import normal
 from tests.references import coupleface as reference
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
 
 ROWS = Rows.open(normal(0, 6, 4))
 Disk = namedtuple("Disk", "free")
@@ -48,7 +42,7 @@ def test_mining_agrees_with_the_equation(
     st.integers(0, 99),
     st.one_of(st.none(), st.floats(-0.9, 0.9)),
 )
-def test_no_class_is_its_own_neighbour_nor_twice_anothers(
+def test_a_class_is_never_its_own_neighbour_and_no_neighbour_repeats(
     c: int, d: int, seed: int, max_sim: float | None
 ) -> None:
     rows = Rows.open(normal(seed, c, d))
@@ -61,12 +55,12 @@ def test_no_class_is_its_own_neighbour_nor_twice_anothers(
             assert row == others + [-1] * (k - len(others))
 
 
-def test_a_class_is_not_its_own_neighbour_where_others_are_equal() -> None:
+def test_a_class_is_not_its_own_neighbour_if_others_are_equal() -> None:
     index = nearest_classes(Rows.open(torch.ones(4, 3)), 3).index
     assert [sorted(row) for row in index.tolist()] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
-def test_classes_with_others_too_close_are_counted() -> None:
+def test_classes_with_other_classes_too_close_are_counted() -> None:
     unit = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0]])
     assert nearest_classes(Rows.open(unit), 1, 0.9).passed_over == 2
     assert nearest_classes(Rows.open(unit), 1).passed_over == 0
@@ -89,7 +83,7 @@ def stopped_after(count: int) -> object:
     return progress
 
 
-def test_a_stopped_run_goes_on_where_it_was(
+def test_a_stopped_run_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = Rows.open(normal(0, 11, 4))
@@ -114,7 +108,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert mined(tmp_path, rows, 2, 0.5).index.tolist() == straight.index[:, :2].tolist()
 
 
-def test_a_folder_serves_no_other_rows_and_no_other_bound(tmp_path: Path) -> None:
+def test_a_folder_is_refused_for_other_rows_or_another_bound(tmp_path: Path) -> None:
     rows, others = Rows.open(normal(0, 6, 4)), Rows.open(normal(1, 6, 4))
     mine_into(tmp_path, rows, 3)
     with pytest.raises(KDHooksError, match="was mined with other rows than these; name another"):
@@ -167,10 +161,10 @@ def put(row: int, place: int, value: int) -> Callable[[NDArray[np.int32]], Any]:
         (lambda index: np.array([None]), "can't be read .*damaged, or cut short"),
     ],
 )
-def test_an_index_that_is_not_whole_is_refused(
+def test_a_damaged_index_is_refused(
     edit: Callable[[NDArray[np.int32]], Any], said: str, mining: Path
 ) -> None:
-    mined(mining, ROWS, 3, None)  # the twin
+    mined(mining, ROWS, 3, None)  # the unchanged index is accepted
     changed(mining, edit)
     before = (mining / "index.npy").read_bytes()
     with pytest.raises(KDHooksError, match=said):
@@ -201,7 +195,7 @@ def test_an_index_of_another_length_is_refused_and_never_extended(
     assert path.read_bytes() == before
 
 
-def test_an_index_is_only_read_where_nothing_is_to_be_written(mining: Path) -> None:
+def test_a_complete_index_is_only_read(mining: Path) -> None:
     for path in mining.iterdir():
         os.utime(path, (1, 1))
     mined(mining, ROWS, 2, None)
@@ -218,13 +212,13 @@ def test_an_index_is_only_read_where_nothing_is_to_be_written(mining: Path) -> N
         ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "must say rows, digests of them"),
     ],
 )
-def test_a_state_that_is_not_whole_is_refused(state: str, said: str, mining: Path) -> None:
+def test_a_damaged_state_is_refused(state: str, said: str, mining: Path) -> None:
     (mining / "mining.json").write_text(state)
     with pytest.raises(KDHooksError, match=said):
         mined(mining, ROWS, 3, None)
 
 
-def test_a_folder_that_can_not_hold_an_index_is_refused(
+def test_a_folder_that_cannot_hold_an_index_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -247,9 +241,7 @@ def test_a_bound_that_is_no_cosine_is_refused(max_sim: float) -> None:
         nearest_classes(ROWS, 3, max_sim)
 
 
-def test_a_device_that_is_not_there_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(normal(0, 6, 4).float(), tmp_path / "rows.pt")
     for device in ("gpu", "cuda:99", "meta"):
         argv = [str(tmp_path / "rows.pt"), "--k", "2", "--out", str(tmp_path), "--device", device]

@@ -1,4 +1,4 @@
-"""examples/walkthrough.ipynb runs from top to bottom, and keeps small outputs."""
+"""examples/walkthrough.ipynb runs from top to bottom, and its stored outputs are small."""
 
 import json
 import re
@@ -20,14 +20,14 @@ from tests.notebooks import WALK, read, run
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """What all of its cells leave behind."""
+    """Run all cells, and return the names that they define."""
     try:
         orl_files()
         sface_file()
     except KDHooksError as error:
         pytest.skip(str(error))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of matplotlib and torch's schedules
+        warnings.simplefilter("ignore")  # matplotlib and torch's schedulers warn
         return run(read())
 
 
@@ -38,14 +38,14 @@ def test_the_distilled_student_is_nearer_to_its_teacher(names: dict[str, Any]) -
     assert len(distilled) == names["STEPS"]
 
 
-def test_cross_is_what_labels_alone_do_not_give(names: dict[str, Any]) -> None:
+def test_only_distillation_improves_cross(names: dict[str, Any]) -> None:
     eer, tar, cross = zip(*(names["results"][name] for name in names["embedded"]), strict=True)
     assert cross[2] < min(cross[1], 0.42)
     assert cross[0] == eer[0] < 0.02 < eer[2]
     assert tar[0] > 0.98
 
 
-def test_the_students_see_nobody_who_is_tested(names: dict[str, Any]) -> None:
+def test_no_person_is_both_trained_and_tested(names: dict[str, Any]) -> None:
     people = names["faces"].people
     assert not set(people[names["train"].numpy()]) & set(people[names["test"].numpy()])
     assert len(names["train"]) == 150
@@ -62,7 +62,7 @@ def test_the_outputs_are_kept_and_small() -> None:
     assert json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" == WALK.read_text("utf-8")
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_the_targets_of_its_links_exist() -> None:
     text = "".join("".join(cell["source"]) for cell in read()["cells"])
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links

@@ -1,4 +1,4 @@
-"""Files as other tools write them, against the network that they hold, in float64."""
+"""ONNX files from several exporters and converters, compared with their network in float64."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ Node = helper.make_node
 
 
 class Pixels(nn.Module):
-    """A network that scales its pixels itself."""
+    """A network that scales the pixels itself."""
 
     def __init__(self, network: nn.Module, divisor: float = 127.5) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Pixels(nn.Module):
 
 
 class Flipped(nn.Module):
-    """A network of BGR images that takes RGB."""
+    """Takes RGB images and reverses them for a BGR network."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -55,14 +55,17 @@ class Flipped(nn.Module):
 
 
 def own(network: nn.Module, batch: Tensor) -> Tensor:
-    """(b 3 h w) -> (b e): the network's own embeddings, computed in float64."""
+    """(b 3 h w) -> (b e): the embeddings of the network itself, computed in float64."""
     with torch.no_grad():
         embedding: Tensor = copy.deepcopy(network).double()(batch.double())
         return embedding.float()
 
 
 def assert_near(found: Tensor, network: nn.Module, batch: Tensor, by: float = 1e-4) -> None:
-    """These networks put all images close to one point: what tells them apart must agree too."""
+    """Compare the embeddings, and their differences from the mean as well.
+
+    These networks embed all images close to one point, so only the differences distinguish them.
+    """
     expected = own(network, batch)
     assert ((found - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1)).all()
     apart, wanted = found - found.mean(dim=0), expected - expected.mean(dim=0)
@@ -70,7 +73,7 @@ def assert_near(found: Tensor, network: nn.Module, batch: Tensor, by: float = 1e
 
 
 def photos() -> Tensor:
-    """(4 3 112 112), each of its own colours."""
+    """(4 3 112 112), each with its own colours."""
     colours = torch.tensor([[-0.6, 0.2, 0.7], [0.6, 0.1, -0.4], [0.0, -0.7, 0.6], [0.7, 0.6, -0.7]])
     return colours.view(4, 3, 1, 1) + images(4) * 0.3
 
@@ -153,7 +156,7 @@ def by_onnxconverter(path: Path, keep_io_types: bool) -> None:
     onnx.save(half, path)
 
 
-@pytest.mark.filterwarnings("ignore")  # of numbers that float16 cannot hold
+@pytest.mark.filterwarnings("ignore")  # the converters warn of numbers that float16 cannot hold
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("keep_io_types", [False, True])
@@ -207,7 +210,7 @@ def test_simplifiers(
 
 
 class Paddle(nn.Module):
-    """What the graph below computes."""
+    """The network that the graph below computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,8 +227,8 @@ class Paddle(nn.Module):
 
 
 def paddle_graph(network: Paddle, path: Path, scaled: bool) -> Path:
-    """In the manner of Paddle's converter: numbered names, weights as Constant nodes, scale and
-    bias as Mul and Add of constants, -1 for an open axis, and an Identity at the end.
+    """Write the network in the style of Paddle's converter: numbered names, weights as Constant
+    nodes, scale and bias as Mul and Add of constants, -1 for an open axis, and a final Identity.
     """
     weights = {
         "conv2d_0.w_0": network.conv.weight,
@@ -278,7 +281,7 @@ def paddle_graph(network: Paddle, path: Path, scaled: bool) -> Path:
 
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_manner_of_paddle(tmp_path: Path, scaled: bool, convert: bool) -> None:
+def test_the_style_of_paddles_converter(tmp_path: Path, scaled: bool, convert: bool) -> None:
     network = Paddle()
     randomised(network)
     path = paddle_graph(network, tmp_path / "m.onnx", scaled)
@@ -287,7 +290,7 @@ def test_the_manner_of_paddle(tmp_path: Path, scaled: bool, convert: bool) -> No
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnxruntime_may_round_to_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does on a GPU; on the CPU it computes in float32."""
+    """onnxruntime rounds to float16 only on a GPU, so `Rounding` simulates it on the CPU."""
 
     class Rounding(OnnxModel):
         def __call__(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The forms in which ONNX files take their images."""
+"""The formats in which ONNX files take their images."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_images_of_uint8_are_pixels(tmp_path: Path, scaled: bool, convert: bool)
     assert_close(taught(path, batch, convert), wanted(arriving), atol=1e-3, rtol=1e-4)
 
 
-def test_images_of_uint8_behind_an_unknown_node_are_asked_about(tmp_path: Path) -> None:
+def test_uint8_images_before_an_unknown_node_are_refused(tmp_path: Path) -> None:
     nodes = [
         Node("Cast", ["data"], ["x"], to=TensorProto.INT32),
         Node("Cast", ["x"], ["y"], to=TensorProto.FLOAT),
@@ -34,7 +34,7 @@ def test_images_of_uint8_behind_an_unknown_node_are_asked_about(tmp_path: Path) 
         OnnxModel(path)
 
 
-def test_images_of_uint8_take_no_other_scale(tmp_path: Path) -> None:
+def test_uint8_images_refuse_another_scale(tmp_path: Path) -> None:
     nodes = [Node("Cast", ["data"], ["y"], to=TensorProto.FLOAT)]
     path = written(tmp_path, nodes, takes_type=TensorProto.UINT8)
     with pytest.raises(
@@ -53,7 +53,7 @@ def test_images_of_uint8_take_no_other_scale(tmp_path: Path) -> None:
         ({"mean": [-60, 0, 60], "std": 1}, r"mean must be 0, or left out, .* are uint8"),
     ],
 )
-def test_images_of_uint8_take_no_part_of_another_scale(
+def test_uint8_images_refuse_a_part_of_another_scale(
     tmp_path: Path, given: dict[str, object], said: str
 ) -> None:
     nodes = [Node("Cast", ["data"], ["y"], to=TensorProto.FLOAT)]

@@ -1,4 +1,4 @@
-"""What a graph does to its pixels before its first convolution, against what torch computes."""
+"""The scaling of pixels before a graph's first convolution, compared with torch's results."""
 
 import re
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def last_axis_times(matrix: str, end: str) -> Nodes:
     ]
 
 
-# What stands before Sub and Mul; x is what they get.
+# Nodes before Sub and Mul, which read x.
 BEFORE: dict[str, Nodes] = {
     "identity": [Node("Identity", ["data"], ["x"])],
     "cast": [Node("Cast", ["data"], ["x"], to=TensorProto.FLOAT)],
@@ -161,9 +161,7 @@ SCALED: dict[str, tuple[Nodes, Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("case", SCALED)
-def test_the_scale_follows_from_what_the_graph_computes(
-    tmp_path: Path, case: str, convert: bool
-) -> None:
+def test_the_scale_is_derived_from_the_graph(tmp_path: Path, case: str, convert: bool) -> None:
     nodes, arriving = SCALED[case]
     path = written(tmp_path, nodes)
     found = taught(path, images(3), convert)
@@ -206,7 +204,7 @@ def test_a_flip_of_the_channels_needs_the_order(tmp_path: Path, flip: str, conve
         assert_close(found, wanted(by_128(arriving)), atol=1e-4, rtol=1e-4)
 
 
-def test_a_flip_is_seen_behind_the_scaling_and_beside_unknown_nodes(tmp_path: Path) -> None:
+def test_a_flip_is_found_after_the_scaling_and_beside_unknown_nodes(tmp_path: Path) -> None:
     behind = [Node("Sub", ["data", "half"], ["c"]), Node("Mul", ["c", "128th"], ["s"])]
     path = written(tmp_path, [*behind, Node("Gather", ["s", "flip"], ["y"], axis=1)])
     with pytest.raises(KDHooksError, match=r"another order, \[2, 1, 0\]"):
@@ -222,7 +220,7 @@ def test_a_flip_is_seen_behind_the_scaling_and_beside_unknown_nodes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("convert", [False, True])
-def test_an_order_that_is_said_is_taken_without_a_flip(tmp_path: Path, convert: bool) -> None:
+def test_a_specified_order_is_used_without_a_flip(tmp_path: Path, convert: bool) -> None:
     path = written(tmp_path, [Node("Identity", ["data"], ["y"])])
     found = taught(path, images(2), convert, input={"order": "bgr"})
     assert_close(found, wanted(images(2).flip(1)), atol=1e-4, rtol=1e-4)
@@ -237,7 +235,7 @@ BLUE: dict[str, Nodes] = {
 
 
 @pytest.mark.parametrize("case", BLUE)
-def test_means_that_are_those_of_bgr_need_the_order(tmp_path: Path, case: str) -> None:
+def test_bgr_means_need_the_order(tmp_path: Path, case: str) -> None:
     path = written(tmp_path, BLUE[case])
     with pytest.raises(
         KDHooksError,
@@ -250,7 +248,7 @@ def test_means_that_are_those_of_bgr_need_the_order(tmp_path: Path, case: str) -
     assert_close(found, same, atol=1e-4, rtol=1e-4)
 
 
-def test_learned_1x1_convolutions_are_computations(tmp_path: Path) -> None:
+def test_learned_1x1_convolutions_are_no_scaling(tmp_path: Path) -> None:
     learned = np.random.default_rng(2).normal(size=(3, 3, 1, 1)).astype(np.float32)
     nodes = [Node("Conv", ["data", "learned"], ["x"]), Node("Div", ["x", "d"], ["y"])]
     constants = {"learned": learned, "d": np.array(255, np.float32)}
@@ -259,7 +257,7 @@ def test_learned_1x1_convolutions_are_computations(tmp_path: Path) -> None:
 
 
 def test_patches_are_followed_to_their_projection(tmp_path: Path) -> None:
-    """In the manner of transformers: (b 3 h w) -> (b tokens pixels), then a matrix."""
+    """As in transformers: (b 3 h w) -> (b tokens pixels), then a matrix product."""
     shapes = {"grid": [0, 3, 14, 8, 14, 8], "tokens": [0, 196, 192]}
     constants = {name: np.array(shape) for name, shape in shapes.items()}
     constants |= {name: CONSTANTS[name] for name in ("half", "128th", "flip")}
@@ -304,7 +302,10 @@ def test_images_may_be_quantised_in_their_own_range(
 
 
 UNKNOWN: dict[str, tuple[Nodes, str]] = {
-    "a range of its own": ([Node("Div", ["data", "255"], ["y"])], "brings it to 0..1; say what"),
+    "a range of its own": (
+        [Node("Div", ["data", "255"], ["y"])],
+        "0..255 to -1..1, but m.onnx brings it to 0..1; say what it expects: mean",
+    ),
     "an inverted image": (
         [Node("Sub", ["half", "data"], ["c"]), Node("Mul", ["c", "128th"], ["y"])],
         "brings it to 0.9961..-0.9961; say what",
@@ -461,7 +462,7 @@ def test_two_convolutions_must_see_the_same_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("convert", [False, True])
-def test_branches_that_do_not_reach_the_embedding_are_not_looked_at(
+def test_branches_that_do_not_reach_the_embedding_are_ignored(
     tmp_path: Path, convert: bool
 ) -> None:
     path = written(tmp_path, [*BEFORE["identity"], *SUB_MUL, Node("Sqrt", ["data"], ["unused"])])

@@ -1,4 +1,4 @@
-"""The torch network against onnxruntime, and against the network that was exported."""
+"""`to_torch` compared with onnxruntime and with the exported network."""
 
 import copy
 import re
@@ -19,10 +19,8 @@ from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import OnnxNetwork, to_torch
 from tests.onnx_samples import (
     IResNet,
-    MobileFaceNet,
     export,
     images,
-    opened_like_insightface,
     pooled,
     randomised,
     sface,
@@ -44,29 +42,7 @@ def assert_agrees(network: OnnxNetwork, path: Path, count: int = 3) -> None:
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize("open_batch", [True, False])
-@pytest.mark.parametrize("kind", [IResNet, MobileFaceNet])
-def test_exported_networks_come_back(
-    tmp_path: Path, kind: type[nn.Module], open_batch: bool
-) -> None:
-    exported = randomised(kind())
-    path = export(exported, tmp_path / "m.onnx", open_batch=open_batch)
-    network = to_torch(path)
-    assert_agrees(network, path)
-    with torch.no_grad():
-        assert_close(network(images(3)), exported(images(3)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_flattening_traced_for_one_image_takes_batches(tmp_path: Path) -> None:
-    exported = randomised(MobileFaceNet())
-    network = to_torch(
-        opened_like_insightface(export(exported, tmp_path / "m.onnx", open_batch=False))
-    )
-    with torch.no_grad():
-        assert_close(network(images(3)), exported(images(3)), rtol=1e-4, atol=1e-5)
-
-
-def test_children_bear_the_names_of_the_nodes(tmp_path: Path) -> None:
+def test_children_have_the_names_of_the_nodes(tmp_path: Path) -> None:
     network = to_torch(export(randomised(IResNet()), tmp_path / "m.onnx"))
     children = dict(network.named_children())
     assert isinstance(children["blocks_blocks_0_prelu_PRelu"], nn.PReLU)
@@ -94,7 +70,7 @@ def test_features_can_be_tapped(tmp_path: Path) -> None:
     assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
-def test_namesakes_and_names_of_module_attributes_are_told_apart(tmp_path: Path) -> None:
+def test_equal_names_and_names_of_module_attributes_get_a_suffix(tmp_path: Path) -> None:
     values = ["data", "a", "b", "c", "d", "e"]
     names = ["/twin/x", "twin.x", "forward", "0/1", ""]
     steps = zip(values, values[1:], names, strict=False)
@@ -104,7 +80,7 @@ def test_namesakes_and_names_of_module_attributes_are_told_apart(tmp_path: Path)
     assert children == ["twin_x", "twin_x_", "forward_", "0_1", "e", "pooled", "fc1"]
 
 
-def test_an_embedding_that_other_nodes_read_is_still_returned(tmp_path: Path) -> None:
+def test_an_embedding_that_another_node_reads_is_returned(tmp_path: Path) -> None:
     nodes = [*pooled("data"), Node("Relu", ["fc1"], ["unused"])]
     path = write_graph(tmp_path / "m.onnx", nodes, {}, gives=[("b", 3)])
     assert_agrees(to_torch(path), path)
@@ -276,7 +252,7 @@ REFUSED: list[tuple[onnx.NodeProto, str]] = [
 
 
 @pytest.mark.parametrize(("node", "reason"), REFUSED)
-def test_what_cannot_be_converted_is_refused(
+def test_a_node_that_cannot_be_converted_is_refused(
     tmp_path: Path, node: onnx.NodeProto, reason: str
 ) -> None:
     constants = {
@@ -291,7 +267,7 @@ def test_what_cannot_be_converted_is_refused(
         "rows": np.array([-1, 3, 12544]),
         "image": uniform(1, 3, 112, 112),
     }
-    # The embedding does not read y: what matters is how the node itself is met.
+    # The embedding does not depend on y; the node is refused anyway.
     path = write_graph(tmp_path / "m.onnx", pooled("data"), constants, takes=(1, 3, 112, 112))
     file = read_recognition_file(path)
     file.model.graph.node.append(node)
@@ -301,7 +277,7 @@ def test_what_cannot_be_converted_is_refused(
         to_torch(file)
 
 
-def test_what_torch_refuses_is_refused(tmp_path: Path) -> None:
+def test_a_node_that_torch_refuses_is_refused(tmp_path: Path) -> None:
     nodes = [
         Node("Gather", ["data", "red"], ["rows"], axis=1),
         Node("Conv", ["rows", "along"], ["y"], name="rows"),

@@ -1,4 +1,4 @@
-"""The tables of options in the pages are those that the declarations make."""
+"""The tables of options in docs/ are up to date with the declarations."""
 
 import re
 import tomllib
@@ -19,7 +19,7 @@ def test_a_page_holds_the_tables_of_its_options(page: Path) -> None:
     assert found == tables(page), "run python -m tests.option_tables"
 
 
-def test_the_index_says_what_each_method_needs() -> None:
+def test_the_index_lists_the_needs_of_each_method() -> None:
     found = NEEDS.search(INDEX.read_text("utf-8"))
     assert found is not None
     assert found.group() == needs_table(), "run python -m tests.option_tables"
@@ -59,7 +59,7 @@ METHODS = [page for page in pages() if page.parent.name == "methods"]
 
 
 def examples(page: Path) -> list[dict[str, Any]]:
-    """The methods of its TOML blocks, and each `option = value` in its text."""
+    """Return the methods in a page's TOML blocks, and each `option = value` in its text."""
     text = page.read_text("utf-8")
     blocks = re.findall(r"^```toml[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     tables = [method for block in blocks for method in tomllib.loads(block).get("methods", [])]

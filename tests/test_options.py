@@ -1,4 +1,4 @@
-"""Declared options: the refusal of wrong values, for every installed method and every kind."""
+"""Declared options of every installed method and every type refuse wrong values."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ Count = NewType("Count", int)
 
 
 class Odd(Options):
-    """Types that a method of somebody else may have."""
+    """Types that a third-party method may use."""
 
     anything: list = option([1], "A list of anything.")  # type: ignore[type-arg]
     pair: tuple = option((), "Another.")  # type: ignore[type-arg]
@@ -181,7 +181,7 @@ class WithPath:
         ("count", 3, 3),
     ],
 )
-def test_a_type_of_python_is_checked_as_far_as_it_is_known(
+def test_a_plain_python_type_is_checked_as_far_as_it_is_known(
     name: str, value: object, kept: object
 ) -> None:
     assert getattr(Odd.read({name: value}), name) == kept
@@ -204,7 +204,9 @@ def test_a_type_of_python_is_checked_as_far_as_it_is_known(
         ("left_out", 3, "odd: left_out must be left out; found 3"),
     ],
 )
-def test_a_wrong_value_of_a_type_of_python_is_refused(name: str, value: object, words: str) -> None:
+def test_a_wrong_value_of_a_plain_python_type_is_refused(
+    name: str, value: object, words: str
+) -> None:
     with pytest.raises(KDHooksError) as error:
         Odd.read({name: value})
     assert str(error.value) == words
@@ -228,7 +230,7 @@ def test_a_value_of_the_right_type_is_kept(name: str, value: object, kept: objec
 
 
 @pytest.mark.parametrize(("name", "value", "words"), BAD)
-def test_a_wrong_value_is_refused_with_the_way_out(name: str, value: object, words: str) -> None:
+def test_a_wrong_value_is_refused_with_its_fix(name: str, value: object, words: str) -> None:
     with pytest.raises(KDHooksError) as error:
         Sample.read({name: value})
     assert words in f"{error.value}$"
@@ -245,7 +247,7 @@ def test_a_table_gets_the_name_of_its_reader() -> None:
         Sample.read(3, "recipe: x")
 
 
-def test_a_list_and_a_table_become_what_they_stand_for() -> None:
+def test_lists_and_tables_become_objects() -> None:
     sample = Sample.read({"inner": {"step": 2}, "angle": {"value": 1.0, "warmup": 4}, "rows": "r"})
     assert sample.inner.step == 2
     assert isinstance(sample.angle, Schedule)
@@ -273,7 +275,7 @@ def test_bounds(bounds: Bounds, words: str, inside: list[float], outside: list[f
 
 
 class Bare(Options):
-    """Without `option`: types and defaults alone."""
+    """Fields without `option`, only with types and defaults."""
 
     size: int
     name: str = "x"
@@ -295,7 +297,7 @@ def test_a_field_without_a_declaration_is_checked_by_its_type() -> None:
 
 
 def wrong_values(declared: Option) -> list[object]:
-    """Values that no option of this kind may take."""
+    """Return values that no option of this type accepts."""
     kinds = alternatives(declared.kind)
     wrong: list[object] = [{"no such": 1}, object()]
     if str not in kinds and Path not in kinds:
@@ -323,7 +325,7 @@ def every_option() -> list[tuple[str, str, object]]:
 
 
 @pytest.mark.parametrize(("name", "key", "wrong"), every_option())
-def test_every_option_of_every_method_refuses_what_it_must(
+def test_every_option_of_every_method_refuses_wrong_values(
     name: str, key: str, wrong: object
 ) -> None:
     first, *rest = key.split(".")
@@ -334,7 +336,7 @@ def test_every_option_of_every_method_refuses_what_it_must(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_option_of_every_method_says_what_it_means(name: str) -> None:
+def test_every_option_of_every_method_has_a_meaning(name: str) -> None:
     for declared in opened(load(name)).values():
         assert declared.meaning.endswith(".")
 
@@ -343,7 +345,7 @@ def test_every_option_of_every_method_says_what_it_means(name: str) -> None:
 
 
 class Signed:
-    """As a third party may write it."""
+    """A third-party method, with an annotation that cannot be resolved."""
 
     def __init__(
         self,
@@ -370,11 +372,11 @@ class Resolved:
         self.size, self.levels, self.weight = size, levels, weight
 
 
-def test_a_signature_that_can_not_be_resolved_is_not_checked() -> None:
+def test_a_signature_that_cannot_be_resolved_is_not_checked() -> None:
     assert repr(read(Signed, {"size": "8"}, "signed").options[0]) == "'8'"
 
 
-def test_a_signature_declares_names_types_and_what_must_be_given() -> None:
+def test_a_signature_declares_names_types_and_required_options() -> None:
     made = read(Resolved, {"size": 3, "levels": [1], "weight": {"value": 2.0}}, "resolved")
     assert made.size == 3
     assert made.levels == [1]  # the list itself, as the constructor expects
@@ -391,7 +393,7 @@ def test_a_signature_declares_names_types_and_what_must_be_given() -> None:
         assert words in str(error.value)
 
 
-def test_what_a_constructor_of_somebody_else_raises_is_named() -> None:
+def test_an_error_in_a_third_party_constructor_is_named() -> None:
     with pytest.raises(
         KDHooksError, match=r"signed can't be created with .* RuntimeError: a reason"
     ):
@@ -412,10 +414,10 @@ def test_a_function_is_checked_in_every_step() -> None:
         words.angle(4)
 
 
-def test_a_class_is_no_function() -> None:
+def test_a_class_is_not_accepted_as_a_function() -> None:
     with pytest.raises(KDHooksError, match="found the class TinyFaceNet"):
         Sample(angle=TinyFaceNet)  # type: ignore[arg-type]
 
 
-def test_a_tensor_as_an_option_is_given() -> None:
+def test_a_tensor_option_counts_as_given() -> None:
     assert Sample(rows=torch.zeros(2, 3)).has("rows")

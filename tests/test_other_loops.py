@@ -1,4 +1,4 @@
-"""A Distiller in loops of Lightning Fabric and of accelerate, beside torch's own."""
+"""A Distiller in loops of Lightning Fabric and of accelerate, compared with a plain torch loop."""
 
 import math
 import os
@@ -31,7 +31,7 @@ STAGES: dict[str, Any] = {"student_stages": ["layer2"], "teacher_stages": ["laye
 
 @dataclass
 class Host:
-    """What a loop calls, whatever the host's own names for it are."""
+    """The calls of a loop, which each host names differently."""
 
     setup: Callable[[nn.Module], nn.Module]
     setup_optimizer: Callable[[Optimizer], Any]
@@ -71,7 +71,7 @@ def fabric(half: bool = False) -> Host:
 
 
 def accelerate(half: bool = False) -> Host:
-    import_module("accelerate.state").AcceleratorState._reset_state(True)  # one for each process
+    import_module("accelerate.state").AcceleratorState._reset_state(True)  # a process has only one
     host: Any = import_module("accelerate").Accelerator(
         cpu=True, mixed_precision="bf16" if half else "no"
     )
@@ -87,7 +87,7 @@ HOSTS: dict[str, tuple[str, Callable[[bool], Host]]] = {
 
 @pytest.fixture(params=HOSTS, scope="module")
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each host that is installed; what it writes into the environment is taken back."""
+    """Yield each installed host; its changes to the environment are undone."""
     chosen: str = request.param
     pytest.importorskip(HOSTS[chosen][0])
     with mock.patch.dict(os.environ):
@@ -105,9 +105,11 @@ def make(name: str) -> Callable[[bool], Host]:
 def trained(
     host: Host, way: str, methods: list[Any] = METHODS, teacher: Teacher | None = None
 ) -> Results:
-    """together: kd is made first, and the host is given all three parts.
-    before, after: kd is made before or after the student's set-up, and the host is not given it.
-    after-wrapped: kd is made after the student's set-up, and set up, too.
+    """Train six steps.
+
+    together: kd is created first, and the host sets up the student, kd and the optimizer.
+    before, after: kd is created before or after the student's set-up; the host does not set it up.
+    after-wrapped: kd is created after the student's set-up, and the host sets it up, too.
     """
     rank, _ = here()
     torch.manual_seed(rank)  # the students differ until the host makes them equal
@@ -194,11 +196,11 @@ def test_one_process_trains_as_a_bare_loop(
     found = trained(make(half), way)
     assert math.isfinite(found["loss"])
     if half and name == "fabric" and way in ("together", "after-wrapped"):
-        return  # Fabric rounds the images of whatever it sets up to bfloat16
+        return  # Fabric rounds the images that it passes to a module to bfloat16
     assert_close(found, trained(bare(half), "before"), rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpoint_of_the_host_brings_the_losses_back(
+def test_a_checkpoint_of_the_host_restores_the_losses(
     name: str, make: Callable[[bool], Host], tmp_path: Path
 ) -> None:
     host = make(False)
@@ -227,7 +229,7 @@ def test_a_checkpoint_of_the_host_brings_the_losses_back(
         assert_close([*kd.parameters()], kept, rtol=0, atol=0)
 
 
-def test_fabrics_own_wrapper_is_looked_through() -> None:
+def test_fabrics_wrapper_is_unwrapped() -> None:
     pytest.importorskip("lightning_fabric")
     net = TinyFaceNet()
     wrapped = fabric().setup(net)
@@ -238,7 +240,7 @@ def test_fabrics_own_wrapper_is_looked_through() -> None:
 
 
 class _Wrapper(nn.Module):
-    """Holds a module twice, as Fabric's wrapper does: as the strategy wraps it, and as it was."""
+    """Holds a module twice, like Fabric's wrapper: wrapped by the strategy, and as it was."""
 
     def __init__(self, forward_module: nn.Module, original: nn.Module) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ class _Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("strategy", [nn.Identity, nn.DataParallel])
-def test_a_wrapper_that_holds_a_module_twice_is_looked_through(strategy: Any) -> None:
+def test_a_wrapper_that_holds_a_module_twice_is_unwrapped(strategy: Any) -> None:
     net = TinyFaceNet()
     wrapped = _Wrapper(net if strategy is nn.Identity else strategy(net), net)
     assert unwrap(wrapped) is net

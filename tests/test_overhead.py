@@ -1,4 +1,4 @@
-"""What kdhooks adds to a step, in Python calls, and what it holds after one: nothing."""
+"""The Python calls and operators that kdhooks adds to a step, and the memory held afterwards."""
 
 import contextlib
 from collections import Counter
@@ -20,10 +20,11 @@ from kdhooks.teacher.fingerprints import ViewKeys
 
 SIZE = 32
 
-# 100 in Python 3.11, where a comprehension is a call; fewer in later ones. On the same step and
-# counted alike: 35 for hooks by hand, 56 for torchdistill's hooks, 114 for its whole loop. About 25
-# are guards: images, labels, batch sizes, overwritten arguments, terms that nobody took, numbers
-# that are not finite. A step enters no autocast that is off already, which would be 7 more.
+# 100 is the number in Python 3.11, where a comprehension is a call; later versions need fewer. The
+# same count on the same step is 35 for hand-written hooks, 56 for torchdistill's hooks and 114 for
+# its whole loop. About 25 calls are guards: of images, labels, batch sizes, overwritten arguments,
+# terms that were not used, and numbers that are not finite. A step does not enter an autocast that
+# is off already, which would be 7 more.
 EXTRA_CALLS = 100
 
 
@@ -38,26 +39,26 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def steady(step: Step) -> Step:
-    """After the first steps, which check what is checked once, and make the gradients."""
+    """Run the first steps, which do the checks of the first step and create the gradients."""
     for _ in range(2):
         step(*batch())
     return step
 
 
 def python_calls(step: Step) -> int:
-    """The fewest of three steps, since a finaliser of another test may run during one."""
+    """Return the minimum of three steps, since a finaliser of another test may run in one."""
     images, labels = batch()
     steadily = partial(steady(step), images, labels)
     return min(calls(steadily).python for _ in range(3))
 
 
 def test_a_step_adds_few_python_calls() -> None:
-    """To the same loss of models that return their maps, without any hook."""
+    """The comparison is the same loss without any hook, on models that return their maps."""
     step, _ = distilled(pair(), SIZE)
     assert python_calls(step) - python_calls(telling(pair())) <= EXTRA_CALLS
 
 
-def test_a_call_more_for_each_tap_would_be_counted() -> None:
+def test_one_more_call_per_tap_would_be_counted() -> None:
     distilled_pair = pair()
     step, _ = distilled(distilled_pair, SIZE)
     before = python_calls(step)
@@ -66,7 +67,7 @@ def test_a_call_more_for_each_tap_would_be_counted() -> None:
     assert python_calls(step) >= before + 5
 
 
-def test_the_step_that_is_counted_computes_what_the_loop_by_hand_does() -> None:
+def test_the_counted_steps_have_the_same_gradients() -> None:
     gradients = []
     for way in (telling, by_hand, lambda pair: distilled(pair, SIZE)[0]):
         trained = pair()
@@ -77,7 +78,7 @@ def test_the_step_that_is_counted_computes_what_the_loop_by_hand_does() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Names those that the host starts, without the views, which put no device to work."""
+    """Records the operators that the host starts, except views, which start no device work."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -99,7 +100,7 @@ def operators(work: Callable[[], object]) -> list[str]:
 
 
 def test_a_key_takes_five_operators() -> None:
-    """On a GPU the host needs longer to start one than the GPU to compute it."""
+    """On a GPU, the host needs longer to start an operator than the GPU to compute it."""
     images, _ = batch()
     keys = ViewKeys()
     keys(images)
@@ -107,7 +108,7 @@ def test_a_key_takes_five_operators() -> None:
 
 
 def test_a_step_of_hits_takes_few_operators_besides_the_keys_and_the_loss(tmp_path: Path) -> None:
-    """Memory for the rows, their float32, and the term's weight with its gradient."""
+    """They are the memory for the rows, their float32, and the term's weight with its gradient."""
     trained = pair()
     teacher = Teacher(trained.teacher, cache=CacheOptions(path=tmp_path))
     kd = Distiller(trained.student, teacher, ["fcd"], input_shape=(3, SIZE, SIZE))
@@ -137,7 +138,7 @@ def test_a_step_of_hits_takes_few_operators_besides_the_keys_and_the_loss(tmp_pa
 
 
 def held_after(step: Callable[[Tensor, Tensor], object]) -> int:
-    """Bytes in tensors that a batch and its step made."""
+    """Return the bytes still held in tensors that a step has created."""
     return tensor_bytes(lambda: step(*batch())).held
 
 
@@ -147,7 +148,7 @@ def test_nothing_is_held_after_a_step() -> None:
     assert held_after(steady(step)) == metrics
 
 
-def test_what_a_tap_kept_would_be_noticed() -> None:
+def test_a_tensor_that_a_tap_keeps_would_be_noticed() -> None:
     trained = pair()
     step, _ = distilled(trained, SIZE)
     kept: list[Tensor] = []
@@ -171,7 +172,7 @@ def test_nothing_is_held_after_an_evaluation() -> None:
 
 
 class Unlucky(nn.Module):
-    """Raises when it is told to; the identity else."""
+    """The identity, which raises if `raises` is set."""
 
     raises = False
 
@@ -183,7 +184,7 @@ class Unlucky(nn.Module):
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_nothing_is_held_after_a_model_raised(side: str) -> None:
-    """Nor by the evaluation that comes then."""
+    """An evaluation after the error holds nothing either."""
     trained = pair()
     unlucky = Unlucky()
     getattr(trained, side).embedding.append(unlucky)

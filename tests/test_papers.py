@@ -1,4 +1,4 @@
-"""benchmarks.papers: who is trained on what, and what the tables say of it."""
+"""benchmarks.papers: its material, its runs and its tables."""
 
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -42,7 +42,7 @@ from kdhooks_demo.training import Row
 from tests.demo_faces import made_faces
 
 
-def test_people_with_one_image_are_left_out_and_none_has_too_many() -> None:
+def test_people_with_one_image_are_left_out_and_others_are_limited() -> None:
     names = [f"alone/{0:03d}", *(f"many/{i:03d}" for i in range(30)), "two/0", "two/1"]
     faces = Faces(torch.zeros(len(names), 3, 2, 2, dtype=torch.uint8), tuple(names))
     kept = (*names[1 : 1 + MOST], "two/0", "two/1")
@@ -54,7 +54,7 @@ def record(accuracy: float) -> dict[str, Any]:
     return {"accuracy": accuracy, "tar2": 0.5, "tar3": 0.1, "eer": 0.2, "cross": 0.5, "seconds": 3}
 
 
-def test_rows_are_compared_with_labels_alone_of_the_same_seed() -> None:
+def test_a_row_is_compared_with_labels_alone_of_the_same_seed() -> None:
     rows = {LABELS: {0: record(0.7), 1: record(0.8)}, "fcd": {1: record(0.85), 2: record(0.9)}}
     assert added(rows, "fcd", "accuracy") == [pytest.approx(0.05)]
     assert added(rows, LABELS, "accuracy") == []
@@ -69,7 +69,7 @@ def tars(found: list[float]) -> dict[int, dict[str, Any]]:
 
 
 def test_a_row_teaches_if_its_mean_is_more_than_two_standard_errors_above_0() -> None:
-    """0.1 ± 0.06 of two seeds does not; 0.1 ± 0.04 does."""
+    """0.1 ± 0.06 over two seeds is too little; 0.1 ± 0.04 suffices."""
     assert error([0.04, 0.16]) == pytest.approx(0.06)
     assert not teaches([0.04, 0.16])
     assert teaches([0.06, 0.14])
@@ -79,7 +79,7 @@ def test_a_row_teaches_if_its_mean_is_more_than_two_standard_errors_above_0() ->
     assert cells(rows)[3][7] == "+10.0 ± 6.0"
 
 
-def test_the_gap_is_the_share_of_the_way_from_labels_alone_to_the_teacher() -> None:
+def test_the_gap_is_the_share_of_the_difference_between_labels_alone_and_teacher() -> None:
     rows = {TEACHER: tars([0.9]), LABELS: tars([0.4, 0.6]), "fcd": tars([0.6, 0.8])}
     assert gap(rows, "fcd") == pytest.approx(0.5)
     assert gap(rows, LABELS) is None
@@ -89,7 +89,7 @@ def test_the_gap_is_the_share_of_the_way_from_labels_alone_to_the_teacher() -> N
 
 
 def drawn_by(*curves: list[float]) -> dict[int, dict[str, Any]]:
-    """Records with a point of the curve after each 10 images."""
+    """Return records whose curves have a point after every 10 images."""
     return {
         seed: {
             **record(0.5),
@@ -108,7 +108,7 @@ def drawn_by(*curves: list[float]) -> dict[int, dict[str, Any]]:
         ([0.1, 0.2, 0.3, 0.4, 0.5], None),
     ],
 )
-def test_a_row_needs_so_many_images_to_stay_above_the_end_of_labels_alone(
+def test_needed_is_the_number_of_images_to_stay_above_labels_alone(
     found: list[float], images: int | None
 ) -> None:
     rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.4, 0.5], [0.1, 0.3, 0.5, 0.8, 0.7])}
@@ -117,7 +117,7 @@ def test_a_row_needs_so_many_images_to_stay_above_the_end_of_labels_alone(
     assert f"| fcd | {images or 'not reached'} |  |  |" in course_table(rows)
 
 
-def test_the_strength_is_given_for_both_ends_of_the_curves() -> None:
+def test_the_strength_is_shown_for_both_ends_of_the_curves() -> None:
     rows = {LABELS: drawn_by([0.1, 0.2]), "fcd": drawn_by([0.3, 0.3], [0.3, 0.3])}
     strengths = {0: [1.0, 0.5], 1: [3.0, 0.7]}
     for seed, found in strengths.items():
@@ -126,7 +126,7 @@ def test_the_strength_is_given_for_both_ends_of_the_curves() -> None:
     assert course_table(rows).splitlines()[-1] == "| fcd | 10 | 2.00 to 0.60 | 0.20 to 0.06 |"
 
 
-def test_what_labels_alone_gain_in_the_last_fifth_is_said() -> None:
+def test_the_gain_of_labels_alone_in_the_last_fifth_is_reported() -> None:
     rows = {LABELS: drawn_by([0.1, 0.3, 0.5, 0.55, 0.6], [0.1, 0.3, 0.5, 0.65, 0.7])}
     assert flatness(rows) == (
         "From 40 to 50 images, labels alone gain 5.0 points of TAR at FAR 0.01."
@@ -152,14 +152,14 @@ def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path: Path) -
     second = page.read_text()
     assert second.startswith(f"# Title\n\n{START}\n\n## A: ")
     assert second.endswith(f"{END}\n\nAdvice.\n")
-    assert second.count("| fcd |") == 2, "of the table, and of the images that it needs"
+    assert second.count("| fcd |") == 2, "one in the table, one in the table of needed images"
     assert (tmp_path / "papers-A.png").stat().st_size > 1000
     page.write_text("# By hand\n")
     write(records, results)
     assert page.read_text().startswith(f"# By hand\n\n{START}")
 
 
-def test_every_row_is_a_recipe() -> None:
+def test_every_row_has_a_valid_recipe() -> None:
     for setting in SETTINGS.values():
         rows = [*setting.rows, *swept(setting.rows), *setting.study]
         for row in rows:
@@ -172,7 +172,7 @@ def test_every_row_is_a_recipe() -> None:
         assert setting.name == SHORT or setting.students.images_seen >= 150_000
 
 
-def test_views_are_the_same_whatever_comes_after_them() -> None:
+def test_views_do_not_depend_on_later_views() -> None:
     faces = made_faces()
     few, more = drawn(faces, ("plain", "mirror", "mild")), drawn(faces, KINDS)
     assert len(more) == len(KINDS) * len(faces)
@@ -200,7 +200,7 @@ def test_a_row_may_learn_from_fewer_people_or_plain_views() -> None:
 def students(
     material: Path, out: Path, processes: int, images_seen: int = 40
 ) -> list[dict[str, object]]:
-    """The results of three rows on the made-up faces, without their seconds."""
+    """Return the results of three rows on the made-up faces, without their seconds."""
     arguments = f"--images-seen {images_seen} --batch 20 --seeds 1 --device cpu".split()
     arguments += ["--setting", SHORT]
     arguments += ["--threads", f"{processes}"]
@@ -219,7 +219,7 @@ def students(
 def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """TAR at FAR 0.001 is nan on so few pairs, which equals nothing."""
+    """`students` omits TAR at FAR 0.001, which is nan on so few pairs."""
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")
     write_teacher(tmp_path / "teacher.onnx")
@@ -241,7 +241,7 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
 
 
 @pytest.mark.parametrize("name", ["D", "S"])
-def test_a_teacher_sees_a_batch_at_least(
+def test_a_teacher_sees_at_least_one_batch(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = f"--setting {name} --data none --pairs none --out {tmp_path} --teacher-images 20"
@@ -251,7 +251,7 @@ def test_a_teacher_sees_a_batch_at_least(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # its rows are SHORT's
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # A has SHORT's rows
 def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")
@@ -270,7 +270,7 @@ def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Pat
     ]
 
 
-def test_a_teacher_is_trained_once_and_read_afterwards(
+def test_a_teacher_is_trained_once_and_loaded_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_faces(tmp_path / "faces")
@@ -308,7 +308,7 @@ def test_an_incomplete_last_line_is_dropped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "lfw.jsonl"
-    mend(results)  # there is none yet
+    mend(results)  # the file does not exist yet
     results.write_text('{"row": "kd"}\n')
     mend(results)
     assert capsys.readouterr().out == ""
@@ -355,7 +355,7 @@ def test_a_wrong_option_is_refused_before_anything_runs(
 
 
 class Failing:
-    """A course in which fcd can't be learned."""
+    """A course in which the row fcd fails."""
 
     def record(self, row: Row, seed: int) -> dict[str, object]:
         if row.name == "fcd":

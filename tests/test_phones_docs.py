@@ -1,4 +1,4 @@
-"""docs/phones.md: its commands are understood, and its code runs where its packages are."""
+"""docs/phones.md: its commands are parsed, and its code runs if its packages are installed."""
 
 import argparse
 import copy
@@ -50,7 +50,7 @@ def test_the_limits_and_the_defaults_are_those_of_the_command() -> None:
 def test_a_conversion_keeps_the_embeddings(
     block: str, packages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block itself asserts that; the packages warn of much else."""
+    """The block itself asserts this; warnings of the packages are ignored."""
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,7 +62,7 @@ def test_a_conversion_keeps_the_embeddings(
 
 # --- quantisation-aware training -----------------------------------------------------------------
 
-EAGER = (  # what torch says of its eager mode
+EAGER = (  # torch's warnings about its eager mode
     "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
     "ignore:Please use quant_min and quant_max:UserWarning",
     "ignore:torch.quantize_per_tensor",
@@ -90,7 +90,7 @@ def test_a_student_is_trained_for_int8(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_distiller_leaves_the_observers_of_a_prepared_student_as_they_were() -> None:
-    """They also record in eval mode, in which the student is probed."""
+    """Observers also record in eval mode, in which the student is probed."""
     names = scope()
     exec(BLOCKS["qat"].partition("with Distiller")[0], names)
     student = names["student"]
@@ -115,7 +115,7 @@ def prepared_eager() -> nn.Module:
 
 
 def prepared_fx() -> nn.Module:
-    """Of the same network; FX mode quantises its input and output without stubs."""
+    """Prepare the same network in FX mode, which needs no stubs for its input and output."""
     student = scope()["Student"]()
     student.quant, student.dequant = nn.Identity(), nn.Identity()
     mapping = quantization.get_default_qat_qconfig_mapping(torch.backends.quantized.engine)
@@ -132,7 +132,7 @@ MODES: dict[str, tuple[Callable[[], nn.Module], Callable[..., nn.Module]]] = {
 def trained(
     mode: str, weight: float | None, steps: int = 4, earlier: dict[str, Any] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The student after so many steps on a task, and what a checkpoint holds; weight: of fcd."""
+    """Return the student after `steps` on a task, and its checkpoint; `weight` is that of fcd."""
     student, teacher = MODES[mode][0](), scope()["teacher"]
     kd = (
         None if weight is None else Distiller(student, teacher, [{"name": "fcd", "weight": weight}])
@@ -157,8 +157,8 @@ def trained(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_prepared_student_keeps_the_promises(mode: str) -> None:
-    """Weight 0 is the run without kdhooks, and a resumed run is the straight one, to the bit."""
+def test_a_prepared_student_trains_and_resumes_bit_by_bit(mode: str) -> None:
+    """Weight 0 equals the run without kdhooks, and a resumed run equals the uninterrupted one."""
     _, plain = trained(mode, None)
     _, zero = trained(mode, 0.0)
     student, distilled = trained(mode, 1.0)

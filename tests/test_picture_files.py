@@ -1,4 +1,4 @@
-"""Folders and zips of pictures: what is taken, what is skipped, and faults reported together."""
+"""Folders and zips of pictures: their names, skipped entries, and all faults in one error."""
 
 import os
 import re
@@ -48,14 +48,12 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
     return lambda *names: request.param(tmp_path, *names)
 
 
-def test_pictures_come_in_order_of_name_from_any_depth(made: Callable[..., Path]) -> None:
+def test_pictures_of_any_depth_are_sorted_by_name(made: Callable[..., Path]) -> None:
     names = ["b/2.PNG", "a/9/1.jpg", "b/10.png", "c.jpg/1.webp", "0.tif"]
     assert checked(made(*names)).names == sorted(names)
 
 
-def test_what_is_no_picture_is_skipped_and_logged(
-    made: Callable[..., Path], caplog: Logged
-) -> None:
+def test_other_files_are_skipped_and_logged(made: Callable[..., Path], caplog: Logged) -> None:
     files = checked(made("a/1.png", "notes.txt", *JUNK))
     assert files.names == ["a/1.png"]
     assert re.search(r"faces: skipped \d entries of '.*' that are not pictures: ", caplog.text)
@@ -63,9 +61,7 @@ def test_what_is_no_picture_is_skipped_and_logged(
     assert ".DS_Store" in caplog.text
 
 
-def test_nothing_is_logged_where_nothing_is_skipped(
-    made: Callable[..., Path], caplog: Logged
-) -> None:
+def test_nothing_is_logged_if_nothing_is_skipped(made: Callable[..., Path], caplog: Logged) -> None:
     checked(made("a/1.png"))
     assert not caplog.records
 
@@ -92,7 +88,7 @@ def test_all_faults_are_reported_together(made: Callable[..., Path]) -> None:
     assert said.endswith("; and 2 more")
 
 
-def test_links_are_followed_unless_they_lead_around(tmp_path: Path) -> None:
+def test_links_are_followed_unless_they_form_a_loop(tmp_path: Path) -> None:
     folder = write(tmp_path / "data", "a/1.png")
     write(tmp_path / "other", "2.png")
     (folder / "b").symlink_to(tmp_path / "other")
@@ -104,7 +100,7 @@ def test_links_are_followed_unless_they_lead_around(tmp_path: Path) -> None:
         checked(folder)
 
 
-def test_links_of_two_folders_to_one_another_end(tmp_path: Path) -> None:
+def test_two_folders_that_link_to_each_other_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "other").symlink_to(tmp_path / "a")
@@ -112,7 +108,7 @@ def test_links_of_two_folders_to_one_another_end(tmp_path: Path) -> None:
         checked(tmp_path)
 
 
-def test_what_can_not_be_opened_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
@@ -125,8 +121,10 @@ def test_what_can_not_be_opened_is_named(tmp_path: Path) -> None:
     assert "'pipe.png' is not a regular file; remove it" in said
 
 
-def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the system is asked in vain here."""
+def test_a_file_without_permission_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not restrict root, so the refusals are simulated."""
     write(tmp_path, "a/1.png", "b/2.png", "b/3.png")
     scandir, open_file = os.scandir, Path.open
 
@@ -153,7 +151,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 # --- zips ----------------------------------------------------------------------------------------
 
 
-def test_names_that_lead_out_of_a_zip_are_refused(tmp_path: Path) -> None:
+def test_names_outside_of_a_zip_are_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", "a/1.png", "/etc/1.png", "../1.png", "a\\2.png", "./b/3.png")
     with pytest.raises(KDHooksError, match="found 3 faults among 2 pictures") as caught:
         checked(path)
@@ -211,7 +209,7 @@ def test_a_truncated_zip_is_refused(kept: int, said: str, tmp_path: Path) -> Non
         ("a\0b", "embedded null"),
     ],
 )
-def test_what_is_no_source_is_refused(
+def test_a_source_that_is_no_folder_or_zip_is_refused(
     source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoding pictures: what comes out is what the picture shows, or there are words."""
+"""A picture is decoded to the pixels that it shows, or refused."""
 
 import io
 import struct
@@ -70,7 +70,7 @@ def test_cmyk_is_converted_as_pillow_does() -> None:
 
 def test_a_turned_picture_is_turned_upright_or_refused() -> None:
     exif = Image.Exif()
-    exif[274] = 6  # the camera was turned by 90 degrees
+    exif[274] = 6  # the orientation of a camera that was rotated by 90 degrees
     content = encoded(Image.fromarray(COLOURS), exif=exif)
     np.testing.assert_array_equal(decode(content), np.rot90(COLOURS, -1))
     for read in (
@@ -158,7 +158,7 @@ FLOATS = np.full((3, 4), 0.5, np.float32)
         "bomb", "small bomb",
     ],
 )  # fmt: skip
-def test_what_is_no_picture_of_ours_is_refused(content: bytes, said: str) -> None:
+def test_content_that_is_no_supported_picture_is_refused(content: bytes, said: str) -> None:
     with pytest.raises(Unreadable, match=said):
         decode(content)
 
@@ -172,7 +172,7 @@ def test_a_jpeg_cut_short_is_found_by_decoding() -> None:
 
 
 def test_a_16_bit_tiff_of_another_scale_is_refused() -> None:
-    """White is 0 there, which Pillow does not say by the mode."""
+    """White is 0 in this file, and Pillow's mode does not show it."""
     deep = Image.fromarray(SHADES.astype(np.uint16))
     with pytest.raises(Unreadable, match="mode I;16, whose range is not known"):
         decode(encoded(deep, "TIFF", tiffinfo={262: 0}))

@@ -1,4 +1,4 @@
-"""Names and patterns in a recipe stand for the submodules that they should."""
+"""Names and patterns in a recipe select the right submodules."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ def test_stages_and_the_embedding_have_names() -> None:
     assert points().one("embedding", "student") == ""
 
 
-def test_a_submodule_that_is_called_so_comes_first() -> None:
+def test_a_submodule_with_the_exact_name_takes_precedence() -> None:
     model = IResNet()
     model.stage1, model.embedding = nn.Identity(), nn.Identity()
     model.add_module("layer[1-4]", nn.Identity())
@@ -96,11 +96,11 @@ def test_patterns_match_in_natural_order() -> None:
     )
 
 
-def test_a_place_is_no_pattern() -> None:
+def test_an_index_is_not_a_pattern() -> None:
     assert points().several(["layer1[2]", "layer1[-1]"], "") == ("layer1[2]", "layer1[-1]")
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_wrappers_are_unwrapped() -> None:
     model = IResNet()
     model.add_module("layer2", torch.compile(model.layer2, backend="eager"))  # type: ignore[arg-type]
     named = points(unwrap(nn.DataParallel(model)))
@@ -121,13 +121,13 @@ def test_wrappers_are_looked_through() -> None:
          "layer2; name one of them"),
     ],
 )  # fmt: skip
-def test_what_is_not_known_is_refused(model: type[nn.Module], path: str, said: str) -> None:
+def test_an_unknown_name_is_refused(model: type[nn.Module], path: str, said: str) -> None:
     with pytest.raises(KDHooksError) as error:
         points(model()).one(path, "student")
     assert str(error.value) == said
 
 
-def test_another_class_of_a_known_name_has_no_stages() -> None:
+def test_another_class_with_a_known_name_has_no_stages() -> None:
     class MobileFaceNet(Blocks):
         pass
 
@@ -144,7 +144,7 @@ class Means(nn.Module):
 
 
 class Features:
-    """A method of somebody else's, which names submodules."""
+    """A third-party method that names submodules."""
 
     def __init__(self, student: Sequence[str], teacher: Sequence[str]) -> None:
         self.paths = tuple(student), tuple(teacher)
@@ -222,7 +222,7 @@ def test_a_recipe_may_use_them() -> None:
         kdhooks.build({**recipe, "taps": taps}, network())
 
 
-def test_fitnet_pairs_what_patterns_match() -> None:
+def test_fitnet_pairs_the_matches_of_patterns() -> None:
     def paths(student: Any, teacher: Any) -> Any:
         method = {"name": "fitnet", "student": student, "teacher": teacher}
         return of(distil(method, net=network(), teacher=named_teacher()))

@@ -1,4 +1,4 @@
-"""Prompts join the blocks of a ViT and a Swin, and leave all else as it was."""
+"""Prompts join the blocks of a ViT and of a Swin, and change nothing else."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.prompted import TEACHERS, Maker, distiller_of, prompts_of, total
 from tests.references import cakd as reference
 from tests.transformers import Block, SwinBlock, TinySwin, TinyViT, WindowAttention, trained
 
-# --- what prompts do -------------------------------------------------------------------------
+# --- the effect of prompts -------------------------------------------------------------------
 
 
 @TEACHERS
@@ -31,7 +31,7 @@ def test_no_prompts_leave_the_teacher_as_it_is(make: Maker, stage: str, last: st
     assert (moved - expected).abs().max() > 0.01
 
 
-def test_a_vits_prompts_are_tokens_of_each_block_fresh_in_every_one() -> None:
+def test_each_block_of_a_vit_gets_its_own_prompts_as_tokens() -> None:
     network = trained(TinyViT)
     images, _ = tiny_batch()
     prompts = prompts_of(network)
@@ -75,7 +75,7 @@ def test_prompts_join_every_window_as_in_the_equation(t: int, masked: bool) -> N
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_swin_block_of_one_window_without_bias_is_a_vit_block(flat: bool) -> None:
-    """So prompts pass its norms and its mlp as any token does."""
+    """So prompts pass through its norms and its mlp like any token."""
     block = SwinBlock(8, 2, size=4, side=4, shift=0, flat=flat)
     with torch.no_grad():
         block.get_parameter("attn.relative_position_bias_table").zero_()
@@ -93,7 +93,7 @@ def test_a_swin_block_of_one_window_without_bias_is_a_vit_block(flat: bool) -> N
 
 @TEACHERS
 def test_a_samples_prompts_come_from_its_own_windows(make: Maker, stage: str, last: str) -> None:
-    """Windows lie sample by sample: read the other way round, the prompts would mix samples."""
+    """Windows are ordered by sample; in the other order, the prompts would mix samples."""
     network = trained(make)
     block = network.get_submodule(last)
     shape = {"vit": (16, 8), "swin": (4, 4, 16), "flat": (16, 16)}[
@@ -109,8 +109,8 @@ def test_a_samples_prompts_come_from_its_own_windows(make: Maker, stage: str, la
         assert_close(together[1][sample], alone[1][0])
 
 
-def test_a_shifted_window_sees_its_mask_and_prompts_do_not() -> None:
-    """Without one pixel's window the other pixels keep their output; a prompt reaches all."""
+def test_the_mask_of_a_shifted_window_does_not_apply_to_prompts() -> None:
+    """A change of a masked pixel leaves all other outputs as they were; prompts change them all."""
     block = SwinBlock(4, 2, size=4, side=2, shift=1, flat=False)
     x = normal(1, 1, 4, 4, 4).float()
     changed = x.clone()
@@ -118,7 +118,7 @@ def test_a_shifted_window_sees_its_mask_and_prompts_do_not() -> None:
     none = torch.zeros(0, 4)
     before, after = (run_prompted(block, block.forward, none, y)[0] for y in (x, changed))
     moved = (before - after).abs().sum(dim=3)[0] > 1e-6
-    assert moved.sum() == 1  # in its corner it is alone, for all that the shift put next to it
+    assert moved.sum() == 1  # the mask separates this corner from the pixels shifted next to it
     prompts = normal(2, 2, 4).float()
     with_prompts = run_prompted(block, block.forward, prompts, x)[0]
     assert ((with_prompts - before).abs().sum(dim=3) > 1e-6).all()
@@ -126,7 +126,7 @@ def test_a_shifted_window_sees_its_mask_and_prompts_do_not() -> None:
 
 @TEACHERS
 def test_prompts_have_the_gradient_of_the_equation(make: Maker, stage: str, last: str) -> None:
-    """By finite differences, through the frozen teacher."""
+    """The reference is finite differences through the frozen teacher."""
     network = trained(make).double().requires_grad_(False)
     images = normal(1, 3, 3, 32, 32)
     prompts = prompts_of(network, 2).double()
@@ -147,7 +147,7 @@ def test_prompts_have_the_gradient_of_the_equation(make: Maker, stage: str, last
     assert all(p.grad is None for p in network.parameters())
 
 
-# --- what they leave alone -------------------------------------------------------------------
+# --- what prompts do not change --------------------------------------------------------------
 
 
 @TEACHERS
@@ -176,7 +176,7 @@ def test_the_teacher_stays_frozen_while_prompts_move(make: Maker, stage: str, la
 
 
 @TEACHERS
-def test_outside_of_a_step_the_teacher_is_its_own(make: Maker, stage: str, last: str) -> None:
+def test_outside_of_a_step_the_teacher_has_no_prompts(make: Maker, stage: str, last: str) -> None:
     network = trained(make)
     images, _ = tiny_batch()
     expected = network(images)
@@ -191,7 +191,7 @@ def test_outside_of_a_step_the_teacher_is_its_own(make: Maker, stage: str, last:
         assert not module._forward_hooks
 
 
-def test_a_forward_that_somebody_else_has_replaced_is_put_back() -> None:
+def test_a_forward_that_was_replaced_before_is_restored() -> None:
     network = trained(TinyViT)
     images, _ = tiny_batch()
     block = network.get_submodule("blocks.1")
@@ -210,7 +210,7 @@ def test_a_forward_that_somebody_else_has_replaced_is_put_back() -> None:
 
 
 @TEACHERS
-def test_its_parameters_are_prompts_alone(make: Maker, stage: str, last: str) -> None:
+def test_only_prompts_are_parameters(make: Maker, stage: str, last: str) -> None:
     network = trained(make)
     prompts = prompts_of(network, 5)
     blocks = transformer_blocks(network)
@@ -224,7 +224,7 @@ def test_its_parameters_are_prompts_alone(make: Maker, stage: str, last: str) ->
 
 
 def step(prompts: Prompts, network: nn.Module) -> tuple[Tensor, list[Tensor], int]:
-    """A forward and a backward: the embedding, the prompts' gradients, and the bytes kept."""
+    """Run forward and backward; return the embedding, the prompts' gradients, the saved bytes."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def step(prompts: Prompts, network: nn.Module) -> tuple[Tensor, list[Tensor], in
 
 @TEACHERS
 @pytest.mark.parametrize("join", [True, False])
-def test_checkpointing_changes_nothing_but_memory(
+def test_checkpointing_changes_only_the_memory(
     make: Maker, stage: str, last: str, join: bool
 ) -> None:
     network = trained(make).requires_grad_(False)
@@ -277,7 +277,7 @@ def test_a_step_with_checkpointing_is_the_same(make: Maker, stage: str, last: st
 
 
 @TEACHERS
-def test_joined_prompts_are_seen_by_the_tap_alone(make: Maker, stage: str, last: str) -> None:
+def test_only_the_tap_sees_joined_prompts(make: Maker, stage: str, last: str) -> None:
     network = trained(make)
     images, _ = tiny_batch()
     seen: list[Tensor] = []
@@ -295,9 +295,7 @@ def test_joined_prompts_are_seen_by_the_tap_alone(make: Maker, stage: str, last:
 
 
 @TEACHERS
-def test_joined_prompts_get_a_gradient_through_their_own_end(
-    make: Maker, stage: str, last: str
-) -> None:
+def test_the_positions_of_joined_prompts_get_a_gradient(make: Maker, stage: str, last: str) -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(make, stage, student, prompts={"number": 2, "in_features": True})
     images, labels = tiny_batch()

@@ -1,4 +1,4 @@
-"""CAKD trains prompts in teachers that have blocks for them, and refuses them for others."""
+"""CAKD trains prompts in teachers with transformer blocks, and refuses them for other teachers."""
 
 import logging
 from functools import partial
@@ -23,7 +23,7 @@ from tests.prompted import SMALL, TEACHERS, Maker, distiller_of, prompts_of, tot
 from tests.references.proxylesskd import Margin, margin_softmax
 from tests.transformers import Block, TinySwin, TinyViT, WindowAttention, teacher_of, trained
 
-# --- the whole -------------------------------------------------------------------------------
+# --- the method with prompts -----------------------------------------------------------------
 
 
 @TEACHERS
@@ -45,7 +45,7 @@ def test_conforms_with_a_transformer_teacher(
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 8), (2, 2), (0, None)])
-def test_a_transformer_gets_eight_prompts_a_block_unless_told(
+def test_a_transformer_gets_eight_prompts_per_block_by_default(
     asked: int | None, expected: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "kdhooks")
@@ -57,7 +57,7 @@ def test_a_transformer_gets_eight_prompts_a_block_unless_told(
 
 
 @pytest.mark.parametrize(("asked", "tokens"), [(None, 19), (True, 19), (False, 16)])
-def test_prompts_are_pixel_features_unless_told(asked: bool | None, tokens: int) -> None:
+def test_prompts_are_pixel_features_by_default(asked: bool | None, tokens: int) -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(
         TinyViT, "blocks.2", student, prompts={"number": 3, "in_features": asked}
@@ -73,10 +73,8 @@ def test_prompts_are_pixel_features_unless_told(asked: bool | None, tokens: int)
 
 
 @TEACHERS
-def test_a_method_that_reads_the_stage_of_the_prompts_is_told(
-    make: Maker, stage: str, last: str
-) -> None:
-    """It would take the prompts for pixels; without them among the features both run."""
+def test_another_method_cannot_tap_a_stage_with_prompts(make: Maker, stage: str, last: str) -> None:
+    """It would treat the prompts as pixels; both methods run if no prompts are in the features."""
     images, labels = tiny_batch()
     for in_features in (False, None):
         student = TinyFaceNet().train()
@@ -112,7 +110,7 @@ def test_without_prompts_the_teacher_runs_without_grad() -> None:
         assert seen == [grad]
 
 
-def test_what_nothing_trains_is_left_out() -> None:
+def test_prompts_without_a_gradient_are_left_out() -> None:
     detached: dict[str, Any] = {"matching": {"teacher_side": "detached"}}
     assert distiller_of(TinyViT, "blocks.2", **detached).adapter is None
     assert distiller_of(TinyViT, "blocks.2", **detached, teacher_cls_weight=1.0).adapter is not None
@@ -156,7 +154,7 @@ def test_prompts_work_under_the_teachers_autocast(make: Maker, stage: str, last:
 # --- the teacher's own classes ---------------------------------------------------------------
 
 
-def test_the_teachers_classification_trains_prompts_alone() -> None:
+def test_the_teachers_classification_trains_only_prompts() -> None:
     teacher = Model(trained(TinyViT), 12, (Stage("blocks.2", (16, 8)),))
     tap = CAKD(teacher_cls_weight=2.0, weight=0.5).classifier_share(teacher)
     assert tap is not None
@@ -176,7 +174,7 @@ def test_the_teachers_classification_trains_prompts_alone() -> None:
     assert CAKD().classifier_share(teacher) is None
 
 
-def test_its_classification_reaches_the_prompts_of_a_step() -> None:
+def test_the_teachers_classification_reaches_the_prompts_in_a_step() -> None:
     student = TinyFaceNet().train()
     distiller = distiller_of(
         TinyViT, "blocks.2", student, teacher_cls_weight=1.0, matching={"teacher_side": "detached"}
@@ -194,14 +192,14 @@ def test_its_classification_reaches_the_prompts_of_a_step() -> None:
 
 
 class OwnBias(WindowAttention):
-    """As BEiT's: a bias of queries and values that is not in qkv."""
+    """Computes something else, like BEiT with its bias of queries and values outside of qkv."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().forward(x + 1.0, mask)
 
 
 class Unscaled(WindowAttention):
-    """As torchvision's shifted windows: some of what is read is not there."""
+    """Lacks some of the attributes that are read, like torchvision's shifted windows."""
 
     def __init__(self, width: int, heads: int, side: int) -> None:
         super().__init__(width, heads, side)
@@ -209,7 +207,7 @@ class Unscaled(WindowAttention):
 
 
 class FixedTokens(nn.Module):
-    """As a BatchNorm over the tokens."""
+    """A BatchNorm over a fixed number of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,14 +234,14 @@ def block_with(attn: nn.Module | None = None, norm: nn.Module | None = None) -> 
         (block_with(nn.Linear(4, 4)), "has no attribute `qkv`"),
     ],
 )
-def test_blocks_that_are_no_such_thing_are_refused(network: nn.Module, reason: str) -> None:
+def test_blocks_that_prompts_cannot_join_are_refused(network: nn.Module, reason: str) -> None:
     with pytest.raises(
         KDHooksError, match=rf"the teacher's block '0' \(.*{reason}.*set prompts = "
     ):
         transformer_blocks(network)
 
 
-def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> None:
+def test_prompts_are_refused_for_a_teacher_without_blocks() -> None:
     teacher = Model(TinyFaceNet(), 12, (Stage("layer4", (16, 2, 2)),))
     with pytest.raises(
         KDHooksError, match=r"the teacher TinyFaceNet has none of a kind .*; supported are blocks"
@@ -263,18 +261,20 @@ def test_a_teacher_without_blocks_is_refused_where_prompts_are_asked_for() -> No
         (TinySwin, Stage("layers", (4, 4, 8))),
     ],
 )
-def test_a_stage_that_ends_in_no_block_joins_no_prompts(make: Maker, stage: Stage) -> None:
+def test_prompts_among_the_features_need_a_stage_that_ends_in_a_block(
+    make: Maker, stage: Stage
+) -> None:
     teacher = Model(trained(make), 12, (stage,), Rows.open(torch.rand(3, 12)))
     with pytest.raises(KDHooksError, match="of a stage that ends in a transformer block; found"):
         CAKD(prompts=PromptTokens(number=2, in_features=True)).adapt_teacher(teacher)
 
 
-def test_a_teacher_that_is_a_function_gets_none() -> None:
+def test_a_teacher_that_is_a_function_gets_no_prompts() -> None:
     rows = Rows.open(torch.rand(3, 12))
     assert CAKD().adapt_teacher(Model(None, 12, classifier=rows)) is None
 
 
-def test_centres_tables_and_prompts_do_not_decay() -> None:
+def test_centres_tables_and_prompts_have_no_weight_decay() -> None:
     kd = distiller_of(TinyViT, "blocks.2", matching={"teacher_side": "shared"})
     spared = {id(p) for group in kd.parameter_groups(1.0)[1:] for p in group["params"]}
     names = {name for name, parameter in kd.named_parameters() if id(parameter) in spared}

@@ -1,4 +1,4 @@
-"""Prompts join blocks of mmpretrain's shapes, and cakd reads the patches behind its class token."""
+"""Prompts join blocks like mmpretrain's, and cakd reads the patches after the class token."""
 
 import warnings
 from functools import partial
@@ -15,7 +15,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch
 
 pytest.importorskip("mmengine")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing it warns, on new torch
+    warnings.simplefilter("ignore")  # importing MMEngine with a new torch warns
     import_module("mmengine.runner")
 
 from kdhooks_plugins._blocks import run_prompted, transformer_blocks
@@ -30,7 +30,7 @@ ViT = partial(VisionTransformer, registers=2)
 
 
 class Embedding(nn.Module):
-    """A backbone as a teacher: its tuple of one map or of one token becomes (b 12)."""
+    """Makes a teacher of a backbone: its tuple of one map or one token becomes (b 12)."""
 
     def __init__(self, backbone: nn.Module, k: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def test_blocks_are_known_by_their_parts() -> None:
 
 
 def same_block(block: nn.Module, renamed: dict[str, str]) -> nn.Module:
-    """A ViT's block with these weights."""
+    """Return a ViT's block with the weights of `block`."""
     same, state = Block(8, 2), {}
     for key, value in block.state_dict().items():
         for old, new in renamed.items():
@@ -60,7 +60,7 @@ def same_block(block: nn.Module, renamed: dict[str, str]) -> nn.Module:
     return same
 
 
-def test_prompts_of_an_encoder_layer_are_tokens_as_any() -> None:
+def test_an_encoder_layer_treats_prompts_as_tokens() -> None:
     block = EncoderLayer()
     same = same_block(block, {"ln": "norm", "ffn.layers": "mlp"})
     x, prompts = normal(1, 3, 17, 8).float(), normal(2, 2, 8).float()
@@ -70,8 +70,8 @@ def test_prompts_of_an_encoder_layer_are_tokens_as_any() -> None:
     assert_close(end, expected[:, :2])
 
 
-def test_prompts_of_a_swin_pass_norms_and_ffn_as_any_token() -> None:
-    """One window without bias: then it is a ViT's block, whose mlp has its residual outside."""
+def test_a_swin_block_treats_prompts_as_tokens() -> None:
+    """One window without bias is a ViT's block, except that the residual is inside of the ffn."""
     block = ShapedSwinBlock(8)
     with torch.no_grad():
         block.get_parameter("attn.w_msa.relative_position_bias_table").zero_()

@@ -1,4 +1,4 @@
-"""ProxylessKD on one process: margins, options and frozen rows; test_shards.py has two ranks."""
+"""ProxylessKD in one process: margins, options and frozen rows; test_shards.py tests two ranks."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from kdhooks import (
     ClassifierShare,
-    ClassShard,
     Distiller,
     InheritedClassifier,
     KDHooksError,
@@ -25,6 +24,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins._margin import MOST
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from tests import golden
+from tests.compared import normal, whole
 from tests.references import fcd as fcd_reference
 from tests.references import proxylesskd as reference
 from tests.references.differences import central_differences
@@ -34,7 +34,7 @@ sizes = st.tuples(
     st.integers(1, 6), st.integers(2, 7), st.integers(2, 8), st.integers(0, 2**16)
 )  # b, c, d, seed
 
-# Options of the method, and the margin of the equation that they mean.
+# Options of the method, and the margin of the equation that they select.
 MARGINS: list[tuple[dict[str, Any], reference.Margin]] = [
     ({}, reference.Margin(0.5)),
     ({"m": 0.8}, reference.Margin(0.8)),
@@ -65,15 +65,6 @@ def inheriting(**options: Any) -> InheritedClassifier:
 
 def made(d: int = 6, e: int = 6, **options: Any) -> nn.Module:
     return declared(d, e, **options).loss.double()
-
-
-def whole(rows: Tensor) -> ClassShard:
-    return ClassShard(rows, 0, len(rows))
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def labels_of(seed: int, b: int, c: int) -> Tensor:
@@ -152,8 +143,8 @@ def test_the_reference_gradient_is_that_of_the_reference(margin: reference.Margi
 
 
 @pytest.mark.parametrize("m", [0.2, 0.5, 1.0, float(MOST)])
-def test_the_guard_makes_the_own_class_harder_all_the_way(m: float) -> None:
-    """A single own class: the further the angle, the larger the loss, which without it falls."""
+def test_with_monotone_a_larger_angle_never_lowers_the_loss(m: float) -> None:
+    """The own class's logit falls with the angle everywhere; without `monotone` it rises again."""
     angles = torch.linspace(0.01, math.pi - 0.01, 200, dtype=torch.float64)
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
 
@@ -274,14 +265,14 @@ def test_the_projector_is_linear_then_batch_norm_and_trained(d: int, e: int, ext
         assert_close(ours.numpy(), theirs, rtol=1e-5, atol=1e-7)
 
 
-_TRAINED = ("0.weight", "1.weight", "1.bias")  # 0.bias moves nothing in front of a BatchNorm
+_TRAINED = ("0.weight", "1.weight", "1.bias")  # 0.bias has no effect before a BatchNorm
 
 
 @pytest.mark.parametrize("extra", [0.0, 2.0])
 def test_samples_without_a_label_are_left_out(extra: float) -> None:
     labels = torch.tensor([0, -1, 3, -1, 2])
     student, rows, known = normal(1, 5, 6), golden.W, labels >= 0
-    teacher = student if extra else None  # costs nothing at equality
+    teacher = student if extra else None  # the extra term is 0 at equality
     student.requires_grad_()
     value, notes = made(extra_fcd_weight=extra)(student, teacher, labels, whole(rows))
     value.backward()
@@ -298,7 +289,7 @@ def test_samples_without_a_label_are_left_out(extra: float) -> None:
     assert_close(value.item(), by_loop)
 
 
-def test_a_batch_without_labels_gives_zero_and_no_gradient() -> None:
+def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
     student = golden.S.clone().requires_grad_()
     value, _ = made()(student, None, torch.full((4,), -1), whole(golden.W))
     value.backward()
@@ -330,12 +321,12 @@ def test_logs_the_mean_cosine_with_the_own_row() -> None:
         ({"m": 0.4, "scale": 30.0}, "m, scale"),
     ],
 )
-def test_own_options_keep_the_head_from_the_host(options: dict[str, Any], named: str) -> None:
+def test_its_own_options_conflict_with_the_hosts_head(options: dict[str, Any], named: str) -> None:
     conflict = f"its options {named} ask for kdhooks' own (head = 'own')"
     assert inheriting(**options).host_conflict == conflict
 
 
-def test_the_declaration_says_who_computes_and_who_is_needed() -> None:
+def test_the_declaration_follows_the_options() -> None:
     assert inheriting().host_conflict == ""
     assert declared().inherits_classifier
     assert not declared(head="own").inherits_classifier
@@ -404,7 +395,7 @@ def test_a_larger_margin_never_lowers_the_loss(size: tuple[int, int, int, int]) 
     "options",
     [{}, {"straight_through_margin": True}, {"projector": True}, {"extra_fcd_weight": 1.0}],
 )
-def test_gradient_reaches_the_student_and_nothing_of_the_teachers(
+def test_only_the_student_and_the_projector_receive_gradients(
     options: dict[str, Any],
 ) -> None:
     module = made(**options)
@@ -435,7 +426,7 @@ def test_the_teachers_rows_are_neither_trained_nor_saved() -> None:
     assert all(tensor.numel() < rows.numel() for tensor in kd.state_dict().values())
 
 
-def test_goes_on_bit_by_bit_from_its_state_dict() -> None:
+def test_resumes_bit_by_bit_from_its_state_dict() -> None:
     straight, resumed = made(projector=True), made(projector=True)
     for step in range(2):
         straight(normal(step, 4, 6), None, golden.Y, whole(golden.W))

@@ -1,4 +1,4 @@
-"""What several ranks must have in common: their terms, batch sizes, buffers and gradients."""
+"""Several ranks must have the same terms, batch sizes, buffers and gradients."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ def total(terms: dict[str, Tensor]) -> Tensor:
 
 
 def _different(*methods: object) -> str:
-    """The error of a rank that has the methods of its number."""
+    """Return the error if each rank has the method at its own index."""
     try:
         distiller(student(), "fcd", methods[here()[0]], **STAGES).remove()
     except KDHooksError as error:
@@ -51,7 +51,7 @@ def _different(*methods: object) -> str:
 
 
 def _other_teachers() -> str:
-    """The error of ranks whose teachers have other weights."""
+    """Return the error of ranks whose teachers have different weights."""
     module = tiny_teacher().module
     assert module is not None
     with torch.no_grad():
@@ -64,7 +64,7 @@ def _other_teachers() -> str:
 
 
 def _changed(how: str) -> list[Tensor]:
-    """The losses' parameters after some steps in which they were unfrozen, or replaced."""
+    """Return the losses' parameters after steps in which they were unfrozen or replaced."""
     images, labels = (mine(x) for x in tiny_batch())
     kd = distiller(net := student(), {"name": "fcd", "projector": True})
     if how == "frozen":
@@ -81,13 +81,13 @@ def _changed(how: str) -> list[Tensor]:
             if parameter.grad is not None:
                 parameter.data -= 0.1 * parameter.grad
                 parameter.grad = None
-        pickle.loads(pickle.dumps(kd))  # its hooks stay behind
+        pickle.loads(pickle.dumps(kd))  # hooks must not prevent pickling
     kd.remove()
     return [parameter.detach() for parameter in kd.parameters()]
 
 
 class _Frozen:
-    """fcd with a projector that is frozen at first."""
+    """fcd with a projector that is initially frozen."""
 
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
@@ -100,7 +100,7 @@ class _Frozen:
 
 
 def _uneven(method: str, **options: Any) -> tuple[str, int]:
-    """The error of two even steps and one in which rank 1 has two samples fewer; and the step."""
+    """Run two even steps and one with two samples fewer on rank 1; return error and step."""
     images, labels = (mine(x) for x in tiny_batch())
     kd = distiller(net := student(), method, **options)
     found = ""
@@ -120,7 +120,7 @@ def _uneven(method: str, **options: Any) -> tuple[str, int]:
 
 
 class Averages(nn.Module):
-    """Keeps the mean embedding of the past, and a number of the rank's own."""
+    """Keeps a running mean of the embeddings, and a number that differs by rank."""
 
     mean: Tensor
     own: Tensor
@@ -150,7 +150,6 @@ class Keeping:
 def _buffers(wrapped: bool) -> Results:
     images, labels = (mine(x) for x in tiny_batch())
     net = DistributedDataParallel(inner := student()) if here()[1] > 1 else (inner := student())
-    # The class makes its buffers before the ranks meet in `Distiller`; rank 1 starts elsewhere.
     kd = distiller(inner, Keeping(), "acsr", **STAGES)
     losses: nn.Module = DistributedDataParallel(kd) if wrapped and here()[1] > 1 else kd
     optimizer = SGD([*inner.parameters(), *kd.parameters()], lr=0.01)
@@ -166,9 +165,9 @@ def _buffers(wrapped: bool) -> Results:
 
 
 def _sharded_inside_ddp(told: bool) -> str:
-    """adadistill with each rank's own classes, as the child of a module that DDP wraps.
+    """Train adadistill with each rank's own classes as the child of a module that DDP wraps.
 
-    told: whether DDP is told to leave these buffers alone.
+    told: whether DDP is told to ignore these buffers.
     """
 
     class Whole(nn.Module):
@@ -205,7 +204,7 @@ def _sharded_inside_ddp(told: bool) -> str:
 
 
 def _static_graph(alone: bool) -> tuple[str, list[Tensor]]:
-    """Training by the terms alone, or together with a loss of the module's output."""
+    """Train only on the terms, or also on a loss of the module's output."""
     images, labels = (mine(x) for x in tiny_batch())
     net = student()
     kd = distiller(net, "fcd")

@@ -1,7 +1,7 @@
-"""The commands in InsightFace's own recognition/arcface_torch, with no edit to it, on a CPU.
+"""The commands run in InsightFace's unedited recognition/arcface_torch, on a CPU.
 
-KDHOOKS_ARCFACE_TORCH names a checkout of it. Its requirements are wanted, mxnet excepted: records
-and verification files are read in its place.
+KDHOOKS_ARCFACE_TORCH names a checkout of it. Its requirements must be installed, except mxnet:
+kdhooks reads records and verification files in its place.
 """
 
 import os
@@ -59,7 +59,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the trainer's folder, with three steps of faces; and a teacher."""
+    """Copy the trainer's folder; add faces for three steps, and a teacher."""
     (script,) = Path(CHECKOUT).rglob("arcface_torch/train_v2.py")
     folder = tmp_path_factory.mktemp("checkout") / "arcface_torch"
     shutil.copytree(script.parent, folder, ignore=shutil.ignore_patterns("docs", "__pycache__"))
@@ -82,7 +82,7 @@ def write_config(folder: Path, name: str) -> None:
 
 
 def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """In the trainer's folder, as users start it; warnings are the trainer's own."""
+    """Run Python in the trainer's folder, as users do, without the trainer's warnings."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],
         cwd=folder,
@@ -104,7 +104,7 @@ def kdhooks(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]"
 
 
 def launched(folder: Path, name: str, *options: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The weights that a run ends with, and what it said."""
+    """Return the weights at the end of a run, and its stderr."""
     write_config(folder, name)
     done = kdhooks(folder, "run", "train_v2.py", f"configs/{name}", "--compat", *options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -112,7 +112,7 @@ def launched(folder: Path, name: str, *options: str) -> tuple[dict[str, torch.Te
 
 
 def test_upstream_does_not_run_without_repairs(trainer: Path) -> None:
-    """Else --compat had nothing to do, and its tests said nothing."""
+    """Otherwise --compat would have nothing to repair, and its tests would prove nothing."""
     write_config(trainer, "broken")
     done = python(trainer, "train_v2.py", "configs/broken")
     assert done.returncode == 1
@@ -146,7 +146,7 @@ def test_two_ranks_by_torchrun(trainer: Path) -> None:
     assert any(not torch.equal(ours[key], theirs[key]) for key in ours)  # each rank's statistics
 
 
-def test_a_fork_is_told_what_is_needed(trainer: Path) -> None:
+def test_a_fork_with_another_head_is_refused(trainer: Path) -> None:
     source = (trainer / "train_v2.py").read_text().replace("PartialFC_V2", "PartialFC_V3")
     (trainer / "train.py").write_text(source)
     done = kdhooks(trainer, "run", "train.py", "configs/plain", "--recipe", "kd.toml")
@@ -161,7 +161,7 @@ def test_taps_of_a_network(trainer: Path) -> None:
     assert done.stdout.endswith("(output)  (512,)         embedding\n")
 
 
-def test_doctor_finds_the_recipe_well(trainer: Path) -> None:
+def test_doctor_accepts_the_recipe(trainer: Path) -> None:
     write_config(trainer, "examined")
     options = ["--config", "configs/examined", "--data", "faces"]
     done = kdhooks(trainer, "doctor", "--recipe", "kd.toml", *options)
@@ -183,7 +183,7 @@ def test_export_writes_the_student(
     assert "insightface accepts it for recognition" in done.stdout
 
 
-# The trainer's own lines, as its callback formats them.
+# Prints the figures in the format of the trainer's callback.
 VERIFIED = """
 import sys
 sys.path.insert(0, ".")
@@ -201,7 +201,7 @@ print("LINE %f %1.5f+-%1.5f" % (xnorm, accuracy, deviation))
 
 @pytest.mark.parametrize("count", [60, 47])
 def test_evaluate_prints_the_figures_that_the_trainer_prints(trainer: Path, count: int) -> None:
-    """47 pairs: neither a multiple of the folds, nor their images one of the batches."""
+    """47 pairs are no multiple of the folds, and their 94 images none of the batch size."""
     generator = np.random.default_rng(count)
     pictures, same = [], []
     for place in range(count):

@@ -1,7 +1,7 @@
 """The line in InsightFace's real train_v2.py, on a CPU.
 
-KDHOOKS_ARCFACE_TORCH names a checkout of it, KDHOOKS_ARCFACE_RUNNER a script that runs it there:
-`RUNNER CHECKOUT --steps N --report FILE …`.
+KDHOOKS_ARCFACE_TORCH names a checkout of it, and KDHOOKS_ARCFACE_RUNNER a script that runs the
+checkout as `RUNNER CHECKOUT --steps N --report FILE …`.
 """
 
 import json
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def run(folder: Path, *options: str, steps: int = 3, line: str = "") -> dict[str, Any]:
-    """One run of the real script; its report, with the keys of its model.pt."""
+    """Run the real script; return its report, with the keys of its model.pt."""
     output = folder / "output"
     command = [sys.executable, RUNNER, CHECKOUT, "--steps", str(steps), "--output", str(output)]
     command += ["--report", str(folder / "report.json"), *options]
@@ -74,7 +74,7 @@ def install(teacher: Path, *methods: dict[str, object]) -> str:
 def test_weight_zero_is_the_plain_run(
     tmp_path: Path, teacher: Path, plain: dict[str, Any], way: str
 ) -> None:
-    """Losses and weights to the last bit, with verification in between."""
+    """Losses and weights are bit-identical, with verification in between."""
     line = install(teacher, *({**method, "weight": 0.0} for method in METHODS.values()))
     report = run(tmp_path, "--val-every", "2", way, line)
     for what in ("losses", "param_groups", "keys"):

@@ -1,4 +1,4 @@
-"""A recipe is checked whole before anything is loaded, and means the same from dict and TOML."""
+"""A recipe is checked completely before anything is loaded; dict and TOML are equivalent."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_from_dict(checkpoint: Path) -> None:
     assert [tap.name for tap in kd.taps] == ["fcd", "proxylesskd"]
 
 
-def test_building_leaves_the_global_generator_alone(checkpoint: Path) -> None:
+def test_building_does_not_use_the_global_generator(checkpoint: Path) -> None:
     spec = {"network": "tiny", "checkpoint": checkpoint}
     recipe = Recipe.read({"teacher": spec, "methods": ["fcd"], "input_shape": [3, 32, 32]})
     net = TinyFaceNet().train()
@@ -71,7 +71,7 @@ def test_from_toml_with_paths_beside_the_file(checkpoint: Path) -> None:
     assert list(kd._student.take()) == ["fc"]
 
 
-def test_the_paths_of_a_methods_options_start_at_the_files_folder_too(tmp_path: Path) -> None:
+def test_paths_in_a_methods_options_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "t.onnx").write_bytes(b"x")
     torch.save(torch.rand(7, 7), tmp_path / "map.pt")
     (tmp_path / "kd.toml").write_text(
@@ -99,13 +99,13 @@ def test_the_paths_of_a_methods_options_start_at_the_files_folder_too(tmp_path: 
         ("/dev/null", "'/dev/null' is not a regular file"),
     ],
 )
-def test_what_is_no_file_is_named_as_it_was_given(path: str, words: str) -> None:
+def test_a_path_that_is_no_file_is_refused(path: str, words: str) -> None:
     with pytest.raises(KDHooksError, match=words):
         Recipe.read(path)
 
 
 @pytest.mark.parametrize("student", [None, nn.Identity, nn.Identity()])
-def test_a_student_that_can_not_be_trained_is_refused(student: Any) -> None:
+def test_a_student_that_cannot_be_trained_is_refused(student: Any) -> None:
     recipe = {"teacher": tiny_teacher().module, "methods": ["fcd"]}
     with pytest.raises(KDHooksError, match="student must"):
         build(recipe, student)
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
         Recipe.read(tmp_path / "kd.toml")
 
 
-def test_a_missing_classifier_names_the_way_out() -> None:
+def test_a_missing_classifier_file_is_refused() -> None:
     recipe = {"teacher": {**TEACHER, "classifier": "absent_*.pt"}, "methods": ["fcd"]}
     with pytest.raises(KDHooksError, match=r"no file matches 'absent_\*\.pt'"):
         build_teacher(Recipe.read(recipe))
@@ -228,7 +228,7 @@ def test_a_networks_name_needs_a_factory(checkpoint: Path) -> None:
         build_teacher(recipe)
 
 
-def test_reading_a_recipe_twice_is_reading_it_once() -> None:
+def test_a_recipe_object_is_returned_as_it_is() -> None:
     recipe = Recipe.read({"teacher": TEACHER, "methods": ["fcd"]})
     assert Recipe.read(recipe) is recipe
 
@@ -253,7 +253,7 @@ def test_a_teachers_keys_are_checked(spec: dict[str, object], match: str) -> Non
 
 
 def from_onnx(folder: Path, **spec: object) -> tuple[nn.Module, Teacher]:
-    """A network, and the teacher of its ONNX file."""
+    """Return a network, and a teacher built from its ONNX file."""
     pytest.importorskip("onnxruntime")
     module = tiny_teacher().module
     assert module is not None
@@ -287,7 +287,7 @@ def export(module: nn.Module, images: Tensor, path: Path) -> None:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's exporter warns of itself
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's exporter
         torch.onnx.export(
             module,
             (images,),
@@ -317,7 +317,7 @@ def test_simple_keys_are_checked(key: str, value: object, found: str) -> None:
 TEXT = '# r\u00e9sum\u00e9\nteacher.onnx = "teacher.onnx"\nmethods = ["fcd"]\n'
 
 
-def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> None:
+def test_a_utf_8_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "teacher.onnx").write_bytes(b"onnx")
     (tmp_path / "kd.toml").write_bytes(TEXT.encode("utf-8-sig"))
     assert Recipe.read(tmp_path / "kd.toml").teachers[0].onnx == tmp_path / "teacher.onnx"
@@ -341,7 +341,7 @@ def test_a_file_that_is_no_recipe_is_named(content: bytes, match: str, tmp_path:
         Recipe.read(tmp_path / "kd.toml")
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"recipe must be a TOML file; '.*' is a folder"):
         Recipe.read(tmp_path)
     with pytest.raises(KDHooksError, match=r"recipe: '~nosuchuser/kd\.toml' can't be looked up"):
@@ -386,8 +386,6 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         ({"input_shape": "3x112"}, "input_shape must be a list of 3 whole numbers; found '3x112'"),
     ],
 )
-def test_nothing_is_accepted_that_means_something_else(
-    changed: dict[str, object], match: str
-) -> None:
+def test_a_wrong_value_of_a_key_is_refused(changed: dict[str, object], match: str) -> None:
     with pytest.raises(KDHooksError, match=match):
         Recipe.read({"teacher": nn.Identity(), "methods": ["fcd"], **changed})

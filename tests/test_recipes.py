@@ -1,4 +1,4 @@
-"""recipes/: each is tried by `kdhooks doctor`, as its head says, with small networks."""
+"""Each recipe in recipes/ passes the `kdhooks doctor` command in its head, with small networks."""
 
 import re
 import shlex
@@ -23,15 +23,13 @@ from tests.transformers import Block
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
-CLASSES = 120  # coupleface looks for 100 neighbours of a class
-WIDTH, WIDE = (
-    16,
-    128,
-)  # insightface's embeddings are told from other models of a pack by their width
+CLASSES = 120  # coupleface mines 100 neighbours of each class
+WIDTH = 16
+WIDE = 128  # the least width by which a recognition model is recognised in insightface's packs
 
 
 class IResNet(backbones.IResNet):
-    """At 112 pixels, with maps of 7 pixels at its end, as arcface_torch's."""
+    """Takes 112 pixels and ends in maps of 7 pixels, like arcface_torch's."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__((8, 8, 16, 16), num_features, 0.0)
@@ -40,7 +38,7 @@ class IResNet(backbones.IResNet):
 
 
 class VisionTransformer(nn.Module):
-    """144 tokens of an image of 112 pixels, as arcface_torch's vision transformers have them."""
+    """Makes 144 tokens of an image of 112 pixels, like arcface_torch's vision transformers."""
 
     def __init__(self, num_features: int, width: int = 8) -> None:
         super().__init__()
@@ -61,12 +59,12 @@ class VisionTransformer(nn.Module):
 
 
 def get_model(name: str, dropout: float, fp16: bool, num_features: int) -> nn.Module:
-    """The trainer's factory, in small."""
+    """Stand in for the trainer's factory, with small networks."""
     return VisionTransformer(num_features) if name.startswith("vit") else IResNet(num_features)
 
 
 def learnt(network: nn.Module) -> nn.Module:
-    """With the statistics of the faces, which is as good as trained for doctor."""
+    """Set the BatchNorm statistics to those of the faces; doctor needs no more training."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None
@@ -83,7 +81,7 @@ def pictures() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The trainer's folder, with a picture of each person under `faces`; and a home."""
+    """Create the trainer's folder, with a picture of each person in `faces`; it is HOME, too."""
     write_trainer(tmp_path)
     (tmp_path / "backbones.py").write_text("from tests.test_recipes import get_model\n")
     for pixels, who in people(CLASSES, 1):
@@ -101,7 +99,7 @@ def teachers(recipe: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_files(table: dict[str, Any], seed: int) -> None:
-    """What the table of a teacher names: weights, rows in two shards, or the pack."""
+    """Write the files that a teacher's table names: weights, rows in two shards, or the pack."""
     if "insightface" in table:
         pytest.importorskip("onnxruntime")
         from tests.test_readme import export
@@ -125,7 +123,7 @@ def write_files(table: dict[str, Any], seed: int) -> None:
 
 
 def commands(name: str) -> list[list[str]]:
-    """Those in the head of the file."""
+    """Return the commands in the head of the file."""
     text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
     return [shlex.split(line) for line in re.findall(r"^#   (kdhooks .*)$", text, re.MULTILINE)]
 
@@ -158,7 +156,7 @@ def test_doctor_accepts_it(name: str, folder: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_head_has_commands_and_figures_and_says_what_was_not_run(name: str) -> None:
+def test_the_head_has_commands_and_figures_and_states_what_was_not_run(name: str) -> None:
     head = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").split("\n\n")[0]
     assert "# Not run at this scale. Reported by others" in head
     for argv in commands(name):
@@ -182,7 +180,7 @@ def test_the_table_lists_every_recipe_with_its_methods() -> None:
 def test_a_recipe_whose_teacher_does_not_fit_is_not_accepted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The twin of the above: doctor looks at what the recipe names."""
+    """The companion of test_doctor_accepts_it: doctor checks the files that the recipe names."""
     name = "r100_mbf_glint360k"
     text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)["teacher"]

@@ -1,4 +1,4 @@
-"""train.rec and train.idx: what is cut short, damaged or not of one making is refused by name."""
+"""train.rec and train.idx: truncated, damaged or mismatched files are refused."""
 
 import re
 import struct
@@ -23,7 +23,7 @@ Labels = list[float]
 
 
 def write(folder: Path, entries: list[bytes], keys: list[int] | None = None) -> Path:
-    """Records of these contents, with the keys from 0 on or those given."""
+    """Write records with these contents, with keys from 0 or the keys given."""
     offset, lines = 0, []
     with (folder / "train.rec").open("wb") as file:
         for key, entry in zip(keys or range(len(entries)), entries, strict=True):
@@ -80,7 +80,7 @@ def test_an_index_that_does_not_fit_is_refused(index: str, said: str, tmp_path: 
         opened(tmp_path)
 
 
-def test_files_that_are_absent_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"train\.idx' must have .*No such file"):
         opened(tmp_path)
     (tmp_path / "train.idx").write_text("0\t0\n")
@@ -106,7 +106,7 @@ def test_a_record_that_begins_in_its_middle_is_refused(kind: int, tmp_path: Path
         opened(tmp_path)
 
 
-def test_a_record_whose_rest_is_missing_is_refused(tmp_path: Path) -> None:
+def test_a_record_without_its_last_part_is_refused(tmp_path: Path) -> None:
     first = MAGIC + struct.pack("<I", 1 << 29 | 4) + b"abcd"
     (tmp_path / "train.rec").write_bytes(first + record(b"another"))
     (tmp_path / "train.idx").write_text("0\t0\n")
@@ -114,7 +114,7 @@ def test_a_record_whose_rest_is_missing_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_a_key_that_is_absent_is_named(tmp_path: Path) -> None:
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
     write(tmp_path, [labelled(0.0, 0, b"")], keys=[7])
     assert opened(tmp_path).keys == [7]
     with pytest.raises(KDHooksError, match=r"its index has no key 0; the \.rec and the .idx must"):
@@ -130,7 +130,7 @@ def test_a_record_without_a_whole_header_is_refused(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("end", [float("nan"), float("inf"), 1e30, 0.0, 1.0, 2.5, 4.0])
-def test_a_header_record_that_says_another_end_is_refused(end: float, tmp_path: Path) -> None:
+def test_a_header_record_with_another_end_is_refused(end: float, tmp_path: Path) -> None:
     picture = labelled([0.0, 0.0], 1, png(people(1, 1)[0][0]))
     write(tmp_path, [labelled([end, end], 0, b""), picture, picture])
     with pytest.raises(KDHooksError, match=f"found the end {end:g} and 3 keys".replace("+", ".")):
@@ -147,7 +147,7 @@ def test_a_header_record_needs_all_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf")])
-def test_a_label_that_is_no_class_is_refused(label: float, tmp_path: Path) -> None:
+def test_a_label_that_is_no_class_number_is_refused(label: float, tmp_path: Path) -> None:
     write(tmp_path, [labelled(label, 0, png(people(1, 1)[0][0]))])
     with pytest.raises(Unreadable, match=f"has the label {label:g}, which must be a class number"):
         Records(tmp_path).label("0")

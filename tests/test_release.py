@@ -1,4 +1,4 @@
-"""What a release says of itself: one version, and files that name what others pin."""
+"""A release has one version, and its files agree on the versions of tools and dependencies."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def read(name: str) -> str:
-    """A file of the repository; the copy that tests the wheel has some of them alone."""
+    """Return a file of the repository; the copy that tests the wheel has only some of them."""
     path = ROOT / name
     if not path.exists():
         pytest.skip(f"{name} is not here")
@@ -56,15 +56,15 @@ def test_pre_commit_runs_the_ruff_of_the_constraints() -> None:
     assert hook[1] == pinned[1]
 
 
-def test_each_promised_python_is_tried() -> None:
+def test_ci_runs_each_promised_python() -> None:
     classifiers = tomllib.loads(read("pyproject.toml"))["project"]["classifiers"]
     promised = re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
     tried = re.findall(r'\{ python: "([\d.]+)"', read(".github/workflows/ci.yml"))
     assert set(promised) == set(tried)
 
 
-def test_the_oldest_versions_that_are_allowed_are_tried() -> None:
-    """But torch's, whose builds of that age the tests have not seen."""
+def test_ci_runs_the_oldest_allowed_versions() -> None:
+    """torch is excluded: its oldest allowed builds were never tested."""
     allowed = dict(
         re.findall(
             r'^    "(pluggy|numpy|einops)>=([\d.]+)",$', read("pyproject.toml"), re.MULTILINE

@@ -1,4 +1,4 @@
-"""ReviewKD: fusion and pyramid against their equations, with the module's own weights."""
+"""ReviewKD: fusion and pyramid agree with their equations, computed with the module's weights."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from tests.maps import Shape, features, labels, model, normal
 from tests.references import at as at_reference
 from tests.references import reviewkd as reference
 
-# Stage shapes of student and teacher: channels and sizes differ, tokens (n k) on either side.
+# Stage shapes of student and teacher: channels and sizes differ; either side may have tokens (n k).
 SHAPES: list[tuple[tuple[Shape, ...], tuple[Shape, ...]]] = [
     (((2, 4, 4), (3, 2, 2)), ((2, 4, 4), (3, 2, 2))),
     (((2, 7, 7), (3, 4, 4), (4, 2, 2)), ((3, 7, 7), (2, 4, 4), (5, 2, 2))),
@@ -65,7 +65,7 @@ def test_the_pyramid_gives_the_golden_value() -> None:
 @pytest.mark.parametrize(
     ("height", "width"), [(7, 7), (5, 5), (4, 4), (4, 9), (3, 6), (2, 2), (1, 5), (1, 1)]
 )
-def test_levels_no_coarser_than_the_map_are_left_out(height: int, width: int) -> None:
+def test_levels_that_are_not_smaller_than_the_map_are_left_out(height: int, width: int) -> None:
     ours, theirs = normal(1, 2, 3, height, width), normal(2, 2, 3, height, width)
     found = pyramid(F.mse_loss, ours, theirs, LEVELS)
     assert_close(found.item(), reference.hcl(ours.numpy(), theirs.numpy()))
@@ -90,7 +90,9 @@ def test_agrees_with_the_equation(
 
 
 def test_weights_are_those_of_the_authors_blocks() -> None:
-    """Bias-free convolutions, uniform within sqrt(3 / fan in) (Kaiming, a = 1); gates have both."""
+    """Convolutions are bias-free and uniform within sqrt(3 / fan in) (Kaiming, a = 1), except the
+    gates, which have a bias and torch's default initialisation.
+    """
     loss = declared(model((6, 8, 8), (9, 4, 4)), model((5, 8, 8), (7, 4, 4))).loss
     parameters = dict(loss.named_parameters())
     assert {name: tuple(p.shape) for name, p in parameters.items() if p.ndim == 4} == {
@@ -184,7 +186,7 @@ def test_precisions_agree(size: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SHAPES)
-def test_gradient_reaches_student_and_own_weights_alone(
+def test_only_student_and_own_weights_receive_gradients(
     ours: tuple[Shape, ...], theirs: tuple[Shape, ...]
 ) -> None:
     loss = made(ours, theirs)
@@ -201,7 +203,7 @@ def test_reads_no_value_in_forward(ours: tuple[Shape, ...], theirs: tuple[Shape,
     maps.check_reads_no_value(made(ours, theirs), ours, theirs)
 
 
-def test_goes_on_bit_by_bit_from_its_state_dict() -> None:
+def test_resumes_bit_by_bit_from_its_state_dict() -> None:
     shapes = SHAPES[0][0]
     student, teacher = features(1, 3, *shapes), features(9, 3, *shapes)
     straight, resumed = made(shapes), made(shapes)

@@ -1,4 +1,4 @@
-"""RKD: distances and angles against their equations, in parts or at once, on one rank or two."""
+"""RKD: distances and angles agree with their equations, in chunks or not, on one rank or two."""
 
 import itertools
 
@@ -15,6 +15,7 @@ from kdhooks.testing import check_method
 from kdhooks_plugins import rkd
 from kdhooks_plugins.rkd import RKD
 from tests import golden
+from tests.compared import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import rkd as reference
 from tests.references.differences import central_differences
@@ -31,11 +32,6 @@ TERMS: list[dict[str, float]] = [
 
 def made(**options: object) -> nn.Module:
     return RKD(**options).embedding_tap().loss  # type: ignore[arg-type]  # this file's tables
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def any_labels(b: int) -> Tensor:
@@ -86,7 +82,7 @@ def test_agrees_with_the_equation(
 
 
 def test_far_distances_cost_in_proportion() -> None:
-    """Where a relative distance is off by more than 1, the Huber loss is a line."""
+    """If a relative distance differs by more than 1, the Huber loss is linear."""
     spread = torch.tensor([[0.0], [0.1], [0.2], [9.0]], dtype=torch.float64)
     value, _ = made(angle_weight=0.0)(spread, spread.flip(0) ** 2, any_labels(4))
     ours, theirs = spread.numpy(), spread.flip(0).numpy() ** 2
@@ -97,7 +93,7 @@ def test_far_distances_cost_in_proportion() -> None:
 
 @drawn
 @given(sizes, st.floats(0.01, 100), st.floats(0.01, 100))
-def test_ignores_rotation_length_and_place_of_either_side(
+def test_ignores_rotation_length_and_shift_of_either_side(
     size: tuple[int, int, int], ours: float, theirs: float
 ) -> None:
     b, d, seed = size
@@ -159,7 +155,7 @@ def test_samples_at_one_place_have_a_finite_value_and_gradient(
 
 
 def test_close_samples_keep_their_distance_in_float32() -> None:
-    """Where ‖x‖² + ‖y‖² - 2x·y would leave nothing but rounding; more than 25 take that path."""
+    """‖x‖² + ‖y‖² - 2x·y, torch.cdist's default beyond 25 rows, would leave only rounding."""
     student, teacher = 100 + 1e-2 * normal(8, 30, 3), normal(9, 30, 3)
     module = made(angle_weight=0.0)
     exact, _ = module(student.float().double(), teacher.float().double(), any_labels(30))
@@ -167,7 +163,7 @@ def test_close_samples_keep_their_distance_in_float32() -> None:
     assert_close(single.double(), exact, rtol=1e-3, atol=0)
 
 
-def test_never_holds_more_angles_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holds_the_angles_of_only_so_many_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     angles_at = rkd._angles_at
 
@@ -182,10 +178,10 @@ def test_never_holds_more_angles_than_asked_for(monkeypatch: pytest.MonkeyPatch)
     kept = len(shapes)
     value.backward()
     assert set(shapes) == {(3, 7, 7), (1, 7, 7)}
-    assert len(shapes) == 2 * kept  # computed anew in backward, so not kept from forward
+    assert len(shapes) == 2 * kept  # computed again in backward, so not kept from forward
 
 
-def test_gradient_reaches_the_student_alone_and_there_is_no_state() -> None:
+def test_only_the_student_receives_gradients_and_there_is_no_state() -> None:
     module = made()
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y)[0].backward()

@@ -1,4 +1,4 @@
-"""Class rows from shards, from other files, and from inside of the teacher's own checkpoint."""
+"""Class rows are read from shards, from other files, and from the teacher's own checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ Content = dict[str, Any]
 
 
 def shards(folder: Path, count: int = 3, **changes: Callable[[int], Any]) -> str:
-    """Shards of one run, two classes each, as arcface_torch writes them; and their pattern."""
+    """Write shards of one run like arcface_torch, with two classes each; return their pattern."""
     rows = normal(5, 2 * count, 12).float()
     for rank in range(count):
         content: Content = {
@@ -50,7 +50,7 @@ def other_weights(rank: int) -> dict[str, Tensor]:
 
 
 def own_statistics(rank: int) -> dict[str, Tensor]:
-    """DistributedDataParallel(broadcast_buffers=False) leaves each rank its own."""
+    """With DistributedDataParallel(broadcast_buffers=False), each rank has its own statistics."""
     state = {key: value.clone() for key, value in network().state_dict().items()}
     state["features.running_mean"] += rank
     return {f"module.{key}": value for key, value in state.items()}
@@ -92,19 +92,19 @@ def test_shards_of_two_runs_are_refused(changes: Content, said: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["checkpoint_gpu_0 (1).pt", "old_checkpoint_gpu_1.pt"])
-def test_a_copy_beside_the_shards_is_none_of_them(name: str, tmp_path: Path) -> None:
+def test_a_copy_beside_the_shards_is_refused(name: str, tmp_path: Path) -> None:
     shards(tmp_path, 1)
     (tmp_path / name).write_bytes((tmp_path / "checkpoint_gpu_0.pt").read_bytes())
     with pytest.raises(KDHooksError, match="shards must be named alike and numbered 0 to 1"):
         Rows.open(tmp_path / "*checkpoint_gpu_*.pt")
 
 
-def test_a_later_shard_alone_is_not_all_of_them(tmp_path: Path) -> None:
+def test_shards_without_the_first_are_refused(tmp_path: Path) -> None:
     pattern = shards(tmp_path, 2)
     (tmp_path / "checkpoint_gpu_0.pt").unlink()
     with pytest.raises(KDHooksError, match="numbered 0 to 0 without a gap; found checkpoint_gpu_1"):
         Rows.open(pattern)
-    torch.save(normal(1, 3, 12), tmp_path / "rows_512.pt")  # the number is none of a rank
+    torch.save(normal(1, 3, 12), tmp_path / "rows_512.pt")  # 512 is not the number of a rank
     assert Rows.open(tmp_path / "rows_*.pt").total == 3
 
 
@@ -113,11 +113,11 @@ def test_one_shard_of_several_is_read_with_a_warning(tmp_path: Path, caplog: Log
     assert Rows.open(tmp_path / "checkpoint_gpu_0.pt").total == 2
     assert "checkpoint_gpu_0.pt' is one of several shards in its folder" in caplog.text
     caplog.clear()
-    Rows.open(tmp_path / "checkpoint_gpu_1.pt")  # which nobody takes for all of them
+    Rows.open(tmp_path / "checkpoint_gpu_1.pt")  # a later shard is not mistaken for all classes
     assert not caplog.text
 
 
-def test_a_teacher_that_was_not_trained_with_the_rows_is_warned_of(
+def test_rows_of_another_backbone_than_the_teacher_cause_a_warning(
     tmp_path: Path, caplog: Log
 ) -> None:
     pattern = shards(tmp_path, state_dict_backbone=own_statistics)
@@ -146,7 +146,7 @@ def test_rows_without_a_direction_are_named(
     torch.save(rows, tmp_path / "rows.pt")
     with pytest.raises(KDHooksError, match=rf"class 3 in '.*rows\.pt' is {said}"):
         Rows.open(tmp_path / "rows.pt").slice(2, 5)
-    Rows.open(tmp_path / "rows.pt").slice(0, 3)  # a rank reads its own rows alone
+    Rows.open(tmp_path / "rows.pt").slice(0, 3)  # a rank reads only its own rows
 
 
 def test_the_class_is_counted_over_all_shards(tmp_path: Path) -> None:
@@ -172,18 +172,18 @@ def test_rows_of_float8_are_read() -> None:
 @pytest.mark.parametrize(
     "rows", [normal(1, 3, 4).to_sparse(), torch.empty(3, 4, device="meta")], ids=["sparse", "meta"]
 )
-def test_rows_are_plain_tensors(rows: Tensor) -> None:
+def test_rows_must_be_plain_tensors(rows: Tensor) -> None:
     with pytest.raises(KDHooksError, match=r"must be a plain tensor \(c e\); the tensor given is"):
         Rows.open(rows)
 
 
 @pytest.mark.parametrize("source", [3, None, [1, 2], {"weight": 1}, b"rows.pt"])
-def test_rows_come_from_tensors_and_paths_alone(source: Any) -> None:
+def test_rows_come_only_from_tensors_and_paths(source: Any) -> None:
     with pytest.raises(KDHooksError, match=r"must be a tensor \(c e\), a path, or a pattern"):
         Rows.open(source)
 
 
-def test_a_transposed_classifier_is_called_so() -> None:
+def test_a_transposed_classifier_is_refused_as_transposed() -> None:
     teacher = Teacher(network(), classifier=normal(1, 12, 6))
     with pytest.raises(KDHooksError, match=r"found 12 rows of width 6.* it is transposed; save"):
         probe_teacher(teacher, (), torch.zeros(2, 3, 32, 32))
@@ -198,7 +198,7 @@ def test_a_transposed_classifier_is_called_so() -> None:
 @pytest.mark.parametrize(
     ("right", "warned"), [(20, False), (18, False), (17, True), (10, True), (9, None)]
 )
-def test_a_class_order_that_is_half_right_is_warned_of(
+def test_a_class_order_that_is_half_right_causes_a_warning(
     right: int, warned: bool | None, caplog: Log
 ) -> None:
     rows = torch.eye(20)
@@ -247,7 +247,7 @@ def tiny_rows() -> Tensor:
 
 
 def made() -> nn.Module:
-    """Named in recipes as tests.test_row_files:made."""
+    """Build the network that recipes name as tests.test_row_files:made."""
     return TinyFaceNet(width=6)
 
 
@@ -276,7 +276,7 @@ def test_rows_are_found_in_the_teachers_checkpoint(prefix: str, name: str, tmp_p
     assert torch.equal(kd.teacher_rows.shard().weight, tiny_rows())
 
 
-def test_a_file_of_that_name_wins(tmp_path: Path) -> None:
+def test_a_file_takes_precedence_over_a_weight_of_that_name(tmp_path: Path) -> None:
     torch.save({**network().state_dict(), "kdhooks.rows": tiny_rows()}, tmp_path / "model.pt")
     path = recipe(tmp_path, "kdhooks.rows")
     found = build_teacher(Recipe.read(path)).classifier
@@ -294,7 +294,7 @@ def test_a_module_may_hold_the_rows() -> None:
     assert torch.equal(found.slice(0, 6), tiny_rows())
 
 
-def test_a_name_that_is_nowhere_shows_both_possibilities(tmp_path: Path) -> None:
+def test_an_unknown_name_lists_files_and_weights(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError) as error:
         Teacher(with_head(), classifier="haed.weight")
     for text in (
@@ -333,7 +333,7 @@ def test_a_weight_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
 # --- networks by name, and one of several sets of weights ------------------------------------
 
 
-def test_the_weights_that_are_meant_can_be_named_in_a_recipe(tmp_path: Path) -> None:
+def test_a_recipe_can_choose_among_sets_of_weights(tmp_path: Path) -> None:
     state = network().state_dict()
     other = {key: value + 1 for key, value in state.items()}
     torch.save({"model": other, "ema": state}, tmp_path / "model.pt")

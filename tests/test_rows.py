@@ -1,4 +1,4 @@
-"""Rows of classes are read from tensors and from files of all ranks, and others are refused."""
+"""Class rows are read from tensors and from the files of all ranks; other content is refused."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.maps import normal
 
 
 def saved(folder: Path, *sizes: int, name: str = "checkpoint_gpu_{}.pt", dim: int = 3) -> Tensor:
-    """Shards of these sizes as arcface_torch writes them, in order; what they hold together."""
+    """Write shards of these sizes as arcface_torch does; return all their rows."""
     rows = normal(sum(sizes), sum(sizes), dim).float()
     for rank, part in enumerate(rows.split(sizes)):
         content = {"epoch": 1, "state_dict_softmax_fc": {"weight": part.clone()}}
@@ -59,7 +59,7 @@ def test_rows_come_from_a_file(wrap: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(3,), (4, 3), (2, 2, 1), (3,) * 4 + (2,) * 8, (1,) * 11])
 def test_shards_come_in_the_order_of_their_ranks(sizes: tuple[int, ...], tmp_path: Path) -> None:
-    """12 and 11 of them, so that rank 10 would come before rank 2 in the order of names."""
+    """With 11 or 12 shards, rank 10 would come before rank 2 if sorted by name."""
     expected = saved(tmp_path, *sizes)
     rows = Rows.open(tmp_path / "checkpoint_gpu_*.pt")
     assert rows.total == sum(sizes)
@@ -72,7 +72,7 @@ def test_the_rank_is_the_last_number_of_a_files_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["run[1]", "a run", "50%"])
-def test_a_path_that_exists_is_taken_as_it_is(folder: str, tmp_path: Path) -> None:
+def test_an_existing_path_is_not_a_pattern(folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
     expected = saved(tmp_path / folder, 3)
     found = Rows.open(tmp_path / folder / "checkpoint_gpu_0.pt")
@@ -124,7 +124,7 @@ def test_nearest_is_the_row_of_largest_cosine(seed: int, c: int, length: float) 
     assert torch.equal(own, torch.arange(c))
 
 
-def test_nearest_looks_beyond_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_searches_beyond_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = normal(3, 9, 4).float()
     rows = opened(matrix.split([5, 4]))
     few = rows.chunks(2)
@@ -161,7 +161,7 @@ def test_files_without_a_number_are_no_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 2), (3, 3, 1), (2, 3, 2)])
-def test_sizes_that_no_run_has_are_refused(sizes: tuple[int, ...], tmp_path: Path) -> None:
+def test_sizes_that_no_run_writes_are_refused(sizes: tuple[int, ...], tmp_path: Path) -> None:
     saved(tmp_path, *sizes)
     with pytest.raises(KDHooksError, match=rf"differ by one row.*_0\.pt \({sizes[0]}, 3\), "):
         Rows.open(tmp_path / "checkpoint_gpu_*.pt")

@@ -1,4 +1,4 @@
-"""`kdhooks run`: what a script notices of it, and what it needs of a script."""
+"""`kdhooks run`: it changes nothing that a script sees, and refuses scripts that do not fit."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def toml(folder: Path, teacher: dict[str, str], methods: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A trainer's folder, which is the working directory, with a recipe."""
+    """Create a trainer's folder with a recipe, and make it the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "networks.py").write_text("def get_model(): ...")
@@ -63,7 +63,7 @@ def _modules_of_the_folder() -> Iterator[None]:
 # --- in training ---------------------------------------------------------------------------------
 
 
-def test_it_does_what_the_line_in_the_script_does(
+def test_it_trains_like_the_line_in_the_script(
     one: Trainer, teacher: dict[str, str], tmp_path: Path
 ) -> None:
     recipe = toml(tmp_path, teacher, '[{name = "fcd", weight = 8.0}]')
@@ -94,7 +94,7 @@ def test_a_line_in_the_config_counts_once(
 
 
 def test_two_ranks_by_torchrun(one: Trainer, teacher: dict[str, str], tmp_path: Path) -> None:
-    """The ranks end with the same student, and not with the plain run's."""
+    """The ranks end with the same student, and the methods' state is saved."""
     config = tmp_path / "job.py"
     (report,) = one.run()
     text = Path(report["config"]).read_text().replace(report["output"], str(tmp_path / "out"))
@@ -123,12 +123,12 @@ def test_two_ranks_by_torchrun(one: Trainer, teacher: dict[str, str], tmp_path: 
     assert all(shard["state_optimizer"]["kdhooks"]["distiller"] for shard in shards)
 
 
-def test_a_script_that_makes_no_head_is_told_so(folder: Path) -> None:
+def test_a_script_that_creates_no_head_is_refused(folder: Path) -> None:
     with pytest.raises(KDHooksError, match=r"'train\.py' ended, but distillation was not attached"):
         run.main(["train.py", "--recipe", "kd.toml"])
 
 
-# --- what the script sees ------------------------------------------------------------------------
+# --- the script's environment --------------------------------------------------------------------
 
 
 def printed_by(*command: str) -> list[str]:
@@ -138,10 +138,10 @@ def printed_by(*command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("place", ["", "trainer/"])
-def test_the_script_sees_what_python_shows_it(
+def test_the_script_sees_the_same_as_with_plain_python(
     place: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started in its folder, and from elsewhere."""
+    """The script is started from its own folder, and from another one."""
     if place:
         folder.rename(folder.with_name("trainer"))
         monkeypatch.chdir(folder.parent)
@@ -170,7 +170,7 @@ def test_the_scripts_own_arguments_stay_its_own(
     assert arguments == own.split()
 
 
-def test_the_process_is_as_it_was_afterwards(folder: Path) -> None:
+def test_the_process_is_restored_afterwards(folder: Path) -> None:
     before = sys.modules["__main__"], list(sys.argv), list(sys.path)
     with pytest.raises(KDHooksError, match="distillation was not attached"):
         run.main(["train.py", "x", "--recipe", "kd.toml"])
@@ -189,7 +189,7 @@ def test_a_traceback_shows_the_scripts_own_lines(folder: Path) -> None:
     assert 'train.py", line 14, in <module>\n    main() / 0\n' in done.stderr
 
 
-# --- what does not fit ---------------------------------------------------------------------------
+# --- refused scripts and arguments ---------------------------------------------------------------
 
 HEAD = "from heads import PartialFC_V2\n"
 
@@ -205,7 +205,7 @@ HEAD = "from heads import PartialFC_V2\n"
         ("x = '\0'", "'old.py' is not valid in this Python"),
     ],
 )
-def test_a_script_that_does_not_fit(source: str, said: str) -> None:
+def test_a_script_that_does_not_fit_is_refused(source: str, said: str) -> None:
     with pytest.raises(KDHooksError) as error:
         run.prepared(source, "old.py", hooked=True)
     assert said in str(error.value)
@@ -220,17 +220,17 @@ def test_a_script_that_does_not_fit(source: str, said: str) -> None:
         "from a import get_model, PartialFCAdamW\nimport lr_scheduler\nx = 1",
     ],
 )
-def test_the_hook_stands_below_the_last_name(source: str) -> None:
+def test_the_hook_is_inserted_below_the_last_name(source: str) -> None:
     tree = run.prepared(source, "t.py", hooked=True)
     calls = [type(node).__name__ for node in tree.body]
     assert calls[-2:] == ["Expr", "Assign"]
     assert calls.count("Expr") == 1
 
 
-def test_without_a_recipe_any_script_fits(
+def test_without_a_recipe_any_script_runs(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "REPAIRS", ())  # they would last beyond this test
+    monkeypatch.setattr(compat, "REPAIRS", ())  # the repairs would outlast this test
     (folder / "other.py").write_text("import sys\nprint(sys.argv)")
     assert main(["run", "other.py", "a", "--compat"]) == 0
     assert capfd.readouterr().out == "['other.py', 'a']\n"
@@ -248,7 +248,7 @@ def test_without_a_recipe_any_script_fits(
         (["train.py", "--recipe"], "argument --recipe: expected one argument"),
     ],
 )
-def test_what_can_not_start(
+def test_a_command_that_cannot_start_is_refused(
     folder: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "latin.py").write_bytes(b"# caf\xe9\n")

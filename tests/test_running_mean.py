@@ -18,28 +18,28 @@ BATCHES = [1 + normal(seed, 6, 3, 2, 2) for seed in range(4)]
 
 
 def expected(batches: list[Tensor], momentum: float) -> Tensor:
-    """The weighted mean of the batches' means, the latest with weight 1."""
+    """Return the weighted mean of the batches' means; the latest batch has weight 1."""
     weights = [momentum ** (len(batches) - 1 - place) for place in range(len(batches))]
     weighted = [w * x.mean(dim=0) for w, x in zip(weights, batches, strict=True)]
     return torch.stack(weighted).sum(dim=0) / sum(weights)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
-def test_takes_the_weighted_mean_of_all_batches_off(momentum: float) -> None:
+def test_subtracts_the_weighted_mean_of_all_batches(momentum: float) -> None:
     running = RunningMean(3, 2, 2, momentum=momentum).double()
     for step, batch in enumerate(BATCHES, start=1):
         found = running(batch)
         assert_close(found, batch - expected(BATCHES[:step], momentum))
 
 
-def test_the_first_batch_is_left_with_the_mean_zero() -> None:
+def test_the_result_for_the_first_batch_has_mean_zero() -> None:
     running = RunningMean(3, 2, 2).double()
     assert_close(running(BATCHES[0]).mean(dim=0), torch.zeros(3, 2, 2).double())
 
 
-def test_only_training_moves_it() -> None:
+def test_only_training_updates_it() -> None:
     running = RunningMean(3, 2, 2).double().eval()
-    assert_close(running(BATCHES[0]), BATCHES[0])  # nothing is known yet
+    assert_close(running(BATCHES[0]), BATCHES[0])  # there is no mean yet
     running.train()(BATCHES[0])
     before = copy.deepcopy(running.state_dict())
     found = running.eval()(BATCHES[1])
@@ -75,7 +75,7 @@ def test_another_shape_is_refused() -> None:
 
 
 def test_reads_no_value_in_forward() -> None:
-    """On the meta device, whose tensors hold none."""
+    """Tensors on the meta device have no values."""
     assert RunningMean(3).to("meta")(torch.zeros(2, 3, device="meta")).shape == (2, 3)
 
 
@@ -93,5 +93,5 @@ def test_two_ranks_have_the_mean_of_one_process(tmp_path: Path) -> None:
     assert_close(torch.cat([first["last"], second["last"]]), alone["last"])
 
 
-def test_the_ranks_do_not_average_it_once_more() -> None:
+def test_the_ranks_do_not_average_it_again() -> None:
     assert own_buffers(RunningMean(3)) == {"average", "weight"}

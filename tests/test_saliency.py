@@ -1,4 +1,4 @@
-"""Saliency maps: from a network, and from files."""
+"""Saliency maps are computed from a network, or read from files."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -42,12 +42,12 @@ def test_a_file_of_something_else_is_refused(content: object, said: str, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.uint8])
-def test_numbers_of_few_bits_reach_from_0_to_1(dtype: torch.dtype) -> None:
+def test_numbers_of_few_bits_are_scaled_to_0_and_1(dtype: torch.dtype) -> None:
     found = load_saliency(torch.tensor([[3, 7], [11, 14]]).to(dtype))
     assert [float(found.min()), float(found.max())] == [0, 1]
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "map.pt").write_bytes(b"")
     with pytest.raises(KDHooksError, match=r"cakd: saliency: '.*map\.pt' is empty"):
         load_saliency(tmp_path / "map.pt")

@@ -1,4 +1,4 @@
-"""The script's torch.save: torch's own, but a whole file at any moment."""
+"""The script's torch.save is torch's own, except that the file is complete at any moment."""
 
 import io
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 from kdhooks_integrations.arcface_torch.saving import SafeTorch
 
 
-def test_all_else_is_torchs_own() -> None:
+def test_everything_else_is_torchs_own() -> None:
     safe = SafeTorch(lambda: None)
     assert safe.nn is torch.nn
     assert safe.__name__ == "torch"
 
 
-def test_what_is_set_is_set_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributes_are_set_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "kdhooks_mark", 0, raising=False)
     SafeTorch(lambda: None).kdhooks_mark = 1
     assert vars(torch)["kdhooks_mark"] == 1
@@ -37,7 +37,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "there" / "model.pt"), torch.ones(2))
 
 
-def test_nothing_is_written_of_what_is_spoilt(tmp_path: Path) -> None:
+def test_nothing_is_written_if_the_check_fails(tmp_path: Path) -> None:
     def check() -> None:
         raise ZeroDivisionError
 

@@ -1,4 +1,4 @@
-"""A weight by steps, in a recipe."""
+"""Weights that change over the steps, and their tables in a recipe."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_weight_by_step(table: dict[str, Any], weights: list[float]) -> None:
     assert [schedule(step) for step in range(6)] == weights
 
 
-def test_a_recipe_says_when() -> None:
+def test_a_recipe_schedules_a_weight() -> None:
     method = {"name": "fcd", "weight": {"value": 4.0, "start": 1, "stop": 2}, "projector": True}
     recipe = Recipe.read({"teacher": torch.flatten, "methods": [method]})
     student, (images, labels) = TinyFaceNet().train(), tiny_batch()
@@ -73,7 +73,7 @@ def test_a_recipe_says_when() -> None:
         (None, "weight must be a number, a table or a function; found None"),
     ],
 )
-def test_a_wrong_table_says_what_is_wrong(weight: object, match: str) -> None:
+def test_a_wrong_table_is_refused(weight: object, match: str) -> None:
     recipe = {"teacher": torch.flatten, "methods": [{"name": "fcd", "weight": weight}]}
     with pytest.raises(KDHooksError, match=match):
         Distiller(
@@ -81,7 +81,7 @@ def test_a_wrong_table_says_what_is_wrong(weight: object, match: str) -> None:
         )
 
 
-def test_an_epoch_is_as_many_steps_as_the_distiller_says() -> None:
+def test_an_epoch_has_steps_per_epoch_of_the_distiller() -> None:
     weight = {"value": 4.0, "start": 0.5, "warmup": 1, "stop": 2, "unit": "epoch"}
     schedule = Schedule.read(weight)
     found = [number_at(schedule, step, 4) for step in range(9)]

@@ -1,4 +1,4 @@
-"""`kdhooks schema`: the JSON Schema of a recipe agrees with what a recipe accepts."""
+"""`kdhooks schema`: the JSON Schema accepts and refuses the same recipes as kdhooks."""
 
 import json
 import tomllib
@@ -72,14 +72,16 @@ def written(folder: Path, recipe: str) -> Path:
 
 
 @pytest.mark.parametrize("recipe", GOOD)
-def test_what_a_recipe_accepts_fits_the_schema(recipe: str, tmp_path: Path, validator: Any) -> None:
+def test_an_accepted_recipe_fits_the_schema(recipe: str, tmp_path: Path, validator: Any) -> None:
     file = written(tmp_path, recipe)
     Recipe.read(file)
     validator.validate(tomllib.loads(file.read_text()))
 
 
 @pytest.mark.parametrize("recipe", BAD)
-def test_what_a_recipe_refuses_does_not_fit(recipe: str, tmp_path: Path, validator: Any) -> None:
+def test_a_refused_recipe_does_not_fit_the_schema(
+    recipe: str, tmp_path: Path, validator: Any
+) -> None:
     file = written(tmp_path, recipe)
     with pytest.raises(KDHooksError):
         Recipe.read(file)
@@ -139,13 +141,13 @@ def test_the_teachers_embedding_is_named_in_one_place(
                     Recipe.read(recipe)
 
 
-def test_every_method_with_its_name_alone_fits(validator: Any) -> None:
+def test_every_method_fits_with_only_its_name(validator: Any) -> None:
     for info in methods():
         recipe = {"teacher": {"onnx": "t.onnx"}, "methods": [{"name": info.name}]}
         validator.validate(recipe)
 
 
-def test_methods_of_third_parties_are_in_it(
+def test_third_party_methods_are_in_the_schema(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     code = """'''F.'''

@@ -1,6 +1,6 @@
-"""Every method trains on a device that is not the processor, and lets the host run ahead of it.
+"""Every method trains on another device than the CPU, and lets the host run ahead of it.
 
-Each test runs on a device that is written in Python, which needs no GPU, and once more on CUDA if
+Each test runs on a device that is written in Python, which needs no GPU, and again on CUDA if
 there is a GPU: see `second_device`.
 """
 
@@ -38,7 +38,7 @@ WARM_UP = {"value": 0.5, "warmup": 2}
 
 
 def run(teacher: Teacher, **options: Any) -> Teacher:
-    """The same in another way."""
+    """Return the same teacher with other options."""
     assert teacher.module is not None
     return Teacher(teacher.module, classifier=teacher.classifier, **options)
 
@@ -51,10 +51,10 @@ def trained(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> list[Tensor]:
-    """Each step's loss, and then the student's and the losses' weights.
+    """Return the loss of each step, followed by the student's and the losses' weights.
 
-    waits: steps, from the first on, in which the host may wait; dtype: that of all weights and
-    images; options: the teacher's.
+    waits: the number of first steps in which the host may wait; dtype: of all weights and images;
+    options: of the teacher.
     """
     device = device_at(place)
     with device:
@@ -88,7 +88,7 @@ def trained(
             losses.append(loss)
         kd.check_finite()
         kd.remove()
-        assert not second_streams.faults  # CUDA reports none
+        assert not second_streams.faults  # always empty on CUDA
         return [x.detach().cpu() for x in (*losses, *learned)]
 
 
@@ -99,11 +99,11 @@ def method(name: str, **options: Any) -> object:
 def compare(
     process: ProcessPoolExecutor, place: str, make: Callable[[], object], **options: Any
 ) -> None:
-    """Train there and on the processor.
+    """Train on the device and on the CPU, and compare.
 
-    CUDA adds up in another order than the processor, and in float32 some methods enlarge that from
-    step to step without a bound. So all of CUDA's steps are compared in float64, and in float32
-    the first loss.
+    CUDA sums in another order than the CPU, and some methods amplify this difference in float32
+    from step to step. So on CUDA, only the first loss is compared in float32, and all steps in
+    float64.
     """
     there = process.submit(trained, place, make, **options).result()
     here = process.submit(trained, "cpu", make, **options).result()
@@ -123,7 +123,7 @@ def compare(
 def test_a_method_trains_on_another_device_and_never_waits(
     process: ProcessPoolExecutor, place: str, name: str
 ) -> None:
-    """The first step may wait, since its checks do."""
+    """The first step may wait, because its checks do."""
     compare(process, place, partial(method, name))
 
 
@@ -149,7 +149,7 @@ def test_prompts_train_on_another_device_and_never_wait(
 
 
 @pytest.mark.parametrize("name", ["fcd", "at", "cakd"])
-def test_a_teacher_on_a_stream_of_its_own_gives_the_same_without_a_race(
+def test_a_teacher_on_its_own_stream_has_the_same_results_and_no_race(
     process: ProcessPoolExecutor, place: str, name: str
 ) -> None:
     compare(process, place, partial(method, name), side_stream=True)
@@ -158,15 +158,15 @@ def test_a_teacher_on_a_stream_of_its_own_gives_the_same_without_a_race(
 def test_prompts_are_trained_on_the_students_stream(
     process: ProcessPoolExecutor, place: str
 ) -> None:
-    """Else their gradient would be another stream's."""
+    """Otherwise their gradient would be computed on another stream."""
     make = partial(method, "cakd", prompts={"number": 2})
     compare(process, place, make, transformer=True, side_stream=True)
 
 
-def test_a_cached_step_waits_for_the_keys_alone(
+def test_a_cached_step_waits_only_for_the_keys(
     process: ProcessPoolExecutor, place: str, tmp_path: Path
 ) -> None:
-    """After the first, and the second, in which the teacher is asked what the cache has found."""
+    """The first step may wait too, and the second, which compares a cached row with the teacher."""
     make = partial(method, "fcd")
     there = process.submit(
         trained, place, make, waits=2, cache=CacheOptions(path=tmp_path / "there")
@@ -178,7 +178,9 @@ def test_a_cached_step_waits_for_the_keys_alone(
 
 
 def order(place: str, **options: Any) -> list[tuple[str, bool]]:
-    """Of the teacher and the student in the second step, and whether on a stream of its own."""
+    """Return the order in which teacher and student run in the second step, each with whether it
+    runs on its own stream.
+    """
     with device_at(place):
         student, teacher = TinyFaceNet().to(place).train(), run(tiny_teacher(), **options)
         kd = Distiller(student, teacher, ["fcd"], input_shape=(3, 32, 32))
@@ -195,13 +197,13 @@ def order(place: str, **options: Any) -> list[tuple[str, bool]]:
             )
         student(images)
         kd(images, labels)
-        student(images.clone())  # whose losses nobody takes
+        student(images.clone())  # the losses of this forward are never computed
         kd.remove()
         assert not second_streams.faults
         return found[:2]
 
 
-def test_a_stream_of_its_own_begins_before_the_student(
+def test_a_teacher_on_its_own_stream_starts_before_the_student(
     process: ProcessPoolExecutor, place: str
 ) -> None:
     beside = process.submit(order, place, side_stream=True).result()
@@ -215,20 +217,20 @@ def read_from_the_host(place: str) -> None:
         sent = Sent(made := torch.ones(2, device=place) * 2)
     assert sent.get().tolist() == [2, 2]
     with device_at(place):
-        made.sum()  # no race, since the host waited for it
+        made.sum()  # no race, because the host has waited
         made.record_stream(torch.cuda.current_stream())
 
 
-def test_who_reads_what_was_sent_waits_for_it(process: ProcessPoolExecutor, place: str) -> None:
-    """On CUDA `test_gpu` shows that it would be noticed if nobody waited."""
+def test_reading_a_sent_tensor_waits_for_it(process: ProcessPoolExecutor, place: str) -> None:
+    """On CUDA, `test_gpu` shows that a missing wait would be noticed."""
     process.submit(read_from_the_host, place).result()
 
 
-# --- that it would be noticed --------------------------------------------------------------------
+# --- each of these faults would be noticed -------------------------------------------------------
 
 
 class _Reading(nn.Module):
-    """Looks at a number in each step."""
+    """Reads a number in each step."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -237,7 +239,7 @@ class _Reading(nn.Module):
 
 
 class _Choosing(nn.Module):
-    """Counts the samples that it takes."""
+    """Selects samples by a mask, whose result has a size that the host must know."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -245,7 +247,7 @@ class _Choosing(nn.Module):
 
 
 class _Fetching(nn.Module):
-    """Brings a number from the host in each step."""
+    """Copies a number from the host in each step."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(b d), (b e), (b) -> ()."""
@@ -253,7 +255,7 @@ class _Fetching(nn.Module):
 
 
 class _Homeless(nn.Module):
-    """Holds a tensor that is no buffer, and so stays where it was made."""
+    """Holds a tensor that is no buffer, and so stays on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +308,7 @@ def read_too_early() -> None:
 
 
 def read_by_another() -> tuple[Tensor, torch.cuda.Stream]:
-    """A tensor that another stream may still be reading, and that stream."""
+    """Return a tensor that another stream may still be reading, and that stream."""
     side, made = torch.cuda.Stream(), torch.ones(2, device=NAME) * 2
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -327,7 +329,7 @@ def test_a_race_is_noticed(process: ProcessPoolExecutor, race: Callable[[], None
         process.submit(race).result()
 
 
-def given_away(recorded: bool) -> list[str]:
+def freed_in_use(recorded: bool) -> list[str]:
     second_streams.faults.clear()
     with Device():
         made, side = read_by_another()
@@ -340,14 +342,12 @@ def given_away(recorded: bool) -> list[str]:
 
 
 @only_far
-def test_memory_that_is_given_away_in_use_is_noticed(process: ProcessPoolExecutor) -> None:
-    assert process.submit(given_away, recorded=False).result()
-    assert not process.submit(given_away, recorded=True).result()
+def test_memory_that_is_freed_while_in_use_is_noticed(process: ProcessPoolExecutor) -> None:
+    assert process.submit(freed_in_use, recorded=False).result()
+    assert not process.submit(freed_in_use, recorded=True).result()
 
 
-def test_a_tensor_left_on_the_processor_is_noticed(
-    process: ProcessPoolExecutor, place: str
-) -> None:
+def test_a_tensor_left_on_the_cpu_is_noticed(process: ProcessPoolExecutor, place: str) -> None:
     make = partial(_Method, _Homeless)
     with pytest.raises(RuntimeError, match=MIXED[place]):
         process.submit(trained, place, make, waits=STEPS).result()

@@ -1,4 +1,4 @@
-"""A Teacher is configuration that several runs share; each run has a session of its own."""
+"""A Teacher is a configuration that several runs can share; each run has its own session."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +127,10 @@ def test_a_student_that_is_its_own_teacher_is_refused() -> None:
     with pytest.raises(KDHooksError, match=r"must have parameters of their own.*copy\.deepcopy"):
         Distiller(net, net, ["fcd"], **SIZE)
     assert net.training
-    assert all(parameter.requires_grad for parameter in net.parameters()), "it is as it was"
+    assert all(parameter.requires_grad for parameter in net.parameters()), "nothing is changed"
 
 
-def test_a_method_of_a_module_is_no_teacher() -> None:
+def test_a_method_of_a_module_is_refused_as_a_teacher() -> None:
     awake = module().train()
     with pytest.raises(KDHooksError, match="is a method of a module, which nobody would freeze"):
         Distiller(student(), awake.forward, ["fcd"], **SIZE)
@@ -183,7 +183,7 @@ def test_models_of_any_floating_point_format_train(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.layer1.parameters())
 
 
-def test_a_student_that_was_converted_meanwhile_trains() -> None:
+def test_a_student_that_was_converted_later_trains() -> None:
     net, (images, labels) = student(), tiny_batch()
     kd = Distiller(net, tiny_teacher(), [PROJECTED, "thkd"], **SIZE)
     net.double()
@@ -195,7 +195,7 @@ def test_a_student_that_was_converted_meanwhile_trains() -> None:
     assert all(p.dtype == torch.float64 and p.grad is not None for p in kd.parameters())
 
 
-def test_images_of_whole_numbers_are_refused_with_the_conversion() -> None:
+def test_integer_images_are_refused_with_their_conversion() -> None:
     class Pixels(TinyFaceNet):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward((images.float() - 127.5) / 127.5)
@@ -234,7 +234,9 @@ def traced(network: nn.Module) -> Any:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("form", [exported, lambda network: exported(network).module(), traced])
-def test_a_model_of_any_form_teaches_its_embedding(form: Callable[[nn.Module], Any]) -> None:
+def test_an_exported_or_traced_model_can_teach_its_embedding(
+    form: Callable[[nn.Module], Any],
+) -> None:
     images, _ = tiny_batch()
     teacher = Teacher(form(module()))
     with TeacherSession(teacher) as session:
@@ -246,7 +248,7 @@ def test_a_model_of_any_form_teaches_its_embedding(form: Callable[[nn.Module], A
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_the_submodules_of_such_a_form_cannot_be_tapped() -> None:
+def test_the_submodules_of_an_exported_model_cannot_be_tapped() -> None:
     with pytest.raises(KDHooksError, match=r"'layer1'.* recorded nothing: a compiled, scripted"):
         Distiller(student(), Teacher(exported(module())), ["at"], **STAGES, **SIZE)
 
@@ -271,11 +273,11 @@ def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
     assert list(output.features) == ["inner.layer1"]
 
 
-# --- what was started ahead ----------------------------------------------------------------------
+# --- running ahead -------------------------------------------------------------------------------
 
 
 def counted() -> tuple[TeacherSession, list[int]]:
-    """A session, and the sizes of the batches that its teacher has seen."""
+    """Return a session, and a list that receives the sizes of its teacher's batches."""
     seen: list[int] = []
 
     def embed(images: Tensor) -> Tensor:
@@ -285,13 +287,13 @@ def counted() -> tuple[TeacherSession, list[int]]:
     return TeacherSession(Teacher(embed)), seen
 
 
-def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> None:
+def test_only_a_call_with_the_same_unchanged_images_uses_the_output() -> None:
     session, seen = counted()
     images, _ = tiny_batch()
     session(images)
     session.run_ahead(images)
     assert_close(session(images).embedding, images.mean(dim=(2, 3)))
-    assert len(seen) == 2, "the call took the output"
+    assert len(seen) == 2, "the call used the output of run_ahead"
     session.run_ahead(images)
     images.mul_(0.5)
     assert_close(session(images).embedding, images.mean(dim=(2, 3)))
@@ -303,7 +305,7 @@ def test_only_a_call_with_the_same_unchanged_images_takes_what_was_started() -> 
     assert len(seen) == 8, "each other call ran the teacher again"
 
 
-def test_running_ahead_ends_if_nobody_takes_its_outputs() -> None:
+def test_running_ahead_stops_if_its_outputs_are_not_used() -> None:
     session, seen = counted()
     images, _ = tiny_batch()
     session(images)

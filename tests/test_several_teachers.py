@@ -1,4 +1,4 @@
-"""Several teachers teach as one: cosines are means of theirs, and each keeps what is its own."""
+"""Several teachers act as one, whose cosines are means of theirs; each keeps its own settings."""
 
 import copy
 from collections.abc import Mapping
@@ -40,12 +40,12 @@ BY_COSINES: dict[str, dict[str, object]] = {
     "rkd": {"unit_length": True},
     "sp": {},
 }
-"""The methods whose losses see nothing of the teacher but cosines."""
-NOT = {"rkd": {"unit_length": False}, "eckd": {}}  # they compare lengths, or a learned map
+"""The methods whose losses depend on the teacher only by cosines."""
+NOT = {"rkd": {"unit_length": False}, "eckd": {}}  # these compare lengths, or a learned map
 
 
 def network(seed: int = 1, dim: int = 12) -> TinyFaceNet:
-    """With statistics of the batch, so that its embeddings differ."""
+    """Return a network with the BatchNorm statistics of the batch, which make embeddings differ."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         found = TinyFaceNet(dim, width=6)
@@ -56,7 +56,7 @@ def network(seed: int = 1, dim: int = 12) -> TinyFaceNet:
 
 
 def teacher(seed: int = 1, dim: int = 12, **options: Any) -> Teacher:
-    """With the means of its classes as rows."""
+    """Return a teacher with the means of its classes as class rows."""
     module = network(seed, dim)
     images, labels = tiny_batch(copies=4)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def images_and_labels() -> tuple[Tensor, Tensor]:
 def trained(
     teachers: Any, *methods: object, steps: int = 3, dim: int = 12, **options: Any
 ) -> tuple[list[dict[str, Tensor]], nn.Module, Distiller]:
-    """The terms of each step, the student, and its Distiller."""
+    """Train; return the terms of each step, the student, and its Distiller."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         net = TinyFaceNet(dim).double().train()
@@ -128,7 +128,7 @@ def test_class_scores_of_joined_rows_are_means() -> None:
     assert_close(found, torch.stack(scores).mean(dim=0), rtol=0, atol=1e-6)
 
 
-def test_long_embeddings_count_no_more_than_short_ones() -> None:
+def test_the_length_of_an_embedding_has_no_influence() -> None:
     short, long = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     assert_close(joined([short, long * 1e6]), joined([short, long]), rtol=0, atol=1e-12)
 
@@ -138,13 +138,13 @@ def test_two_equal_teachers_are_one(method: str) -> None:
     spec = {"name": method, **BY_COSINES[method]}
     one, net, _ = trained(teacher(), spec)
     two, other, _ = trained([teacher(), teacher()], spec)
-    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # of rows that are kept in float32
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # class rows are kept in float32
     assert_close(two, one, **close)
     assert_close(dict(other.named_parameters()), dict(net.named_parameters()), **close)
 
 
 @pytest.mark.parametrize("method", NOT)
-def test_a_method_that_sees_more_than_cosines_would_be_noticed(method: str) -> None:
+def test_a_method_that_depends_on_more_than_cosines_would_be_noticed(method: str) -> None:
     spec: dict[str, object] = {"name": method, **NOT[method]}
     one, *_ = trained(teacher(), spec)
     two, *_ = trained([teacher(), teacher()], spec)
@@ -186,7 +186,7 @@ def test_weight_zero_is_the_run_without_it() -> None:
     assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-# --- each has its own ----------------------------------------------------------------------------
+# --- each teacher's own settings -----------------------------------------------------------------
 
 
 def test_each_teacher_gets_its_own_input() -> None:
@@ -301,7 +301,7 @@ def tapped(*paths: str, teachers: Any = None) -> list[Tensor]:
 
 
 def outputs(net: nn.Module, path: str) -> Tensor:
-    """What a submodule puts out; "" is the whole."""
+    """Return the output of a submodule, or with "" of the network."""
     seen: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -314,7 +314,7 @@ def outputs(net: nn.Module, path: str) -> Tensor:
     return seen[0]
 
 
-def test_a_tap_is_of_the_teacher_that_it_names() -> None:
+def test_a_tap_names_its_teacher() -> None:
     found = tapped("1.layer2", "0.layer2", "1", "0.fc@1", "")
     first, second = network(1), network(2, dim=20)
     whole = joined([outputs(first, ""), outputs(second, "")])
@@ -323,7 +323,7 @@ def test_a_tap_is_of_the_teacher_that_it_names() -> None:
     assert (found[0] != found[1]).any()
 
 
-def test_a_tap_of_the_second_of_two_names_of_one_module() -> None:
+def test_the_second_of_two_equal_teachers_can_be_tapped() -> None:
     module = network()
     assert_close(tapped("1.layer2", teachers=[module, module]), [outputs(module, "layer2")])
 
@@ -336,7 +336,7 @@ def test_a_tap_of_the_second_of_two_names_of_one_module() -> None:
         ("1.layer9", r"no submodule '1\.layer9'; did you mean '1\.layer4'"),
     ],
 )
-def test_a_tap_of_no_teacher_is_refused(path: str, words: str) -> None:
+def test_a_tap_of_an_unknown_teacher_is_refused(path: str, words: str) -> None:
     with pytest.raises(KDHooksError, match=words):
         tapped(path)
 
@@ -363,9 +363,9 @@ class Known:
 
 
 @pytest.mark.parametrize("method", ["at", "reviewkd", "fskd", "acsr", "cakd", "fitnet"])
-def test_stages_are_named_if_there_are_several_teachers(method: str) -> None:
+def test_with_several_teachers_the_stages_must_be_named(method: str) -> None:
     kd = trained(network(), {"name": method}, steps=1, plugins=[Known()])[2]
-    assert kd.taps[0].teacher_paths, "one teacher's are known"
+    assert kd.taps[0].teacher_paths, "the stages of a single teacher are known"
     with pytest.raises(KDHooksError, match=rf"^{method}.* name (them|it|a submodule)"):
         trained([network(1), network(2)], {"name": method}, plugins=[Known()])
 
@@ -384,7 +384,7 @@ def test_fitnet_reads_the_joined_embedding() -> None:
     assert found[0]["fitnet"].isfinite()
 
 
-def test_a_function_has_nothing_to_tap() -> None:
+def test_a_function_cannot_be_tapped() -> None:
     with pytest.raises(KDHooksError, match=r"teacher 1: teacher has no submodules.*to_torch"):
         trained(
             [network(), lambda images: images.mean(dim=(2, 3))],
@@ -399,7 +399,7 @@ def test_a_function_has_nothing_to_tap() -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def test_classes_in_another_order_are_noticed_of_each_teacher() -> None:
+def test_a_wrong_class_order_is_noticed_for_each_teacher() -> None:
     first, other = teacher(1), teacher(2)
     assert other.classifier is not None
     rolled = teacher(2, classifier=other.classifier.slice(0, 6).roll(1, 0))
@@ -411,7 +411,7 @@ def test_classes_in_another_order_are_noticed_of_each_teacher() -> None:
 
 
 @pytest.mark.parametrize("method", ["kd", "gkd", "coupleface", "icdface"])
-def test_a_teacher_without_rows_is_refused_where_rows_are_needed(method: str) -> None:
+def test_a_teacher_without_rows_is_refused_if_rows_are_needed(method: str) -> None:
     spec: dict[str, object] = {"name": method}
     spec |= {"projector": True} if method in ("coupleface", "icdface") else {}
     members = [teacher(1), teacher(2, classifier=None)]
@@ -473,7 +473,7 @@ class Adapting(Method):
         return nn.Linear(2, 2)
 
 
-def test_several_teachers_are_not_adapted() -> None:
+def test_several_teachers_cannot_be_adapted() -> None:
     with pytest.raises(
         KDHooksError, match=r"Linear can adapt only one teacher; found 2; .*prompts = \{ number ="
     ):
@@ -488,7 +488,7 @@ def test_several_teachers_are_not_adapted() -> None:
         ([network(), {"onnx": "t"}], "^teacher 1: teacher must be a module or a function"),
     ],
 )
-def test_what_is_no_teacher_is_refused(teachers: Any, words: str) -> None:
+def test_an_object_that_is_no_teacher_is_refused(teachers: Any, words: str) -> None:
     with pytest.raises(KDHooksError, match=words):
         trained(teachers, "sp")
 
@@ -500,7 +500,7 @@ def test_a_student_among_its_teachers_is_refused() -> None:
     assert net.training
 
 
-def test_class_means_are_of_one_teacher() -> None:
+def test_class_means_need_a_single_teacher() -> None:
     members = [teacher(1), teacher(2)]
     batches = [tiny_batch()]
     for several in (members, Teachers(members)):
@@ -523,7 +523,7 @@ def made(name: Any, state: Mapping[str, Tensor]) -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two teachers' files and a recipe."""
+    """Write the files of two teachers, and a recipe."""
     for number, dim in enumerate((12, 20)):
         one = teacher(number + 1, dim)
         assert one.module is not None
@@ -632,12 +632,12 @@ def test_the_embedding_of_a_teacher_is_named_in_its_table(where: str) -> None:
         ),
     ],
 )
-def test_a_faulty_table_is_named_by_its_place(tables: Any, words: str) -> None:
+def test_a_faulty_table_is_named_by_its_index(tables: Any, words: str) -> None:
     with pytest.raises(KDHooksError, match=words):
         Recipe.read({"teacher": tables, "methods": ["sp"]})
 
 
-def test_the_file_that_is_at_fault_is_that_of_a_numbered_teacher(folder: Path) -> None:
+def test_a_faulty_file_is_reported_with_its_teachers_index(folder: Path) -> None:
     torch.save({"fc.bias": torch.zeros(12)}, folder / "t1/model.pt")
     with pytest.raises(KDHooksError, match=r"^teacher 1: "):
         build_teachers(Recipe.read(folder / "kd.toml"), made)

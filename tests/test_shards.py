@@ -1,4 +1,4 @@
-"""One shard of the classes agrees with plain torch, and two ranks agree with one process."""
+"""A single shard of the classes agrees with plain torch, and two ranks agree with one process."""
 
 import itertools
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_a_lone_shard_is_plain_torch() -> None:
     assert shard.gather(embedding) is embedding
 
 
-def test_other_ranks_classes_and_missing_labels_are_no_ones_own() -> None:
+def test_classes_of_other_ranks_and_missing_labels_are_ignored() -> None:
     shard = ClassShard(normal(1, 3, 2), 4, 7)  # classes 4, 5 and 6
     values, labels = normal(2, 5, 3), torch.tensor([4, 6, 3, -1, 7])
     embedding = normal(3, 5, 2)
@@ -67,19 +67,19 @@ def test_scaled_cosines_and_their_gradients_are_those_of_unit_vectors(
     measured: bool, trained: bool
 ) -> None:
     x, rows = normal(1, 4, 3).requires_grad_(), normal(2, 5, 3)
-    rows[3] = 0  # has no direction; F.normalize leaves it as it is
+    rows[3] = 0  # a row of zeros has no direction, and F.normalize leaves it unchanged
     rows.requires_grad_(trained)
     shard = ClassShard(rows, 0, 5)
     found = (shard.measured() if measured else shard).cosines(x, 7.0)
     expected = 7 * F.normalize(x) @ F.normalize(rows).T
     assert_close(found, expected)
     inputs, weights = [x, rows][: 1 + trained], normal(3, 4, 5)
-    weights[:, 3] = 0  # there the gradient is 1e12 times the others
+    weights[:, 3] = 0  # the gradient of the zero row is 1e12 times the others
     gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)]
     assert_close(*gradients)
 
 
-def test_an_amount_is_added_in_place_where_no_copy_is_wanted() -> None:
+def test_add_in_place_equals_add() -> None:
     shard, values = ClassShard(normal(1, 3, 2), 4, 7), normal(2, 5, 3)
     labels, amount = torch.tensor([4, 6, 3, -1, 7]), normal(3, 5)
     expected = shard.add(values, labels, amount)
@@ -87,7 +87,7 @@ def test_an_amount_is_added_in_place_where_no_copy_is_wanted() -> None:
     assert_close(values, expected)
 
 
-def test_a_part_keeps_the_lengths_that_were_measured() -> None:
+def test_a_part_keeps_the_measured_lengths() -> None:
     shard = ClassShard(normal(1, 6, 3), 10, 20)
     chunk = ClassShard(normal(2, 2, 3), 13, 20)
     assert shard.part(chunk)._known_lengths() is None
@@ -99,7 +99,7 @@ def test_a_part_keeps_the_lengths_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize("change", ["in place", "replaced"])
-def test_rows_that_have_changed_are_measured_again(change: str) -> None:
+def test_changed_rows_are_measured_again(change: str) -> None:
     rows, x = normal(1, 5, 3), normal(2, 4, 3)
     shard = ClassShard(rows, 0, 5).measured()
     expected = shard.cosines(x)
@@ -144,7 +144,7 @@ def test_one_process_has_no_group() -> None:
 
 _CLASSES, _SPLIT, _B = 7, (4, 3), 8
 _LABELS = torch.tensor([0, 6, 3, 4, 2, 2, 5, 3])
-_MISSING = torch.tensor([0, -1, 3, 4, 2, -1, -1, 3])  # two without a label on one rank, one else
+_MISSING = torch.tensor([0, -1, 3, 4, 2, -1, -1, 3])  # one without a label on rank 0, two on rank 1
 _HEADS: dict[str, tuple[dict[str, Any], Tensor]] = {
     "arcface": ({}, _LABELS),
     "straight_through": ({"straight_through_margin": True}, _LABELS),
@@ -177,7 +177,7 @@ def _shard() -> ClassShard:
 
 
 def _seeded(module: nn.Module) -> nn.Module:
-    """The same parameters in every process."""
+    """Set the same parameters in every process."""
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters(), start=40):
             parameter.copy_(normal(seed, *parameter.shape))
@@ -185,7 +185,7 @@ def _seeded(module: nn.Module) -> nn.Module:
 
 
 def _run_head(options: dict[str, Any], labels: Tensor) -> Results:
-    """Two steps of a linear student; the second one's loss, log and gradients."""
+    """Train a linear student for two steps; return the second one's loss, log and gradients."""
     d = 4 if options.get("projector") else 6
     student = _student(d)
     tap = ProxylessKD(**options).classifier_share(Model(None, d), Model(None, 6))
@@ -256,7 +256,7 @@ def _all_scenarios() -> dict[str, Results]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Results]]:
-    """What each of two gloo processes found."""
+    """Return the results of each of two gloo processes."""
     return on_two_ranks(_all_scenarios, tmp_path_factory.mktemp("ranks"))
 
 
@@ -301,7 +301,7 @@ def test_both_ranks_keep_the_bank_of_one_process(
 @pytest.mark.parametrize(
     "key", ["gathered", "gathered_labels", "gathered_transposed", "sum", "logsumexp", "own"]
 )
-def test_what_is_reduced_is_the_same_everywhere(
+def test_reduced_results_are_the_same_on_all_ranks(
     key: str, ranks: list[dict[str, Results]], alone: dict[str, Results]
 ) -> None:
     for results in ranks:
@@ -309,7 +309,7 @@ def test_what_is_reduced_is_the_same_everywhere(
 
 
 @pytest.mark.parametrize("key", ["add", "cosines"])
-def test_what_is_split_by_class_fits_together(
+def test_results_by_class_can_be_concatenated(
     key: str, ranks: list[dict[str, Results]], alone: dict[str, Results]
 ) -> None:
     parts = [results["primitives"]["part"][key] for results in ranks]
@@ -322,5 +322,5 @@ def test_two_ranks_are_a_world(ranks: list[dict[str, Results]], alone: dict[str,
 
 
 def test_a_head_that_another_method_froze_is_no_error(ranks: list[dict[str, Results]]) -> None:
-    """As proxylesskd does in a trainer's head, beside a method that compares."""
+    """proxylesskd freezes a trainer's head, while another method compares with it."""
     assert all(found["primitives"]["frozen"] for found in ranks)

@@ -1,4 +1,4 @@
-"""Similarity preservation: both forms against their equations; two ranks against one process."""
+"""Similarity preservation: both forms agree with their equations; two ranks agree with one."""
 
 from typing import get_args
 
@@ -14,6 +14,7 @@ from kdhooks import KDHooksError
 from kdhooks.testing import check_method
 from kdhooks_plugins.sp import SP, Similarity
 from tests import golden
+from tests.compared import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import sp as reference
 from tests.references.differences import central_differences
@@ -25,11 +26,6 @@ sizes = st.tuples(st.integers(1, 6), st.integers(2, 8), st.integers(0, 2**16))  
 
 def made(similarity: Similarity = "cosine", global_batch: bool = True) -> nn.Module:
     return SP(similarity=similarity, global_batch=global_batch).embedding_tap().loss
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def any_labels(b: int) -> Tensor:
@@ -65,7 +61,7 @@ def test_agrees_with_the_equation(similarity: Similarity, b: int, d: int, e: int
 
 
 def test_the_forms_agree_on_orthogonal_faces() -> None:
-    """Rows of length 1 already: why one default weight serves both."""
+    """Embeddings of length 1 have similar losses, so one default weight suits both forms."""
     student, teacher = torch.eye(4, 6).double(), 2 * rotation(3, 6)[:4]
     near = student + 0.01 * normal(4, 4, 6)
     values = [made(name)(near, teacher, any_labels(4)) for name in SIMILARITIES]
@@ -116,7 +112,7 @@ def test_precisions_agree(size: tuple[int, int, int], similarity: Similarity) ->
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_gradient_reaches_the_student_alone_and_there_is_no_state(similarity: Similarity) -> None:
+def test_only_the_student_receives_gradients_and_there_is_no_state(similarity: Similarity) -> None:
     module = made(similarity)
     student, teacher = golden.S.clone().requires_grad_(), golden.T.clone().requires_grad_()
     module(student, teacher, golden.Y).backward()

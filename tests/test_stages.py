@@ -1,4 +1,4 @@
-"""A stage knows which of its tokens are patches, and a stage that can't be tapped waits."""
+"""A stage knows which of its tokens are patches; an unusable one is refused only if tapped."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kdhooks_plugins._maps import Grid
 
 
 class Tokens(nn.Module):
-    """What holds the blocks, and says or holds what precedes the patches."""
+    """Holds blocks, with the number of tokens before the patches, or with these tokens."""
 
     def __init__(self, **said: int) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class Tokens(nn.Module):
         ({"cls_token": 1, "reg_token": 4}, 21, 5),
         ({"cls_token": 1, "dist_token": 1}, 18, 2),
         ({"num_extra_tokens": 1}, 17, 1),
-        ({"num_prefix_tokens": 5}, 9, 5),  # which is a square, too
-        ({"num_extra_tokens": 0, "cls_token": 1}, 17, 0),  # taken off in front
-        ({"cls_token": 1}, 16, 0),  # joins later
+        ({"num_prefix_tokens": 5}, 9, 5),  # 9 is a square as well
+        ({"num_extra_tokens": 0, "cls_token": 1}, 17, 0),  # removed before this stage
+        ({"cls_token": 1}, 16, 0),  # added after this stage
         ({"num_extra_tokens": 1}, 1, 0),
     ],
 )
-def test_tokens_in_front_of_the_patches(said: dict[str, int], n: int, prefix: int) -> None:
+def test_tokens_before_the_patches_are_counted(said: dict[str, int], n: int, prefix: int) -> None:
     model = nn.Module()
     model.backbone = Tokens(**said)
     for owner, path in ((model, "backbone.blocks.1"), (model.backbone, "blocks.1")):
@@ -44,11 +44,11 @@ def test_tokens_in_front_of_the_patches(said: dict[str, int], n: int, prefix: in
         assert (stage.shape, stage.prefix) == ((n, 4), prefix)
 
 
-def test_a_map_has_no_tokens_in_front() -> None:
+def test_a_map_has_no_tokens_before_the_patches() -> None:
     assert Stage.of(Tokens(cls_token=1), "blocks.1", torch.zeros(2, 4, 4, 4)).prefix == 0
 
 
-def test_a_grid_is_made_of_the_patches_alone() -> None:
+def test_a_grid_has_only_the_patches() -> None:
     x = torch.randn(2, 21, 4)
     grid = Grid.of(Stage.of(Tokens(num_prefix_tokens=5), "blocks.1", x), "method")
     assert grid.size == (4, 4)
@@ -65,7 +65,7 @@ def test_a_grid_is_made_of_the_patches_alone() -> None:
 
 
 class Pairs(TinyFaceNet):
-    """Its third layer puts out a pair, as some backbones' do."""
+    """Returns a pair from its third layer, as some backbones do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Last:
         return FeatureTap("last", Mean(), student=(ours,), teacher=(theirs,), needs_labels=False)
 
 
-def test_a_stage_that_cannot_be_tapped_concerns_who_taps_it() -> None:
+def test_a_stage_that_cannot_be_tapped_is_refused_only_if_tapped() -> None:
     stages = ["layer1", "layer2", "layer3", "layer4"]
     student, (images, labels) = Pairs(), tiny_batch()
     options = {"student_stages": stages, "teacher_stages": stages, "input_shape": (3, 32, 32)}

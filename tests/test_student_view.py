@@ -1,4 +1,4 @@
-"""What the student sees in place of the trainer's images, in a loop of one's own."""
+"""The student sees a view instead of the trainer's images, in a hand-written loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +46,7 @@ def trained(
     kd: Distiller | None,
     look: Callable[[Tensor, int], Tensor] = lambda images, step: images,
 ) -> list[Tensor]:
-    """The parameters after some steps of one loop."""
+    """Return the parameters after some steps of a loop."""
     optimizer = SGD([*net.parameters(), *(kd.parameters() if kd else ())], lr=0.1)
     for step, (images, labels) in enumerate(batches()):
         loss = task(net(look(images, step)))
@@ -59,14 +59,14 @@ def trained(
 
 
 def seen_by(net: nn.Module) -> list[Tensor]:
-    """What the first layer is given, forward by forward."""
+    """Return a list that receives the first layer's input in each forward."""
     found: list[Tensor] = []
     layer: nn.Module = net.layer1  # type: ignore[assignment]
     layer.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     return found
 
 
-# --- it does no harm -----------------------------------------------------------------------------
+# --- the run stays the same ----------------------------------------------------------------------
 
 
 def test_weight_0_with_a_view_equals_the_plain_run_on_the_viewed_images() -> None:
@@ -78,11 +78,11 @@ def test_weight_0_with_a_view_equals_the_plain_run_on_the_viewed_images() -> Non
     with distil(Method(weight=0.0), net=other, student_view=view(), seed=6) as kd:
         assert any(
             not torch.equal(one, two) for one, two in zip(trained(other, kd), expected, strict=True)
-        ), "another seed gives another run"
+        ), "another seed leads to another run"
 
 
 class Random(nn.Module):
-    """A view of somebody else's, with random numbers of torch's global generator."""
+    """A third-party view that uses torch's global generator."""
 
     def forward(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b 3 h w)."""
@@ -90,7 +90,7 @@ class Random(nn.Module):
 
 
 @pytest.mark.parametrize("make", [view, Random])
-def test_the_global_generators_are_left_alone(make: Callable[[], nn.Module]) -> None:
+def test_the_global_generators_are_not_used(make: Callable[[], nn.Module]) -> None:
     net, (images, labels) = student(), tiny_batch()
     before = torch.get_rng_state()
     with distil(Method(), net=net, student_view=make()) as kd:
@@ -112,10 +112,10 @@ def test_random_numbers_of_a_foreign_view_follow_from_seed_and_step() -> None:
         assert torch.equal(found, viewed(Random(), images, seed=3, step=step))
 
 
-# --- where it is on ------------------------------------------------------------------------------
+# --- the forwards with a view --------------------------------------------------------------------
 
 
-def test_only_forwards_in_training_that_count_are_viewed() -> None:
+def test_only_counted_forwards_in_training_are_viewed() -> None:
     net, (images, labels) = student(), tiny_batch()
     kd = distil(Method(), net=net, student_view=view())
     seen = seen_by(net)
@@ -128,7 +128,7 @@ def test_only_forwards_in_training_that_count_are_viewed() -> None:
     assert all(found is images for found in seen)
     net(images)
     assert torch.equal(seen[-1], viewed(view(), images))
-    assert kd.pending is images, "kd and the teacher have the trainer's images"
+    assert kd.pending is images, "kd and the teacher get the trainer's images"
     kd(images, labels)
     kd.remove()
     net(images)
@@ -165,7 +165,7 @@ def test_the_teacher_and_its_cache_see_the_trainers_images(tmp_path: Path) -> No
             (found,) = kd._session.caches
             assert found.hits == (STEPS - 1) * len(images), "each step but the first"
     assert_close(values[1], values[0], rtol=1e-3, atol=1e-3)  # float16 in the cache
-    assert values[0].unique().numel() == STEPS, "the student's view is another one in each step"
+    assert values[0].unique().numel() == STEPS, "the student's view differs in each step"
 
 
 def test_other_images_than_the_trainers_are_still_refused() -> None:
@@ -181,14 +181,14 @@ def test_other_images_than_the_trainers_are_still_refused() -> None:
             kd(images, labels)
 
 
-def test_teacher_images_may_be_given_besides() -> None:
+def test_teacher_images_may_be_passed_as_well() -> None:
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), net=net, student_view=view()) as kd:
         net(images)
         kd(images, labels, teacher_images=images * 0.9)
 
 
-def test_a_forward_that_is_discarded_takes_no_draws() -> None:
+def test_a_discarded_forward_does_not_advance_the_draws() -> None:
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), net=net, student_view=view()) as kd:
         seen = seen_by(net)
@@ -215,13 +215,13 @@ def test_images_inside_of_an_argument_are_replaced(wrap: Callable[[Tensor], Any]
         net(given)
         kd(images, labels)
     assert torch.equal(seen[0], viewed(view(), images))
-    assert given == wrap(images) or (given["images"] is images), "the trainer's own is left alone"
+    assert given == wrap(images) or (given["images"] is images), "the trainer's object is unchanged"
 
 
 # --- accumulation, ranks, resumption -------------------------------------------------------------
 
 
-def test_accumulated_batches_are_viewed_as_one_large_batch_is() -> None:
+def test_accumulated_batches_are_viewed_like_one_large_batch() -> None:
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), net=net, student_view=view()) as kd:
         seen = seen_by(net)
@@ -236,7 +236,7 @@ def test_accumulated_batches_are_viewed_as_one_large_batch_is() -> None:
 
 
 def flat() -> nn.Module:
-    """Without statistics of a batch, so that two ranks equal one."""
+    """Return a student without BatchNorm, whose statistics on two ranks would differ."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(64, 12))
 
@@ -258,7 +258,7 @@ def kd_terms(net: nn.Module, kd: Distiller, images: Tensor, labels: Tensor) -> l
 
 
 def resumed_and_straight() -> dict[str, Results]:
-    """A straight run of four steps, and one that was killed after two."""
+    """Return an uninterrupted run of four steps, and one that was resumed after two."""
     _, size = here()
     found: dict[str, Results] = {}
     for name, make in (("built-in", view), ("foreign", Random)):
@@ -342,14 +342,14 @@ def test_checkpointed_blocks_are_recomputed_on_the_same_view() -> None:
         net = made().train()
         for norm in net.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = 0.0  # a recomputation would count its statistics twice
+                norm.momentum = 0.0  # otherwise the recomputation updates the statistics again
         with distil(Method(), net=net, student_view=view()) as kd:
             outcomes.append(trained(net, kd))
     assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)
 
 
 def test_a_checkpoint_around_the_student_is_refused() -> None:
-    """Its recomputation would pass the entrance again."""
+    """Its recomputation would apply the view again."""
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), net=net, student_view=view()) as kd:
         embedding = checkpoint(net, images, use_reentrant=False)
@@ -380,11 +380,11 @@ def test_a_compiled_student_sees_the_view_of_each_step(backend: str) -> None:
     assert_close(torch.stack(found), torch.stack(expected))
 
 
-# --- where it comes from -------------------------------------------------------------------------
+# --- the sources of a view -----------------------------------------------------------------------
 
 
 class Viewer:
-    """A plugin of somebody else's."""
+    """A third-party plugin."""
 
     def __init__(self, found: object) -> None:
         self.found = found
@@ -394,7 +394,7 @@ class Viewer:
         return self.found
 
 
-def test_a_method_that_only_returns_a_view_stands_among_the_methods() -> None:
+def test_a_method_that_only_returns_a_view_is_listed_among_the_methods() -> None:
     net, (images, labels) = student(), tiny_batch()
     with distil(Method(), Viewer(view()), net=net) as kd:
         seen = seen_by(net)
@@ -406,7 +406,7 @@ def test_a_method_that_only_returns_a_view_stands_among_the_methods() -> None:
         assert kd(images, labels) == {}
 
 
-def test_a_recipe_gives_the_view() -> None:
+def test_a_recipe_has_the_view() -> None:
     recipe = {
         "teacher": tiny_teacher().module,
         "methods": ["fcd"],
@@ -489,7 +489,7 @@ def test_images_that_need_a_gradient_are_refused() -> None:
             net(images.clone().requires_grad_())
 
 
-def test_images_out_of_sight_are_refused() -> None:
+def test_images_in_an_unknown_container_are_refused() -> None:
     class Batch:
         def __init__(self, images: Tensor) -> None:
             self.images = images

@@ -1,7 +1,7 @@
-"""docs/teachers-and-views.md on the student's view: its blocks run as they stand there.
+"""The blocks of docs/teachers-and-views.md on the student's view run as printed.
 
-A block is named by the word after its language; each name that starts with student-view has its
-test here.
+The word after a block's language is its name; each name that starts with student-view has its test
+here.
 """
 
 import re
@@ -28,7 +28,7 @@ BLOCKS = dict(
 
 
 def run(block: str, **names: object) -> dict[str, Any]:
-    """The names that a block leaves behind, run with the names given."""
+    """Run a block with these names, and return the names that it defines."""
     namespace: dict[str, Any] = {"torch": torch, **names}
     exec(compile(BLOCKS[block], f"{PAGE.name}, {block}", "exec"), namespace)
     return namespace

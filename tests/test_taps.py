@@ -1,4 +1,4 @@
-"""Each trap of recording module outputs is handled, or refused with the way out."""
+"""Each difficulty of recording module outputs is handled, or refused with a fix."""
 
 import copy
 import pickle
@@ -12,18 +12,18 @@ from kdhooks import KDHooksError
 from kdhooks.taps import StudentTaps, Taps, evaluating, find, unwrap
 from kdhooks.testing import TinyFaceNet
 
-# torch's own tracer looks at the .grad of every tensor that an attribute holds
+# torch's tracer reads the .grad of every tensor that is an attribute
 _dynamo_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> None:
-    """torch.compile shares code between instances, whether they have hooks or not."""
+    """Reset dynamo, which shares code between instances with and without hooks."""
     torch._dynamo.reset()
 
 
 class InPlace(nn.Module):
-    """conv -> bn -> ReLU(inplace): the tap on bn is overwritten."""
+    """Overwrites the output of bn: conv -> bn -> ReLU(inplace)."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def images(n: int = 2) -> Tensor:
     return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_takes_what_the_module_put_out() -> None:
+def test_takes_the_output_of_a_module() -> None:
     net = InPlace()
     taps = StudentTaps(net, ["conv", "block"])
     out = net(images())
@@ -65,7 +65,7 @@ def test_the_empty_path_is_the_models_output() -> None:
     assert net(images()) is taps.take()[""]
 
 
-def test_taking_lets_go_of_tensors_and_images() -> None:
+def test_take_releases_tensors_and_images() -> None:
     net = InPlace()
     taps = StudentTaps(net, ["block"])
     net(images())
@@ -95,7 +95,7 @@ def test_evaluation_records_nothing() -> None:
     assert not taps.fired
 
 
-def test_evaluation_between_forward_and_take_does_not_disturb() -> None:
+def test_evaluation_between_forward_and_take_changes_nothing() -> None:
     net = InPlace()
     taps = StudentTaps(net, ["block"])
     out = net(images())
@@ -108,7 +108,7 @@ def test_a_model_that_returns_nothing_is_tapped_and_one_that_raises_is_not() -> 
     class Ends(InPlace):
         raises = False
 
-        def forward(self, x: Tensor) -> None:  # type: ignore[override]  # as those that keep it
+        def forward(self, x: Tensor) -> None:  # type: ignore[override]  # some models store it
             super().forward(x)
             if self.raises:
                 raise ValueError("here")
@@ -142,7 +142,7 @@ def test_recomputation_in_backward_is_not_recorded() -> None:
     out = net(images())
     first = taps.take()["block.0"]
     (out.sum() + first.sum()).backward()
-    assert len(calls) == 2, "the checkpoint recomputes, else this test shows nothing"
+    assert len(calls) == 2, "the test is void unless the checkpoint recomputes"
     with pytest.raises(KDHooksError, match="recorded nothing"):
         taps.take()
 
@@ -164,7 +164,7 @@ def test_a_module_that_does_not_run_is_named() -> None:
         taps.take()
 
 
-def test_a_module_that_puts_out_no_tensor_is_refused() -> None:
+def test_a_module_that_returns_no_tensor_is_refused() -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
@@ -180,7 +180,7 @@ class Three(nn.Module):
         return x, x + 1, x + 2
 
 
-def test_one_of_several_outputs_is_named_by_its_place() -> None:
+def test_one_of_several_outputs_is_named_by_its_index() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), Three())
     taps = StudentTaps(net, ["0", "1[0]", "1[-1]", "1[1]@1"])
     net(images())
@@ -199,7 +199,7 @@ def test_one_of_several_outputs_is_named_by_its_place() -> None:
         ("1", r"must return a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
     ],
 )
-def test_a_place_that_is_not_there_is_refused(path: str, match: str) -> None:
+def test_a_missing_index_is_refused(path: str, match: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), Three())
     StudentTaps(net, [path])
     with pytest.raises(KDHooksError, match=match):
@@ -207,7 +207,7 @@ def test_a_place_that_is_not_there_is_refused(path: str, match: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["1[a]", "1[]", "1[0", "9[0]"])
-def test_a_wrong_place_names_no_submodule(path: str) -> None:
+def test_a_malformed_index_is_refused(path: str) -> None:
     with pytest.raises(KDHooksError, match="student has no submodule"):
         StudentTaps(nn.Sequential(nn.Identity(), Three()), [path])
 
@@ -225,7 +225,7 @@ def test_a_tuple_of_one_tensor_is_that_tensor() -> None:
 
 
 @_dynamo_reads_grad
-def test_hooks_that_come_after_the_first_compiled_call_are_noticed() -> None:
+def test_hooks_added_after_the_first_compiled_call_are_noticed() -> None:
     net = InPlace()
     fast = compiled(net)
     fast(images())
@@ -238,7 +238,7 @@ def test_hooks_that_come_after_the_first_compiled_call_are_noticed() -> None:
 
 @_dynamo_reads_grad
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_hooks_that_come_before_it_fire(backend: str) -> None:
+def test_hooks_added_before_the_first_compiled_call_fire(backend: str) -> None:
     net = InPlace()
     fast = compiled(net, backend)
     taps = StudentTaps(unwrap(fast), ["block"])
@@ -267,7 +267,7 @@ def test_a_module_that_runs_twice_needs_the_number_of_the_call() -> None:
 def test_a_call_is_named_by_its_number() -> None:
     net = Twice()
     taps = StudentTaps(net, ["conv@1", "conv@2"])
-    for _ in range(2):  # the calls of each forward are counted from 1
+    for _ in range(2):  # calls are counted from 1 in each forward
         out = net(images())
         taken = taps.take()
         assert taken["conv@2"] is out
@@ -288,17 +288,17 @@ def test_a_call_that_does_not_happen_is_named() -> None:
         taps.take()
 
 
-def test_a_second_forward_before_the_first_was_taken_is_refused() -> None:
+def test_a_second_forward_before_take_is_refused() -> None:
     net = InPlace()
     taps = StudentTaps(net, ["block"])
     net(images())
     with pytest.raises(KDHooksError, match="ran again in training before kd computed the terms"):
         net(images())
-    out = net(images())  # the error has forgotten the first one
+    out = net(images())  # the error has discarded the first forward
     assert taps.take()["block"] is out
 
 
-def test_a_forward_that_does_not_count_records_nothing() -> None:
+def test_a_paused_or_discarded_forward_records_nothing() -> None:
     net = InPlace()
     taps = StudentTaps(net, ["block"])
     out = net(images())
@@ -372,7 +372,7 @@ def test_teacher_side_taps_record_without_grad() -> None:
     assert taps.take()["layer1"].shape == (2, 4, 16, 16)
 
 
-def test_evaluating_puts_every_submodules_mode_back() -> None:
+def test_evaluating_restores_the_mode_of_every_submodule() -> None:
     net = TinyFaceNet().train()
     net.layer2.eval()
     with evaluating(net):
@@ -391,12 +391,12 @@ def test_the_input_of_a_module_is_tapped() -> None:
     taken = taps.take()
     assert taken["bn:in"] is taken["conv"]
     assert taken["block:in"].requires_grad
-    assert (taken["block:in"] >= 0).all(), "behind the ReLU"
+    assert (taken["block:in"] >= 0).all(), "after the ReLU"
     taps.remove()
     assert not net.bn._forward_pre_hooks
 
 
-def test_the_input_of_a_call_is_named_by_its_number_in_either_order() -> None:
+def test_the_input_of_a_call_is_named_in_either_order() -> None:
     net = Twice()
     taps = StudentTaps(net, ["conv@1", "conv:in@2", "conv@2:in"])
     for _ in range(2):
@@ -406,7 +406,7 @@ def test_the_input_of_a_call_is_named_by_its_number_in_either_order() -> None:
 
 
 class Several(nn.Module):
-    """Takes two tensors, or a tuple of them; an argument by keyword."""
+    """Takes two tensors, or a tuple of them, and an argument by keyword."""
 
     def forward(
         self, x: Tensor | tuple[Tensor, ...], other: Tensor | None = None, *, third: object = None
@@ -442,7 +442,7 @@ class Caller(nn.Module):
         ("keyword", "inner:in[1]", 2),
     ],
 )
-def test_one_of_several_inputs_is_named_by_its_place(way: str, path: str, added: int) -> None:
+def test_one_of_several_inputs_is_named_by_its_index(way: str, path: str, added: int) -> None:
     net = Caller(way)
     taps = StudentTaps(net, ["conv", path])
     net(images())
@@ -484,14 +484,14 @@ def test_an_input_that_its_module_overwrites_is_refused() -> None:
         taps.take()
 
 
-def test_an_input_that_is_used_twice_needs_the_number_of_the_call() -> None:
+def test_the_input_of_a_module_that_runs_twice_needs_the_number_of_the_call() -> None:
     net = Twice()
     StudentTaps(net, ["conv:in"])
     with pytest.raises(KDHooksError, match=r"'conv:in' ran twice in one forward; .*'conv:in@1' or"):
         net(images())
 
 
-def test_the_networks_own_input_is_no_tap() -> None:
+def test_the_networks_own_input_cannot_be_tapped() -> None:
     with pytest.raises(
         KDHooksError, match="tap ':in' must name a submodule in front of ':in', sin"
     ):
@@ -518,6 +518,6 @@ def test_recomputation_in_backward_records_no_input() -> None:
 
 
 @pytest.mark.parametrize("path", ["conv@1@2", "conv:in:in", "conv[0][1]"])
-def test_each_addition_stands_once(path: str) -> None:
+def test_a_repeated_suffix_is_refused(path: str) -> None:
     with pytest.raises(KDHooksError, match="student has no submodule 'conv"):
         find(Twice(), path, "student")

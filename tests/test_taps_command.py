@@ -1,4 +1,4 @@
-"""`kdhooks taps`: every point that a recipe can name, with what it puts out."""
+"""`kdhooks taps` lists every point that a recipe can name, with the shape of its output."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -39,21 +39,21 @@ def test_the_stages_and_the_embedding_are_marked(capsys: Captured) -> None:
     assert "layer3.conv1" not in points
 
 
-def test_depth_shows_what_is_inside(capsys: Captured) -> None:
+def test_depth_shows_inner_modules(capsys: Captured) -> None:
     points = dict(lines(capsys, "tiny", "--depth", "2", "--embedding-size", "24")[1:])
     assert points["layer3.conv1"] == "(16, 4, 4)"
     assert points["layer3.bn2"].endswith("overwritten in place by a later module")
     assert points["fc"].startswith("(24,)")
 
 
-def test_a_factory_of_ones_own(capsys: Captured, trainer: Path) -> None:
+def test_a_users_own_factory(capsys: Captured, trainer: Path) -> None:
     points = dict(lines(capsys, "backbones:blocks", "--trainer", str(trainer))[1:])
     assert points["0"] == "(4, 7, 7)  overwritten in place by a later module"
     assert points["(output)"] == "(196,)     embedding"
 
 
 class Odd(nn.Module):
-    """A block that is checkpointed, one that runs twice, one for evaluation, one that drops."""
+    """Has a checkpointed block, one that runs twice, one only in evaluation, and one that crops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Odd(nn.Module):
         return kept[:, :2]
 
 
-def test_what_is_different_in_training_is_said() -> None:
+def test_differences_in_training_are_noted() -> None:
     notes = {point.path: point.described() for point in listing(Odd(), 2, (4,))}
     assert notes == {
         "first": "",
@@ -119,12 +119,16 @@ def test_what_is_different_in_training_is_said() -> None:
         (["needs_timm"], "ModuleNotFoundError: No module named 'timm'; install the package timm"),
     ],
 )
-def test_what_can_not_be_made(argv: list[str], said: str, capsys: Captured) -> None:
+def test_a_network_that_cannot_be_built_is_refused(
+    argv: list[str], said: str, capsys: Captured
+) -> None:
     assert main(["taps", *argv]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_elsewhere_than_in_the_trainers_folder(trainer: Path, capsys: Captured) -> None:
+def test_outside_of_the_trainers_folder_the_option_is_named(
+    trainer: Path, capsys: Captured
+) -> None:
     (trainer / "backbones.py").unlink()
     assert main(["taps", "tiny"]) == 2
     assert "run in the trainer's folder, or specify --trainer FOLDER" in capsys.readouterr().err
@@ -142,7 +146,7 @@ def test_the_names_that_a_recipe_may_write_are_listed() -> None:
         "": ["embedding"],
     }  # fmt: skip
     network.append(nn.Identity())
-    network.add_module("stage1", nn.Identity())  # is what the name means now
+    network.add_module("stage1", nn.Identity())  # takes precedence over the name
     names = {point.path: point.names for point in listing(network, 1, (4,))}
     assert names["layer1"] == []
     assert names["layer2"] == ["stage2"]

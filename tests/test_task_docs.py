@@ -39,7 +39,7 @@ def test_the_recipes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def scope() -> dict[str, Any]:
-    """What a loop has; its images are of the size that a Distiller expects by default."""
+    """Return the names of a loop; its images have a Distiller's default size."""
     images, labels = tiny_batch()
     images = F.interpolate(images, 112)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(32), student())
@@ -66,8 +66,8 @@ def test_the_loops_run(block: str) -> None:
     assert not torch.equal(names["student"][1].fc.weight, before)
 
 
-def test_a_loop_that_forgets_the_factor_is_refused() -> None:
-    """So that the one above shows that it is used."""
+def test_a_loop_that_omits_the_factor_is_refused() -> None:
+    """This shows that the loop of the page uses the factor."""
     forgetful = BLOCKS["task-weight-loop"].replace("kd.task_weight * ", "")
     with pytest.raises(Exception, match="task_weight is a schedule, and the loop has never read"):
         exec(forgetful, scope())

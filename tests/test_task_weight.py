@@ -1,4 +1,4 @@
-"""The factor of the trainer's own loss, in a loop of one's own."""
+"""The factor `task_weight` of the trainer's own loss, in a hand-written loop."""
 
 import copy
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from tests.ranks import Results, here, on_two_ranks
 from tests.small_distiller import SMALL, Method, distil, student
 
 FALLING: dict[str, Any] = {"value": 0.25, "initial": 1.0, "start": 1, "warmup": 2}
-FACTORS = [1.0, 1.0, 0.625, 0.25, 0.25]  # of its first steps
+FACTORS = [1.0, 1.0, 0.625, 0.25, 0.25]  # the factors of FALLING in the first steps
 
 
 class Loop:
-    """A training loop: the student, a head of its own, and the terms."""
+    """A training loop with the student, its own head, and the terms."""
 
     def __init__(self, task_weight: Scheduled = 1.0, weight: float = 0.0, **options: Any) -> None:
         self.student = student()
@@ -35,7 +35,7 @@ class Loop:
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def backward(self) -> list[Tensor]:
-        """The gradients of one batch."""
+        """Return the gradients of one batch."""
         images, labels = tiny_batch()
         task = nn.functional.cross_entropy(self.head(self.student(images)), labels)
         terms = self.kd(images, labels)
@@ -55,7 +55,7 @@ class Loop:
 
 
 def plain_gradients() -> list[Tensor]:
-    """Without kdhooks."""
+    """Return the gradients without kdhooks."""
     loop = Loop()
     loop.kd.remove()
     images, labels = tiny_batch()
@@ -78,7 +78,7 @@ def test_factor_0_leaves_gradients_of_zero_and_no_nan() -> None:
     assert all(torch.isfinite(w).all() for w in loop.weights)
 
 
-def test_factor_0_trains_the_student_by_the_terms_alone() -> None:
+def test_factor_0_trains_the_student_only_on_the_terms() -> None:
     loop = Loop(0.0, weight=1.0)
     *backbone, head = loop.backward()
     assert not head.any()
@@ -86,7 +86,7 @@ def test_factor_0_trains_the_student_by_the_terms_alone() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_schedule_has_one_value_in_a_step_before_and_after_kd(before: bool) -> None:
+def test_a_schedule_has_the_same_value_before_and_after_kd(before: bool) -> None:
     kd = distil(Method(), net=(net := student()), task_weight=Schedule(**FALLING))
     images, labels = tiny_batch()
     found = []
@@ -135,7 +135,7 @@ def test_a_schedule_in_epochs_needs_their_length() -> None:
     assert found == [0, 0, 0.5, 0.5]
 
 
-def test_a_recipe_has_it() -> None:
+def test_a_recipe_has_the_factor() -> None:
     teacher = tiny_teacher().module
     recipe = {
         "teacher": teacher,
@@ -174,7 +174,7 @@ def test_a_function_is_checked_in_each_step(wrong: Any, match: str) -> None:
 
 
 def forgetful(task_weight: Scheduled) -> Callable[[], None]:
-    """A loop that never asks for the factor, and takes three steps."""
+    """Return a loop of three steps that never reads the factor."""
     loop = Loop(task_weight)
 
     def run() -> None:
@@ -200,7 +200,7 @@ def test_a_factor_of_1_need_not_be_read() -> None:
     forgetful(1.0)()
 
 
-def test_a_host_head_that_computes_the_term_leaves_no_other_loss() -> None:
+def test_a_factor_is_refused_if_the_trainers_head_computes_the_term() -> None:
     def inheriting(task_weight: Scheduled) -> Distiller:
         return Distiller(
             TinyFaceNet(),
@@ -223,7 +223,7 @@ def test_a_host_head_that_computes_the_term_leaves_no_other_loss() -> None:
 
 
 @pytest.mark.parametrize("name", ["task", "teacher"])
-def test_a_term_has_no_name_of_kdhooks_own(name: str) -> None:
+def test_a_term_cannot_have_a_reserved_name(name: str) -> None:
     with pytest.raises(KDHooksError, match=f"one that kdhooks itself logs; found '{name}'; choose"):
         Method(name)
 

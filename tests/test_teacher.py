@@ -1,4 +1,4 @@
-"""The teacher is the one meant, frozen, out of everyone's reach, and given what it expects."""
+"""The teacher is frozen, is not copied with the student, and gets the images that it expects."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ def trained() -> TinyFaceNet:
     return module
 
 
-def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
+def test_runs_in_eval_without_grad_and_keeps_its_statistics() -> None:
     module = trained().train()
     teacher = Teacher(module)
     before = copy.deepcopy(module.state_dict())
@@ -32,7 +32,7 @@ def test_runs_in_eval_without_grad_and_leaves_its_statistics_alone() -> None:
     assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-def test_goes_back_to_eval_when_somebody_woke_it() -> None:
+def test_returns_to_eval_if_it_was_set_to_train() -> None:
     module = trained()
     teacher = TeacherSession(Teacher(module))
     images, _ = tiny_batch()
@@ -48,7 +48,7 @@ def test_an_untrained_network_is_refused() -> None:
 
 @pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
 def test_one_number_of_one_batchnorm_shows_that_a_network_was_trained(statistic: str) -> None:
-    """A dead channel keeps its statistics, and so does a layer that was added later."""
+    """Most statistics may be initial ones: a dead channel keeps them, and so does a new layer."""
     network = TinyFaceNet()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     getattr(norms[-1], statistic)[1] = 0.5
@@ -70,7 +70,7 @@ def test_a_function_is_a_teacher_without_taps() -> None:
         TeacherSession(teacher, ["layer1"])
 
 
-def test_an_inference_mode_function_gives_usable_tensors() -> None:
+def test_tensors_of_an_inference_mode_function_can_be_used_in_a_loss() -> None:
     @torch.inference_mode()
     def embed(images: Tensor) -> Tensor:
         return images.mean(dim=(2, 3))
@@ -89,12 +89,12 @@ def test_taps_features_and_an_inner_embedding() -> None:
     assert_close(module.features(output.embedding), module(tiny_batch()[0]))
 
 
-def test_an_output_that_is_no_matrix_names_the_way_out() -> None:
+def test_an_output_that_is_no_matrix_is_refused() -> None:
     with pytest.raises(KDHooksError, match=r"must be a tensor \(b e\); found \(12, 3, 32, 32\)"):
         TeacherSession(Teacher(lambda images: images))(tiny_batch()[0])
 
 
-def test_its_autocast_is_its_own() -> None:
+def test_it_ignores_the_callers_autocast() -> None:
     seen: list[torch.dtype] = []
 
     class Spy(nn.Linear):
@@ -111,7 +111,7 @@ def test_its_autocast_is_its_own() -> None:
     assert full.dtype == half.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor
 @pytest.mark.parametrize(
     "options",
     [
@@ -122,7 +122,7 @@ def test_its_autocast_is_its_own() -> None:
         *({"micro_batch": n} for n in (1, 5, 12, 99)),
     ],
 )
-def test_how_it_is_run_changes_nothing_in_the_result(options: dict[str, Any]) -> None:
+def test_the_options_of_running_do_not_change_the_result(options: dict[str, Any]) -> None:
     images, _ = tiny_batch()
     outputs = []
     for teacher in (Teacher(trained()), Teacher(trained(), **options)):
@@ -132,7 +132,7 @@ def test_how_it_is_run_changes_nothing_in_the_result(options: dict[str, Any]) ->
     assert_close(found.features, expected.features)
 
 
-def test_a_micro_batch_is_the_most_that_it_sees_at_once() -> None:
+def test_a_micro_batch_is_the_largest_batch_that_it_sees() -> None:
     seen: list[int] = []
 
     def embed(images: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_cuda_graphs_of_two_streams_are_refused() -> None:
         Teacher(trained(), side_stream=True, compile="max-autotune")
 
 
-def test_where_memory_is_short_it_sees_fewer_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_enough_memory_it_gets_smaller_batches(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[int] = []
 
     def embed(images: Tensor) -> Tensor:
@@ -227,14 +227,14 @@ def test_input_transform_refuses(options: dict[str, object], match: str) -> None
         InputTransform(**options)  # type: ignore[arg-type]
 
 
-def test_an_input_transform_is_written_the_same_however_it_was_given() -> None:
-    """The teacher's cache is known by it."""
+def test_equal_input_transforms_have_the_same_repr() -> None:
+    """The teacher's cache is identified by it."""
     given: list[Any] = [[1, 2, 3], (1.0, 2.0, 3.0), torch.tensor([1, 2, 3]), np.array([1, 2, 3])]
     assert len({repr(InputTransform(mean=mean)) for mean in given}) == 1
     assert repr(InputTransform(mean=0)).endswith("order='rgb', mean=0, std=127.5)")
 
 
 @pytest.mark.parametrize("options", [{"compile": True}, {"channels_last": True}])
-def test_a_function_can_not_be_changed_as_a_module_can(options: dict[str, Any]) -> None:
+def test_a_function_cannot_be_changed_like_a_module(options: dict[str, Any]) -> None:
     with pytest.raises(KDHooksError, match="change a torch module, and the teacher is a function"):
         Teacher(torch.flatten, **options)

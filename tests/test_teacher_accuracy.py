@@ -1,4 +1,4 @@
-"""The log tells how many images of a batch the teacher takes for their own class."""
+"""The logged accuracy is the share of a batch's images whose class the teacher recognises."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def known() -> nn.Module:
 def measured(
     labels: Tensor | None = None, steps: int = 1, **options: Any
 ) -> list[dict[str, Tensor]]:
-    """The metrics of each step."""
+    """Return the metrics of each step."""
     net, found = student(), []
     kd = distil("margindistillation", net=net, **options)
     images, own = tiny_batch()
@@ -41,7 +41,7 @@ def measured(
 
 
 def expected(labels: Tensor) -> float:
-    """By plain torch, of samples with a class."""
+    """Return the accuracy over samples with a class, computed in plain torch."""
     teacher, (images, _) = tiny_teacher(), tiny_batch()
     assert teacher.classifier is not None
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_samples_without_a_class_do_not_count() -> None:
     assert float(metrics[KEY]) == 0
 
 
-def test_it_is_measured_every_so_many_steps_and_never_repeated() -> None:
+def test_it_is_measured_every_n_steps_and_not_repeated_in_between() -> None:
     found = [KEY in metrics for metrics in measured(steps=5, log_teacher_accuracy=2)]
     assert found == [True, False, True, False, True]
     assert [KEY in metrics for metrics in measured(steps=3)] == [True, False, False]
@@ -75,7 +75,7 @@ def test_it_is_measured_every_so_many_steps_and_never_repeated() -> None:
     assert [KEY in metrics for metrics in measured(steps=2, log_teacher_accuracy=1)] == [True] * 2
 
 
-def test_nothing_is_measured_where_no_term_uses_the_rows() -> None:
+def test_nothing_is_measured_if_no_term_uses_the_rows() -> None:
     net = student()
     kd = distil("fcd", net=net, log_teacher_accuracy=1)
     images, labels = tiny_batch()
@@ -85,7 +85,7 @@ def test_nothing_is_measured_where_no_term_uses_the_rows() -> None:
 
 
 def test_a_teacher_that_does_not_run_is_not_measured() -> None:
-    """proxylesskd needs the rows alone after the first step."""
+    """After the first step, proxylesskd needs only the rows."""
     net = student()
     kd = distil({"name": "proxylesskd", "head": "own"}, net=net, log_teacher_accuracy=1)
     images, labels = tiny_batch()
@@ -135,7 +135,7 @@ def test_the_nearest_class_is_that_of_all_rows(
 ) -> None:
     monkeypatch.setitem(NUMBERS, "cpu", numbers)
     rows, x = normal(1, 20, 8), normal(2, 15, 8)
-    rows[7] = rows[3]  # of equals, the first
+    rows[7] = rows[3]  # the first of equal rows counts
     x[0] = rows[3]
     shard = ClassShard(rows, 100, 200)
     found = shard.nearest(x)
@@ -146,7 +146,7 @@ def test_the_nearest_class_is_that_of_all_rows(
 def _over_ranks() -> dict[str, Results]:
     rank, size = here()
     rows, x = normal(1, 7, 4), normal(2, 12, 4)
-    rows[6] = rows[1]  # on another rank
+    rows[6] = rows[1]  # the equal row is on the other rank
     x[0] = rows[1]
     start, stop = (0, 7) if size == 1 else ((0, 4), (4, 7))[rank]
     shard = ClassShard(rows[start:stop], start, 7, group())
@@ -161,7 +161,7 @@ def _over_ranks() -> dict[str, Results]:
     )
     images, labels = tiny_batch()
     labels = labels.clone()
-    labels[[0, 1, 6, 7]] = (labels[[0, 1, 6, 7]] + 1) % 6  # two of each rank
+    labels[[0, 1, 6, 7]] = (labels[[0, 1, 6, 7]] + 1) % 6  # two wrong labels on each rank
     net(mine(images))
     kd(mine(images), mine(labels))
     return {

@@ -1,4 +1,4 @@
-"""A Distiller and a recipe train with the cache as they would without it."""
+"""A Distiller and a recipe train with the cache as without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.cache_samples import SHAPE, Counting, Mean, stored, views
 
 
 def distilled(teacher: Teacher, steps: int = 4) -> tuple[list[Tensor], nn.Module]:
-    """The losses of a short training, and the student."""
+    """Train a few steps; return the losses and the student."""
     torch.manual_seed(0)
     student = TinyFaceNet().train()
     kd = Distiller(student, teacher, ["fcd", "rkd"], input_shape=SHAPE)
@@ -38,7 +38,7 @@ def distilled(teacher: Teacher, steps: int = 4) -> tuple[list[Tensor], nn.Module
     return losses, student
 
 
-def test_a_cached_training_is_the_uncached_one_but_for_the_rounding(tmp_path: Path) -> None:
+def test_a_cached_training_equals_the_uncached_one_up_to_rounding(tmp_path: Path) -> None:
     plain, _ = distilled(Teacher(Counting()))
     cached, first = distilled(Teacher(Counting(), cache=CacheOptions(path=tmp_path)))
     assert_close(cached, plain, rtol=1e-3, atol=1e-3)
@@ -47,15 +47,15 @@ def test_a_cached_training_is_the_uncached_one_but_for_the_rounding(tmp_path: Pa
     assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
-def test_steps_of_a_filled_cache_leave_the_teacher_alone(tmp_path: Path) -> None:
+def test_with_a_filled_cache_the_teacher_does_not_run(tmp_path: Path) -> None:
     distilled(Teacher(Counting(), cache=CacheOptions(path=tmp_path)), steps=2)
     module = Counting()
     distilled(Teacher(module, cache=CacheOptions(path=tmp_path)), steps=6)
-    assert module.calls == [2, 2, 12]  # shapes, fingerprint, and the first step
+    assert module.calls == [2, 2, 12]  # the probe of shapes, the fingerprint, and the first step
 
 
 class Overwriting(TinyFaceNet):
-    """Normalises its images where they are."""
+    """Normalises its images in place."""
 
     def forward(self, images: Tensor) -> Tensor:
         images.mul_(0.5)
@@ -73,7 +73,7 @@ class Seeing(EmbeddingDistance):
 
 
 @pytest.mark.parametrize("student", [TinyFaceNet, Overwriting])
-def test_the_teacher_sees_what_it_is_given_whatever_the_student_saw(
+def test_the_teacher_sees_teacher_images_whatever_the_student_saw(
     student: Callable[[], TinyFaceNet], tmp_path: Path
 ) -> None:
     teacher = Teacher(Counting(), cache=CacheOptions(path=tmp_path))
@@ -146,7 +146,7 @@ def test_features_and_adapted_teachers_are_refused(
 
 
 @pytest.mark.parametrize("table", ["cache", {"path": "cache", "max_gb": 0.5}])
-def test_a_recipe_names_a_folder_beside_it(table: object, tmp_path: Path) -> None:
+def test_the_folder_of_a_recipe_is_relative_to_its_file(table: object, tmp_path: Path) -> None:
     text = '"cache"' if isinstance(table, str) else '{ path = "cache", max_gb = 0.5 }'
     (tmp_path / "teacher.onnx").write_text("onnx")
     (tmp_path / "kd.toml").write_text(

@@ -1,4 +1,4 @@
-"""The files of the cache survive damage, a full disk and several processes that write them."""
+"""The files of the cache survive damage, a full disk and several writing processes."""
 
 import errno
 import logging
@@ -33,7 +33,7 @@ def part_of(folder: Path, suffix: str) -> Path:
 @pytest.mark.parametrize(
     ("suffix", "cut", "left"), [("keys", 1, 7), ("rows", 1, 7), ("rows", 30, 6)]
 )
-def test_a_torn_tail_is_left_out(suffix: str, cut: int, left: int, tmp_path: Path) -> None:
+def test_a_truncated_tail_is_ignored(suffix: str, cut: int, left: int, tmp_path: Path) -> None:
     expected = filled(tmp_path)
     path = part_of(tmp_path, suffix)
     os.truncate(path, path.stat().st_size - cut)
@@ -47,10 +47,8 @@ def test_a_torn_tail_is_left_out(suffix: str, cut: int, left: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"\0" * 24, b"\x01\x02" * 12])
-def test_a_row_that_is_not_what_was_written_is_embedded_anew(
-    content: bytes, tmp_path: Path
-) -> None:
-    """As after a power cut: the file has its length, but not its content."""
+def test_a_damaged_row_is_embedded_again(content: bytes, tmp_path: Path) -> None:
+    """After a power cut, a file may have its length but not its content."""
     expected = filled(tmp_path)
     path = part_of(tmp_path, "rows")
     with path.open("r+b") as file:
@@ -79,7 +77,7 @@ def write(descriptor, content):
 
 calls = []
 real, os.write = os.write, write
-module = Counting()  # the other process's: a few threads more or less give other last bits
+module = Counting()  # with the weights of the other process, to which rounding may differ
 module.load_state_dict(torch.load(sys.argv[3]))
 teacher = started(Path(sys.argv[1]), module)
 for start in range(0, 64, 8):
@@ -88,10 +86,10 @@ for start in range(0, 64, 8):
 
 
 @pytest.mark.parametrize(("fatal", "kept"), [(1, 0), (5, 16), (6, 20)])
-def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
+def test_kill_9_during_a_write_leaves_an_intact_cache(
     fatal: int, kept: int, tmp_path: Path
 ) -> None:
-    """Each batch of 8 is two writes, rows and keys; of the fatal one half gets through."""
+    """Each batch of 8 is two writes, rows and keys; half of the fatal write reaches the file."""
     torch.save(Counting().state_dict(), tmp_path / "teacher.pt")
     folder = tmp_path / "cache"
     given = [str(folder), str(fatal), str(tmp_path / "teacher.pt")]
@@ -112,10 +110,10 @@ def test_kill_9_in_the_middle_of_a_write_leaves_a_whole_cache(
 # --- a full disk, and the bound --------------------------------------------------------------
 
 
-def test_a_full_disk_is_said_once_and_the_training_goes_on(
+def test_a_full_disk_is_reported_once_and_the_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
-    """The disk takes half of a write, and then nothing."""
+    """The disk accepts half of a write, and then nothing."""
     expected = filled(tmp_path)
     teacher = started(tmp_path)
     written: list[int] = []
@@ -141,7 +139,7 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
     assert_close(started(tmp_path)(views(0, 8)).embedding, expected, rtol=0, atol=0)
 
 
-def test_a_folder_that_is_only_read_may_be_read_only(
+def test_a_complete_cache_may_be_in_a_read_only_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
     expected = filled(tmp_path)
@@ -157,7 +155,7 @@ def test_a_folder_that_is_only_read_may_be_read_only(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_a_write_that_takes_several_goes_is_whole(
+def test_a_write_in_several_parts_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write
@@ -181,13 +179,13 @@ def test_a_folder_without_room_for_a_header_is_refused(
         started(tmp_path)
 
 
-def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog: Log) -> None:
+def test_a_full_cache_keeps_its_rows_and_adds_none(tmp_path: Path, caplog: Log) -> None:
     record = 24 + 12
     teacher = started(tmp_path, max_gb=15 * record / 1e9)
     for start in (0, 8, 16, 24):
         teacher(views(start, start + 8))
     teacher.close()
-    assert stored(tmp_path) == 8  # a second batch would pass the bound
+    assert stored(tmp_path) == 8  # a second batch would exceed the bound
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert f"{tmp_path} holds max_gb = 5.4e-07; what it holds is used on" in said
     teacher = started(tmp_path, max_gb=15 * record / 1e9)
@@ -197,7 +195,7 @@ def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog:
     assert teacher.cache.hits == 8
 
 
-def test_the_last_of_the_disk_is_left_to_the_training(
+def test_a_reserve_of_the_disk_is_left_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log
 ) -> None:
     expected = filled(tmp_path)
@@ -222,9 +220,7 @@ def test_a_bound_must_be_positive(bound: Any) -> None:
 # --- several ranks ---------------------------------------------------------------------------
 
 
-def test_what_another_process_wrote_is_read_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_another_process_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdhooks.teacher.cache.READ_ON_EVERY", 0.0)
     one, two = started(tmp_path), started(tmp_path)
     for start in (0, 8):
@@ -235,7 +231,7 @@ def test_what_another_process_wrote_is_read_on(
     assert two.cache.hits == 16
 
 
-def test_other_processes_are_asked_at_intervals_alone(tmp_path: Path) -> None:
+def test_rows_of_other_processes_are_read_only_at_intervals(tmp_path: Path) -> None:
     one, two = started(tmp_path), started(tmp_path)
     one(views(0, 8))
     one.close()
@@ -245,7 +241,7 @@ def test_other_processes_are_asked_at_intervals_alone(tmp_path: Path) -> None:
 
 
 def scenarios() -> dict[str, Results]:
-    """Each rank sees its half of the views, and then, in a second epoch, the other half."""
+    """Each rank sees its half of the views, and in a second epoch the other half."""
     cache_module.READ_ON_EVERY = 0.0
     teacher = started(Path(os.environ["CACHE_OF_RANKS"]))
     rank, _ = here()
@@ -281,7 +277,7 @@ def test_the_index_is_a_dict_of_any_size(monkeypatch: pytest.MonkeyPatch) -> Non
     generator = np.random.default_rng(0)
     index, expected = Index(), dict[int, int]()
     for size in [*generator.integers(0, 40, 40), 200, 3]:
-        keys = generator.integers(-(2**62), 2**62, size) // 2**53  # small ones meet again
+        keys = generator.integers(-(2**62), 2**62, size) // 2**53  # small numbers, which repeat
         places = generator.integers(0, 2**62, size)
         index.add(keys, places)
         expected.update(zip(keys.tolist(), places.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The cache of one teacher, and of one size of images, is refused to all others."""
+"""The cache of one teacher and one image size is refused for all others."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ from tests.test_recipe import export
 )
 def test_another_teacher_is_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
     filled(tmp_path)
-    started(tmp_path)  # the twin: the same one is not
+    started(tmp_path)  # the same teacher is accepted
     with pytest.raises(KDHooksError, match=match):
         started(tmp_path, **options)
 
@@ -50,7 +50,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         TeacherSession(teacher, like=torch.zeros(1, 3, 4, 4))
 
 
-def test_functions_are_told_by_their_embeddings(tmp_path: Path) -> None:
+def test_functions_are_identified_by_their_embeddings(tmp_path: Path) -> None:
     started(tmp_path, lambda images: images.mean(dim=(2, 3)))
     started(tmp_path, lambda images: images.mean(dim=(2, 3)) * 1.001)
     with pytest.raises(KDHooksError, match=r"another teacher: embeddings of one fixed batch are 9"):
@@ -65,7 +65,7 @@ class Named:
         return images.mean(dim=(2, 3))
 
 
-def test_a_file_that_runs_as_a_function_is_told_by_its_hash(tmp_path: Path) -> None:
+def test_a_file_that_runs_as_a_function_is_identified_by_its_hash(tmp_path: Path) -> None:
     for _ in range(2):
         started(tmp_path, Named("1f"))
     with pytest.raises(KDHooksError, match="with weights '1f', the teacher at hand has '2e'"):
@@ -87,33 +87,33 @@ def test_an_onnx_file_has_the_same_fingerprint_in_each_run(convert: bool, tmp_pa
     assert '"weights": null' not in (tmp_path / "cache" / HEADER).read_text()
 
 
-def test_embeddings_of_length_zero_are_the_same(tmp_path: Path) -> None:
+def test_embeddings_of_length_zero_match(tmp_path: Path) -> None:
     for _ in range(2):
         teacher = started(tmp_path, lambda images: images.mean(dim=(2, 3)).clamp(1, 2) - 1)
         assert not teacher(views(0, 4)).embedding.any()
         teacher.close()
 
 
-def test_a_transform_of_the_users_own_is_told_by_the_embeddings(tmp_path: Path) -> None:
+def test_a_users_own_transform_is_identified_by_the_embeddings(tmp_path: Path) -> None:
     for _ in range(2):
         started(tmp_path, transform=lambda images: images.flip(1))
     with pytest.raises(KDHooksError, match="embeddings of one fixed batch are"):
         started(tmp_path, transform=lambda images: images.flip(-1))
 
 
-def test_of_two_that_begin_a_folder_at_once_the_first_counts(
+def test_the_first_of_two_processes_that_create_a_folder_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(tmp_path)
     before = (tmp_path / HEADER).read_text()
-    monkeypatch.setattr(Path, "is_file", lambda path: False)  # as the second one saw it
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # the second process saw no header
     with pytest.raises(KDHooksError, match="was filled with weights"):
         started(tmp_path, Counting(gain=2.0))
     assert (tmp_path / HEADER).read_text() == before
     assert list(tmp_path.glob(f"{HEADER}.*")) == []
 
 
-def test_an_edited_forward_is_noticed_though_the_weights_are_the_same(tmp_path: Path) -> None:
+def test_an_edited_forward_is_noticed_even_with_the_same_weights(tmp_path: Path) -> None:
     filled(tmp_path)
     module = Counting()
     module.inner.register_forward_hook(lambda _, args, output: output.flip(1))
@@ -122,7 +122,7 @@ def test_an_edited_forward_is_noticed_though_the_weights_are_the_same(tmp_path: 
 
 
 def test_rows_of_another_teacher_are_noticed_on_the_first_batch(tmp_path: Path) -> None:
-    """As if somebody had copied files from one cache to another."""
+    """This happens if files are copied from one cache to another."""
     filled(tmp_path / "one")
     other = started(tmp_path / "other", Counting(gain=2.0))
     other(views(0, 8))
@@ -136,7 +136,7 @@ def test_rows_of_another_teacher_are_noticed_on_the_first_batch(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1"])
-def test_a_header_that_can_not_be_read_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_header_that_cannot_be_read_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / HEADER).write_text(content)
     with pytest.raises(KDHooksError, match=r"teacher\.json' can't be read .*; remove the folder"):
         started(tmp_path)
@@ -172,7 +172,7 @@ def test_a_damaged_header_is_refused(changes: dict[str, Any], tmp_path: Path) ->
         started(tmp_path)
 
 
-def test_a_header_without_a_name_is_damaged(tmp_path: Path) -> None:
+def test_a_header_without_a_key_is_refused_as_damaged(tmp_path: Path) -> None:
     filled(tmp_path)
     header = json.loads((tmp_path / HEADER).read_text())
     del header["input"]
@@ -181,7 +181,7 @@ def test_a_header_without_a_name_is_damaged(tmp_path: Path) -> None:
         started(tmp_path)
 
 
-def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KDHooksError, match=r"can't be begun .*; make room, or name another folder"):
         started(tmp_path / "file" / "cache")

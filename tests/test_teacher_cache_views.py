@@ -1,4 +1,4 @@
-"""The cache gives what the teacher gave for the same view, and asks the teacher for no other."""
+"""The cache returns the teacher's embedding of a known view, and runs the teacher for new ones."""
 
 import warnings
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.cache_samples import SHAPE, Counting, counts, filled, started, stored
 # --- keys ------------------------------------------------------------------------------------
 
 
-def test_all_trainers_ways_to_scale_a_picture_give_one_key() -> None:
+def test_every_usual_way_to_scale_a_picture_leads_to_the_same_key() -> None:
     pixels = torch.randint(0, 256, (8, *SHAPE), generator=torch.Generator().manual_seed(0)).float()
     ways = [
         (pixels - 127.5) / 127.5,
@@ -35,8 +35,8 @@ def test_all_trainers_ways_to_scale_a_picture_give_one_key() -> None:
     assert len(set(keys[0].tolist())) == 8
 
 
-def test_a_key_is_the_sum_it_is_said_to_be() -> None:
-    """A loop over Python's whole numbers; the numbers are part of the format of a cache."""
+def test_a_key_is_the_specified_sum() -> None:
+    """The reference is a loop over Python integers; the keys are part of the format of a cache."""
     raw = np.random.PCG64(20180118).random_raw(12).view(np.uint32).tolist()
     pixels = [0, 255, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     high, low = (
@@ -50,8 +50,8 @@ def test_a_key_is_the_sum_it_is_said_to_be() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 1e6, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_a_key_of_any_numbers_is_of_three_roundings(scale: float, dtype: torch.dtype) -> None:
-    """As numpy does them; a fused multiply-add would give other keys."""
+def test_a_key_of_any_numbers_has_three_roundings(scale: float, dtype: torch.dtype) -> None:
+    """They are numpy's roundings; a fused multiply-add would lead to other keys."""
     generator = torch.Generator().manual_seed(0)
     images = (torch.randn(64, *SHAPE, generator=generator) * scale).to(dtype)
     images[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0]).to(dtype)
@@ -80,7 +80,7 @@ def test_a_key_does_not_depend_on_the_batch_and_notices_one_level_of_one_pixel()
 
 
 def test_no_two_of_65536_pictures_share_a_key() -> None:
-    """Every pair of levels of two pixels."""
+    """The pictures are every pair of levels of two pixels."""
     first, second = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
     images = torch.stack([first.flatten(), second.flatten(), torch.zeros(65536)], dim=1)
     keys = ViewKeys()((images[:, :, None, None] - 127.5) / 127.5)
@@ -88,7 +88,9 @@ def test_no_two_of_65536_pictures_share_a_key() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_them_alone(tmp_path: Path) -> None:
+def test_a_gpu_computes_the_same_keys_and_a_call_of_hits_waits_only_for_them(
+    tmp_path: Path,
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     images = views(0, 8).cuda()
@@ -101,7 +103,7 @@ def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_them_alone(tmp_p
         warnings.simplefilter("always")
         found = teacher(images).embedding
     torch.cuda.set_sync_debug_mode("default")
-    assert not waits, "but for the event of the keys, which torch does not count"
+    assert not waits, "torch does not count the wait for the event of the keys"
     assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -111,7 +113,7 @@ def test_a_gpu_gives_the_same_keys_and_a_call_of_hits_waits_for_them_alone(tmp_p
 def test_an_epoch_repeats_the_first_to_the_bit_without_the_teacher(tmp_path: Path) -> None:
     teacher = started(tmp_path)
     first = [teacher(views(i, i + 8)).embedding for i in (0, 8)]
-    teacher(views(0, 8))  # the first batch that hits goes through the teacher once more
+    teacher(views(0, 8))  # the first batch of hits also runs the teacher, to compare
     counts(teacher)
     second = [teacher(views(i, i + 8)).embedding for i in (0, 8)]
     assert counts(teacher) == []
@@ -119,14 +121,14 @@ def test_an_epoch_repeats_the_first_to_the_bit_without_the_teacher(tmp_path: Pat
     assert second[0].dtype == torch.float32
 
 
-def test_it_gives_the_teachers_embedding_rounded_to_float16(tmp_path: Path) -> None:
+def test_it_returns_the_teachers_embedding_rounded_to_float16(tmp_path: Path) -> None:
     teacher, images = started(tmp_path), views(0, 8)
     plain = TeacherSession(Teacher(Counting()))(images).embedding
     for _ in range(2):
         assert_close(teacher(images).embedding, plain.half().float(), rtol=0, atol=0)
 
 
-def test_a_mirrored_view_is_one_of_its_own(tmp_path: Path) -> None:
+def test_a_mirrored_view_is_another_view(tmp_path: Path) -> None:
     teacher, images = started(tmp_path), views(0, 4)
     plain = TeacherSession(Teacher(Counting()))
     for flipped in ([0, 1], [], [0, 1, 2, 3], [2], [0, 3]):
@@ -138,7 +140,7 @@ def test_a_mirrored_view_is_one_of_its_own(tmp_path: Path) -> None:
     assert stored(tmp_path) == 8
 
 
-def test_misses_go_through_the_teacher_in_one_batch(tmp_path: Path) -> None:
+def test_the_teacher_embeds_misses_in_one_batch(tmp_path: Path) -> None:
     teacher = started(tmp_path)
     teacher(views(0, 8))
     teacher(views(0, 8))
@@ -146,7 +148,7 @@ def test_misses_go_through_the_teacher_in_one_batch(tmp_path: Path) -> None:
     mixed = torch.cat([views(6, 8), views(20, 23), views(0, 3)])
     expected = TeacherSession(Teacher(Counting()))(mixed).embedding.half().float()
     assert_close(teacher(mixed).embedding, expected, rtol=2e-3, atol=2e-3)
-    assert counts(teacher) == [4]  # 3, and one that fills them up to a power of two
+    assert counts(teacher) == [4]  # 3 misses, padded to a power of two
 
 
 def test_a_view_twice_in_a_batch_is_embedded_once(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_a_view_twice_in_a_batch_is_embedded_once(tmp_path: Path) -> None:
     assert stored(tmp_path) == 2
 
 
-def test_a_later_run_finds_it_and_tries_the_teacher_once(tmp_path: Path) -> None:
+def test_a_later_run_finds_the_rows_and_compares_the_first_batch(tmp_path: Path) -> None:
     expected = filled(tmp_path)
     teacher = started(tmp_path)
     counts(teacher)
@@ -169,7 +171,7 @@ def test_a_later_run_finds_it_and_tries_the_teacher_once(tmp_path: Path) -> None
     assert counts(teacher) == []
 
 
-def test_rows_of_the_cache_are_known_to_be_finite_and_the_teachers_are_not(tmp_path: Path) -> None:
+def test_only_cached_rows_are_known_to_be_finite(tmp_path: Path) -> None:
     teacher = started(tmp_path)
     known = [
         teacher(views(start, start + 8)).finite
@@ -179,7 +181,7 @@ def test_rows_of_the_cache_are_known_to_be_finite_and_the_teachers_are_not(tmp_p
 
 
 def test_a_miss_that_is_not_finite_is_noticed_among_hits(tmp_path: Path) -> None:
-    """Hits are not looked at in each step, since they were when they were written."""
+    """Hits are not checked in each step, because they were checked when they were written."""
 
     def bad_if_bright(images: Tensor) -> Tensor:
         embedding = images.mean(dim=(2, 3)).repeat(1, 4)
@@ -204,14 +206,14 @@ def test_a_miss_that_is_not_finite_is_noticed_among_hits(tmp_path: Path) -> None
         kd.check_finite()
 
 
-def test_rows_that_float16_can_not_hold_are_not_kept(tmp_path: Path) -> None:
+def test_rows_beyond_the_range_of_float16_are_not_stored(tmp_path: Path) -> None:
     teacher = started(tmp_path, lambda images: images.mean(dim=(2, 3)) * 1e8)
     assert not teacher(views(0, 4)).embedding.isfinite().all()
     teacher.close()
     assert stored(tmp_path) == 0
 
 
-def test_a_session_that_knows_no_images_opens_no_cache(tmp_path: Path) -> None:
+def test_a_session_without_sample_images_opens_no_cache(tmp_path: Path) -> None:
     teacher = Teacher(Counting(), cache=CacheOptions(path=tmp_path / "cache"))
     TeacherSession(teacher)(views(0, 4))
     assert not (tmp_path / "cache").exists()

@@ -1,4 +1,4 @@
-"""docs/teachers-and-views.md: what it says of teachers is run as it stands there."""
+"""The blocks of docs/teachers-and-views.md on teachers run as printed."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ BLOCKS: dict[str, str] = dict(
 
 
 class Small(TinyFaceNet):
-    """Of images of 112 pixels."""
+    """Takes images of 112 pixels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(F.avg_pool2d(images, 3)[:, :, :32, :32])
@@ -70,7 +70,7 @@ def test_the_recipe_with_several_teachers_trains(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         teacher = trained(seed)
         torch.save(teacher.state_dict(), folder / "model.pt")
-        bgr = name == "r50"  # as the recipe runs it
+        bgr = name == "r50"  # as in the recipe
         torch.save(rows_of(teacher, bgr), folder / "rows.pt")
     head = ClassShard(torch.randn(12, 12, requires_grad=True), 0, 12)
     net = student()
@@ -96,7 +96,7 @@ def test_the_list_in_python_trains() -> None:
     assert set(names["kd"](*images())) == {"sp", "fcd"}
 
 
-def test_the_methods_that_see_cosines_alone_are_listed() -> None:
+def test_the_methods_that_depend_only_on_cosines_are_listed() -> None:
     (line,) = re.findall(r"^- (.*?) see\s+cosines alone", TEXT, re.MULTILINE | re.DOTALL)
     assert re.findall(r"`(\w+)`", line) == ["cc", "ekd", "gkd", "kd", "sp", "rkd"]
     assert sorted(BY_COSINES) == sorted(re.findall(r"`(\w+)`", line))
@@ -123,7 +123,7 @@ def test_the_table_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert set(names["terms"]) == {"fcd"}
 
 
-def test_the_command_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = re.findall(r"^kdhooks (cache build .*)$", TEXT, re.MULTILINE)
     assert main(line.split()) == 2
     assert "'build.toml' does not exist" in capsys.readouterr().err

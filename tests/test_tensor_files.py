@@ -1,4 +1,4 @@
-"""Files that hold no tensors are told apart, and each error names the file."""
+"""Files without tensors are recognised by kind, and each error names the file."""
 
 import codecs
 import gzip
@@ -58,7 +58,7 @@ def test_files_of_old_and_new_torch_are_read(legacy: bool, mmap: bool, tmp_path:
         (b"\x10\0\0\0\0\0\0\0{", "safetensors"),
     ],
 )
-def test_what_is_no_file_of_tensors_is_told(content: bytes, said: str, tmp_path: Path) -> None:
+def test_the_kind_of_another_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(content)
     with pytest.raises(KDHooksError, match=said):
         read(tmp_path / "m.pt")
@@ -93,7 +93,7 @@ def test_a_damaged_number_is_found_by_its_checksum(checked: bool, tmp_path: Path
             read_tensors(path, "teacher checkpoint")
 
 
-def test_archives_of_other_kinds_are_told(tmp_path: Path) -> None:
+def test_the_kind_of_another_archive_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     zipped(path, "m/data.pkl", "m/code/x.py", "m/constants.pkl")
     with pytest.raises(KDHooksError, match=r"is a TorchScript archive; give torch\.jit\.load"):
@@ -121,18 +121,18 @@ def test_archives_of_other_kinds_are_told(tmp_path: Path) -> None:
         ("s3://bucket/m.pt", "is a URL"),
     ],
 )
-def test_what_is_no_path_is_refused(path: object, said: str) -> None:
+def test_a_value_that_is_no_path_is_refused(path: object, said: str) -> None:
     with pytest.raises(KDHooksError, match=said):
         user_path(path, "teacher checkpoint")
 
 
-def test_paths_are_taken_as_they_are() -> None:
+def test_paths_are_not_interpreted() -> None:
     for path in ("m.pt", "a:b", "./50%/[1].pt", "/absent/m.pt"):
         assert user_path(path, "teacher checkpoint") == Path(path)
     assert user_path("~/m.pt", "teacher checkpoint") == Path.home() / "m.pt"
 
 
-def test_folders_and_absent_files_show_what_is_there(tmp_path: Path) -> None:
+def test_errors_for_folders_and_missing_files_list_alternatives(tmp_path: Path) -> None:
     torch.save(torch.ones(1), tmp_path / "model.pt")
     with pytest.raises(KDHooksError, match=r"is a folder; name the file in it; it holds: model\."):
         read(tmp_path)
@@ -148,7 +148,7 @@ def test_folders_and_absent_files_show_what_is_there(tmp_path: Path) -> None:
         read(tmp_path / "pipe.pt")
 
 
-def test_a_file_that_may_not_be_read_is_named(
+def test_a_file_without_permission_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(torch.ones(1), tmp_path / "model.pt")
@@ -161,7 +161,7 @@ def test_a_file_that_may_not_be_read_is_named(
         read(tmp_path / "model.pt")
 
 
-def test_safetensors_are_read_if_the_package_is_there(tmp_path: Path) -> None:
+def test_safetensors_are_read_if_the_package_is_installed(tmp_path: Path) -> None:
     save = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "model.safetensors"
     save({"a.weight": torch.arange(4.0)}, path)
@@ -173,7 +173,7 @@ def test_safetensors_are_read_if_the_package_is_there(tmp_path: Path) -> None:
         read(path)
 
 
-# --- written ---------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------
 
 
 def test_targets_are_checked_before_they_are_written(
@@ -197,7 +197,7 @@ def test_targets_are_checked_before_they_are_written(
         check_target(tmp_path / "a.pt", "class means")
 
 
-def test_a_write_that_fails_leaves_the_earlier_file(
+def test_a_failed_write_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tensors(torch.ones(2), tmp_path / "a.pt", "class means")

@@ -1,4 +1,4 @@
-"""Somebody else's package, built and installed for real, is found, trained and told apart."""
+"""A third-party package, really built and installed, is found and trained, and errors name it."""
 
 import json
 import os
@@ -69,7 +69,7 @@ REFUSE = """
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder into which pip installed the example's wheel."""
+    """Install the example's wheel with pip, and return the folder."""
     folder = tmp_path_factory.mktemp("pkt")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
@@ -83,7 +83,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, *site: Path) -> dict[str, Any]:
-    """What the script gives to result(), run by a fresh interpreter with more on sys.path."""
+    """Run a script in a new interpreter with more on sys.path; return its arguments of result()."""
     code = "import json\ndef result(**values): print(json.dumps(values))\n" + dedent(script)
     paths = [*map(str, site), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -107,7 +107,7 @@ def test_it_is_listed_and_not_imported(installed: Path) -> None:
     assert result["imported"] == []
 
 
-def test_the_search_for_imports_finds_them(installed: Path) -> None:
+def test_imported_methods_would_be_noticed(installed: Path) -> None:
     result = run("    import kdhooks_pkt, kdhooks_plugins.fcd" + LIST, installed)
     assert result["imported"] == ["kdhooks_pkt", "kdhooks_plugins.fcd"]
 
@@ -116,7 +116,7 @@ def test_without_the_package_it_is_not_listed() -> None:
     assert "pkt" not in run(LIST)["listed"]
 
 
-def test_it_trains_as_a_term_of_its_own(installed: Path) -> None:
+def test_it_trains_as_its_own_term(installed: Path) -> None:
     result = run(TRAIN, installed)
     first, last = result["history"][0], result["history"][-1]
     assert list(first) == ["pkt", "fcd"]
@@ -141,7 +141,7 @@ def test_a_broken_plugin_and_a_second_owner_are_named(installed: Path, tmp_path:
     assert "other_pkt 1.0 (other_pkt:PKT)" in said["pkt"]
 
 
-def test_a_broken_plugin_alone_leaves_the_others(installed: Path, tmp_path: Path) -> None:
+def test_a_broken_plugin_does_not_affect_the_others(installed: Path, tmp_path: Path) -> None:
     write_distribution(tmp_path, "broken_plugin", {"broken": "broken_plugin:Method"}, "import nope")
     said = run(REFUSE, installed, tmp_path)["said"]
     assert (said["pkt"], said["fcd"]) == ("kdhooks_pkt", "kdhooks_plugins.fcd")

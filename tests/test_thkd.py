@@ -1,23 +1,19 @@
-"""Teacher-head distillation: logit distillation with the teacher's rows on both sides."""
+"""Teacher-head distillation is logit distillation with the teacher's rows on both sides."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, KDHooksError, Model
 from kdhooks.testing import check_method
 from kdhooks_plugins.thkd import THKD
+from tests.compared import normal
 from tests.references import kd as reference
 from tests.references.differences import central_differences
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def declared(width: int = 4, **options: Any) -> nn.Module:
@@ -46,7 +42,7 @@ def test_agrees_with_the_equation(b: int, c: int, e: int, scale: float, temperat
     assert rows.grad is None, "the teacher's classifier is frozen"
 
 
-def test_equal_embeddings_cost_nothing() -> None:
+def test_equal_embeddings_have_zero_loss() -> None:
     student = normal(1, 5, 4).requires_grad_()
     rows = ClassShard(normal(2, 7, 4), 0, 7)
     value, _ = declared()(student, 3 * student.detach(), torch.zeros(5, dtype=torch.long), rows)

@@ -1,4 +1,4 @@
-"""Accuracy as the trainer's verification computes it, against a naive loop and known values."""
+"""The accuracy by the trainer's protocol agrees with a naive loop and with known values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from kdhooks.verification import Floats, fold_accuracies, pair_scores, unit
 
 
 def naive(first: Floats, second: Floats, same: NDArray[np.bool_], folds: int = 10) -> list[float]:
-    """One pair and one threshold at a time; the first folds are one larger than the others."""
+    """Compute one pair and one threshold at a time; the first folds are larger by one."""
     distances = [float(((a - b) ** 2).sum()) for a, b in zip(first, second, strict=True)]
     sizes = [len(same) // folds + (fold < len(same) % folds) for fold in range(folds)]
     found, start = [], 0
@@ -30,7 +30,7 @@ def naive(first: Floats, second: Floats, same: NDArray[np.bool_], folds: int = 1
 
 
 def pairs(count: int, seed: int) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """Unit vectors whose distances overlap between the two kinds."""
+    """Return unit vectors; the distances of equal and of different people overlap."""
     generator = np.random.default_rng(seed)
     same = generator.random(count) < 0.5
     first = generator.normal(size=(count, 4))
@@ -51,7 +51,7 @@ def test_the_accuracy_of_each_fold_is_that_of_a_naive_loop(count: int) -> None:
 
 
 def test_thresholds_lie_on_a_grid() -> None:
-    """Distances of 0.001 and 0.009 lie between the same two thresholds, and can't be told apart."""
+    """Distances of 0.001 and 0.009 lie between two thresholds, and so cannot be separated."""
     same = np.arange(20) % 2 == 0
     angles = np.sqrt(np.where(same, 0.001, 0.009))
     first = np.tile([1.0, 0.0], (20, 1))

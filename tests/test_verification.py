@@ -1,4 +1,4 @@
-"""Every measure against loops written from its definition, and against what must not change it."""
+"""Every measure agrees with loops written from its definition, and has its invariances."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from kdhooks.verification import (
 
 Pairs = list[tuple[int, bool]]
 
-# Few distinct scores, so that ties within and across the two kinds are the rule.
+# Few distinct scores, so that ties within and between the two kinds are frequent.
 labelled_scores = st.lists(
     st.tuples(st.integers(-6, 6), st.booleans()), min_size=2, max_size=40
 ).filter(lambda drawn: len({same for _, same in drawn}) == 2)
@@ -38,7 +38,7 @@ def arrays(drawn: Pairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rates(scores: np.ndarray, same: np.ndarray, threshold: float) -> tuple[float, float]:
-    """FAR and TAR by counting, one pair at a time."""
+    """Return FAR and TAR, counted one pair at a time."""
     wrong = sum(
         1 for s, is_same in zip(scores, same, strict=True) if not is_same and s >= threshold
     )
@@ -76,7 +76,7 @@ def test_tar_at_far_is_the_best_tar_within_the_far(drawn: Pairs, far: float) -> 
 
 
 @given(labelled_scores)
-def test_eer_lies_where_the_roc_meets_equal_errors(drawn: Pairs) -> None:
+def test_eer_is_the_point_of_equal_errors_on_the_roc(drawn: Pairs) -> None:
     scores, same = arrays(drawn)
     eer = equal_error_rate(scores, same)
     points = operating_points(scores, same)
@@ -90,7 +90,7 @@ def test_eer_lies_where_the_roc_meets_equal_errors(drawn: Pairs) -> None:
 
 
 @given(labelled_scores)
-def test_best_threshold_judges_most_pairs_rightly(drawn: Pairs) -> None:
+def test_best_threshold_classifies_most_pairs_correctly(drawn: Pairs) -> None:
     scores, same = arrays(drawn)
     levels = [math.inf, *sorted(set(scores.tolist()), reverse=True)]
     most = max(correct(scores, same, level) for level in levels)
@@ -126,7 +126,7 @@ def noisy_pairs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("folds", [2, 7, 10])
-def test_each_fold_is_judged_by_the_threshold_of_the_others(folds: int) -> None:
+def test_each_fold_uses_the_threshold_of_the_others(folds: int) -> None:
     scores, same = noisy_pairs(103)
     ids = np.random.default_rng(1).integers(0, folds, size=103) * 10 - 3
     expected = []
@@ -142,14 +142,14 @@ def test_each_fold_is_judged_by_the_threshold_of_the_others(folds: int) -> None:
     np.testing.assert_allclose(fold_accuracies(scores, same, ids), expected, rtol=1e-15)
 
 
-def test_a_number_of_folds_cuts_the_pairs_in_runs() -> None:
+def test_a_number_of_folds_splits_the_pairs_into_runs() -> None:
     scores, same = noisy_pairs(60)
     ids = [fold for fold in range(4) for _ in range(15)]
     expected = fold_accuracies(scores, same, ids)
     np.testing.assert_array_equal(fold_accuracies(scores, same, 4), expected)
 
 
-def test_fold_accuracy_ignores_order_when_the_ids_move_along() -> None:
+def test_fold_accuracy_ignores_the_order_of_pairs_with_their_ids() -> None:
     scores, same = noisy_pairs(50)
     ids = np.arange(50) % 5
     order = np.random.default_rng(2).permutation(50)
@@ -158,15 +158,15 @@ def test_fold_accuracy_ignores_order_when_the_ids_move_along() -> None:
     )
 
 
-def test_a_fold_has_no_say_in_its_own_threshold() -> None:
+def test_a_fold_does_not_influence_its_own_threshold() -> None:
     same = np.array([True, False] * 6)
     scores = np.where(same, 0.8, 0.2)
     ids = np.repeat([0, 1, 2], 4)
-    scores[:4] -= 0.7  # the first fold would need a threshold of its own, but gets 0.5
+    scores[:4] -= 0.7  # the first fold would need another threshold, but gets 0.5
     assert fold_accuracies(scores, same, ids)[0] == 0.5
 
 
-def test_embeddings_that_are_no_numbers_are_refused() -> None:
+def test_embeddings_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(KDHooksError, match="embeddings must be real numbers, got object"):
         unit(np.array([[None, 1.0]]))
     with pytest.raises(KDHooksError, match="flipped must be real numbers, got <U1"):
@@ -210,20 +210,20 @@ def test_a_far_of_one_pair_can_be_measured(negatives: int) -> None:
     """49 · (1 / 49) is below 1 in floating point."""
     same = np.arange(2 * negatives) < negatives
     scores = np.where(same, 0.5, 0.1)
-    scores[-1] = 0.9  # of different people: without it every TAR is 0
+    scores[-1] = 0.9  # a pair of different people; if it is not accepted, every TAR is 0
     assert tar_at_far(scores, same, 1 / negatives) == 1
     assert math.isnan(tar_at_far(scores, same, np.nextafter(1 / negatives, 0)))
 
 
 @pytest.mark.parametrize("low", [0.1, 1.0, 1e-300, -1.0, 1.7e308])
-def test_a_threshold_lies_above_the_next_score_however_close(low: float) -> None:
+def test_a_threshold_is_above_the_next_score_however_close(low: float) -> None:
     high = np.nextafter(low, np.inf)
     for below, above in ((low, high), (high, np.nextafter(high, np.inf))):
         threshold = best_threshold([above, below], [True, False])
         assert below < threshold <= above
 
 
-def test_verify_gathers_the_single_measures() -> None:
+def test_verify_returns_all_single_measures() -> None:
     scores, same = noisy_pairs(400)
     result = verify(scores, same, folds=8, fars=(0.1,))
     accuracies = fold_accuracies(scores, same, 8)
@@ -324,12 +324,12 @@ def test_far_is_checked(far: float) -> None:
 
 
 @pytest.mark.parametrize("fars", [1e-3, "1e-3", None])
-def test_fars_are_several(fars: Any) -> None:
+def test_fars_must_be_several_numbers(fars: Any) -> None:
     with pytest.raises(KDHooksError, match=r"fars must be several numbers, got .*; write "):
         verify(SCORES, SAME, fars=fars)
 
 
-def test_fars_may_come_one_after_the_other() -> None:
+def test_fars_may_be_an_iterator() -> None:
     assert list(verify(SCORES, SAME, fars=iter((0.5, 0.25))).tar) == [0.5, 0.25]
 
 

@@ -1,4 +1,4 @@
-"""The student's views on a device that is not the processor: the same, and never waited for."""
+"""The student's views are the same on another device than the CPU, and do not wait for it."""
 
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ FOREIGN = {"waits": Waits, "noise": Noise}
 
 
 def seen_on(place: str, name: str, dtype: torch.dtype) -> list[Tensor]:
-    """What the student sees in each step; from the second on the host may not wait."""
+    """Return the student's images in each step; from the second on, the host must not wait."""
     device = device_at(place)
     seen: list[Tensor] = []
     view = FOREIGN[name]() if name in FOREIGN else StudentView(**{name: VIEWS[name]})
@@ -71,7 +71,7 @@ def test_a_view_is_the_same_on_another_device_and_never_waits(
     assert not torch.equal(there[1], there[2])
     here = process.submit(seen_on, "cpu", name, dtype).result()
     if name == "blocks" and place != NAME and dtype != torch.float64:
-        # A coefficient in the middle between two steps may be rounded to the other one.
+        # A coefficient halfway between two quantisation steps may be rounded to either.
         share = sum((a - b).abs().gt(1e-3).float().mean() for a, b in zip(there, here, strict=True))
         assert share < 0.01
         return

@@ -1,4 +1,4 @@
-"""The random numbers of the views: SplitMix64, by position, without a state."""
+"""The views' random numbers are those of SplitMix64 by position, without a state."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def draws(seed: int = 0, step: int = 0, first: int = 0, count: int = 8) -> Draws
 
 
 def splitmix(state: int) -> int:
-    """One number of the generator, by Python's whole numbers; state: after its increment."""
+    """Return one number of the generator, in Python integers; state: after its increment."""
     whole = 2**64 - 1
     z = state & whole
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
@@ -46,7 +46,7 @@ def test_draws_are_uniform_and_independent() -> None:
     assert abs(float(torch.corrcoef(torch.stack([found[1:, 0], found[:-1, 0]]))[0, 1])) < 0.06
 
 
-def test_a_samples_draws_depend_on_its_position_alone() -> None:
+def test_a_samples_draws_depend_only_on_its_position() -> None:
     whole = draws().uniform(3)
     assert torch.equal(draws(first=4, count=4).uniform(3), whole[4:])
     assert torch.equal(draws().uniform(7)[:, :3], whole)
@@ -61,7 +61,7 @@ def test_too_many_draws_are_refused(numbers: int) -> None:
         draws().uniform(numbers)
 
 
-def test_one_more_view_leaves_the_draws_of_the_others() -> None:
+def test_another_view_does_not_change_the_draws_of_the_first() -> None:
     images = torch.rand(64, 3, 32, 32) * 2 - 1
     grey = viewed(StudentView(grey={"p": 0.5}), images)
     both = viewed(StudentView(grey={"p": 0.5}, blur={"p": 0.5, "sigma": [2, 2]}), images)

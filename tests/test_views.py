@@ -1,4 +1,4 @@
-"""The built-in views, each against an independent computation, and their options."""
+"""The built-in views agree with independent computations, and refuse wrong options."""
 
 import math
 from typing import Any
@@ -62,8 +62,8 @@ def means_over_regions(image: Tensor, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("up", ["bilinear", "nearest"])
-def test_few_pixels_do_not_move_the_face(up: Any) -> None:
-    """A mirrored image has the mirror image of its view, for sizes that divide nothing as well."""
+def test_low_resolution_does_not_shift_the_face(up: Any) -> None:
+    """The view of a mirrored image is the mirrored view, even if the size divides no side."""
     view = StudentView(low_resolution={"sizes": [20], "up": up})
     given = images(1)
     assert_close(viewed(view, given.flip(3)), viewed(view, given).flip(3), rtol=0, atol=1e-6)
@@ -77,7 +77,7 @@ def test_the_shorter_side_has_the_size_and_the_other_its_proportion() -> None:
     assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_low_resolution_loses_what_14_pixels_cannot_hold() -> None:
+def test_low_resolution_removes_detail_beyond_14_pixels() -> None:
     """A pattern with a period of 8 pixels becomes flat; one of 112 pixels stays."""
     place = torch.arange(112, dtype=torch.float64)
     view = StudentView(low_resolution={"sizes": [14]})
@@ -103,7 +103,7 @@ def test_each_size_is_drawn() -> None:
 
 
 def cover(draws: Tensor, h: int = 112, w: int = 112) -> Tensor:
-    """(b 5) -> (b h w): by how much the mask covers each pixel."""
+    """(b 5) -> (b h w): how much the mask covers each pixel."""
     flat = torch.full((len(draws), 3, h, w), -1.0, dtype=torch.float64)
     first, second = (CoverLowerFace()(grey, draws) for grey in (flat, -flat))
     covers: Tensor = 1 - (second - first)[:, 0] / 2
@@ -111,7 +111,7 @@ def cover(draws: Tensor, h: int = 112, w: int = 112) -> Tensor:
 
 
 def at(covers: Tensor, place: tuple[float, float]) -> Tensor:
-    """The pixel at x, y of the template."""
+    """Return the pixel at x, y of the template."""
     scales = covers.shape[2] / 112, covers.shape[1] / 112
     x, y = (
         int((coordinate + 0.5) * scale) for coordinate, scale in zip(place, scales, strict=True)
@@ -139,7 +139,7 @@ def test_every_mask_covers_nose_and_mouth_and_no_eye(size: tuple[int, int]) -> N
     assert (at(covers, (56.0, 20.0)) == 0).all()
 
 
-def test_a_mask_keeps_the_rest_of_the_image_and_is_of_its_colour() -> None:
+def test_a_mask_keeps_the_rest_of_the_image_and_has_its_colour() -> None:
     draws = torch.tensor([[0.1, (number + 0.5) / 8, 2 / 3, 0.5, 0.5] for number in range(8)])
     given = images(1).expand(8, -1, -1, -1)
     found = CoverLowerFace()(given, draws)
@@ -147,7 +147,7 @@ def test_a_mask_keeps_the_rest_of_the_image_and_is_of_its_colour() -> None:
     assert 0.5 < float(untouched.double().mean()) < 0.9
     where = untouched[:, None].expand_as(found)
     assert torch.equal(found[where], given[where])
-    middle = (found[:, :, 92, 56] + 1) * 127.5  # where light and shade are neutral
+    middle = (found[:, :, 92, 56] + 1) * 127.5  # light and shade are neutral here
     assert_close(middle, torch.tensor(_COLOURS).double(), rtol=0.01, atol=0.5)
 
 
@@ -162,7 +162,7 @@ def test_masks_differ_from_image_to_image() -> None:
 # --- blur and grey -------------------------------------------------------------------------------
 
 
-def test_blur_is_a_gaussian_of_each_images_own_width() -> None:
+def test_blur_is_a_gaussian_with_its_own_width_for_each_image() -> None:
     point = torch.zeros(2, 3, 112, 112, dtype=torch.float64)
     point[:, :, 56, 50] = 1.0
     found = GaussianBlur(1.0, 3.0)(point, column(0.0, 0.5))
@@ -177,7 +177,7 @@ def test_blur_keeps_a_flat_image_and_scales_with_its_size() -> None:
     flat = torch.full((1, 3, 40, 56), 0.3, dtype=torch.float64)
     assert_close(GaussianBlur(2.0, 2.0)(flat, column(0.0)), flat)
     large = GaussianBlur(2.0, 2.0)(images(1, 224, 224), column(0.0))
-    plain = GaussianBlur(4.0, 4.0)  # in pixels of 112, so that it is 4 pixels there
+    plain = GaussianBlur(4.0, 4.0)  # in pixels of a 112-pixel image: 2 become 4 in 224 pixels
     rows = torch.eye(224, dtype=torch.float64)[None, None].expand(1, 3, -1, -1)
     small = torch.eye(112, dtype=torch.float64)[None, None].expand(1, 3, -1, -1)
     width = GaussianBlur(2.0, 2.0)(rows, column(0.0))[0, 0, 112, 112]
@@ -242,14 +242,14 @@ def basis(u: int, v: int) -> Tensor:
 
 
 @pytest.mark.parametrize("quality", [5, 30, 75, 100])
-def test_blocks_are_those_of_a_slow_reference(quality: int) -> None:
+def test_blocks_agree_with_a_slow_reference(quality: int) -> None:
     given = images(2, 24, 16)
     found = Compress(quality, quality)(given, column(0.0, 0.9))
     expected = torch.stack([slow_jpeg(image, quality) for image in given])
     assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_each_image_has_a_quality_of_its_own() -> None:
+def test_each_image_has_its_own_quality() -> None:
     given = images(3)
     found = Compress(5, 95)(given, column(0.0, 0.5, 0.9999))
     for quality, image, one in zip((5, 50, 95), given, found, strict=True):
@@ -258,18 +258,18 @@ def test_each_image_has_a_quality_of_its_own() -> None:
     assert lost[0] > lost[1] > lost[2]
 
 
-def test_an_image_whose_sides_are_no_multiples_of_8_is_padded_by_its_edge() -> None:
+def test_sides_that_are_no_multiples_of_8_are_padded_with_the_edge() -> None:
     given = images(1, 20, 13)
     padded = F.pad(given, (0, 3, 0, 4), mode="replicate")
     found = Compress(20, 20)(given, column(0.0))
     assert_close(found, Compress(20, 20)(padded, column(0.0))[:, :, :20, :13])
 
 
-# --- together ------------------------------------------------------------------------------------
+# --- several views -------------------------------------------------------------------------------
 
 
 def test_views_are_applied_in_their_order() -> None:
-    """mask, grey, blur, low_resolution, blocks, whatever the order of the table."""
+    """The order is mask, grey, blur, low_resolution, blocks, whatever the order of the table."""
     given = images(dtype=torch.float32)
     always: dict[str, Any] = {
         "blocks": {"p": 1.0}, "low_resolution": {"p": 1.0}, "blur": {"p": 1.0}, "grey": {"p": 1.0},
@@ -282,7 +282,7 @@ def test_views_are_applied_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["mask", "grey", "blur", "low_resolution", "blocks"])
-def test_p_is_the_share_of_the_images_and_leaves_the_others_as_they_are(name: str) -> None:
+def test_p_is_the_share_of_changed_images(name: str) -> None:
     given = images(1, 16, 16, torch.float16).expand(400, -1, -1, -1)
     options: dict[str, Any] = {"low_resolution": {"sizes": [4]}, "blur": {"sigma": [9, 9]}}
 
@@ -310,7 +310,7 @@ def test_a_view_of_test_images_does_not_depend_on_the_batch_size() -> None:
     whole = viewed(view, given, seed=1)
     parts = [viewed(view, given[i : i + 2], seed=1, first=i) for i in range(0, 6, 2)]
     assert_close(torch.cat(parts), whole)
-    assert torch.equal(viewed(view, given, seed=1), whole), "nothing is left to chance"
+    assert torch.equal(viewed(view, given, seed=1), whole), "a view is deterministic"
     assert not torch.equal(viewed(view, given, seed=2), whole)
 
 
@@ -340,7 +340,7 @@ def test_a_view_of_test_images_does_not_depend_on_the_batch_size() -> None:
         ({"blocks": {"p": None}}, "blocks.p must be a number; found None"),
     ],
 )
-def test_every_option_is_refused_in_python_and_in_a_recipe(
+def test_a_wrong_option_is_refused_in_python_and_in_a_recipe(
     options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(KDHooksError) as in_python:
@@ -354,7 +354,7 @@ def test_every_option_is_refused_in_python_and_in_a_recipe(
     assert str(in_recipe.value).startswith(f"recipe: student_view{joint}{said}")
 
 
-def test_a_view_is_a_table_or_a_module() -> None:
+def test_a_view_must_be_a_table_or_a_module() -> None:
     recipe = {"teacher": tiny_teacher().module, "methods": ["fcd"], "student_view": "mask"}
     with pytest.raises(
         KDHooksError, match="student_view must be a table or a module; found 'mask'"
@@ -362,7 +362,7 @@ def test_a_view_is_a_table_or_a_module() -> None:
         Recipe.read(recipe)
 
 
-def test_viewed_names_what_is_no_view_and_what_is_no_rgb() -> None:
+def test_viewed_refuses_other_objects_and_images_that_are_not_rgb() -> None:
     with pytest.raises(KDHooksError, match=r"student_view must be a module .*; found dict"):
         viewed({"mask": {}}, images(1))  # type: ignore[arg-type]
     for channels in (1, 4):

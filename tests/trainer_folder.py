@@ -1,4 +1,4 @@
-"""A folder with a package `backbones` and configs, as the commands expect them, and a teacher."""
+"""Write a trainer's folder with `backbones`, configs and a teacher, as the commands expect it."""
 
 import sys
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def get_model(name, dropout, fp16, num_features):
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
     model = backbones.get_model(name, dropout, fp16, num_features)
     if name != "plain":
-        model.conv1 = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)  # of images of 112
+        model.conv1 = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)  # for 112 pixels
     return model
 
 def blocks():
@@ -70,7 +70,7 @@ def write_trainer(folder: Path) -> Path:
 
 
 def write_config(folder: Path, name: str, below: str = "", **values: object) -> None:
-    """configs/NAME.py with these values, and lines below them."""
+    """Write configs/NAME.py with these values, and lines below them."""
     (folder / "configs").mkdir(exist_ok=True)
     text = f"config = {values!r}\n{below}\n"
     (folder / "configs" / f"{name}.py").write_text(text, encoding="utf-8")
@@ -78,13 +78,13 @@ def write_config(folder: Path, name: str, below: str = "", **values: object) -> 
 
 @contextmanager
 def imports_undone() -> Iterator[None]:
-    """The import path, and the trainer's modules, as they were."""
+    """Restore the import path, and forget the trainer's modules."""
     path = list(sys.path)
     try:
         yield
     finally:
         sys.path[:] = path
-        invalidate_caches()  # of a file that a test writes within the second
+        invalidate_caches()  # a test may write a file within the same second
         for name in list(sys.modules):
             if name.split(".")[0] in ("backbones", "configs", "utils"):
                 del sys.modules[name]
@@ -98,7 +98,7 @@ def faces() -> tuple[Tensor, Tensor]:
 
 
 def settled(network: str = "tiny") -> nn.Module:
-    """Random weights, and the statistics of the faces: as good as trained, for the checks."""
+    """Return a network with random weights and the faces' statistics, which the checks accept."""
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
         model = backbones.get_model(network, 0.0, False, WIDTH)
@@ -112,7 +112,7 @@ def settled(network: str = "tiny") -> nn.Module:
 
 
 def write_teacher(folder: Path) -> None:
-    """model.pt, and rows.pt with the class means of the faces."""
+    """Write model.pt, and rows.pt with the class means of the faces."""
     teacher = settled()
     images, labels = faces()
     with torch.no_grad():

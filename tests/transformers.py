@@ -1,4 +1,4 @@
-"""A ViT and a Swin of a few hundred weights, with the part names of the usual ones."""
+"""A ViT and a Swin of a few hundred weights, whose parts have the usual names."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from kdhooks.testing import tiny_batch
 
 
 class Attention(nn.Module):
-    """Of all tokens (b n k) to all."""
+    """Attention of all tokens (b n k) to all."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class TinyViT(nn.Module):
-    """As arcface_torch's: patches, blocks (b n k), and an embedding of all tokens."""
+    """A ViT like arcface_torch's: patches, blocks (b n k), and an embedding of all tokens."""
 
     def __init__(self, dim: int = 12, width: int = 8, depth: int = 3) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class TinyViT(nn.Module):
 
 
 class WindowAttention(Attention):
-    """Of the tokens of each window ((b w) n k), with a bias by their offset, and a mask (w n n)."""
+    """Attention in each window ((b w) n k), with a bias by offset, and a mask (w n n)."""
 
     relative_position_index: Tensor
 
@@ -87,7 +87,7 @@ class WindowAttention(Attention):
 
 
 class SwinBlock(Block):
-    """On maps (b h w k) as timm's, or on tokens (b n k) as Microsoft's."""
+    """Takes maps (b h w k) like timm's block, or tokens (b n k) like Microsoft's."""
 
     attn_mask: Tensor | None
 
@@ -99,7 +99,7 @@ class SwinBlock(Block):
         self.register_buffer("attn_mask", self.mask() if shift else None)
 
     def mask(self) -> Tensor:
-        """(w n n): -100 between pixels that only the shift made neighbours."""
+        """(w n n): -100 between pixels that are neighbours only by the shift."""
         region = torch.zeros(self.size)
         region[-self.side :] = 1
         region[-self.shift :] = 2
@@ -123,7 +123,7 @@ class SwinBlock(Block):
 
 
 class Merging(nn.Module):
-    """2 x 2 pixels become one of twice the width."""
+    """Merges 2 x 2 pixels into one of twice the width."""
 
     def __init__(self, width: int, flat: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Merging(nn.Module):
 
 
 class TinySwin(nn.Module):
-    """Two stages of two blocks, the second of them shifted; 8 x 8 and 4 x 4 pixels."""
+    """Has two stages of two blocks, the second one shifted, on 8 x 8 and 4 x 4 pixels."""
 
     def __init__(self, dim: int = 12, width: int = 8, flat: bool = False) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class TinySwin(nn.Module):
 
 
 def trained(make: Callable[[], nn.Module], seed: int = 3) -> nn.Module:
-    """A network that has seen data, in eval mode, with weights that matter."""
+    """Return a network in eval mode that has BatchNorm statistics of data."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = make()
@@ -173,7 +173,7 @@ def trained(make: Callable[[], nn.Module], seed: int = 3) -> nn.Module:
 
 
 def teacher_of(make: Callable[[], nn.Module]) -> Teacher:
-    """With class rows that fit `tiny_batch`."""
+    """Return a teacher with class rows that fit `tiny_batch`."""
     network = trained(make)
     images, labels = tiny_batch(copies=4)
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""One command that runs and records everything whose results only count on a GPU."""
+"""One command that runs and records everything whose results are meaningful only on a GPU."""

@@ -1,10 +1,10 @@
-"""Run on a GPU everything of kdhooks that needs one, within a budget of time.
+"""Run all tests and benchmarks of kdhooks that need a GPU, within a time budget.
 
     python -m benchmarks.gpu --arcface-torch insightface/recognition/arcface_torch
 
-Each part writes its results as soon as it has some, so that an interrupted run continues with what
-is missing, and a part that fails does not stop the others. benchmarks/gpu/README.md says what to
-bring to a machine without a package index.
+Each result is written immediately, so an interrupted run continues with the missing ones. A part
+that fails does not stop the others. benchmarks/gpu/README.md describes how to prepare a machine
+without a package index.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PARTS = {
         "faces",
     )
 }
-"""Each part's module, in the order in which they are run."""
+"""The module of each part, in the order in which the parts run."""
 
 
 def main(argv: Sequence[str] | None = None, parts: Mapping[str, str] = PARTS) -> int:
@@ -88,7 +88,7 @@ def _run(
 
 @contextmanager
 def _alone(parser: argparse.ArgumentParser, out: Path) -> Iterator[None]:
-    """Refuse a second command on one folder, and take SIGTERM as Ctrl-C."""
+    """Refuse a second command on the same folder, and treat SIGTERM like Ctrl-C."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -117,21 +117,22 @@ def _parser(parts: Mapping[str, str]) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--list", action="store_true", help="print the names of the parts, one per line, and exit")
     add("--parts", nargs="+", choices=list(parts), default=list(parts), metavar="PART",
-        help="run only these parts; by default all of them")  # fmt: skip
+        help="run only these parts; default: all of them")  # fmt: skip
     add("--cases", nargs="+", metavar="CASE", help="run only these cases of the parts")
-    add("--device", type=_device, default=device, help="cuda or cpu; default: %(default)s")
+    add("--device", type=_device, default=device, help="cuda or cpu; default here: %(default)s")
     add("--budget", type=float, default=1500, metavar="SECONDS",
-        help="a case that needs more than is left is skipped; default: %(default)s")  # fmt: skip
+        help="time of the whole run in seconds; a case that needs more than the remaining time is "
+        "skipped; default: %(default)s")  # fmt: skip
     add("--arcface-torch", type=Path, metavar="FOLDER",
         help="InsightFace's folder recognition/arcface_torch")  # fmt: skip
     add("--faces", type=Path, metavar="ZIP", help="LFW, aligned and 112x112: a zip or a folder")
     add("--pairs", type=Path, metavar="FILE",
         help="LFW's pairs.txt; default: pairs.txt or lfw_pairs.txt beside --faces")  # fmt: skip
-    add("--tiny", action="store_true", help="tiny sizes, to try the command itself")
-    add("--again", action="store_true", help="also run the cases that are recorded already")
+    add("--tiny", action="store_true", help="use tiny sizes, to test the command itself")
+    add("--again", action="store_true", help="also run the cases that are recorded as done")
     add("--out", type=Path, metavar="FOLDER",
-        help="folder of the results; default: docs/results/gpu for a whole run on a GPU, else a "
-        "folder in bench-out")  # fmt: skip
+        help="folder of the results; default: docs/results/gpu for a full-size run on a GPU, "
+        "otherwise a folder in bench-out")  # fmt: skip
     return parser
 
 
@@ -148,7 +149,7 @@ def _device(name: str) -> torch.device:
 def _check(
     parser: argparse.ArgumentParser, given: argparse.Namespace, parts: Mapping[str, str]
 ) -> None:
-    """Refuse before anything runs what could only fail later."""
+    """Refuse options that would fail later, before anything runs."""
     if given.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and torch finds none; take --device cpu")
     if not 0 < given.budget < math.inf:

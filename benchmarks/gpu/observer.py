@@ -1,7 +1,7 @@
-"""Watch a trainer from its config file: step times, losses, memory; nothing of it is edited.
+"""Observe an unedited trainer from its config file: step times, losses, memory.
 
-arcface_torch executes the config file within `main`, before it builds anything. `watch` has the
-schedule of the learning rate tell of each step, and writes what was seen when the process ends.
+arcface_torch executes the config file in `main`, before it builds anything. `watch` observes each
+step by patching the LR scheduler, and writes the observations when the process ends.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def watch(path: str, deterministic: bool) -> None:
-    """Write JSON to path at the end; deterministic: by torch's deterministic algorithms alone."""
+    """Write JSON to path at the end; deterministic: use only torch's deterministic algorithms."""
     observer = _Observer(Path(path))
     plain = LRScheduler.step
 
@@ -27,11 +27,11 @@ def watch(path: str, deterministic: bool) -> None:
         plain(schedule, *args)
         observer.step()
 
-    setattr(LRScheduler, "step", step)  # noqa: B010  # no type checker takes the assignment
+    setattr(LRScheduler, "step", step)  # noqa: B010  # type checkers refuse a plain assignment
     atexit.register(observer.write)
     if deterministic:
         torch.use_deterministic_algorithms(True)
-        # The trainer switches cuDNN's search for the fastest algorithms on after this.
+        # The trainer enables cudnn.benchmark later, so each forward must disable it again.
         register_module_forward_pre_hook(_no_search)
 
 
@@ -47,7 +47,7 @@ class _Observer:
         self._scaler: Any = None
 
     def step(self) -> None:
-        """The trainer calls its schedule at the end of each step, and once before the first."""
+        """Record a step; the trainer steps its scheduler at the end of each, and once before."""
         names = _trainers_names(sys._getframe())
         if "loss" in names:
             self._times.append(time.perf_counter())
@@ -68,7 +68,7 @@ class _Observer:
 
 
 def _trainers_names(frame: FrameType | None) -> dict[str, Any]:
-    """The variables of the trainer's `main`, which is running."""
+    """Return the local variables of the trainer's running `main`."""
     while frame is not None:
         if frame.f_code.co_name == "main" and "module_partial_fc" in frame.f_locals:
             return dict(frame.f_locals)

@@ -1,4 +1,4 @@
-"""The contract of a part, and the options that every part is run with."""
+"""The contract of a part, and the options that every part gets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Absent(Exception):
 
 
 class Failed(Exception):
-    """Raised by a case that failed but has figures to show, for example counts of failed tests."""
+    """Raised by a case that failed but has figures, for example the number of failed tests."""
 
     def __init__(self, reason: str, result: Result) -> None:
         super().__init__(reason)
@@ -29,14 +29,14 @@ class Failed(Exception):
 @dataclass(frozen=True)
 class Options:
     device: torch.device
-    tiny: bool  # smallest sizes, to try the command itself
+    tiny: bool  # tiny sizes, to test the command itself
     out: Path  # folder of the records
     work: Path  # scratch folder; it is deleted at the end
     arcface_torch: Path | None = None  # InsightFace's folder recognition/arcface_torch
     faces: Path | None = None  # LFW, aligned and 112x112: a zip or a folder
     pairs: Path | None = None  # LFW's pairs.txt
-    again: bool = False  # also run what is recorded as done
-    command: str = ""  # what the user typed; it stands beside every figure
+    again: bool = False  # also run the cases that are recorded as done
+    command: str = ""  # the user's command line, recorded with every result
 
     @property
     def cuda(self) -> bool:
@@ -44,7 +44,7 @@ class Options:
 
 
 class Goal(NamedTuple):
-    """A bound that a part's figures are compared with."""
+    """A bound, compared with a figure of a part."""
 
     text: str  # for example "a cached step takes at most 1.03 times the student alone"
     found: str
@@ -59,10 +59,10 @@ class Part(Protocol):
     """
 
     ABOUT: str
-    """One or two sentences for the report: what was run, and what the columns mean."""
+    """A few sentences for the report: what was run, and the meaning of the columns."""
 
     def cases(self, options: Options) -> Mapping[str, float]:
-        """Each case's name, and how many seconds it needs at full size on a GPU."""
+        """Return each case's name with the seconds that it needs at full size on a GPU."""
         ...
 
     def run(self, case: str, options: Options) -> Result:
@@ -73,7 +73,7 @@ class Part(Protocol):
         ...
 
     def tables(self, found: Mapping[str, Result]) -> Sequence[Table]:
-        """The report's tables of all cases that have a result; found is never empty."""
+        """Return the report's tables of all cases that have a result; found is never empty."""
         ...
 
     def goals(self, found: Mapping[str, Result]) -> Sequence[Goal]: ...

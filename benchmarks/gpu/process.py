@@ -1,4 +1,4 @@
-"""A part in a process of its own: a crash, or an exhausted budget, costs one case."""
+"""Run each part in its own process, so that a crash or an exhausted budget costs only one case."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu.part import Absent, Failed, Options, Part
 from benchmarks.gpu.records import Record
 
-_CPU_FACTOR = 40  # how much longer a case takes on a processor than on a GPU, roughly
+_CPU_FACTOR = 40  # roughly how many times longer a case takes on a CPU than on a GPU
 _TINY_SECONDS = 5.0
 
 
@@ -27,7 +27,7 @@ def load(module: str) -> Part:
 
 
 def needed(part: Part, options: Options) -> Mapping[str, float]:
-    """How many seconds each case needs on this device and at this size."""
+    """Return the seconds that each case needs on this device and at this size."""
     if options.tiny:
         return {case: min(seconds, _TINY_SECONDS) for case, seconds in part.cases(options).items()}
     factor = 1 if options.cuda else _CPU_FACTOR
@@ -41,9 +41,9 @@ def run_part(
     deadline: float,
     only: Sequence[str] | None = None,
 ) -> None:
-    """Run the cases that are not recorded yet, in processes of their own.
+    """Run the cases that are not yet recorded as done, in processes of their own.
 
-    deadline: a time of time.time(). only: no other cases than these.
+    deadline: in the unit of time.time(). only: run only these cases.
     """
     part, record = load(module), Record(name, options)
     wanted = [case for case in part.cases(options) if only is None or case in only]
@@ -78,7 +78,7 @@ def run_part(
 
 
 def _started(*given: Any) -> BaseProcess:
-    """A process from a server that has torch loaded, which saves seconds, and has not used CUDA."""
+    """Start a process from a fork server, which has imported torch and has not used CUDA."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "matplotlib.figure"])
     process = context.Process(target=_run_cases, args=given)
@@ -89,7 +89,7 @@ def _started(*given: Any) -> BaseProcess:
 def _affordable(
     name: str, part: Part, pending: Sequence[str], options: Options, deadline: float
 ) -> list[str]:
-    """The cases for which enough time is left; the others are recorded as skipped."""
+    """Return the cases for which enough time is left; record the others as skipped."""
     record, seconds, left = Record(name, options), needed(part, options), deadline - time.time()
     for case in pending:
         if seconds[case] > left:
@@ -101,9 +101,9 @@ def _affordable(
 
 
 def _kill(process: BaseProcess) -> None:
-    """With all that it has started."""
+    """Kill the process and all processes that it has started."""
     assert process.pid is not None
-    with suppress(ProcessLookupError):  # it has not become the head of its group yet
+    with suppress(ProcessLookupError):  # raised if it does not lead a process group yet
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
 
@@ -140,7 +140,7 @@ def _run_cases(
 
 
 def _die_with_parent() -> None:
-    """A killed command leaves nothing running on the device."""
+    """Kill this process group when the parent ends, so that nothing keeps running on the device."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

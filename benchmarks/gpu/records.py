@@ -19,18 +19,17 @@ from torch.cuda import nccl
 from benchmarks.gpu.part import Options
 
 Entry: TypeAlias = dict[str, Any]
-"""status: "done", "failed", "absent", "skipped", "stopped" or "running"; what else, by status.
-
-kept: the last entry that was "done", if a later try did not end so.
+"""status: "done", "failed", "absent", "skipped", "stopped" or "running", which determines the other
+keys. kept: the last entry that was "done", if a later attempt was not.
 """
 
 
 class Unreadable(Exception):
-    """A file that this command did not write, or did not write to its end."""
+    """Raised for a file that this command did not write, or did not write completely."""
 
 
 class Record:
-    """The file OUT/PART.json, written anew after each change."""
+    """The file OUT/PART.json, which is rewritten after each change."""
 
     def __init__(self, name: str, options: Options) -> None:
         self.path = options.out / f"{name}.json"
@@ -39,7 +38,7 @@ class Record:
         self._new = {"part": name, "tiny": options.tiny, "device": device, "cases": {}}
 
     def _read(self) -> dict[str, Any]:
-        """Each time, since the command and the process of a part both write."""
+        """Read the file, in each call, because the command and the part's process both write it."""
         if not self.path.is_file():
             return self._new
         try:
@@ -61,7 +60,7 @@ class Record:
 
     @property
     def shown(self) -> Mapping[str, Entry]:
-        """The entry of each case that has a result, in the order of the file."""
+        """Return the entry of each case that has a result, in the order of the file."""
         return {
             case: shown
             for case, entry in self.cases.items()
@@ -69,7 +68,7 @@ class Record:
         }
 
     def made_like(self, options: Options) -> bool:
-        """Whether the file holds results of the same kind of device and size."""
+        """Return whether the file holds results of the same type of device and of the same size."""
         found = self._read()
         return (found["device"], found["tiny"]) == (options.device.type, options.tiny)
 
@@ -77,11 +76,11 @@ class Record:
         return self.cases.get(case, {}).get("status") == "done"
 
     def put(self, case: str, status: str, **more: Any) -> None:
-        """Replace a case's entry; the file is whole at every moment."""
+        """Replace a case's entry; the file is complete at every moment."""
         content = self._read()
         before = content["cases"].get(case, {})
         kept = before if before.get("status") == "done" else before.get("kept")
-        # To the microsecond, so that two tries never look the same.
+        # Microseconds distinguish two attempts.
         at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
         made = {"at": at, "by": self._command, "on": machine()}
         entry = {"status": status, **more, "made": made}
@@ -98,7 +97,7 @@ class Record:
 
 @lru_cache
 def machine() -> dict[str, str]:
-    """Card, driver and versions."""
+    """Return the card, the driver and the versions."""
     found = {
         "kdhooks": _revision(),
         "card": "none",
@@ -117,7 +116,7 @@ def machine() -> dict[str, str]:
 
 
 def _revision() -> str:
-    """The version, and a digest of the packages' sources, which tells one commit from another."""
+    """Return the version and a digest of the packages' sources, which distinguishes commits."""
     digest = hashlib.sha256()
     for package in ("kdhooks", "kdhooks_plugins", "kdhooks_integrations"):
         (folder,) = import_module(package).__path__

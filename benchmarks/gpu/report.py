@@ -1,4 +1,4 @@
-"""gpu.md: the goals, and one section for each part."""
+"""Write gpu.md, with the goals and a section for each part."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.gpu.records import Record
 HEAD = """# Results on {device}
 
 `python -m benchmarks.gpu` wrote this page, the JSON file of each part and the pictures beside them.
-Below each part stands the command that ran it.
+Each part ends with the command that ran it.
 
 {machines}
 
@@ -21,7 +21,7 @@ Below each part stands the command that ran it.
 
 
 def write(parts: Mapping[str, str], options: Options) -> None:
-    """gpu.md, and the picture of each part that has one; of all that is recorded in the folder."""
+    """Write gpu.md and the pictures of the parts, from all results in the folder."""
     sections, goals = [], [["part", "goal", "found", "met"]]
     machines: list[dict[str, str]] = []
     for name, module in parts.items():
@@ -37,7 +37,7 @@ def write(parts: Mapping[str, str], options: Options) -> None:
             if entry["made"]["on"] not in machines:
                 machines.append(entry["made"]["on"])
     head = HEAD.format(
-        device="a GPU" if options.cuda else "a processor",
+        device="a GPU" if options.cuda else "a CPU",
         machines=markdown(_machines(machines)) if machines else "No case has been run.",
         goals=markdown(goals) if len(goals) > 1 else "No part with a goal has been run.",
     )
@@ -46,7 +46,7 @@ def write(parts: Mapping[str, str], options: Options) -> None:
 
 
 def _machines(machines: Sequence[Mapping[str, str]]) -> Table:
-    """A column for each."""
+    """Return a table with a column for each machine."""
     facts = dict.fromkeys(fact for machine in machines for fact in machine)
     rows = [[fact, *(machine.get(fact, "") for machine in machines)] for fact in facts]
     return [["", *(f"machine {number + 1}" for number in range(len(machines)))], *rows]
@@ -79,7 +79,7 @@ def _section(
 
 
 def _made(record: Record) -> Iterator[str]:
-    """By which commands, when, and on which card: cases may come from several runs."""
+    """Yield a line for each command: cases may come from several runs, with their time and card."""
     runs: dict[tuple[str, str, str], list[Any]] = {}
     for entry in record.shown.values():
         made = entry["made"]
@@ -92,7 +92,7 @@ def _made(record: Record) -> Iterator[str]:
 
 
 def markdown(table: Table) -> str:
-    """The first row holds the headings; the first column is text, the others are figures."""
+    """Format a table; its first row has the headings, its first column text, the others figures."""
     head, *rows = table
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *rows])

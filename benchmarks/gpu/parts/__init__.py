@@ -1,1 +1,1 @@
-"""One module for each part: `Part` in benchmarks/gpu/part.py says what such a module holds."""
+"""A module for each part; `Part` in benchmarks/gpu/part.py is the contract of such a module."""

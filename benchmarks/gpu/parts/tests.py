@@ -1,4 +1,4 @@
-"""kdhooks' own tests: those that need a GPU, or without one those of the second device."""
+"""kdhooks' own tests: those that need a GPU, or without a GPU those of the second device."""
 
 import importlib.util
 import os
@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from benchmarks.gpu.part import Absent, Failed, Goal, Options, Result, Table
 
 ABOUT = (
-    "kdhooks' own tests with the marker `gpu`: every method trains on CUDA as on the processor and "
-    "never makes the host wait, and compiled teachers, streams, short memory, loss scaling and "
-    "NCCL behave as documented. Without a GPU the tests of a device that is written in Python run."
+    "kdhooks' own tests with the marker `gpu`: every method trains on CUDA as on the CPU and never "
+    "makes the host wait, and compiled teachers, streams, low memory, loss scaling and NCCL behave "
+    "as documented. Without a GPU, the tests on a device that is written in Python run instead."
 )
 _ROOT = Path(__file__).parents[3]
 _COUNTS = ("passed", "failed", "skipped", "errors")
@@ -64,12 +64,12 @@ def _command(options: Options) -> Sequence[str]:
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "default"]
     if options.cuda:  # a module that cannot be imported must not stop the others
         return [*pytest, "-m", "gpu", "--continue-on-collection-errors", "tests"]
-    chosen = ["-k", "far and (race_is_noticed or sent_waits)"] if options.tiny else []
+    chosen = ["-k", "far and (race_is_noticed or sent_tensor_waits)"] if options.tiny else []
     return [*pytest, *chosen, "tests/test_second_device.py"]
 
 
 def _read(report: Path) -> dict[str, Any]:
-    """The counts and the failures of a JUnit file."""
+    """Return the counts and the failures of a JUnit file."""
     counts = dict.fromkeys(_COUNTS, 0)
     failures = []
     for test in ElementTree.parse(report).iter("testcase"):
@@ -85,7 +85,7 @@ def _read(report: Path) -> dict[str, Any]:
 
 
 def _shortened(fault: ElementTree.Element) -> str:
-    """The message, and the end of the traceback, which says most."""
+    """Return the message and the end of the traceback, its most useful part."""
     message = (fault.get("message") or "").strip()[: _LONGEST // 2]
     rest = _LONGEST - len(message) - len("\n…\n")
     return f"{message}\n…\n{(fault.text or '').strip()[-rest:]}"

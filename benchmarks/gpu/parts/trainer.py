@@ -1,4 +1,4 @@
-"""InsightFace's real, unmodified train_v2.py, plain and with every method."""
+"""InsightFace's real, unmodified train_v2.py, without kdhooks and with every method."""
 
 import importlib.util
 import json
@@ -21,17 +21,17 @@ from benchmarks.gpu.part import Absent, Goal, Options, Result, Table
 from benchmarks.recordio_files import crowd, write_records
 
 ABOUT = """
-`kdhooks run train_v2.py CONFIG --recipe FILE --compat` on made-up people in InsightFace's own
-record format: one rank, NCCL, fp16 with a live GradScaler, `mbf` with a teacher `r50` in float16
-that the same script has trained. The script is a copy of the checkout's, to the letter. A step's
-time is the median over the second half of a run; the ratio is that to the mean of the two plain
-runs, before and after all others. "Weight 0" is every method at once with weight 0, under torch's
-deterministic algorithms, compared with the plain run bit for bit. On a processor the script is run
-by gloo and without fp16; without a checkout a small trainer of the same shape takes its place.
+`kdhooks run train_v2.py CONFIG --recipe FILE --compat` on made-up people in InsightFace's record
+format: one rank, NCCL, fp16 with an active GradScaler, `mbf` with a teacher `r50` in float16 that
+the same script has trained. The script is an exact copy of the checkout's. A step's time is the
+median over the second half of a run; the ratio is to the mean of the two plain runs, one before and
+one after all others. "Weight 0" is a run with all methods at weight 0 under torch's deterministic
+algorithms, compared with the plain run bit for bit. On a CPU, the script runs with gloo and without
+fp16; without a checkout, a small trainer of the same structure replaces it.
 """
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("easydict", "torchvision", "tensorboard", "sklearn", "scipy")  # that it imports
+PACKAGES = ("easydict", "torchvision", "tensorboard", "sklearn", "scipy")  # its imports
 PLAIN, AGAIN, ZERO = "plain", "plain, again", "weight 0"
 METHODS: Mapping[str, Mapping[str, object]] = {
     "acsr": {},
@@ -111,7 +111,7 @@ def run(case: str, options: Options) -> Result:
 
 
 def _weight_zero(trainer: "Trainer") -> Result:
-    """Losses, backbone and head of the two runs, to the last bit."""
+    """Compare losses, backbone and head of two runs bit for bit."""
     epochs = trainer.size.zero_epochs
     methods = [{"name": name, **more, "weight": 0.0} for name, more in METHODS.items()]
     plain = trainer.run("plain, deterministic", [], epochs, deterministic=True)
@@ -128,7 +128,7 @@ def _weight_zero(trainer: "Trainer") -> Result:
 
 
 class Trainer:
-    """A copy of the trainer's folder, with data and a teacher, which are made when first needed."""
+    """A copy of the trainer's folder, with data and a teacher, which the first use creates."""
 
     def __init__(self, options: Options) -> None:
         self.size = TINY if options.tiny else FULL
@@ -168,7 +168,7 @@ class Trainer:
         network: str = "mbf",
         deterministic: bool = False,
     ) -> dict[str, Any]:
-        """What the observer saw of one training, which must end well."""
+        """Run a training, which must succeed; return the observer's report."""
         stem = name.replace(", ", "_").replace(" ", "_")
         report = self._folder / f"{stem}.json"
         config = (STAND_IN if self._stand_in else CONFIG).format(
@@ -224,7 +224,7 @@ class Trainer:
         return ["train_v2.py", f"configs/{stem}"]
 
     def _recipe(self, methods: Sequence[Mapping[str, object]]) -> str:
-        """TOML; the values in its tables are written as JSON writes them."""
+        """Return a recipe in TOML, whose values are valid JSON too."""
         tables = [_inline(method) for method in methods]
         network = (self._folder / "teacher" / "network").read_text()
         teacher = {
@@ -242,12 +242,12 @@ class Trainer:
     def _environment(self) -> dict[str, str]:
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         found = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # of deterministic matrix products
+        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for deterministic matrix products
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         found |= {**ranks, "MASTER_PORT": str(_free_port())}  # as torchrun sets them
         if self._stand_in:
             found["STORE"] = str(self._folder / "store")
-            Path(found["STORE"]).unlink(missing_ok=True)  # where the ranks of the run before met
+            Path(found["STORE"]).unlink(missing_ok=True)  # the rendezvous of the previous run
             found |= {"BELOW_IMPORTS": "", "AFTER_SCHEDULE": "", "BEFORE_LOOP": ""}
         elif not self._cuda:
             path.insert(0, str(ROOT / "tests" / "on_cpu"))
@@ -257,7 +257,7 @@ class Trainer:
         return found
 
     def saved(self, name: str) -> dict[str, torch.Tensor]:
-        """Backbone and head at the end of a run."""
+        """Return backbone and head at the end of a run."""
         stem = name.replace(", ", "_").replace(" ", "_")
         content = torch.load(self._folder / stem / "checkpoint_gpu_0.pt", map_location="cpu")
         head = content["state_dict_softmax_fc"]
@@ -303,7 +303,7 @@ def tables(found: Mapping[str, Result]) -> Sequence[Table]:
 
 
 def _first_term(said: str) -> str:
-    """Of the trainer's last log line, the mean of the first term, and the steps left out."""
+    """Return the mean of the first term in the last log line, and the number of skipped steps."""
     parts = said.partition(": ")[2].split(", ")
     skipped = [part for part in parts if part.endswith("steps skipped")]
     return ", ".join([parts[0], *skipped])
@@ -320,7 +320,7 @@ def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
     scales = [one["scale"] for name, one in found.items() if "scale" in one]
     if scales:
         goals.append(
-            Goal("a GradScaler is alive in every run", f"scales {min(scales):g} to {max(scales):g}",
+            Goal("every run has an active GradScaler", f"scales {min(scales):g} to {max(scales):g}",
                  min(scales) > 0)
         )  # fmt: skip
     return goals
@@ -339,7 +339,7 @@ def picture(found: Mapping[str, Result]) -> Figure | None:
 
 
 def _inline(table: Mapping[str, object]) -> str:
-    """An inline table of TOML."""
+    """Return an inline table of TOML."""
     values = {
         key: _inline(value) if isinstance(value, Mapping) else json.dumps(value)
         for key, value in table.items()
