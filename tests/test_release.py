@@ -64,13 +64,12 @@ def test_ci_runs_each_promised_python() -> None:
 
 
 def test_ci_runs_the_oldest_allowed_versions() -> None:
-    """torch is excluded: its oldest allowed builds were never tested."""
     allowed = dict(
         re.findall(
-            r'^    "(pluggy|numpy|einops)>=([\d.]+)",$', read("pyproject.toml"), re.MULTILINE
+            r'^    "(torch|pluggy|numpy|einops)>=([\d.]+)",$', read("pyproject.toml"), re.MULTILINE
         )
     )
     workflow = read(".github/workflows/ci.yml")
-    assert len(allowed) == 3
+    assert len(allowed) == 4
     for name, version in allowed.items():
         assert re.search(rf'{name}: "{re.escape(version)}', workflow), name
