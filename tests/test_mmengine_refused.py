@@ -249,7 +249,7 @@ def test_pixels_that_are_said_to_be_pixels_are_taken() -> None:
 def test_losses_must_be_a_dict_without_our_keys() -> None:
     for losses, match in (
         (torch.zeros(()), "must return a dict of losses in mode 'loss'; found Tensor"),
-        ({"loss_kd_fcd": torch.zeros(())}, "have the key 'loss_kd_fcd' already"),
+        ({"loss_kd_fcd": torch.zeros(())}, "already have the key 'loss_kd_fcd'"),
     ):
 
         class Odd(Recogniser):

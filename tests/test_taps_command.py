@@ -92,7 +92,7 @@ def test_what_is_different_in_training_is_said() -> None:
         (["backbones:f"], "network 'backbones:f' can't be imported: there is no 'f' in "),
         (["backbones:no_network"], "must make an nn.Module; found int"),
         (["backbones:get_model"], "must be made without further arguments: get_model() missing"),
-        (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so that --emb"),
+        (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so --embeddi"),
         (["tiny", "--input-shape", "1", "8", "8"], "run on images of the shape (1, 8, 8); it ra"),
         (["tiny", "--trainer", "absent"], "--trainer must be a folder; found 'absent'"),
         (["tiny", "--input-shape", "3", "8", "8"], "must run on images of the shape (3, 8, 8)"),
