@@ -220,7 +220,9 @@ def test_verify_compares_with_the_teacher(capsys: Captured) -> None:
         capsys.readouterr()
         cache(*compare, "--sample", sample)
         printed = capsys.readouterr().out
-        said = f"{count} of {count} pictures are in the cache, with the teacher's"
+        said = (
+            f"{count} of {count} pictures are in the cache, with the teacher's present embeddings"
+        )
         assert printed.splitlines()[-1] == said
     (rows,) = Path("cache").glob("*.rows")
     for part in (rows, rows.with_suffix(".keys")):

@@ -95,7 +95,7 @@ def test_differences_in_training_are_noted() -> None:
             ["backbones:get_model"],
             "must be callable without further arguments: get_model() missing",
         ),
-        (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so that --emb"),
+        (["backbones:blocks", "--embedding-size", "8"], "takes no num_features, so --embeddi"),
         (["tiny", "--input-shape", "1", "8", "8"], "run on images of the shape (1, 8, 8); it ra"),
         (["tiny", "--trainer", "absent"], "--trainer must be a folder; found 'absent'"),
         (["tiny", "--input-shape", "3", "8", "8"], "must run on images of the shape (3, 8, 8)"),
