@@ -1,15 +1,16 @@
 """Modules that keep a row for each class: of the rank's own classes, and in checkpoints."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdhooks.classes.ranks import answers
 from kdhooks.classes.splits import ClassSplit
-from kdhooks.errors import KDHooksError
+from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import full_name
 
 _LARGEST = 2**63  # an int64 is less
@@ -39,11 +40,17 @@ class PerClass(nn.Module):
 
     def keep_rows(self, name: str, rows: Tensor, dtype: torch.dtype, *, unit: bool = False) -> None:
         """Rows (c e) that stay as they are, in this dtype. unit: keep them at unit length."""
-        # Of the rows as they were read: rounding differs from processor to processor.
-        self._digests[name] = digest(rows, self.split.start)
+        self.recognise(name, rows)
         if unit:
             rows = rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
         self.keep_frozen(name, rows.to(dtype))
+
+    def recognise(self, name: str, rows: Tensor) -> None:
+        """Keep a digest of rows (c e), of which other tables follow; a resumed run needs the same.
+
+        They are the rows as they were read, since rounding differs from processor to processor.
+        """
+        self._digests[name] = digest(rows, self.split.start)
 
     def keep_frozen(self, name: str, table: Tensor) -> None:
         """A table (c …) that stays as it is, and follows from rows with a digest."""
@@ -57,8 +64,17 @@ class PerClass(nn.Module):
         return {*self._learnt}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PerClass":
-        """Move the frozen tables as well. A conversion of the losses leaves rows in float16."""
+        """Move the frozen tables as well. A conversion of the losses leaves rows in float16.
+
+        It leaves learnt tables in float32, if the student is in less: what is added to them in a
+        step can be too small for bfloat16.
+        """
+        learnt = {name: getattr(self, name) for name in self._learnt}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, table in learnt.items():
+            moved = getattr(self, name)
+            if moved.dtype.itemsize < table.dtype.itemsize:
+                setattr(self, name, table.to(moved.device))
         for name in self._frozen:
             table: Tensor = getattr(self, name)
             moved = fn(table)
@@ -89,14 +105,47 @@ def digest(rows: Tensor, start: int) -> int:
 
 
 def share_digests(module: nn.Module) -> None:
-    """Make the digest of each split table that of all ranks' rows; all ranks call this once."""
+    """Make the digest of each split table that of all ranks' rows; all ranks call this together.
+
+    Refuses ranks that do not have each class once.
+    """
     split = [one for _, one in _split_inside(module)]
-    if not split:
-        return
-    of_ranks: list[list[dict[str, int]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, [one._digests for one in split])
+    of_ranks = answers([(one.split, one._digests) for one in split])
     for one, parts in zip(split, zip(*of_ranks, strict=True), strict=True):
-        one._digests = {name: sum(part[name] for part in parts) % _LARGEST for name in one._digests}
+        assert one.split.group is not None
+        sharing = [parts[rank] for rank in dist.get_process_group_ranks(one.split.group)]
+        _check_splits(one._owner, [split for split, _ in sharing])
+        one._digests = {
+            name: sum(digests[name] for _, digests in sharing) % _LARGEST for name in one._digests
+        }
+
+
+def _check_splits(owner: str, splits: Sequence[ClassSplit]) -> None:
+    """Of all ranks that share the classes."""
+    totals = {split.total for split in splits}
+    bounds = sorted((split.start, split.stop) for split in splits)
+    starts, stops = [start for start, _ in bounds], [stop for _, stop in bounds]
+    contiguous = [0, *stops] == [*starts, splits[0].total]
+    if len(totals) > 1 or not contiguous or not all(map(len, splits)):
+        found = listed(
+            f"{split.start} to {split.stop - 1} of {split.total}" if len(split) else "none"
+            for split in splits
+        )
+        raise KDHooksError(
+            f"{owner}: the ranks must share the same classes, each rank at least one, and each "
+            f"class must be on one rank; found {found}, by rank; give each rank's ClassShard its "
+            "own rows and the number of their first class, and use no more ranks than classes"
+        )
+
+
+def described_tables(module: nn.Module) -> list[str]:
+    """Lines that are the same on ranks with the same classes."""
+    return [
+        f"{one._owner}: {one.split.total} classes"
+        + "".join(f", {name} with the digest {found:016x}" for name, found in one._digests.items())
+        for one in module.modules()
+        if isinstance(one, PerClass)
+    ]
 
 
 def is_split(module: nn.Module) -> bool:
@@ -113,6 +162,13 @@ def _split_inside(module: nn.Module) -> Iterator[tuple[str, PerClass]]:
 
 def whole_tables(module: nn.Module) -> dict[str, Tensor]:
     """What a state dict holds of split tables, of all classes; all ranks call this together."""
+    for one in module.modules():
+        if isinstance(one, PerClass) and one._learnt and one.split.is_part_alone:
+            raise KDHooksError(
+                f"{one._owner}: a copy has the classes {one.split.start} to {one.split.stop - 1} "
+                "alone, and does not know the ranks that have the others; ask the Distiller that "
+                "it was copied from"
+            )
     found: dict[str, Tensor] = {}
     for prefix, one in _split_inside(module):
         for name in one._learnt:

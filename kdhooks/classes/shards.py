@@ -1,24 +1,17 @@
-"""Classifiers whose classes are split over ranks: one rank's shard and its softmax.
-
-The convention of every collective here: each rank ends up with the same loss of the global
-batch, and its backward differentiates the sum over ranks, so that the mean that DDP takes of the
-gradients is the gradient of that loss, with factor exactly 1.
-"""
+"""Classifiers whose classes are split over ranks: one rank's shard and its softmax."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from kdhooks.classes.chunked_sums import Wanted, over_rows, row_chunks
 from kdhooks.classes.cosines import Cosines, Lengths, lengths_of
+from kdhooks.classes.ranks import first_largest, gather, summed
 
 
 @dataclass(frozen=True)
@@ -190,108 +183,3 @@ def located(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """
     local = labels - start
     return local.clamp(0, count - 1), (local >= 0) & (local < count)
-
-
-def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(b), (b) -> (b): of all ranks, the index of the largest value; the least one of several."""
-    if group is None:
-        return index
-    peak = value.clone()
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    winner = torch.where(value == peak, index, torch.iinfo(index.dtype).max)
-    dist.all_reduce(winner, dist.ReduceOp.MIN, group)
-    return winner
-
-
-before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = ContextVar(
-    "before_gathering", default=None
-)
-"""Called with the group before each gathering; it may refuse batches of different sizes."""
-
-
-class _Known(NamedTuple):
-    x: Tensor  # kept, so that no other tensor gets its id
-    gathered: Tensor
-    version: int
-
-
-_known: ContextVar[dict[tuple[int, int, bool], _Known] | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def gathering_once() -> Iterator[None]:
-    """Several losses inside that gather the same tensor share one gathering, and its gradient."""
-    token = _known.set({})
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
-    if group is None:
-        return x
-    known, key = _known.get(), (id(x), id(group), torch.is_grad_enabled())
-    before = None if known is None else known.get(key)
-    if before is not None and before.gathered._version == before.version:
-        return before.gathered
-    if check := before_gathering.get():
-        check(group)
-    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
-    if known is not None:
-        known[key] = _Known(x, gathered, gathered._version)
-    return gathered
-
-
-def summed(values: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(…) -> (…): over all ranks, differentiable."""
-    if group is None:
-        return values
-    total: Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]  # torch's
-    return total
-
-
-def world() -> "dist.ProcessGroup | None":
-    """All ranks, for state that every rank must agree on; None where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
-# These are our own because torch.distributed.nn's are deprecated and their successors private.
-
-
-class _Context(FunctionCtx):
-    group: "dist.ProcessGroup"
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group = group
-        return _summed(values, group)
-
-    @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = _summed(gradients[0], ctx.group).chunk(dist.get_world_size(ctx.group))
-        return parts[dist.get_rank(ctx.group)], None
-
-
-def _summed(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    return total

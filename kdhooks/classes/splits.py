@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdhooks.classes.shards import ClassShard, gather, located, summed, world
+from kdhooks.classes.ranks import answers, gather, summed, world
+from kdhooks.classes.shards import ClassShard, located
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class ClassSplit:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def is_part_alone(self) -> bool:
+        """Whether this is the split of a copy, which has lost the group."""
+        return self.group is None and len(self) < self.total
+
     def shard(self, rows: Tensor) -> ClassShard:
         """This rank's rows (c e) as a part of all."""
         return ClassShard(rows, self.start, self.total, self.group)
@@ -75,12 +81,8 @@ class ClassSplit:
         return located(labels, self.start, len(self))
 
     def on_any_rank(self, found: bool) -> bool:
-        """Whether it is so on a rank that shares the classes; all ranks ask this together."""
-        if self.group is None:
-            return found
-        of_ranks: list[bool] = [False] * dist.get_world_size(self.group)
-        dist.all_gather_object(of_ranks, found, self.group)
-        return any(of_ranks)
+        """Whether any rank has found something; all ranks ask this together."""
+        return found if self.group is None else any(answers(found))
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,14 @@ class ClassTables:
     def beside_head(self, total: int) -> ClassSplit:
         """As the student's own classifier has them, for scores that are compared with its own."""
         return ClassSplit.whole(total) if self.head is None else ClassSplit.of(self.head)
+
+    def described(self) -> list[str]:
+        """Lines that are the same on all ranks of a run."""
+        lines = [
+            f"class tables with sharded = {self.sharded}, learnt_whole = {self.learnt_whole} and "
+            f"rows in {self.frozen}"
+        ]
+        if self.head is not None:
+            split = "whole" if self.head.group is None else "split"
+            lines.append(f"a {split} classifier of the student with {self.head.total} classes")
+        return lines
