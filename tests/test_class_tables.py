@@ -20,7 +20,7 @@ from kdhooks.classes.splits import ClassSplit, ClassTables
 from kdhooks.teacher_rows import TeacherRows
 from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
-from tests.ranks import Results, here, mine, on_ranks
+from tests.ranks import Results, group, here, mine, on_ranks
 
 SIZES = [3, 4]  # two ranks are in the tests of the methods
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
@@ -175,6 +175,8 @@ def scenarios(folder: str) -> dict[str, Results]:
     for name in ("averaged", "icdface", "adadistill"):
         found[f"{name}, resumed"] = resumed(METHODS[name], folder)
     found["copied"] = copied()
+    sizes = [ClassSplit.even(total, group()) for total in (2, 7)]
+    found["sizes"] = {"of 2 and 7": [len(split) for split in sizes]}
     found["learnt whole"] = outcome(METHODS["bank"], learnt_whole=True)
     return found
 
@@ -223,6 +225,14 @@ def test_each_rank_goes_on_from_its_own_state_to_the_last_bit(ranks: Any, name: 
     for of_rank in found:
         straight, again = of_rank[f"{name}, resumed"].values()
         assert torch.equal(straight, again)
+
+
+def test_the_first_ranks_have_one_class_more_and_no_rank_has_none(ranks: Any) -> None:
+    """Fewer classes than ranks are whole on each of them."""
+    found, _ = ranks
+    assert {of_rank["sizes"]["of 2 and 7"][0] for of_rank in found} == {2}
+    sizes = [of_rank["sizes"]["of 2 and 7"][1] for of_rank in found]
+    assert sizes == {3: [3, 2, 2], 4: [2, 2, 2, 1]}[len(found)]
 
 
 def test_a_host_that_saves_one_rank_keeps_learnt_tables_whole(ranks: Any) -> None:
