@@ -31,10 +31,10 @@ class TeacherRows(PerClass):
         taken_by: ClassShard | None = None,
     ) -> None:
         """
-        losses: those of them that keep something of each class are shown the rows, once, in dtype.
-        kept: the dtype of the rows from then on.
-        taken_by: the student's own classifier, if a host puts these rows there: they are not held
-            twice.
+        losses: those that have `prepare` get the rows once, in `dtype`.
+        kept: the dtype of the rows after that.
+        taken_by: the student's own classifier, if a host puts these rows there; they are then not
+            kept here as well.
         """
         super().__init__(split, "teacher.classifier")
         own = rows.slice(split.start, split.stop)
@@ -52,9 +52,9 @@ class TeacherRows(PerClass):
 
     @torch.no_grad()
     def accuracy(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """(b e), (b) -> (): of all ranks' samples, the share that is nearest to its own class.
+        """(b e), (b) -> (): the share of all ranks' samples that are nearest to their own class.
 
-        Samples without a class, whose labels are below 0, do not count; 0 if there are no others.
+        Samples with labels below 0 have no class and do not count; 0 if there are no others.
         """
         shard = self.shard()
         labels = gather(labels, shard.group)

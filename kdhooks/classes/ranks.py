@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(b), (b) -> (b): of all ranks, the index of the largest value; the least one of several."""
+    """(b), (b) -> (b): the index of the largest value on any rank; the least index if several."""
     if group is None:
         return index
     peak = value.clone()
@@ -34,11 +34,11 @@ def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None
 before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = ContextVar(
     "before_gathering", default=None
 )
-"""Called with the group before each gathering; it may refuse batches of different sizes."""
+"""A function to call with the group before each gathering; it may refuse uneven batches."""
 
 
 class _Known(NamedTuple):
-    x: Tensor  # kept, so that no other tensor gets its id
+    x: Tensor  # kept alive, so that no other tensor gets its id
     gathered: Tensor
     version: int
 
@@ -48,7 +48,7 @@ _known: ContextVar[dict[tuple[int, int, bool], _Known] | None] = ContextVar("kno
 
 @contextmanager
 def gathering_once() -> Iterator[None]:
-    """Several losses inside that gather the same tensor share one gathering, and its gradient."""
+    """Losses inside that gather the same tensor share one gathering and one gradient."""
     token = _known.set({})
     try:
         yield
@@ -93,7 +93,7 @@ def mean_of_ranks(counts: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 
 def world() -> "dist.ProcessGroup | None":
-    """All ranks, for state that every rank must agree on; None where there is one process."""
+    """The group of all ranks; None if there is only one process."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
@@ -143,7 +143,7 @@ def failing_together() -> Iterator[None]:
 
 # --- autograd ----------------------------------------------------------------------------------
 
-# These are our own because torch.distributed.nn's are deprecated and their successors private.
+# They are our own because torch.distributed.nn's are deprecated and their successors private.
 
 
 class _Context(FunctionCtx):
