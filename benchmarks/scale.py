@@ -122,10 +122,10 @@ def page(
         "rank in a step, if every collective runs as a ring. *Multiplications* are those of the "
         "matrix products in a step. The student's own classifier, which kd and gkd compare, "
         "belongs to the trainer, so its bytes are not included.",
-        "Three groups of methods are not in the tables. Methods on feature maps keep nothing of "
-        "classes. rkd keeps nothing either; its angles take 6.4 · 10⁹ multiplications for 128 "
-        "images and 8 times as many for twice the images, thus 3,300 · 10⁹ for the images of 8 "
-        "ranks. The exclusivity term of eckd depends on the student's layers alone, and is off.",
+        "Methods on feature maps are not in the tables, since they keep nothing of classes. Neither "
+        "does rkd; its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times as many for "
+        "twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted without its "
+        "term on the student's filters.",
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(found, classes)]
@@ -154,9 +154,11 @@ def page(
     if checks:
         worst = {what: max(abs(one[what] - 1) for one in checks) for what in UNITS}
         said = ", ".join(f"{what} {gap:.1e}" for what, gap in worst.items())
+        unchecked = METHODS.keys() - {one["method"] for one in checks}
+        but = f" but {' and '.join(sorted(unchecked))}" if unchecked else ""
         parts.append(
             f"The numbers lie on straight lines through the counts with {LINE[0]:,} and "
-            f"{LINE[1]:,} classes. The counts of every method with {CHECKED[0]:,} and "
+            f"{LINE[1]:,} classes. The counts of every method{but} with {CHECKED[0]:,} and "
             f"{CHECKED[1]:,} classes on 1, 2 and 4 ranks differ from these lines by at most: "
             f"{said} (relative)."
         )

@@ -159,9 +159,10 @@ def copied() -> Results:
     with distiller(student, METHODS["adadistill"]) as kd:
         student.kd = kd
         copies = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
-        error = ""
+        error, copied_kd = "", copies[0].kd
+        assert isinstance(copied_kd, Distiller)
         try:
-            copies[0].kd.whole_state_dict()
+            copied_kd.whole_state_dict()
         except KDHooksError as found:
             error = str(found)
         return {"weights": [one.fc.weight.detach() for one in copies], "whole": error}

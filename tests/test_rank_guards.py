@@ -63,7 +63,9 @@ def _of_classes(
 ) -> str:
     """The error of a run with class rows of its own, or of saving after its first step."""
     table = torch.eye(12)[:classes] if rows is None else rows
-    teacher = Teacher(tiny_teacher().module, classifier=table)
+    module = tiny_teacher().module
+    assert module is not None
+    teacher = Teacher(module, classifier=table)
     try:
         kd = Distiller(student(), teacher, list(methods), **{**SIZE, **options})
     except KDHooksError as error:

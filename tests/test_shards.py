@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import ClassShard, ClassSplit, KDHooksError, Model, Wanted
-from kdhooks.classes.per_class import whole_tables
+from kdhooks.classes.per_class import share_digests, whole_tables
 from kdhooks.classes.ranks import gather, world
 from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
@@ -230,6 +230,7 @@ def _run_bank(options: dict[str, Any]) -> Results:
     loss = method.embedding_tap(Model(None, d), teacher).loss.double()
     assert isinstance(loss, MutualRelations)
     _seeded(loss)
+    share_digests(loss)  # as a Distiller does
     for step, labels in enumerate((_LABELS, _MISSING, _LABELS.flip(0))):
         student, theirs = normal(31 + step, _B, d), normal(35 + step, _B, 6)
         loss(mine(student), mine(theirs), mine(labels))

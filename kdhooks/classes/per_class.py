@@ -75,10 +75,10 @@ class PerClass(nn.Module):
         """
         learnt = {name: getattr(self, name) for name in self._learnt}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, table in learnt.items():
-            moved = getattr(self, name)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                setattr(self, name, table.to(moved.device))
+        for name, before in learnt.items():
+            now = getattr(self, name)
+            if now.is_floating_point() and now.dtype.itemsize < 4:
+                setattr(self, name, before.to(now.device))
         for name in self._frozen:
             table: Tensor = getattr(self, name)
             moved = fn(table)
