@@ -59,6 +59,10 @@ class Declarations:
                 f"{' and '.join(self._views)}; combine their views in one module"
             )
 
+    def described(self) -> list[str]:
+        """One line for each method, the same on ranks with the same methods."""
+        return [f"the method {type(method).__name__}" for method in self._methods]
+
     def _register(self, plugin: object) -> None:
         who = type(plugin).__name__
         try:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teachers
-from kdhooks.classes.per_class import is_split, share_digests, whole_tables
+from kdhooks.classes.per_class import is_split, whole_tables
+from kdhooks.classes.ranks import answers, failing_together, world
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import ClassShard, world
+from kdhooks.classes.shards import ClassShard
 from kdhooks.classes.splits import ClassTables
 from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
@@ -38,7 +39,7 @@ from kdhooks.kinds import Bounds, Option
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
-from kdhooks.replicas import Replicas, options_of, own_buffers, shown_number
+from kdhooks.replicas import Replicas, options_of, own_buffers, refuse_different, shown_number
 from kdhooks.schedules import Scheduled, Varying, counts_epochs, number_at
 from kdhooks.taps import StudentTaps, unwrap
 from kdhooks.task_weight import TaskWeight
@@ -86,6 +87,7 @@ class Distiller(nn.Module):
                 loss = sum(kd(images, labels).values(), start=task_loss)
     """
 
+    @failing_together()
     def __init__(
         self,
         student: nn.Module,
@@ -204,6 +206,8 @@ class Distiller(nn.Module):
             theirs = probe_teachers(taught_by, stages, images, points)
             tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
             theirs, self._tables = replace(theirs, tables=tables), tables
+            if world() is not None:  # before a method asks the other ranks
+                refuse_different([*asked.described(), *tables.described()])
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
@@ -575,7 +579,6 @@ class Distiller(nn.Module):
             declared.append(f"a {who} with weights of SHA-256 {digest}")
         if self._entrance is not None:
             declared.append(self._entrance.described())
-        share_digests(self)
         sharded = self._head is not None and self._head.group is not None
         return Replicas(self, declared, sharded)
 
@@ -588,7 +591,10 @@ class Distiller(nn.Module):
 
         All ranks must call this together.
         """
-        return {**self.state_dict(), **whole_tables(self)}
+        with failing_together():
+            state = self.state_dict()
+        answers(None)  # whether all ranks have one
+        return {**state, **whole_tables(self)}
 
     def remove(self) -> None:
         """Remove every hook from both models."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdhooks.classes.shards import world
+from kdhooks.classes.ranks import world
 from kdhooks.errors import KDHooksError
 from kdhooks.later import Sent
 

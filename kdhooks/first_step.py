@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdhooks.classes.ranks import first_largest
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import first_largest
 from kdhooks.classes.splits import ClassSplit
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range

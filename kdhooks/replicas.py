@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdhooks.classes.per_class import PerClass
-from kdhooks.classes.shards import before_gathering, gathering_once
+from kdhooks.classes.per_class import PerClass, described_tables, share_digests
+from kdhooks.classes.ranks import answers, before_gathering, gathering_once
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import declared_inside, full_name
@@ -73,7 +73,9 @@ class Replicas(NotCopied):
         declared: one line for each term, the same on every rank.
         sharded: whether the student's classifier, and buffers made from it, are split by class.
         """
-        _refuse_different(declared)
+        refuse_different(declared)
+        share_digests(module)
+        refuse_different(described_tables(module))
         own = own_buffers(module)
         # A module may replace a buffer by another tensor, so places name a module and a buffer.
         places: list[_Place] = [
@@ -217,10 +219,9 @@ def shown_number(value: object) -> str:
     return "by a function" if function else str(value)
 
 
-def _refuse_different(declared: Sequence[str]) -> None:
+def refuse_different(declared: Sequence[str]) -> None:
     """Refuse different terms on different ranks, which would wait for each other forever."""
-    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, list(declared))
+    of_ranks = answers(list(declared))
     for rank, lines in enumerate(of_ranks):
         if lines != of_ranks[0]:
             ours = listed(line for line in of_ranks[0] if line not in lines)

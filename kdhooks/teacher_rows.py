@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.per_class import PerClass
+from kdhooks.classes.ranks import gather
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import ClassShard, gather
+from kdhooks.classes.shards import ClassShard
 from kdhooks.classes.splits import ClassSplit
 from kdhooks.declarations import InheritedClassifier, Tap
 from kdhooks.errors import KDHooksError

@@ -20,9 +20,9 @@ from kdhooks.classes.splits import ClassSplit, ClassTables
 from kdhooks.teacher_rows import TeacherRows
 from kdhooks_plugins.coupleface import MutualRelations
 from tests.maps import normal
-from tests.ranks import Results, here, mine, on_ranks
+from tests.ranks import Results, group, here, mine, on_ranks
 
-RANKS = 3  # the methods' own tests run two ranks
+RANKS = 4  # the methods' own tests run two ranks
 CLASSES, BATCH, STEPS, ACCUMULATED = 7, 12, 2, 2
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "coupleface", "k": 3},
@@ -36,10 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "proxylesskd": {"name": "proxylesskd", "head": "own", "scale": 8.0},
     "thkd": {"name": "thkd", "scale": 8.0},
 }
-# Their losses average the labelled samples of all ranks if the rows are split, else of each rank.
-OF_ALL = ("adadistill", "quality", "proxylesskd", "thkd")
-# "near" averages over the relations of each rank's samples, whose number differs between ranks.
-AS_ONE = [name for name in METHODS if name != "near"]
 
 
 class Student(nn.Module):
@@ -74,18 +70,21 @@ def images_of(step: int, labels: Tensor) -> Tensor:
     return patterns()[labels] + 0.2 * normal(20 + step, BATCH, 3, 2, 2)
 
 
-def labels_of(step: int, lowest: int = -1) -> Tensor:
+def labels_of(step: int) -> Tensor:
+    """Some samples have none; of four ranks the first one has no other samples."""
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(lowest, CLASSES, (BATCH,), generator=generator)
+    labels = torch.randint(-1, CLASSES, (BATCH,), generator=generator)
+    labels[: BATCH // 4] = -1
+    return labels
 
 
-def distiller(student: Student, method: dict[str, Any], **options: Any) -> Distiller:
+def distiller(student: Student, *methods: dict[str, Any], **options: Any) -> Distiller:
     teacher = Teacher(teach, classifier=options.pop("rows", rows()))
-    return Distiller(student, teacher, [method], input_shape=(3, 2, 2), **options)
+    return Distiller(student, teacher, methods, input_shape=(3, 2, 2), **options)
 
 
-def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> list[Tensor]:
-    """Run some optimizer steps of two batches each; return the losses."""
+def train(student: Student, kd: Distiller, steps: range) -> list[Tensor]:
+    """The losses of some optimizer steps, of two batches each."""
     kd.accumulation = ACCUMULATED
     groups = [{"params": list(student.parameters())}, *kd.parameter_groups(0.0)]
     optimizer, losses = torch.optim.SGD(groups, lr=0.1), []
@@ -93,7 +92,7 @@ def train(student: Student, kd: Distiller, steps: range, lowest: int = -1) -> li
         optimizer.zero_grad()
         for part in range(ACCUMULATED):
             number = ACCUMULATED * step + part
-            labels = labels_of(number, lowest)
+            labels = labels_of(number)
             images = mine(images_of(number, labels))
             student(images)
             loss = sum(kd(images, mine(labels)).values()) / ACCUMULATED
@@ -118,10 +117,10 @@ def tables_of(kd: Distiller) -> list[Tensor]:
     return [table for m in kd.modules() if isinstance(m, PerClass) for table in m.tables()]
 
 
-def outcome(method: dict[str, Any], lowest: int = -1, **options: Any) -> Results:
+def outcome(method: dict[str, Any], **options: Any) -> Results:
     student = Student()
     with distiller(student, method, **options) as kd:
-        losses = train(student, kd, range(STEPS), lowest)
+        losses = train(student, kd, range(STEPS))
         state = {name: t.clone() for name, t in kd.whole_state_dict().items()}
         return {
             "losses": torch.stack(losses),
@@ -160,20 +159,25 @@ def copied() -> Results:
     with distiller(student, METHODS["adadistill"]) as kd:
         student.kd = kd
         copies = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
-        return {"weights": [one.fc.weight.detach() for one in copies]}
+        error, copied_kd = "", copies[0].kd
+        assert isinstance(copied_kd, Distiller)
+        try:
+            copied_kd.whole_state_dict()
+        except KDHooksError as found:
+            error = str(found)
+        return {"weights": [one.fc.weight.detach() for one in copies], "whole": error}
 
 
 def scenarios(folder: str) -> dict[str, Results]:
     found: dict[str, Results] = {}
     for name, method in METHODS.items():
         found[name] = outcome(method)
-        if name not in OF_ALL:
-            found[f"{name}, whole"] = outcome(method, sharded=False)
-        if name in AS_ONE:
-            found[f"{name}, labelled"] = outcome(method, lowest=0)
+        found[f"{name}, whole"] = outcome(method, sharded=False)
     for name in ("averaged", "icdface", "adadistill"):
         found[f"{name}, resumed"] = resumed(METHODS[name], folder)
     found["copied"] = copied()
+    sizes = [ClassSplit.even(total, group()) for total in (2, 7)]
+    found["sizes"] = {"of 2 and 7": [len(split) for split in sizes]}
     found["learnt whole"] = outcome(METHODS["bank"], learnt_whole=True)
     return found
 
@@ -188,9 +192,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
 def test_split_tables_train_like_whole_ones(ranks: Any, name: str) -> None:
     """Values, gradients and state agree; some samples have no label, and the split is uneven."""
     found, _ = ranks
-    alone = outcome(METHODS[name]) if name in OF_ALL else None
     for of_rank in found:
-        split, whole = of_rank[name], alone or of_rank[f"{name}, whole"]
+        split, whole = of_rank[name], of_rank[f"{name}, whole"]
         assert split["split"]
         assert not whole["split"]
         assert split["bytes"] < whole["bytes"]
@@ -198,16 +201,17 @@ def test_split_tables_train_like_whole_ones(ranks: Any, name: str) -> None:
         assert_close(split["state"], whole["state"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", AS_ONE)
-def test_several_ranks_train_as_one(ranks: Any, name: str) -> None:
-    """The gradients have the same scale too."""
+@pytest.mark.parametrize("form", ["", ", whole"])
+@pytest.mark.parametrize("name", METHODS)
+def test_several_ranks_train_as_one(ranks: Any, name: str, form: str) -> None:
+    """The factor of the gradients is 1, also if a rank has fewer labelled samples than others."""
     found, _ = ranks
-    alone = outcome(METHODS[name], lowest=0)
-    losses = torch.stack([of_rank[f"{name}, labelled"]["losses"] for of_rank in found])
+    alone = outcome(METHODS[name])
+    losses = torch.stack([of_rank[f"{name}{form}"]["losses"] for of_rank in found])
     assert_close(losses.mean(dim=0), alone["losses"], rtol=1e-6, atol=1e-9)
     for of_rank in found:
-        assert_close(of_rank[f"{name}, labelled"]["student"], alone["student"])
-        assert_close(of_rank[f"{name}, labelled"]["state"], alone["state"], rtol=1e-5, atol=1e-6)
+        assert_close(of_rank[f"{name}{form}"]["student"], alone["student"])
+        assert_close(of_rank[f"{name}{form}"]["state"], alone["state"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["averaged", "icdface", "adadistill"])
@@ -216,6 +220,14 @@ def test_each_rank_resumes_from_its_own_state_to_the_last_bit(ranks: Any, name: 
     for of_rank in found:
         straight, again = of_rank[f"{name}, resumed"].values()
         assert torch.equal(straight, again)
+
+
+def test_the_first_ranks_have_one_class_more_and_no_rank_has_none(ranks: Any) -> None:
+    """Fewer classes than ranks are whole on each of them."""
+    found, _ = ranks
+    assert {of_rank["sizes"]["of 2 and 7"][0] for of_rank in found} == {2}
+    sizes = [of_rank["sizes"]["of 2 and 7"][1] for of_rank in found]
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_a_host_that_saves_one_rank_keeps_learnt_tables_whole(ranks: Any) -> None:
@@ -229,6 +241,11 @@ def test_a_student_with_split_tables_is_copied(ranks: Any) -> None:
     for of_rank in ranks[0]:
         for weight in of_rank["copied"]["weights"]:
             assert torch.equal(weight, Student().fc.weight)
+
+
+def test_a_copy_does_not_pass_its_part_off_as_the_whole(ranks: Any) -> None:
+    for of_rank in ranks[0]:
+        assert "adadistill: a copy has the classes" in of_rank["copied"]["whole"]
 
 
 def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:
@@ -251,11 +268,12 @@ def test_a_part_of_the_state_is_refused_by_another_number_of_ranks(ranks: Any) -
 # --- one rank ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["static", "proxylesskd"])
+@pytest.mark.parametrize("name", ["static", "proxylesskd", "bank"])
 def test_a_checkpoint_holds_a_digest_of_frozen_rows(name: str) -> None:
     with distiller(Student(), METHODS[name]) as kd:
         state = kd.state_dict()
-        assert sum(tensor.nbytes for tensor in state.values()) < rows().nbytes
+        if name != "bank":  # which is learnt; its neighbours follow from the rows
+            assert sum(tensor.nbytes for tensor in state.values()) < rows().nbytes
         kd.load_state_dict(state)
     others = rows().flip(0)
     with (
@@ -286,6 +304,27 @@ def test_frozen_rows_in_float16_stay_so_and_change_the_losses_little() -> None:
         # Centres start at the rows before rounding.
         assert torch.equal(losses, precise["losses"]) == (name == "adadistill")
         assert_close(losses, precise["losses"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["adadistill", "averaged", "icdface"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_student_that_is_converted_later_keeps_learnt_tables_precise(
+    name: str, dtype: torch.dtype
+) -> None:
+    """A step of a centre may be too small for bfloat16."""
+    student = Student().float()
+    with distiller(student, {"name": "fcd", "projector": True}, METHODS[name]) as kd:
+        student.to(dtype)
+        for step in range(2):
+            labels = labels_of(step)
+            images = images_of(step, labels).to(dtype)
+            student(images)
+            total = torch.stack([*kd(images, labels).values()]).sum()
+            assert total.isfinite()
+        learnt = [buffer for buffer in kd.buffers() if buffer.ndim > 1]
+        assert learnt
+        for table in learnt:
+            assert table.dtype in (torch.long, torch.promote_types(dtype, torch.float32))
 
 
 def test_the_digest_of_a_table_is_the_sum_of_those_of_its_parts() -> None:

@@ -31,7 +31,7 @@ OWNERS = {  # an optional package -> patterns of the modules that may import it,
     "lightning": "kdhooks_integrations.lightning.*",
     "pytorch_lightning": "kdhooks_integrations.lightning.*",
 }
-CLASSES = ("chunked_sums", "cosines", "per_class", "relations", "rows", "shards", "splits")
+CLASSES = ("chunked_sums", "cosines", "per_class", "ranks", "relations", "rows", "shards", "splits")
 FILES = ("arguments", "progress", "tensor_files")
 FOR_PLUGINS = {
     "declarations",

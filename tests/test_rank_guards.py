@@ -12,7 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from kdhooks import ClassShard, Distiller, EmbeddingTap, KDHooksError, Model, hookimpl
+from kdhooks import (
+    ClassShard,
+    Distiller,
+    EmbeddingTap,
+    KDHooksError,
+    Model,
+    Teacher,
+    hookimpl,
+)
 from kdhooks.replicas import own_buffers
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import FCD
@@ -48,6 +56,58 @@ def _different(*methods: object) -> str:
     except KDHooksError as error:
         return str(error)
     return ""
+
+
+def _of_classes(
+    *methods: object, classes: int = 6, rows: Tensor | None = None, **options: Any
+) -> str:
+    """The error of a run with class rows of its own, or of saving after its first step."""
+    table = torch.eye(12)[:classes] if rows is None else rows
+    module = tiny_teacher().module
+    assert module is not None
+    teacher = Teacher(module, classifier=table)
+    try:
+        kd = Distiller(student(), teacher, list(methods), **{**SIZE, **options})
+    except KDHooksError as error:
+        return str(error)
+    try:
+        if here()[0] == 1:
+            kd._finite.check = _lost  # type: ignore[method-assign]
+        kd.whole_state_dict()
+    except KDHooksError as error:
+        return str(error)
+    finally:
+        kd.remove()
+    return ""
+
+
+def _lost() -> None:
+    raise KDHooksError("step 1: coupleface not finite")
+
+
+def _class_scenarios() -> dict[str, Any]:
+    rank, _ = here()
+    spoilt = torch.eye(12)[:6]
+    spoilt[5] = torch.nan  # a row of rank 1
+    bank, static = ({"name": "coupleface", "relations": kind} for kind in ("bank", "static"))
+    weight = nn.Parameter(torch.randn(3, 12))
+    double = ClassShard(weight, 0, 6, group())
+    empty = ClassShard(weight[: 1 - rank], rank, 1, group())
+    errors = {
+        "one has tables": _of_classes("thkd" if rank else "fcd"),
+        "one more table": _of_classes("thkd", *["coupleface"][rank:]),
+        "other tables": _of_classes((bank, static)[rank]),
+        "one is split": _of_classes("thkd", sharded=bool(rank)),
+        "other precision": _of_classes("thkd", table_dtype=("float16", "float32")[rank]),
+        "other classes": _of_classes("icdface", classes=6 - rank),
+        "other rows": _of_classes("thkd", rows=(1 + rank) * torch.eye(12)[:6], sharded=False),
+        "spoilt rows": _of_classes("thkd", rows=spoilt),
+        "wrong argument": _of_classes("thkd", seed=-rank),
+        "doubled classes": _of_classes("thkd", head=double),
+        "no class": _of_classes("thkd", rows=torch.eye(12)[:1], head=empty),
+        "saving": _of_classes(bank),
+    }
+    return {f"classes, {name}": {"error": error} for name, error in errors.items()}
 
 
 def _other_teachers() -> str:
@@ -251,6 +311,7 @@ def _scenarios() -> dict[str, Any]:
         "sharded, told": {"error": _sharded_inside_ddp(told=True)},
         "static alone": dict(zip(("error", "net"), _static_graph(alone=True), strict=True)),
         "static": dict(zip(("error", "net"), _static_graph(alone=False), strict=True)),
+        **_class_scenarios(),
     }
 
 
@@ -266,8 +327,8 @@ def test_ranks_with_different_methods_are_refused_by_name(ranks: Ranks) -> None:
     for rank in ranks:
         message = rank["methods"]["error"]
         assert "all ranks must declare the same terms" in message
-        assert "only rank 0 has: FeatureTap at" in message
-        assert "only rank 1 has: EmbeddingTap rkd" in message
+        assert "only rank 0 has: the method AT" in message
+        assert "only rank 1 has: the method RKD" in message
 
 
 def test_ranks_with_different_weights_are_refused(ranks: Ranks) -> None:
@@ -279,6 +340,31 @@ def test_ranks_with_other_options_or_teachers_are_refused(ranks: Ranks) -> None:
     for rank in ranks:
         assert "all ranks must declare the same terms" in rank["one option"]["error"]
         assert "only rank 0 has: a teacher with weights of" in rank["teachers"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one has tables", "only rank 0 has: the method FCD; only rank 1: the method THKD"),
+        ("one more table", "only rank 0 has: the method CoupleFace; only rank 1: none"),
+        ("other tables", "bank_momentum=0.0"),
+        ("one is split", "only rank 0 has: class tables with sharded = False"),
+        ("other precision", "rows in torch.float16; only rank 1: class tables with"),
+        ("other classes", "found 0 to 2 of 6, 3 to 4 of 5, by rank"),
+        ("other rows", "only rank 0 has: teacher.classifier: 6 classes, rows with the digest"),
+        ("spoilt rows", "that of class 5 in the tensor given is not finite"),
+        ("wrong argument", "Distiller: seed must be at least 0"),
+        ("doubled classes", "each class must be on one rank; found 0 to 2 of 6, 0 to 2 of 6"),
+        ("no class", "each rank at least one, and each class must be on one rank; found 0 to 0"),
+        ("saving", "step 1: coupleface not finite"),
+    ],
+)
+def test_ranks_that_disagree_on_classes_fail_together(
+    ranks: Ranks, name: str, message: str
+) -> None:
+    """None of them waits for another one, and each has the reason in its error."""
+    for rank in ranks:
+        assert message in rank[f"classes, {name}"]["error"]
 
 
 @pytest.mark.parametrize("how", ["frozen", "assigned"])

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdhooks import ClassShard, KDHooksError, Model
-from kdhooks.classes.per_class import whole_tables
+from kdhooks import ClassShard, ClassSplit, KDHooksError, Model, Wanted
+from kdhooks.classes.per_class import share_digests, whole_tables
+from kdhooks.classes.ranks import gather, world
+from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import gather, world
 from kdhooks.declarations import Step
 from kdhooks_plugins.coupleface import CoupleFace, MutualRelations
 from kdhooks_plugins.proxylesskd import ProxylessKD
@@ -121,9 +122,17 @@ def test_an_amount_in_place_leaves_the_gradient_of_trained_rows_right() -> None:
     assert_close(*(torch.autograd.grad(z.square().sum(), rows) for z in both))
 
 
-def test_a_gradient_of_the_gradient_is_refused() -> None:
-    x = normal(2, 4, 3).requires_grad_()
-    value = ClassShard(normal(1, 5, 3), 0, 5).cosines(x).sum() + (x**3).sum()
+@pytest.mark.parametrize("way", ["cosines", "over_classes", "over trained rows", "relations"])
+def test_a_gradient_of_the_gradient_is_refused(way: str) -> None:
+    x, rows = normal(2, 4, 3).requires_grad_(), normal(1, 5, 3)
+    if way == "cosines":
+        found = ClassShard(rows, 0, 5).cosines(x)
+    elif way == "relations":
+        found = relations(x, rows, torch.tensor([[0], [2], [1], [4]]), ClassSplit.whole(5))
+    else:
+        shard = ClassShard(rows.requires_grad_(way == "over trained rows"), 0, 5)
+        (found,), _ = shard.over_classes(lambda x, part: Wanted(logs=[x @ part.weight.T]), x)
+    value = found.sum() + (x**3).sum()
     with pytest.raises(KDHooksError, match="are differentiable once; found create_graph = True"):
         torch.autograd.grad(value, x, create_graph=True)
 
@@ -221,6 +230,7 @@ def _run_bank(options: dict[str, Any]) -> Results:
     loss = method.embedding_tap(Model(None, d), teacher).loss.double()
     assert isinstance(loss, MutualRelations)
     _seeded(loss)
+    share_digests(loss)  # as a Distiller does
     for step, labels in enumerate((_LABELS, _MISSING, _LABELS.flip(0))):
         student, theirs = normal(31 + step, _B, d), normal(35 + step, _B, 6)
         loss(mine(student), mine(theirs), mine(labels))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import kdhooks
 from kdhooks import ClassShard, KDHooksError, Teacher
 from kdhooks.classes.chunked_sums import NUMBERS
+from kdhooks.classes.ranks import gather
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import gather
 from kdhooks.testing import tiny_batch, tiny_teacher
 from tests.maps import normal
 from tests.ranks import Results, group, here, mine, on_two_ranks

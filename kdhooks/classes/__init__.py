@@ -1,1 +1,1 @@
-"""Scores of many classes: classifier rows split over ranks, compared a chunk at a time."""
+"""State and scores of many classes, which are split over ranks and computed in chunks."""

@@ -1,7 +1,7 @@
-"""Sums over more classes than memory should hold scores of: a chunk of classes at a time.
+"""Sums over all classes, whose scores are computed for a chunk of classes at a time.
 
 The scores (b c) of two million classes take a gigabyte, and a loss keeps many such matrices. Most
-losses need a few sums over the classes alone, and those add up from chunk to chunk.
+losses need only a few sums over the classes, which can be added up from chunk to chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,43 +15,47 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdhooks.errors import KDHooksError
 
-# How many numbers a chunk's rows have at most, and its scores. On a CPU they should fit the cache.
-# On a GPU each chunk costs the host about fifty launches; trained rows take more memory.
+# The most numbers in a chunk's rows, and in its scores. On a CPU they should fit into the cache. On
+# a GPU each chunk costs the host about fifty launches; trained rows need more memory.
 NUMBERS = {"cpu": 1 << 20, "cuda": 3 << 25, "cuda, trained": 1 << 26}
 
 
 class Wanted(NamedTuple):
-    """What to know of all classes, by the scores (b k) of some; -1e30 or -inf leaves one out."""
+    """The sums that are wanted over all classes, from the scores (b k) of a chunk.
+
+    A score of -1e30 or -inf leaves its class out.
+    """
 
     logs: Sequence[Tensor]  # z: log Σ_c exp(z_c)
     means: Sequence[tuple[Tensor, Tensor]] = ()  # finite v and a constant z: Σ softmax(z) · v
 
 
 Measure: TypeAlias = Callable[[Tensor, Tensor, int], Wanted]
-"""(embedding (b e), rows (k e), the first row's number) -> what is wanted.
+"""(embedding (b e), rows (k e), the number of the first row) -> the sums that are wanted.
 
-A sample's scores depend on its own embedding and on these rows; all else is taken as constant.
+A sample's scores may depend on its own embedding and on these rows; everything else counts as
+constant.
 """
 
 
 def over_rows(measure: Measure, embedding: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(b e), (c e) -> (l b) logs, (m b) means, (m b) log Σ_c exp(z_c) of the z that they go by.
+    """(b e), (c e) -> (l b) logs, (m b) means, (m b) log Σ_c exp(z_c) for the z of each mean.
 
-    In the embedding's own precision, whatever autocast is on. Differentiable once: a gradient of
-    this gradient would be wrong.
+    Computed in the embedding's own precision, with or without autocast. A gradient of the gradient
+    is refused.
     """
     if not torch.is_grad_enabled():
         embedding, rows = embedding.detach(), rows.detach()
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OverRows.apply
     if torch.compiler.is_compiling():
-        # Each chunk would be compiled anew, up to the limit of recompilations, and a compiled
-        # measure may refuse the several gradients that are taken of it.
+        # Each chunk would be compiled again, up to the limit of recompilations, and a compiled
+        # measure may refuse that several gradients are taken of it.
         apply = torch.compiler.disable(apply)  # pyright: ignore[reportAssignmentType]  # a function
     return apply(measure, embedding, rows)
 
 
 def chunk_size(embedding: Tensor, trained: bool) -> int:
-    """(b e) -> how many rows to compare it with at a time."""
+    """(b e) -> the number of rows in a chunk."""
     on_cpu = embedding.device.type == "cpu"
     numbers = NUMBERS["cpu" if on_cpu else "cuda, trained" if trained else "cuda"]
     return max(1, numbers // max(embedding.shape))
@@ -66,9 +70,10 @@ class _Context(FunctionCtx):
 
 
 class _OverRows(torch.autograd.Function):
-    """Where the rows are frozen, the gradient adds up beside the sums, (b e) for each of them.
+    """If the rows are frozen, the gradient (b e) of each sum adds up together with the sum.
 
-    Where they are trained it needs the sums of all chunks, so that backward makes the scores again.
+    If they are trained, the gradient needs the sums of all chunks first, so the backward pass
+    computes the scores again.
     """
 
     @staticmethod
@@ -92,7 +97,7 @@ class _OverRows(torch.autograd.Function):
                 if start == 0:
                     logs, total, values, slopes = len(wanted.logs), under, means, steps
                     continue
-                share = torch.sigmoid(under - total)  # of this chunk, among all so far
+                share = torch.sigmoid(under - total)  # of this chunk among all so far
                 share = torch.where(under == -torch.inf, 0, share)  # even if all are -inf so far
                 total = torch.logaddexp(total, under)
                 values = values.lerp(means, share[logs:])
@@ -126,7 +131,7 @@ class _OverRows(torch.autograd.Function):
 
 
 def refuse_second_gradient() -> None:
-    """In a backward, grad mode is on if a gradient of the gradient is wanted."""
+    """For a backward pass, where grad mode is on only if a gradient of the gradient is wanted."""
     if torch.is_grad_enabled():
         raise KDHooksError(
             "scores over classes are differentiable once; found create_graph = True; take the "
@@ -135,7 +140,7 @@ def refuse_second_gradient() -> None:
 
 
 def row_chunks(embedding: Tensor, rows: Tensor, trained: bool) -> Iterator[tuple[int, Tensor]]:
-    """(b e), (c e) -> the first row's number and the rows (k e) of each chunk."""
+    """(b e), (c e) -> the number of the first row, and the rows (k e), of each chunk."""
     size = chunk_size(embedding, trained)
     for start in range(0, len(rows), size):
         yield start, rows[start : start + size]
@@ -143,17 +148,17 @@ def row_chunks(embedding: Tensor, rows: Tensor, trained: bool) -> Iterator[tuple
 
 @contextmanager
 def _apart(x: Tensor, grad: bool) -> Iterator[None]:
-    """A graph of our own: without autocast, and with none of the hooks of a graph around it."""
-    # Detached, since an output that its own graph keeps would never be let go of.
+    """A separate graph: without autocast, and without the hooks of an outer graph."""
+    # Detached, since an output that its own graph holds would never be freed.
     as_they_are = saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     with torch.set_grad_enabled(grad), torch.autocast(x.device.type, enabled=False), as_they_are:
         yield
 
 
 class _Number(NamedTuple):
-    """What is wanted, of one chunk: Σ_c p_c · v_c with p = softmax(z), or log Σ_c exp(z_c).
+    """One sum over a chunk: Σ_c p_c · v_c with p = softmax(z), or log Σ_c exp(z_c).
 
-    The gradient of both is Σ_c p_c times that of v_c: v of a logarithm is z.
+    The gradient of both is Σ_c p_c times the gradient of v_c. For a logarithm, v is z.
     """
 
     v: Tensor  # (b k)
@@ -162,19 +167,19 @@ class _Number(NamedTuple):
 
 
 def _numbers(wanted: Wanted, trained: bool = False) -> list[_Number]:
-    """trained: those alone that have a gradient."""
+    """trained: only the sums that have a gradient."""
     if any(z.requires_grad for _, z in wanted.means):
         raise KDHooksError("chunks: a mean must go by a constant z; detach it, or ask for its log")
     pairs = _pairs(wanted)
     if trained:
         pairs = [(v, z) for v, z in pairs if v.requires_grad]
-    once = {id(z): z.detach() for _, z in pairs}  # a z may be wanted several times
+    once = {id(z): z.detach() for _, z in pairs}  # several sums may share a z
     found = {key: _softmax(z) for key, z in once.items()}
     return [_Number(v, *found[id(z)]) for v, z in pairs]
 
 
 def _pairs(wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
-    """Of each number its v and its z."""
+    """The v and the z of each sum."""
     return [*((z, z) for z in wanted.logs), *wanted.means]
 
 
@@ -190,7 +195,7 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slopes(numbers: Sequence[_Number], x: Tensor) -> dict[int, Tensor]:
-    """Of each number that depends on x, each sample's gradient (b e)."""
+    """The gradient (b e) of each sum that depends on x, by its index."""
     return {
         index: torch.autograd.grad(number.v, x, number.p, retain_graph=True)[0]
         for index, number in enumerate(numbers)

@@ -18,8 +18,8 @@ class _Context(FunctionCtx):
 
 
 class Cosines(torch.autograd.Function):
-    """scale · cos. Divides the product by the rows' lengths, and not the rows, which are usually
-    the larger matrix.
+    """scale · cos. The product is divided by the rows' lengths, because the rows themselves are
+    usually the larger matrix.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class Cosines(torch.autograd.Function):
 
 
 class Lengths(NamedTuple):
-    """Lengths (c) of rows, and which rows these were, in which version."""
+    """Lengths (c) of rows, with the rows and their version at that time."""
 
     values: Tensor
     rows: Tensor
@@ -68,7 +68,7 @@ class Lengths(NamedTuple):
 
 
 def _version(tensor: Tensor) -> int:
-    """An inference tensor has none, and cannot be changed outside of its mode."""
+    """-1 for an inference tensor, which has no version and cannot change outside of its mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -14,7 +14,7 @@ from kdhooks.errors import KDHooksError
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """[(n e_i)] -> (n Σ e_i): unit vectors side by side, times 1/√m for m parts.
 
-    A vector of zeros stays zero, and one that is not finite stays so.
+    Vectors of zeros stay zero, and vectors that are not finite stay so.
     """
     return torch.cat([F.normalize(part) for part in parts], dim=1) / math.sqrt(len(parts))
 
@@ -22,7 +22,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 class JoinedRows(Rows):
     """The class rows of several teachers, joined like their embeddings.
 
-    Rows are joined where they are read, so that a rank reads its own classes alone.
+    Rows are joined when they are read, so that a rank reads only its own classes.
     """
 
     def __init__(self, of_each: Sequence[Rows]) -> None:

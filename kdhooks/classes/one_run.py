@@ -16,7 +16,7 @@ _PER_RANK = ("running_mean", "running_var", "num_batches_tracked")  # each rank 
 def check_one_run(
     parts: Sequence[Tensor], contents: Sequence[object], paths: Sequence[Path]
 ) -> None:
-    """Contiguous splits of one classifier: the first ranks own one row more, widths agree."""
+    """Raise unless the parts are an even split of one classifier, saved in one step of one run."""
     sizes = [len(part) for part in parts]
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1 or sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
@@ -52,7 +52,7 @@ def check_one_run(
 
 
 def _equal(one: object, other: object) -> bool:
-    """Tensors compare by their numbers, and never equal anything else."""
+    """Compares tensors by their numbers; a tensor never equals another object."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
@@ -65,7 +65,7 @@ def backbone_of(content: object) -> dict[str, Tensor]:
 
 
 def alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether weights of the same names differ by no more than copies of one run do."""
+    """Whether two backbones have the same names, and weights as close as the ranks of one run."""
     ours, theirs = _without_wrappers(one), _without_wrappers(other)
     return ours.keys() == theirs.keys() and all(
         ours[key].shape == theirs[key].shape

@@ -1,4 +1,4 @@
-"""Products of each sample with the rows of some classes, wherever those are."""
+"""Products of each sample with the rows of some classes, on the ranks that hold them."""
 
 from collections.abc import Iterator
 
@@ -10,16 +10,16 @@ from torch.autograd.function import FunctionCtx
 from kdhooks.classes.chunked_sums import refuse_second_gradient
 from kdhooks.classes.splits import ClassSplit
 
-_NUMBERS = 1 << 23  # of rows that are held at a time
+_NUMBERS = 1 << 23  # in the rows that are in memory at the same time
 
 
 def relations(
     x: Tensor, rows: Tensor, classes: Tensor, split: ClassSplit, *, moving: bool = False
 ) -> Tensor:
-    """(b e), (c e), (b k) -> (b k): x · row of each class; 0 for classes of other ranks, and -1.
+    """(b e), (c e), (b k) -> (b k): x · row of each class; 0 for -1 and for other ranks' classes.
 
-    Their sum over the ranks has all. moving: whether the rows change before the backward pass; they
-    are then kept, (b k e). Differentiable once, by x alone.
+    The sum over the ranks has all products. moving: whether the rows change before the backward
+    pass; a copy of them (b k e) is then kept. Only x gets a gradient, and only a first one.
     """
     places, mine = split.places(classes)
     if moving:
@@ -33,7 +33,7 @@ class _Context(FunctionCtx):
 
 
 class _Relations(torch.autograd.Function):
-    """A part of the samples at a time, whose rows are looked up again in the backward pass."""
+    """Works on a part of the samples at a time, and looks rows up again in the backward pass."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, rows: Tensor, places: Tensor, mine: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _Relations(torch.autograd.Function):
 
 
 def _looked_up(like: Tensor, rows: Tensor, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A part of the samples, and the rows (p k e) of each of them, as precise as `like`."""
+    """Parts of the samples, each with the rows (p k e) of its classes, in the dtype of `like`."""
     size = max(1, _NUMBERS // max(1, places.shape[1] * rows.shape[1]))
     for start in range(0, len(places), size):
         part = slice(start, start + size)

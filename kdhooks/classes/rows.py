@@ -18,14 +18,14 @@ from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 log = logging.getLogger("kdhooks")
 
 _SUBJECT = "teacher classifier"
-_CHUNK = 8192  # rows that are read at a time
+_CHUNK = 8192  # rows to read at a time
 _LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 
 class Rows:
     """The rows (c e) of a teacher's classifier, or its class means; read by slice.
 
-    Files are memory-mapped, so a rank that needs only its own classes never holds the others.
+    Files are memory-mapped, so that a rank reads only the classes that it needs.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Rows:
         backbone: Mapping[str, Tensor] | None = None,
     ) -> None:
         """
-        names: of the parts, for errors.
-        backbone: the weights that were trained with these rows, if their file holds them.
+        names: the names of the parts, for errors.
+        backbone: the weights that were trained with these rows, if their file contains them.
         """
         self._parts, self._names = list(parts), list(names)
         self.backbone = backbone or {}
@@ -47,9 +47,9 @@ class Rows:
     def open(
         cls, source: "Tensor | str | Path | Rows", inside: Mapping[str, Tensor] | None = None
     ) -> "Rows":
-        """From a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards.
+        """Rows from a tensor (c e), a file, or a glob of `checkpoint_gpu_{rank}.pt` shards.
 
-        inside: the tensors of the teacher, which may hold the rows under the name given.
+        inside: the tensors of the teacher, one of which `source` may name.
         """
         if isinstance(source, Rows):
             return source
@@ -71,11 +71,11 @@ class Rows:
         return cls(parts, names, backbone_of(contents[0]))
 
     def trained_with(self, network: Mapping[str, Tensor]) -> bool | None:
-        """Whether the backbone in the rows' own file has these weights; None if there is none."""
+        """Whether the backbone in the rows' own file has these weights; None without a backbone."""
         return alike(self.backbone, network) if self.backbone else None
 
     def slice(self, start: int, stop: int) -> Tensor:
-        """(stop-start e) in float32, a copy. Rows that can't be used are refused when read."""
+        """(stop-start e): a copy in float32. Raises KDHooksError for rows that can't be used."""
         found, offset = torch.empty(max(stop - start, 0), self.dim), 0
         for part, name in zip(self._parts, self._names, strict=True):
             low, high = max(start, offset), min(stop, offset + len(part))
@@ -88,7 +88,7 @@ class Rows:
         return found
 
     def chunks(self, size: int = _CHUNK) -> Iterator[tuple[int, Tensor]]:
-        """(offset, (<=size e)) over all rows, unit length."""
+        """(offset, (<=size e)) over all rows, at unit length."""
         for start in range(0, self.total, size):
             yield start, F.normalize(self.slice(start, min(start + size, self.total)))
 
@@ -97,7 +97,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor]:
         """(b e) -> (b), (b): the largest cosine with the row of a class, and that class.
 
-        start, stop: of the classes that are compared; by default all.
+        start, stop: the range of the classes that are compared; by default all.
         """
         best = embedding.new_full((len(embedding),), -2.0)
         winner = torch.zeros(len(embedding), dtype=torch.long, device=embedding.device)
@@ -111,7 +111,7 @@ class Rows:
 
 
 def _check_numbers(rows: Tensor, first: int, name: str) -> None:
-    """Finite, and none of them zero, which would have no direction. first: the class of a row."""
+    """Raise unless all rows are finite and not zero. first: the class of the first row."""
     lengths = rows.abs().amax(dim=1)
     wrong = ~torch.isfinite(rows).all(dim=1) | (lengths == 0)
     if wrong.any():
@@ -149,7 +149,7 @@ def _rank(path: Path) -> int:
 
 
 def _warn_of_others(path: Path) -> None:
-    """One of several shards holds a part of the classes only."""
+    """Warn if a file is one of several shards, which holds only a part of the classes."""
     if path.name == "checkpoint_gpu_0.pt" and path.with_name("checkpoint_gpu_1.pt").exists():
         log.warning(
             "%s: '%s' is one of several shards in its folder, and only its classes are read; name "
@@ -160,7 +160,7 @@ def _warn_of_others(path: Path) -> None:
 
 
 def _inside(source: str, tensors: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """The teacher's tensor of that name, which may leave out the dictionaries around it."""
+    """The teacher's tensor of that name; the names of outer dictionaries may be left out."""
     key = Path(source).name
     ending = [name for name in tensors if name.endswith(f".{key}")]
     found = [key] if key in tensors else ending

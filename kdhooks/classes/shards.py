@@ -1,32 +1,25 @@
-"""Classifiers whose classes are split over ranks: one rank's shard and its softmax.
-
-The convention of every collective here: each rank ends up with the same loss of the global
-batch, and its backward differentiates the sum over ranks, so that the mean that DDP takes of the
-gradients is the gradient of that loss, with factor exactly 1.
-"""
+"""Classifiers whose classes are split over ranks: one rank's shard and its softmax."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from kdhooks.classes.chunked_sums import Wanted, over_rows, row_chunks
 from kdhooks.classes.cosines import Cosines, Lengths, lengths_of
+from kdhooks.classes.ranks import first_largest, gather, summed
 
 
 @dataclass(frozen=True)
 class ClassShard:
     """This rank's rows (c e) of a classifier with `total` classes, split over `group`.
 
-    One process is the case with one shard and no group. Every method takes and returns the
-    *global* batch: call `gather` first.
+    Without a group, the shard holds all classes. Every method takes and returns the *global*
+    batch: call `gather` first.
     """
 
     weight: Tensor
@@ -36,19 +29,19 @@ class ClassShard:
     _lengths: "Lengths | None" = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle has no group, which is of this process."""
+        """Copies and pickles lose the group, which belongs to this process."""
         return ClassShard, (self.weight, self.offset, self.total)
 
     def frozen(self) -> "ClassShard":
-        """These rows, without a gradient of theirs."""
+        """The shard with detached rows."""
         if not self.weight.requires_grad:
             return self
         return replace(self, weight=self.weight.detach())
 
     def measured(self) -> "ClassShard":
-        """These rows with their lengths, so that a loss computes them once, not in each chunk.
+        """The shard with the lengths of its rows, which a loss then computes once for all chunks.
 
-        Other rows, or rows that have changed since, are measured again when they are compared.
+        Rows that have been replaced or changed since are measured again.
         """
         if self._known_lengths() is not None:
             return self
@@ -65,9 +58,10 @@ class ClassShard:
         return lengths_of(self.weight.detach()) if known is None else known
 
     def trained(self) -> "ClassShard":
-        """These rows, for a loss of the global batch that trains them.
+        """The shard for a loss of the global batch that trains its rows.
 
-        Backward differentiates the sum over ranks, and nobody takes the mean for a shard.
+        The backward pass differentiates the sum over ranks. DDP does not average the gradients of a
+        shard, so they are divided by the number of ranks here.
         """
         if self.group is None or not self.weight.requires_grad:
             return self
@@ -93,9 +87,10 @@ class ClassShard:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(b e) -> logs and means, (b) each, over the classes of all ranks; differentiable.
 
-        `measure(embedding, chunk)` says by the scores of a chunk of classes what is wanted, so that
-        those of all classes are never held. A sample's scores depend on its own embedding and on
-        the chunk's rows; all else counts as constant.
+        `measure(embedding, chunk)` computes the scores of a chunk of classes and returns the sums
+        that are wanted of them, so that the scores of all classes are never in memory together. A
+        sample's scores may depend on its own embedding and on the chunk's rows; everything else
+        counts as constant.
         """
 
         lengths = self._row_lengths()
@@ -112,12 +107,12 @@ class ClassShard:
         )
 
     def chunks(self, embedding: Tensor) -> "Iterator[ClassShard]":
-        """(b e) -> these classes, as many at a time as `over_classes` compares the batch with."""
+        """(b e) -> the classes in chunks, of the size that `over_classes` uses for this batch."""
         for start, rows in row_chunks(embedding, self.weight, self.weight.requires_grad):
             yield self._slice(start, start + len(rows))
 
     def part(self, chunk: "ClassShard") -> "ClassShard":
-        """The classes of another classifier's chunk, of this one."""
+        """The rows of this classifier for the classes of another classifier's chunk."""
         start = chunk.offset - self.offset
         return self._slice(start, start + len(chunk.weight))
 
@@ -139,16 +134,16 @@ class ClassShard:
         return summed(values, self.group)
 
     def own(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """(b e), (b) -> (b): each sample's cosine with its own class, whichever rank holds it;
-        0 where that is none.
+        """(b e), (b) -> (b): each sample's cosine with its own class, from the rank that holds it;
+        0 for a sample without a class.
         """
         rows, _, mine = self.own_rows(labels)
         cosine = (F.normalize(embedding) * F.normalize(rows.to(embedding.dtype))).sum(dim=1)
         return self.sum(cosine * mine)
 
     def nearest(self, embedding: Tensor) -> Tensor:
-        """(b e) -> (b): the class, of those of all ranks, with the largest cosine; the first one
-        of several.
+        """(b e) -> (b): the class with the largest cosine among those of all ranks; the first one
+        if several are equal.
         """
         best = embedding.new_full((len(embedding),), -torch.inf)
         winner = torch.zeros_like(best, dtype=torch.long)
@@ -159,25 +154,25 @@ class ClassShard:
         return first_largest(best, winner, self.group)
 
     def add(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
-        """(b c), (b), (b) -> (b c): amount added at each sample's own class."""
+        """(b c), (b), (b) -> (b c): add an amount to each sample's score with its own class."""
         return values.scatter_add(1, *self._at_own(values, labels, amount))
 
     def add_(self, values: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
-        """The same in place, unless the rows are trained: their gradient needs the cosines."""
+        """Like `add`; in place unless the rows are trained, whose gradient needs the cosines."""
         if self.weight.requires_grad:
             return self.add(values, labels, amount)
         return values.scatter_add_(1, *self._at_own(values, labels, amount))
 
     def own_rows(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(b) -> (b e), (b), (b): the row of each sample's class here, which of the rows that is,
-        and whether it is the sample's own: else the class is another rank's.
+        """(b) -> (b e), (b), (b): the row of each sample's class, its local number, and whether
+        this rank holds that class; if not, the row is any other.
         """
         index, mine = located(labels, self.offset, len(self.weight))
         return self.weight[index], index, mine
 
     def _at_own(self, values: Tensor, labels: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
-        """(b c), (b), (b) -> (b 1), (b 1): own class as a column here, and the amount; 0 where
-        another rank holds the class.
+        """(b c), (b), (b) -> (b 1), (b 1): the local column of each sample's class, and the amount,
+        which is 0 if another rank holds the class.
         """
         local = (labels - self.offset)[:, None]
         column = local.clamp(0, values.shape[1] - 1)
@@ -185,113 +180,8 @@ class ClassShard:
 
 
 def located(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """(…) -> (…), (…): the row of each class among `count` classes from `start`, and whether the
-    class is one of these.
+    """(…) -> (…), (…): the row of each class among the `count` classes from `start` on, and
+    whether the class is among them; if not, the row is any other.
     """
     local = labels - start
     return local.clamp(0, count - 1), (local >= 0) & (local < count)
-
-
-def first_largest(value: Tensor, index: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(b), (b) -> (b): of all ranks, the index of the largest value; the least one of several."""
-    if group is None:
-        return index
-    peak = value.clone()
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    winner = torch.where(value == peak, index, torch.iinfo(index.dtype).max)
-    dist.all_reduce(winner, dist.ReduceOp.MIN, group)
-    return winner
-
-
-before_gathering: ContextVar[Callable[[dist.ProcessGroup], None] | None] = ContextVar(
-    "before_gathering", default=None
-)
-"""Called with the group before each gathering; it may refuse batches of different sizes."""
-
-
-class _Known(NamedTuple):
-    x: Tensor  # kept, so that no other tensor gets its id
-    gathered: Tensor
-    version: int
-
-
-_known: ContextVar[dict[tuple[int, int, bool], _Known] | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def gathering_once() -> Iterator[None]:
-    """Several losses inside that gather the same tensor share one gathering, and its gradient."""
-    token = _known.set({})
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def gather(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(b …) -> (w·b …): the batches of all ranks in rank order, differentiable."""
-    if group is None:
-        return x
-    known, key = _known.get(), (id(x), id(group), torch.is_grad_enabled())
-    before = None if known is None else known.get(key)
-    if before is not None and before.gathered._version == before.version:
-        return before.gathered
-    if check := before_gathering.get():
-        check(group)
-    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]  # torch's
-    if known is not None:
-        known[key] = _Known(x, gathered, gathered._version)
-    return gathered
-
-
-def summed(values: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """(…) -> (…): over all ranks, differentiable."""
-    if group is None:
-        return values
-    total: Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]  # torch's
-    return total
-
-
-def world() -> "dist.ProcessGroup | None":
-    """All ranks, for state that every rank must agree on; None where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
-# These are our own because torch.distributed.nn's are deprecated and their successors private.
-
-
-class _Context(FunctionCtx):
-    group: "dist.ProcessGroup"
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group = group
-        return _summed(values, group)
-
-    @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = _summed(gradients[0], ctx.group).chunk(dist.get_world_size(ctx.group))
-        return parts[dist.get_rank(ctx.group)], None
-
-
-def _summed(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    return total

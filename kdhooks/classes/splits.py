@@ -1,4 +1,4 @@
-"""Which rank knows which classes."""
+"""Which rank holds which classes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdhooks.classes.shards import ClassShard, gather, located, summed, world
+from kdhooks.classes.ranks import answers, gather, summed, world
+from kdhooks.classes.shards import ClassShard, located
 
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """This rank's classes, from `start` to before `stop`; `group` has the ranks of the others.
+    """This rank's classes, range(start, stop). The ranks of `group` share all classes.
 
-    Without a group this rank has all classes.
+    Without a group, this rank holds all of them.
     """
 
     start: int
@@ -28,14 +29,14 @@ class ClassSplit:
 
     @classmethod
     def of(cls, shard: ClassShard) -> "ClassSplit":
-        """The classes whose rows a shard has."""
+        """The split of a shard's rows."""
         return cls(shard.offset, shard.offset + len(shard.weight), shard.total, shard.group)
 
     @classmethod
     def even(cls, total: int, group: "dist.ProcessGroup | None") -> "ClassSplit":
-        """As arcface_torch splits its classes: the first ranks have one more.
+        """An even split, as in arcface_torch: the first ranks hold one class more than the others.
 
-        Fewer classes than ranks are not split.
+        If there are fewer classes than ranks, every rank holds all of them.
         """
         if group is None or total < dist.get_world_size(group):
             return cls.whole(total)
@@ -45,14 +46,19 @@ class ClassSplit:
         return cls(start, start + share + (rank < more), total, group)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle has no group, which is of this process."""
+        """Copies and pickles lose the group, which belongs to this process."""
         return ClassSplit, (self.start, self.stop, self.total)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def is_part_alone(self) -> bool:
+        """Whether this is the split of a copy, which has lost the group."""
+        return self.group is None and len(self) < self.total
+
     def shard(self, rows: Tensor) -> ClassShard:
-        """This rank's rows (c e) as a part of all."""
+        """The shard with this rank's rows (c e)."""
         return ClassShard(rows, self.start, self.total, self.group)
 
     def of_all(self, x: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class ClassSplit:
         return gather(x, self.group)
 
     def own(self, x: Tensor, size: int) -> Tensor:
-        """(w·b …) -> (b …): of the batches of these ranks, this rank's, of `size` samples."""
+        """(w·b …) -> (b …): this rank's batch, of `size` samples, among those of the ranks."""
         if self.group is None:
             return x
         rank = dist.get_rank(self.group)
@@ -71,31 +77,27 @@ class ClassSplit:
         return summed(values, self.group)
 
     def places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(…) -> (…), (…): the row here of each class, and whether it is one of this rank's."""
+        """(…) -> (…), (…): the local row of each class, and whether this rank holds the class."""
         return located(labels, self.start, len(self))
 
     def on_any_rank(self, found: bool) -> bool:
-        """Whether it is so on a rank that shares the classes; all ranks ask this together."""
-        if self.group is None:
-            return found
-        of_ranks: list[bool] = [False] * dist.get_world_size(self.group)
-        dist.all_gather_object(of_ranks, found, self.group)
-        return any(of_ranks)
+        """Whether any rank has found something; all ranks ask this together."""
+        return found if self.group is None else any(answers(found))
 
 
 @dataclass(frozen=True)
 class ClassTables:
-    """How the methods of a run keep what they know of each class."""
+    """How the methods of a run store their class tables."""
 
     head: ClassShard | None = None  # the student's own classifier
     sharded: bool = True
-    learnt_whole: bool = False  # for a host that saves the state of one rank alone
-    frozen: torch.dtype = torch.float32  # of rows that stay as they are
+    learnt_whole: bool = False  # for a host that saves the state of only one rank
+    frozen: torch.dtype = torch.float32  # the dtype of frozen class rows
 
     def split(self, total: int, *, learnt: bool = False) -> ClassSplit:
-        """Of so many classes. learnt: whether what is kept of them changes in the training.
+        """How to split a table of `total` classes. learnt: whether training changes the table.
 
-        As the student's own classifier is split, or else evenly over all ranks.
+        The split is that of the student's own classifier if it has one, or else an even split.
         """
         if not self.sharded or (learnt and self.learnt_whole):
             return ClassSplit.whole(total)
@@ -104,5 +106,16 @@ class ClassTables:
         return ClassSplit.even(total, world())
 
     def beside_head(self, total: int) -> ClassSplit:
-        """As the student's own classifier has them, for scores that are compared with its own."""
+        """The split of the student's own classifier, for scores that are compared with its own."""
         return ClassSplit.whole(total) if self.head is None else ClassSplit.of(self.head)
+
+    def described(self) -> list[str]:
+        """Lines that are the same on all ranks of a run."""
+        lines = [
+            f"class tables with sharded = {self.sharded}, learnt_whole = {self.learnt_whole} and "
+            f"rows in {self.frozen}"
+        ]
+        if self.head is not None:
+            split = "whole" if self.head.group is None else "split"
+            lines.append(f"a {split} classifier of the student with {self.head.total} classes")
+        return lines

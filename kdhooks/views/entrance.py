@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from kdhooks.classes.shards import world
+from kdhooks.classes.ranks import world
 from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError
 from kdhooks.views.viewing import Viewing

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks import ClassShard, Wanted
+from kdhooks.classes.ranks import mean_of_ranks, world
 
 _EPS = 1e-7  # keeps arccos differentiable at ±1
 MOST = 2  # rad, of a margin: from 2.33 on, the straight line of `_turned` would start above -1
@@ -37,7 +38,7 @@ def margin_softmax(
     """(b e), (b), rows -> loss (), mean cosine at the own class (); ψ(θ) = cos(θ + m) - m2 there.
 
     m, m2: of all samples or of each (b). monotone, straight_through: see `ProxylessKD`.
-    The means are over the samples that have a label: those below 0 are left out.
+    The means are over the samples of all ranks that have a label: those below 0 are left out.
     """
     rows = rows.frozen()
     cosine = rows.own(student, labels)
@@ -53,7 +54,9 @@ def margin_softmax(
     ((log_others,), _) = rows.over_classes(others, student)
     loss = F.softplus(log_others - scale * target)  # -log p of the own class
     known = labels >= 0
-    count = known.sum().clamp(min=1)
+    # A batch that is compared with the rows of all ranks is the batch of all ranks already.
+    count = mean_of_ranks(known.sum(), world() if rows.group is None else None).to(loss)
+    count = torch.where(count > 0, count, 1)
     return (loss * known).sum() / count, cosine.detach().sum() / count
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 
 _LEAST = 1e-12  # the weight of the mean before its first batch, so that nothing is divided by 0
 

@@ -27,7 +27,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._sample_margins import MarginType, SampleMargins
@@ -94,7 +94,7 @@ class AdaptiveCentres(PerClass):
         moved = F.normalize(class_sums(moved, labels))
         # What another rank holds writes the same as a sample whose class is here, if there is one.
         source = torch.where(mine, torch.arange(len(mine), device=mine.device), mine.int().argmax())
-        self.centres[index[source]] = torch.where(mine.any(), moved, own)[source]
+        self.centres[index[source]] = torch.where(mine.any(), moved, own)[source].to(self.centres)
         return alpha.mean()
 
 

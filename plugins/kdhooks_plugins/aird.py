@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, Model, Options, Scheduled, Varying, Weight, hookimpl, option
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 from kdhooks_plugins._widths import projection
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, Options, Schedule, Scheduled, Varying, Weight, hookimpl, option
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 
 _SHARE = 0.01  # of the kernel; a smaller series has next to no gradient
 _ENOUGH = 200  # terms for any gamma that is allowed

@@ -30,9 +30,9 @@ from kdhooks import (
     hookimpl,
     option,
 )
+from kdhooks.classes.ranks import gather, mean_of_ranks, world
 from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
-from kdhooks.classes.shards import gather, world
 from kdhooks_plugins._batches import class_sums
 from kdhooks_plugins._widths import projection
 from kdhooks_plugins.neighbours import mined, nearest_classes
@@ -82,12 +82,16 @@ class MutualRelations(PerClass):
         return loss, {"fcd": fcd, "rad": rad, "active": active}
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean hinge of the relations' excess, and the share of them that is active."""
+        """Mean hinge of the relations' excess, and the share of them that is active.
+
+        The mean is over the relations of all ranks' samples, some of which have fewer than others.
+        """
         excess, valid = self._excess(s, t, labels)
         hinge = excess.abs() if self.two_sided else (excess + self.q.now).relu()
-        count = valid.sum().clamp(min=1)
-        active = ((hinge > 0) & valid).sum() / count
-        return (hinge * valid).sum() / count, active
+        counts = torch.stack([valid.sum(), ((hinge > 0) & valid).sum()])
+        count, active = mean_of_ranks(counts, self.split.group or world()).to(hinge)
+        count = torch.where(count > 0, count, 1)
+        return (hinge * valid).sum() / count, active / count
 
     def _excess(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(b e), (b e), (b) -> (b k), (b k): R_s - R_t, and which of these relations exist.
@@ -201,12 +205,13 @@ class CoupleFace(Options):
             bank_momentum=self.bank_momentum if bank else None,
             projector=projector,
         )
+        own = rows.slice(split.start, split.stop)
         if bank:
+            loss.recognise("neighbours", own)
             for side in ("student_bank", "teacher_bank"):
                 loss.keep(side, torch.zeros(len(split), rows.dim))
             loss.keep("met", torch.zeros(len(split), dtype=torch.bool))
         else:
-            own = rows.slice(split.start, split.stop)
             loss.keep_rows("prototypes", own, teacher.tables.frozen, unit=True)
         return EmbeddingTap("coupleface", loss, self.weight)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 
 _NO_PAIR = -2.0  # below every cosine
 

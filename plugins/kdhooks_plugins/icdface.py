@@ -31,7 +31,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 from kdhooks_plugins._widths import projection
 
 

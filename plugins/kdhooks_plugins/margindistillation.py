@@ -24,7 +24,7 @@ from kdhooks import (
     hookimpl,
     option,
 )
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._widths import need_teachers_width
 

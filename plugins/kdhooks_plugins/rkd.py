@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 
 _EPS = 1e-12  # below it, a batch is one point and has no scale
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import EmbeddingTap, Options, Weight, hookimpl, option
-from kdhooks.classes.shards import gather, world
+from kdhooks.classes.ranks import gather, world
 
 Similarity: TypeAlias = Literal["cosine", "gram"]
 

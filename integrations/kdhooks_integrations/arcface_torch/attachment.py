@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdhooks.classes.shards import world
+from kdhooks.classes.ranks import world
 from kdhooks.copies import IdleCopy
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build

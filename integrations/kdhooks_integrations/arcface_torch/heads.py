@@ -5,7 +5,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdhooks.classes.shards import ClassShard, world
+from kdhooks.classes.ranks import world
+from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdhooks.classes.shards import world
+from kdhooks.classes.ranks import world
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.taps import Removable
