@@ -122,10 +122,10 @@ def page(
         "rank in a step, if every collective runs as a ring. *Multiplications* are those of the "
         "matrix products in a step. The student's own classifier, which kd and gkd compare, "
         "belongs to the trainer, so its bytes are not included.",
-        "Methods on feature maps are not in the tables, since they keep nothing of classes. Neither "
-        "does rkd; its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times as many for "
-        "twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted without its "
-        "term on the student's filters.",
+        "Methods on feature maps are not in the tables, since they keep nothing of classes. The "
+        "same holds for rkd: its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times "
+        "as many for twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted "
+        "without its term on the student's filters.",
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(found, classes)]

@@ -345,11 +345,11 @@ def test_ranks_with_other_options_or_teachers_are_refused(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one has tables", "only rank 0 has: the method FCD; only rank 1: the method THKD"),
-        ("one more table", "only rank 0 has: the method CoupleFace; only rank 1: none"),
+        ("one has tables", "only rank 0 has: the method FCD; only rank 1 has: the method THKD"),
+        ("one more table", "only rank 0 has: the method CoupleFace; only rank 1 has: none"),
         ("other tables", "bank_momentum=0.0"),
         ("one is split", "only rank 0 has: class tables with sharded = False"),
-        ("other precision", "rows in torch.float16; only rank 1: class tables with"),
+        ("other precision", "rows in torch.float16; only rank 1 has: class tables with"),
         ("other classes", "found 0 to 2 of 6, 3 to 4 of 5, by rank"),
         ("other rows", "only rank 0 has: teacher.classifier: 6 classes, rows with the digest"),
         ("spoilt rows", "that of class 5 in the tensor given is not finite"),
@@ -401,7 +401,7 @@ def test_buffers_are_the_ranks_mean_unless_a_loss_keeps_them_by_rank(
 def test_a_ddp_that_would_overwrite_the_ranks_own_classes_is_refused(ranks: Ranks) -> None:
     for rank in ranks:
         assert rank["sharded, told"]["error"] == ""
-    assert "holds this rank's own classes, and was overwritten" in ranks[1]["sharded"]["error"]
+    assert "holds this rank's own classes, but was overwritten" in ranks[1]["sharded"]["error"]
 
 
 def test_a_static_graph_that_averages_nothing_is_refused(ranks: Ranks) -> None:
