@@ -96,7 +96,7 @@ def test_an_untrained_teacher(one: Trainer, teacher: dict[str, str], tmp_path: P
 
 def test_a_teacher_of_another_network_than_said(one: Trainer, teacher: dict[str, str]) -> None:
     message = refused(one, teacher, "fcd", network="plain")
-    assert "does not fit the network named for it" in message
+    assert "does not fit the specified network" in message
 
 
 @pytest.mark.parametrize(

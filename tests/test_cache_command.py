@@ -111,7 +111,7 @@ def test_build_ends_where_the_bound_does(
     text = RECIPE.replace('"cache"', f'{{ path = "cache", max_gb = {25 * (12 + 2 * WIDTH)}e-9 }}')
     Path("kd.toml").write_text(text)
     cache(*BUILD, "folders", status=1)
-    assert "holds max_gb" in caplog.text
+    assert "has reached max_gb" in caplog.text
     ((_, _, keys),) = Parts(Path("cache"), WIDTH).read_on()
     assert len(keys) == 20
 
@@ -162,8 +162,8 @@ def test_verify_counts_damaged_records(capsys: Captured) -> None:
     [
         ("rows", 24 * 2 * WIDTH, 1, "records in 1 files, 0 damaged\n{}.rows is cut short: 24 rows"),
         ("rows", 5, 1, "{}.rows is cut short: 47.84375 rows for 48 keys"),
-        ("keys", 12, 0, "{}.keys has 47 keys for 48 rows: the last write was stopped"),
-        ("keys", 3, 0, "{}.keys has 47.75 keys for 48 rows: the last write was stopped"),
+        ("keys", 12, 0, "{}.keys has 47 keys for 48 rows: the last write was interrupted"),
+        ("keys", 3, 0, "{}.keys has 47.75 keys for 48 rows: the last write was interrupted"),
         ("keys", None, 0, "{}.rows has no {}.keys"),
         ("rows", None, 1, "{}.rows is cut short: 0 rows for 48 keys"),
     ],
@@ -200,7 +200,7 @@ def test_a_part_that_can_not_be_read_is_named(
     for argv in (("verify", "cache"), ("info", "cache"), (*BUILD, "folders")):
         cache(*argv, status=2)
         said = capsys.readouterr().err
-        assert f"{path}' can't be read (Permission denied); look at its permissions" in said
+        assert f"{path}' can't be read (Permission denied); check its permissions" in said
         assert "kdhooks cache verify cache checks all files" in said
 
 
@@ -251,7 +251,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("info", "absent"), f"'absent' holds no {HEADER}; name the folder of a cache"),
+        (("info", "absent"), f"'absent' holds no {HEADER}; specify the folder of a cache"),
         (("verify", "."), f"'.' holds no {HEADER}"),
         (
             (*BUILD, "absent"),

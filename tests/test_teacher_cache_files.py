@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(
         assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
         assert_close(teacher(views(8, 16)).embedding, plain, rtol=0, atol=0)
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "can't be written (No space left on device); what it holds is used on" in said
+    assert "can't be written (No space left on device); its content is still used" in said
     assert str(tmp_path) in said
     monkeypatch.undo()
     teacher.close()
@@ -177,7 +177,7 @@ def test_a_folder_without_room_for_a_header_is_refused(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(KDHooksError, match=r"can't be begun \(No space left on device\); make ro"):
+    with pytest.raises(KDHooksError, match=r"can't be created \(No space left on device\); free"):
         started(tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_a_full_cache_keeps_what_it_has_and_adds_nothing(tmp_path: Path, caplog:
     teacher.close()
     assert stored(tmp_path) == 8  # a second batch would pass the bound
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"{tmp_path} holds max_gb = 5.4e-07; what it holds is used on" in said
+    assert f"{tmp_path} has reached max_gb = 5.4e-07; its content is still used" in said
     teacher = started(tmp_path, max_gb=15 * record / 1e9)
     assert teacher.cache is not None
     for start in (0, 16):
@@ -206,8 +206,11 @@ def test_the_last_of_the_disk_is_left_to_the_training(
     for start in (0, 8, 16, 0):
         teacher(views(start, start + 8))
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"{tmp_path} leaves the disk its last 1000000000.0 GB; what it holds is used on" in said
-    assert said.endswith("(8 of 16 were found so far)")
+    assert (
+        f"{tmp_path} is on a disk with less than 1000000000.0 GB free; its content is still used"
+        in said
+    )
+    assert said.endswith("(8 of 16 views were found so far)")
     assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
     teacher.close()
     assert stored(tmp_path) == 8
