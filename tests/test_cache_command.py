@@ -112,7 +112,7 @@ def test_build_stops_at_max_gb(capsys: Captured, caplog: pytest.LogCaptureFixtur
     text = RECIPE.replace('"cache"', f'{{ path = "cache", max_gb = {25 * (12 + 2 * WIDTH)}e-9 }}')
     Path("kd.toml").write_text(text)
     cache(*BUILD, "folders", status=1)
-    assert "holds max_gb" in caplog.text
+    assert "has reached max_gb" in caplog.text
     ((_, _, keys),) = Parts(Path("cache"), WIDTH).read_on()
     assert len(keys) == 20
 
@@ -163,8 +163,8 @@ def test_verify_counts_damaged_records(capsys: Captured) -> None:
     [
         ("rows", 24 * 2 * WIDTH, 1, "records in 1 files, 0 damaged\n{}.rows is cut short: 24 rows"),
         ("rows", 5, 1, "{}.rows is cut short: 47.84375 rows for 48 keys"),
-        ("keys", 12, 0, "{}.keys has 47 keys for 48 rows: the last write was stopped"),
-        ("keys", 3, 0, "{}.keys has 47.75 keys for 48 rows: the last write was stopped"),
+        ("keys", 12, 0, "{}.keys has 47 keys for 48 rows: the last write was interrupted"),
+        ("keys", 3, 0, "{}.keys has 47.75 keys for 48 rows: the last write was interrupted"),
         ("keys", None, 0, "{}.rows has no {}.keys"),
         ("rows", None, 1, "{}.rows is cut short: 0 rows for 48 keys"),
     ],
@@ -248,7 +248,7 @@ def test_verify_leaves_the_cache_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("info", "absent"), f"'absent' holds no {HEADER}; name the folder of a cache"),
+        (("info", "absent"), f"'absent' holds no {HEADER}; specify the folder of a cache"),
         (("verify", "."), f"'.' holds no {HEADER}"),
         (
             (*BUILD, "absent"),

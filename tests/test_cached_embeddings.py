@@ -221,7 +221,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"must be a folder that .*absent', which does not"):
         Recipe.read({"teacher": table, "methods": ["fcd"]})
     (tmp_path / "absent").mkdir()
-    with pytest.raises(KDHooksError, match=r"absent' holds no teacher\.json; name the folder of a"):
+    with pytest.raises(KDHooksError, match=r"absent' holds no teacher\.json; specify the folder"):
         build_teacher(Recipe.read({"teacher": table, "methods": ["fcd"]}))
 
 
@@ -268,7 +268,7 @@ def test_a_path_of_the_embedding_is_refused(tmp_path: Path) -> None:
 def test_arguments_of_a_network_are_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     stored = CachedEmbeddings(tmp_path)
-    with pytest.raises(KDHooksError, match="found the arguments dtype, micro_batch, which change"):
+    with pytest.raises(KDHooksError, match="found the arguments dtype, micro_batch, which apply"):
         Teacher(stored, dtype=torch.float16, micro_batch=3)
     with pytest.raises(KDHooksError, match=r"found the arguments cache, which"):
         Teacher(stored, cache=CacheOptions(path=tmp_path))

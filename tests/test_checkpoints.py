@@ -113,7 +113,7 @@ def test_several_sets_of_weights_are_refused_and_one_can_be_named(tmp_path: Path
     torch.save(content, tmp_path / "both.pt")
     with pytest.raises(KDHooksError) as error:
         loaded(tmp_path / "both.pt")
-    assert "fit the network and differ, at 'model', 'ema.shadow.module'; say" in str(error.value)
+    assert "that fit the network, at 'model', 'ema.shadow.module'; specify" in str(error.value)
     assert "weights = 'model'" in str(error.value)
     assert_is_the_teacher(loaded(tmp_path / "both.pt", "model"))
     other = loaded(tmp_path / "both.pt", "ema").state_dict()["fc.weight"]
@@ -124,7 +124,7 @@ def test_several_sets_of_weights_are_refused_and_one_can_be_named(tmp_path: Path
 
 def test_two_networks_in_one_dictionary_are_refused(tmp_path: Path) -> None:
     torch.save({**state_of("teacher."), **state_of("student.", seed=1)}, tmp_path / "both.pt")
-    with pytest.raises(KDHooksError, match="differ, at 'teacher', 'student'; say which"):
+    with pytest.raises(KDHooksError, match="network, at 'teacher', 'student'; specify one"):
         loaded(tmp_path / "both.pt")
     for name in ("teacher", "teacher."):
         assert_is_the_teacher(loaded(tmp_path / "both.pt", name))
@@ -132,7 +132,7 @@ def test_two_networks_in_one_dictionary_are_refused(tmp_path: Path) -> None:
 
 def test_the_outermost_weights_can_be_named_too(tmp_path: Path) -> None:
     torch.save({**state_of(), "ema": state_of(seed=1)}, tmp_path / "both.pt")
-    with pytest.raises(KDHooksError, match=r"differ, at '\.', 'ema'; say which"):
+    with pytest.raises(KDHooksError, match=r"network, at '\.', 'ema'; specify one"):
         loaded(tmp_path / "both.pt")
     assert_is_the_teacher(loaded(tmp_path / "both.pt", "."))
 
@@ -153,7 +153,7 @@ def changed(**changes: Tensor | None) -> State:
         (changed(fc__weight=None), r"1 are missing \(fc\.weight\)"),
         (changed(extra=torch.ones(1)), r"1 are not the network's \(extra\)"),
         (changed(fc__weight=torch.ones(3, 3)), r"1 have other shapes \(fc\.weight \(3, 3\) for"),
-        (changed(fc__bias=torch.ones(12).int()), "other kinds of numbers.*int32 for torch.float32"),
+        (changed(fc__bias=torch.ones(12).int()), "have other dtypes.*int32 for torch.float32"),
         (changed(fc__weight=torch.ones(12, 96).to_sparse()), r"1 are sparse.*\(fc\.weight\)"),
         ({"x": torch.ones(2)}, r"none of its 1 tensors \(x, …\) is named like one of the network"),
         ({"model": changed(fc__weight=None)}, "of its weights at 'model' 1 are missing"),
@@ -161,7 +161,7 @@ def changed(**changes: Tensor | None) -> State:
 )
 def test_a_file_of_another_network_is_refused(content: object, found: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(KDHooksError, match=rf"m\.pt' does not fit the network named.*{found}"):
+    with pytest.raises(KDHooksError, match=rf"m\.pt' does not fit the specified network.*{found}"):
         loaded(tmp_path / "m.pt")
 
 

@@ -182,7 +182,7 @@ def test_a_recipe_in_python_takes_the_object_itself() -> None:
     net(images)
     assert kd(images, labels, indices=torch.arange(len(images)))["fcd"].isfinite()
     turned = {"module": EmbeddingTable(rows), "input": {"order": "bgr"}}
-    with pytest.raises(KDHooksError, match="found the arguments transform, which change how"):
+    with pytest.raises(KDHooksError, match="found the arguments transform, which apply to"):
         build({"teacher": turned, "methods": ["fcd"], "input_shape": SMALL}, net)
 
 

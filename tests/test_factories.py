@@ -101,5 +101,7 @@ def test_a_misspelt_factory_is_found_before_the_file_is_read(tmp_path: Path) -> 
 def test_a_name_of_a_hosts_network_needs_its_host(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_text("of no use")
     spec = {"network": "r50", "checkpoint": tmp_path / "model.pt"}
-    with pytest.raises(KDHooksError, match=r"'r50' is built by a host.*package\.module:factory"):
+    with pytest.raises(
+        KDHooksError, match=r"'r50' needs a factory of the host.*package\.module:factory"
+    ):
         build({"teacher": spec, "methods": ["fcd"]}, TinyFaceNet())

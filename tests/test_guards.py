@@ -250,7 +250,7 @@ def test_a_constructor_that_raises_leaves_no_hook(tmp_path: Path) -> None:
     assert module is not None
     cached = Teacher(module, cache=CacheOptions(path=tmp_path))
     stages: dict[str, Any] = {"student_stages": ["layer1"], "teacher_stages": ["layer1"]}
-    with pytest.raises(KDHooksError, match=r"teacher\.cache keeps embeddings alone"):
+    with pytest.raises(KDHooksError, match=r"teacher\.cache stores embeddings only"):
         Distiller(student, cached, ["at"], **stages, **SIZE)
     assert hooks(student, module) == 0
     with Distiller(student, Teacher(module), ["at"], **stages, **SIZE):

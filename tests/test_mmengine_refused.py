@@ -108,7 +108,7 @@ class Wordy(Recogniser):
             {"teacher": {"type": Recogniser, "width": 3}},
             "found type = the class Recogniser in it; write teacher = dict",
         ),
-        ({"input": {"mean": 10**400}}, "input.mean must be a number, or one for each of three"),
+        ({"input": {"mean": 10**400}}, "input.mean must be a number, or a list of three"),
         ({"student": {"type": "Wordy"}}, r"student can't be built .*; KeyError: 'depth'$"),
         ({"student": {"type": "Wordy", "words": ""}}, "can't be built from its config; KeyError$"),
         (
@@ -118,7 +118,7 @@ class Wordy(Recogniser):
         ({"input": None}, r"input must be dict\(mean=…, std=…, order=…\); found None"),
         (
             {"input": {"mean": "a"}},
-            "input.mean must be a number, or one for each of three; f.* 'a'",
+            "input.mean must be a number, or a list of three; f.* 'a'",
         ),
         ({"input": {"mean": [1, 2]}}, r"input.mean must be a number, .* found \[1, 2\]"),
         ({"input": {"std": 0}}, "input.std must be positive; found 0"),

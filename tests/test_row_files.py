@@ -338,7 +338,7 @@ def test_a_recipe_can_choose_among_sets_of_weights(tmp_path: Path) -> None:
     other = {key: value + 1 for key, value in state.items()}
     torch.save({"model": other, "ema": state}, tmp_path / "model.pt")
     torch.save(tiny_rows(), tmp_path / "rows.pt")
-    with pytest.raises(KDHooksError, match="differ, at 'model', 'ema'; say which one is meant"):
+    with pytest.raises(KDHooksError, match="network, at 'model', 'ema'; specify one of them"):
         build_teacher(Recipe.read(recipe(tmp_path, "rows.pt")))
     found = build_teacher(Recipe.read(recipe(tmp_path, "rows.pt", weights="ema"))).module
     assert found is not None

@@ -169,7 +169,7 @@ def test_without_enough_memory_it_gets_smaller_batches(caplog: pytest.LogCapture
     seen.clear()
     teacher(images)
     assert seen == [3, 3, 3, 3]
-    assert "no memory for 6 images in one call; from now on it gets 3" in caplog.text
+    assert "not enough memory for 6 images in one call; from now on it gets 3" in caplog.text
 
 
 def test_no_memory_for_a_single_image_is_an_error() -> None:
@@ -210,10 +210,10 @@ def test_input_transform_resizes() -> None:
         ({"std": [1, 1, -1]}, r"std must be positive; found \(1.0, 1.0, -1.0\)"),
         (
             {"mean": "0"},
-            "teacher input: mean must be a number, or one for each of three; found '0'",
+            "teacher input: mean must be a number, or a list of three; found '0'",
         ),
-        ({"mean": [1, 2]}, r"mean must be a number, or one for each of three; found \[1, 2\]"),
-        ({"std": float("nan")}, "std must be a number, or one for each of three; found nan"),
+        ({"mean": [1, 2]}, r"mean must be a number, or a list of three; found \[1, 2\]"),
+        ({"std": float("nan")}, "std must be a number, or a list of three; found nan"),
         (
             {"mean": 0.5, "std": 0.5},
             "those of pixels in 0..255, .* by 255",
@@ -236,5 +236,7 @@ def test_equal_input_transforms_have_the_same_repr() -> None:
 
 @pytest.mark.parametrize("options", [{"compile": True}, {"channels_last": True}])
 def test_a_function_cannot_be_changed_like_a_module(options: dict[str, Any]) -> None:
-    with pytest.raises(KDHooksError, match="change a torch module, and the teacher is a function"):
+    with pytest.raises(
+        KDHooksError, match="apply to a torch module, but the teacher is a function"
+    ):
         Teacher(torch.flatten, **options)

@@ -125,8 +125,8 @@ class Adapted:
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        ("at", "keeps embeddings alone, and the teacher is tapped at layer1, layer2; remove teach"),
-        (Adapted(), "keeps embeddings alone, and the teacher is adapted in training; remove teac"),
+        ("at", "stores embeddings only, but the teacher is tapped at layer1, layer2; remove teach"),
+        (Adapted(), "stores embeddings only, but the teacher is adapted in training; remove teac"),
     ],
 )
 def test_features_and_adapted_teachers_are_refused(

@@ -131,7 +131,7 @@ def test_a_full_disk_is_reported_once_and_the_training_continues(
         assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
         assert_close(teacher(views(8, 16)).embedding, plain, rtol=0, atol=0)
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "can't be written (No space left on device); what it holds is used on" in said
+    assert "can't be written (No space left on device); its content is still used" in said
     assert str(tmp_path) in said
     monkeypatch.undo()
     teacher.close()
@@ -175,7 +175,7 @@ def test_a_folder_without_room_for_a_header_is_refused(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(KDHooksError, match=r"can't be begun \(No space left on device\); make ro"):
+    with pytest.raises(KDHooksError, match=r"can't be created \(No space left on device\); free"):
         started(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_a_full_cache_keeps_its_rows_and_adds_none(tmp_path: Path, caplog: Log) 
     teacher.close()
     assert stored(tmp_path) == 8  # a second batch would exceed the bound
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"{tmp_path} holds max_gb = 5.4e-07; what it holds is used on" in said
+    assert f"{tmp_path} has reached max_gb = 5.4e-07; its content is still used" in said
     teacher = started(tmp_path, max_gb=15 * record / 1e9)
     assert teacher.cache is not None
     for start in (0, 16):
@@ -204,8 +204,11 @@ def test_a_reserve_of_the_disk_is_left_free(
     for start in (0, 8, 16, 0):
         teacher(views(start, start + 8))
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"{tmp_path} leaves the disk its last 1000000000.0 GB; what it holds is used on" in said
-    assert said.endswith("(8 of 16 were found so far)")
+    assert (
+        f"{tmp_path} is on a disk with less than 1000000000.0 GB free; its content is still used"
+        in said
+    )
+    assert said.endswith("(8 of 16 views were found so far)")
     assert_close(teacher(views(0, 8)).embedding, expected, rtol=0, atol=0)
     teacher.close()
     assert stored(tmp_path) == 8

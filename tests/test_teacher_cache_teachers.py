@@ -22,17 +22,17 @@ from tests.test_recipe import export
     [
         (
             {"module": Counting(gain=1.001)},
-            r"was filled with weights '[0-9a-f]{64}', the teacher at",
+            r"was filled with weights '[0-9a-f]{64}', but this teacher has",
         ),
         (
             {"transform": InputTransform(order="bgr")},
             "was filled with input .InputTransform.*'rgb'",
         ),
-        ({"dtype": torch.bfloat16}, "with dtype 'torch.float32', the teacher at hand has 'torch.b"),
-        ({"module": Counting(dim=8)}, "was filled with dim 12, the teacher at hand has 8"),
+        ({"dtype": torch.bfloat16}, "with dtype 'torch.float32', but this teacher has 'torch.b"),
+        ({"module": Counting(dim=8)}, "was filled with dim 12, but this teacher has 8"),
         (
             {"embedding": "inner.fc"},
-            "was filled with embedding '', the teacher at hand has 'inner.fc'",
+            "was filled with embedding '', but this teacher has 'inner.fc'",
         ),
     ],
 )
@@ -68,7 +68,7 @@ class Named:
 def test_a_file_that_runs_as_a_function_is_identified_by_its_hash(tmp_path: Path) -> None:
     for _ in range(2):
         started(tmp_path, Named("1f"))
-    with pytest.raises(KDHooksError, match="with weights '1f', the teacher at hand has '2e'"):
+    with pytest.raises(KDHooksError, match="with weights '1f', but this teacher has '2e'"):
         started(tmp_path, Named("2e"))
 
 
@@ -145,7 +145,7 @@ def test_a_header_that_cannot_be_read_is_refused(content: str, tmp_path: Path) -
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2}'])
 def test_a_header_of_another_format_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / HEADER).write_text(content)
-    with pytest.raises(KDHooksError, match=r"must be of format 1, which .*; remove the folder"):
+    with pytest.raises(KDHooksError, match=r"must have format 1, as .*; remove the folder"):
         started(tmp_path)
 
 
@@ -183,5 +183,7 @@ def test_a_header_without_a_key_is_refused_as_damaged(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(KDHooksError, match=r"can't be begun .*; make room, or name another folder"):
+    with pytest.raises(
+        KDHooksError, match=r"can't be created .*; free some space, or specify another"
+    ):
         started(tmp_path / "file" / "cache")

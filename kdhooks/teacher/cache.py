@@ -1,4 +1,4 @@
-"""Embeddings of views that the teacher has seen, kept in a folder by the views' content."""
+"""A folder of teacher embeddings, which are looked up by the content of the images."""
 
 import logging
 import shutil
@@ -21,9 +21,9 @@ from kdhooks.teacher.fingerprints import Identity, ViewKeys, check_header, check
 
 log = logging.getLogger("kdhooks")
 
-READ_ON_EVERY = 10.0  # seconds between two looks at what other processes wrote
-RESERVE_GB = 2.0  # of the disk, left to the checkpoints of the training
-_ROW_BITS = 40  # of a place: the row; above them the part
+READ_ON_EVERY = 10.0  # seconds between two reads of the records that other processes wrote
+RESERVE_GB = 2.0  # disk space that is left for the checkpoints of the training
+_ROW_BITS = 40  # the low bits of a place are the row's number, the others the part's number
 
 
 class CacheOptions(Options, subject="teacher.cache"):
@@ -31,7 +31,7 @@ class CacheOptions(Options, subject="teacher.cache"):
 
     path: Path = option(REQUIRED, "The folder; it is created if it does not exist.")
     max_gb: float | None = option(
-        None, "The most that all its files may take; by default no limit.", above=0, unit="GB"
+        None, "The largest total size of its files; by default no limit.", above=0, unit="GB"
     )
 
     def check(self) -> None:
@@ -40,10 +40,10 @@ class CacheOptions(Options, subject="teacher.cache"):
 
 
 class CachedEmbeddings:
-    """A folder of embeddings in place of a teacher, as `kdhooks cache build` fills it.
+    """A folder of embeddings, filled by `kdhooks cache build`, that replaces the teacher's network.
 
-    Give it to `Teacher` as the model. No network is loaded, so that nothing but the embedding is
-    known, and a view that is not in the folder is refused.
+    Pass it to `Teacher` as the model. No network is loaded, so only the embedding is available, and
+    a view that is not in the folder raises an error.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -51,21 +51,21 @@ class CachedEmbeddings:
         header = read_header(self.options.path)
         self.dim: int = header["dim"]
         self.images = tuple(header["images"])  # (3, h, w)
-        self.sha256: str | None = header["weights"]  # of the teacher that filled the folder
+        self.sha256: str | None = header["weights"]  # those of the teacher that filled the folder
         self.probe = torch.tensor(header["probe"])[:1]
         """(1 e), the teacher's embedding of a fixed image."""
 
     def check_shape(self, images: tuple[int, ...]) -> None:
-        """Refuse a training on images of another shape, (3, h, w)."""
+        """Check that the shape of the training images, (3, h, w), is that of the folder's."""
         if images != self.images:
             raise KDHooksError(
                 f"teacher.embeddings: '{self.options.path}' was filled with images of the shape "
-                f"{self.images}; found a training on {images}; set input_shape, or fill another "
-                "folder by kdhooks cache build"
+                f"{self.images}; found training images of {images}; set input_shape, or fill "
+                "another folder with kdhooks cache build"
             )
 
     def open(self) -> "TeacherCache":
-        """A reader for one run."""
+        """Return a reader for one run."""
         return TeacherCache(self.options)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -74,23 +74,25 @@ class CachedEmbeddings:
 
 
 class TeacherCache:
-    """Looks each view up, and runs the teacher on those alone that are not there.
+    """Looks up the embedding of each view, and runs the teacher only on the views that are missing.
 
-    Embeddings are rounded to float16 (by 0.05 % of a number at most), those of a first epoch too,
-    so that on one rank later epochs repeat it to the bit. Rows that float16 can't hold are not
-    kept. At max_gb, or when the disk has 2 GB left, what is there stays and nothing is added; each
-    other rank may pass the bound by one batch. In memory: 16 bytes a view.
+    Embeddings are rounded to float16, which changes a number by at most 0.05 %. The first epoch
+    uses the rounded numbers too, so that on one rank later epochs repeat it bit for bit. Rows that
+    float16 cannot hold are not stored. When the files reach max_gb, or the disk has only 2 GB free,
+    the cache keeps its content and adds nothing; each other rank may exceed the limit by one batch.
+    The index takes 16 bytes of memory per view.
 
-    `start` computes the keys and returns a `Later`, which waits for them and looks them up, so that
-    the device can work meanwhile. New embeddings are written in the call after that.
+    `start` computes the keys and returns a `Later`, which waits for the keys and looks them up, so
+    that the device can work in the meantime. The next call writes the new embeddings.
     """
 
     def __init__(
         self, options: CacheOptions, teacher: Identity | None = None, probe: Tensor | None = None
     ) -> None:
         """
-        teacher, probe (2 e): what the folder must have been filled with. Without them there is no
-            teacher to embed what is missing, which is then refused.
+        teacher, probe (2 e): identity of the teacher that must have filled the folder, and its
+            embeddings of two fixed images. Without them no teacher is available, and a missing
+            view raises an error.
         """
         self.folder, self._max_gb = options.path, options.max_gb
         self._alone = teacher is None or probe is None
@@ -115,7 +117,7 @@ class TeacherCache:
     ) -> Later[tuple[Tensor, bool]]:
         """(b 3 h w) -> (b e), without gradient, and whether all of it is known to be finite.
 
-        embed: the teacher itself, for the views that are not there.
+        embed: runs the teacher, for the views that are missing.
         """
         return _LookUp(self, Sent(self._hash(images)), images, embed)
 
@@ -127,7 +129,10 @@ class TeacherCache:
     def finish(
         self, sent: Sent, images: Tensor, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, bool]:
-        """The embeddings of the views whose keys were sent; every row was finite when written."""
+        """Return the embeddings of the views whose keys were sent, as `start` describes them.
+
+        Every stored row was finite when it was written.
+        """
         keys: Keys = sent.get().numpy()
         self.flush()
         # Pinned memory from the start, so that the device can fetch it without another copy.
@@ -142,9 +147,9 @@ class TeacherCache:
             raise KDHooksError(
                 f"teacher.embeddings: '{self.folder}' must hold every view, since no network is "
                 f"loaded; {len(keys) - hits} of {len(keys)} images of this batch are missing; fill "
-                "it by kdhooks cache build, which embeds each picture and its mirror image, and "
-                "train without other augmentations; or give the network, with this folder as its "
-                "cache"
+                "it with kdhooks cache build, which embeds each picture and its mirror image, and "
+                "train without other augmentations; or specify the network, with this folder as "
+                "its cache"
             )
         result = rows.to(images.device, non_blocking=True)
         if hits and not self._proved:
@@ -155,7 +160,7 @@ class TeacherCache:
         return result.float(), hits == len(keys)
 
     def flush(self) -> None:
-        """Write what the last call added."""
+        """Write the embeddings that the last call computed."""
         if self._pending is None:
             return
         keys, sent = self._pending
@@ -168,7 +173,10 @@ class TeacherCache:
     def look_up(
         self, keys: Keys, rows: Embeddings | None = None
     ) -> tuple[NDArray[np.bool_], Embeddings]:
-        """Which are there, (b), and their rows, (b e), written into `rows` if that is given."""
+        """Return which keys are in the cache, (b), and their embeddings, (b e).
+
+        rows: where to write the embeddings; by default a new array.
+        """
         places = self._index.find(keys)
         found = places >= 0
         if rows is None:
@@ -187,10 +195,10 @@ class TeacherCache:
         missing: NDArray[np.int64],
         embed: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The missing rows, (m e) in float16, each view embedded once."""
+        """Return the missing embeddings, (m e) in float16; equal views are embedded once."""
         unique, first, back = np.unique(keys[missing], return_index=True, return_inverse=True)
         views = missing[first]
-        # A power of two, so that cuDNN and torch.compile meet few sizes.
+        # A power of two, so that cuDNN and torch.compile see few batch sizes.
         size = min(1 << (len(views) - 1).bit_length(), len(keys))
         padded = np.resize(views, size)
         embeddings = embed(images[_on(images.device, padded)])[: len(views)].detach().half()
@@ -204,7 +212,7 @@ class TeacherCache:
         found: NDArray[np.bool_],
         embed: Callable[[Tensor], Tensor],
     ) -> None:
-        """The first batch that hits goes through the teacher all the same."""
+        """Compare the first stored rows with the teacher's output, to detect another teacher."""
         here = _on(images.device, np.flatnonzero(found))
         check_same(self.folder, rows[here], embed(images[here]), "its rows for the first batch")
         self._proved = True
@@ -212,9 +220,9 @@ class TeacherCache:
     def _write(self, keys: Keys, rows: Embeddings) -> None:
         try:
             if self._max_gb is not None and self._parts.size(len(keys)) > self._max_gb * 1e9:
-                self._stop_writing(f"holds max_gb = {self._max_gb}")
+                self._stop_writing(f"has reached max_gb = {self._max_gb}")
             elif shutil.disk_usage(self.folder).free < RESERVE_GB * 1e9:
-                self._stop_writing(f"leaves the disk its last {RESERVE_GB} GB")
+                self._stop_writing(f"is on a disk with less than {RESERVE_GB} GB free")
             else:
                 self._add(*self._parts.append(keys, rows))
         except OSError as error:
@@ -223,8 +231,8 @@ class TeacherCache:
     def _stop_writing(self, why: str) -> None:
         self.writing = False
         log.warning(
-            "teacher cache %s %s; what it holds is used on, and nothing more is added: the teacher "
-            "runs on all other views in each epoch (%d of %d were found so far)",
+            "teacher cache %s %s; its content is still used, but nothing more is added: the "
+            "teacher runs on all other views in each epoch (%d of %d views were found so far)",
             self.folder,
             why,
             self.hits,
@@ -232,7 +240,10 @@ class TeacherCache:
         )
 
     def _read_on(self) -> bool:
-        """Whether anything came from other processes, or from earlier runs."""
+        """Read the records of other processes and earlier runs; return whether there are new ones.
+
+        READ_ON_EVERY limits how often the folder is read.
+        """
         if self._read_at and time.monotonic() - self._read_at < READ_ON_EVERY:
             return False
         self._read_at = time.monotonic()
@@ -257,7 +268,7 @@ class _LookUp:
 
 
 def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
-    """Without waiting for the device."""
+    """Copy an array to the device without waiting for it."""
     found = torch.from_numpy(array)
     if device.type == "cuda":
         found = found.pin_memory()

@@ -1,9 +1,10 @@
-"""The files of a teacher cache: a folder in which each process writes files of its own.
+"""The files of a teacher cache: a folder in which each process writes its own files.
 
-`NAME.rows` holds embeddings (n e) in float16; `NAME.keys` the key of each, with a checksum of both.
-Readers take as many records as both files hold whole, and nobody writes into a file of another
-process or an earlier run. So a kill in the middle, a full disk or a lost host costs the records
-that were being written; and ranks need no lock, on one host or on several that share the folder.
+`NAME.rows` holds embeddings (n e) in float16. `NAME.keys` holds the key of each embedding and a
+checksum of both. Readers use the records that are complete in both files, and no process writes to
+a file of another process or an earlier run. So if a process is killed, a disk is full or a host is
+lost, only the records that were being written are lost. The ranks need no lock, whether they are on
+one host or on several that share the folder.
 """
 
 import os
@@ -23,11 +24,11 @@ Keys: TypeAlias = NDArray[np.int64]  # (n)
 Embeddings: TypeAlias = NDArray[np.float16]  # (n e)
 
 _KEY = np.dtype([("key", "<i8"), ("sum", "<u4")])
-_RECENT = 65536  # views between two sortings of the index
+_RECENT = 65536  # views that are added between two sorts of the index
 
 
 class Part:
-    """What one process wrote, mapped into memory."""
+    """The two files that one process wrote, mapped into memory."""
 
     def __init__(self, keys: Path, dim: int) -> None:
         self._paths = keys, keys.with_suffix(".rows")
@@ -38,7 +39,7 @@ class Part:
         return len(self._keys)
 
     def read_on(self) -> Keys:
-        """The keys that came since the last time."""
+        """Map the records that were added since the last call, and return their keys."""
         known, dim = len(self), self._rows.shape[1]
         with _named(self._paths[0].parent):
             count = min(map(int, self.records()))
@@ -48,17 +49,17 @@ class Part:
         return np.array(self._keys["key"][known:], np.int64)
 
     def records(self) -> tuple[float, float]:
-        """How many keys and how many rows the two files hold by now; a part of one counts too."""
+        """Return the numbers of keys and of rows in the files; a partial one is a fraction."""
         keys, rows = (path.stat().st_size if path.exists() else 0 for path in self._paths)
         return keys / _KEY.itemsize, rows / (2 * self._rows.shape[1])
 
     def take(self, rows: NDArray[np.int64]) -> tuple[Embeddings, NDArray[np.bool_]]:
-        """(n) -> (n e), and (n): which of them are as they were written."""
+        """(n) -> (n e), and (n): whether the checksum of each is correct."""
         found, named = np.array(self._rows[rows]), self._keys[rows]
         return found, checksums(named["key"], found) == named["sum"]
 
     def append(self, keys: Keys, rows: Embeddings) -> None:
-        """Raises OSError where the disk is full; what was whole before then stays readable."""
+        """Write records. Raises OSError if the disk is full; earlier records stay readable."""
         named = np.empty(len(keys), _KEY)
         named["key"], named["sum"] = keys, checksums(keys, rows)
         _append(self._paths[1], np.ascontiguousarray(rows, "<f2").tobytes())
@@ -67,19 +68,19 @@ class Part:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Name the file that can't be read, or that has vanished."""
+    """Name the file that cannot be read, or that no longer exists."""
     try:
         yield
     except OSError as error:
         raise KDHooksError(
-            f"teacher cache: '{error.filename or folder}' can't be read ({error.strerror}); look "
-            "at its permissions, or remove it and its .keys or .rows: its views are then embedded "
-            f"again; kdhooks cache verify {folder} checks all files"
+            f"teacher cache: '{error.filename or folder}' can't be read ({error.strerror}); check "
+            "its permissions, or remove the .rows and .keys files of this name: their views are "
+            f"then embedded again; kdhooks cache verify {folder} checks all files"
         ) from error
 
 
 def checksums(keys: Keys, rows: Embeddings) -> NDArray[np.uint32]:
-    """(n), (n e) -> (n): CRC-32 of each row, begun with its key."""
+    """(n), (n e) -> (n): CRC-32 of each row, with its key as the initial value."""
     pairs = zip(keys.tolist(), rows, strict=True)
     return np.array([zlib.crc32(row.data, key & 0xFFFFFFFF) for key, row in pairs], np.uint32)
 
@@ -94,7 +95,7 @@ def _append(path: Path, content: bytes) -> None:
 
 
 class Parts:
-    """All that lies in a folder, by number, and the part that this process writes."""
+    """The numbered parts of a folder, and the part that this process writes."""
 
     def __init__(self, folder: Path, dim: int) -> None:
         self.folder, self.dim = folder, dim
@@ -106,7 +107,10 @@ class Parts:
         return self._parts[number]
 
     def read_on(self) -> Iterator[tuple[int, int, Keys]]:
-        """What came since the last time: number of the part, first row, keys; oldest part first."""
+        """Yield the new records of each part: its number, the first new row and the new keys.
+
+        The oldest part comes first.
+        """
         with _named(self.folder):
             paths = sorted(self.folder.glob("*.keys"), key=lambda path: path.stat().st_mtime)
         for path in paths:
@@ -115,7 +119,7 @@ class Parts:
             yield number, known, self[number].read_on()
 
     def incomplete(self) -> Iterator[tuple[str, bool]]:
-        """What is wrong with the lengths of files, and whether records were lost by it."""
+        """Yield each fault in the lengths of the files, and whether it lost records."""
         for path in sorted({p.with_suffix(".keys") for p in self.folder.glob("*.rows")}):
             if not path.exists():
                 yield f"{path.with_suffix('.rows').name} has no {path.name}", False
@@ -126,17 +130,17 @@ class Parts:
                 yield f"{rows_name} is cut short: {rows:.10g} rows for {int(keys)} keys", True
             elif rows != keys:
                 text = f"{path.name} has {keys:.10g} keys for {rows:.10g} rows"
-                yield f"{text}: the last write was stopped, or goes on", False
+                yield f"{text}: the last write was interrupted, or is in progress", False
 
     def append(self, keys: Keys, rows: Embeddings) -> tuple[int, int, Keys]:
-        """As one item of `read_on`."""
+        """Write records to this process's own part, and return them like an item of `read_on`."""
         number = self._number(self._own)
         known = len(self[number])
         self[number].append(keys, rows)
         return number, known, self[number].read_on()
 
     def size(self, more: int = 0) -> int:
-        """Bytes of all files by now, whoever wrote them, with so many records more."""
+        """Return the bytes of the files of all processes, and of `more` records that may follow."""
         files = [*self.folder.glob("*.keys"), *self.folder.glob("*.rows")]
         return sum(path.stat().st_size for path in files) + more * (_KEY.itemsize + 2 * self.dim)
 
@@ -148,7 +152,7 @@ class Parts:
 
 
 class Index:
-    """Where each key's row lies: two sorted arrays, and a dict for what came since."""
+    """Finds the place of each key's row, in two sorted arrays and a dict of the newest keys."""
 
     def __init__(self) -> None:
         self._keys: Keys = np.empty(0, np.int64)
@@ -159,7 +163,7 @@ class Index:
         return len(self._keys) + len(self._recent)
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
-        """(b) -> (b), -1 where there is none."""
+        """(b) -> (b): the place of each key, or -1."""
         found = np.array([self._recent.get(key, -1) for key in keys.tolist()], np.int64)
         if len(self._keys):
             at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
@@ -168,7 +172,7 @@ class Index:
         return found
 
     def add(self, keys: Keys, places: NDArray[np.int64]) -> None:
-        """Of two places of a key the later one counts."""
+        """Add keys; if one is already known, its new place replaces the old one."""
         if len(self._recent) + len(keys) <= _RECENT:
             self._recent.update(zip(keys.tolist(), places.tolist(), strict=True))
             return

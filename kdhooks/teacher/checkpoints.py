@@ -1,4 +1,4 @@
-"""Weights from files: surely the ones meant, and into the network that they are of."""
+"""Loads weights from files, and checks that they are complete and belong to the network."""
 
 import hashlib
 import logging
@@ -15,14 +15,14 @@ from kdhooks.tensor_files import named_tensors, read_tensors, user_path
 
 log = logging.getLogger("kdhooks")
 
-_OURS = "kdhooks."  # a distilled teacher's own training may have saved the methods' weights too
+_OURS = "kdhooks."  # if the teacher was distilled, its checkpoint also holds its methods' weights
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-_KINDS = "have other kinds of numbers"
-_COUNTER = "num_batches_tracked"  # torch fills it in where an old file has none
+_KINDS = "have other dtypes"
+_COUNTER = "num_batches_tracked"  # torch adds it if an old file does not have it
 
 
 def refuse_untrained(module: nn.Module, whose: str = "teacher") -> None:
-    """A network whose every BatchNorm is still as it was made never saw a face."""
+    """Raise if the statistics of all BatchNorm layers still have their initial values."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracked = [m for m in norms if m.running_mean is not None and m.running_var is not None]
     if tracked and not any(_has_statistics(norm) for norm in tracked):
@@ -40,19 +40,19 @@ def _has_statistics(norm: "nn.modules.batchnorm._BatchNorm") -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one dictionary of a checkpoint whose names have one prefix, without it."""
+    """The tensors of one dictionary in a checkpoint that share a prefix, named without it."""
 
-    place: str  # the path of the dictionary and the prefix, like "state_dict.backbone"; "." is none
+    place: str  # the dictionary's path and the prefix, as "state_dict.backbone"; "." if both empty
     tensors: Mapping[str, Tensor]
 
     def is_at(self, place: str) -> bool:
-        """Whether this is the place given, or one inside of it."""
+        """Whether this is the given place, or is inside it."""
         return f"{self.place}.".startswith(f"{place.rstrip('.')}.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, of any shape: dictionaries in dictionaries, prefixes before the names."""
+    """The content of a file, in any structure: nested dictionaries, and prefixes before names."""
 
     path: Path
     content: object
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, named by the path to each."""
+        """All tensors of the file, by their paths."""
         return dict(named_tensors(self.content))
 
     def largest(self) -> dict[str, Tensor]:
@@ -72,7 +72,10 @@ class Checkpoint:
         return state
 
     def of(self, network: nn.Module, wanted: str = "", preferred: str = "") -> Weights | None:
-        """The one place at which all of the network's weights are, and nothing else."""
+        """Return the only place that holds all weights of the network and nothing else, if any.
+
+        wanted: consider only this place. preferred: choose this place if several fit.
+        """
         needed = _needed(network)
         distinct: list[Weights] = []
         for place in self._places(needed, wanted):
@@ -84,14 +87,14 @@ class Checkpoint:
         if len(distinct) > 1:
             names = [f"'{place.place}'" for place in distinct]
             raise KDHooksError(
-                f"{self.whose} checkpoint: '{self.path}' holds several sets of weights that fit "
-                f"the network and differ, at {listed(names)}; say which one is meant, as weights = "
+                f"{self.whose} checkpoint: '{self.path}' holds several different sets of weights "
+                f"that fit the network, at {listed(names)}; specify one of them, as weights = "
                 f"{names[0]} (or --weights)"
             )
         return distinct[0] if distinct else None
 
     def _places(self, needed: Mapping[str, Tensor], wanted: str = "") -> list[Weights]:
-        """Each dictionary and prefix at which some weight of the network has its whole name."""
+        """Return each dictionary and prefix with at least one full name of a network's weight."""
         found = []
         for dictionary in _dictionaries(self.content):
             for prefix in _prefixes(dictionary.tensors, needed):
@@ -105,19 +108,19 @@ class Checkpoint:
         return [place for place in found if not wanted or place.is_at(wanted)]
 
     def no_fit(self, network: nn.Module, wanted: str = "") -> str:
-        """What keeps the weights from being the network's, at the place where the fewest do."""
+        """Describe why no place fits, by the differences of the place that has the fewest."""
         where = f"{self.whose} checkpoint: '{self.path}'"
         needed = _needed(network)
         places = self._places(needed, wanted)
         if wanted and not places:
             known = [f"'{place.place}'" for place in self._places(needed)]
             return f"{where} has no weights at '{wanted}'; it has some at: {listed(known[:8])}"
-        text = f"{where} does not fit the network named for it"
+        text = f"{where} does not fit the specified network"
         if not places:
             names, own = list(self.tensors), list(needed)
             return (
                 f"{text}: none of its {len(names)} tensors ({listed(names[:3])}, …) is named like "
-                f"one of the network's {len(own)} ({listed(own[:3])}, …); name the network that "
+                f"one of the network's {len(own)} ({listed(own[:3])}, …); specify the network that "
                 "was trained, or the file of its weights"
             )
         nearest = min(places, key=lambda place: sum(map(len, _differences(place, needed).values())))
@@ -127,13 +130,13 @@ class Checkpoint:
         ]
         at = "" if nearest.place == "." else f"at '{nearest.place}' "
         return (
-            f"{text}: of its weights {at}{', '.join(kinds)}; name the network that was trained, "
-            "with the width that it had"
+            f"{text}: of its weights {at}{', '.join(kinds)}; specify the network that was trained, "
+            "with the same width"
         )
 
 
 def load_checkpoint(path: str | Path, whose: str = "teacher") -> Checkpoint:
-    """What `model.pt`, `checkpoint_gpu_{rank}.pt` or any other file holds; its hash is logged."""
+    """Read `model.pt`, `checkpoint_gpu_{rank}.pt` or any other file, and log its hash."""
     subject = f"{whose} checkpoint"
     path = user_path(path, subject)
     checkpoint = Checkpoint(path, read_tensors(path, subject), whose)
@@ -148,13 +151,13 @@ def load_checkpoint(path: str | Path, whose: str = "teacher") -> Checkpoint:
 def load_strictly(
     module: nn.Module, checkpoint: Checkpoint, weights: str = "", preferred: str = ""
 ) -> nn.Module:
-    """Every weight of the module comes from one place in the file, and all there is used.
+    """Load every weight of the module from one place in the file that holds nothing else.
 
-    weights: the place that is meant. preferred: the one to take if several fit.
+    weights: use only this place. preferred: choose this place if several fit.
     """
     found = checkpoint.of(module, weights, preferred)
     if found is None:
-        # Hooks of the module may know its weights by older names.
+        # The module's own load hooks may accept older names of its weights.
         found = Weights(".", checkpoint.largest())
         if weights or _KINDS in _differences(found, _needed(module)):
             raise KDHooksError(checkpoint.no_fit(module, weights))
@@ -167,7 +170,7 @@ def load_strictly(
         if not torch.isfinite(tensor).all():
             raise KDHooksError(
                 f"{where} holds weights that are not finite, in '{name}'; its training diverged, "
-                "or the file is damaged; name an earlier one"
+                "or the file is damaged; specify an earlier one"
             )
     if found.place != ".":
         left = len(checkpoint.tensors) - len(found.tensors)
@@ -180,7 +183,7 @@ def _needed(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _dictionaries(content: object, path: str = "") -> Iterator[Weights]:
-    """Each dictionary that holds tensors, with its path; the outer ones first."""
+    """Yield the tensors of each dictionary, with its path; the outer ones first."""
     items: Any = ()
     if isinstance(content, Mapping):
         items = content.items()
@@ -193,7 +196,7 @@ def _dictionaries(content: object, path: str = "") -> Iterator[Weights]:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> list[str]:
-    """What stands before a whole name of the network, in the order of the file."""
+    """Return all prefixes of the network's full weight names, in the order of the file."""
     found = (
         key.removesuffix(name)
         for key in tensors
@@ -204,7 +207,7 @@ def _prefixes(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> li
 
 
 def _differences(place: Weights, needed: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """In words, the names in which a place differs from the network; {} if it fits."""
+    """Return the weights that differ from the network's, by kind of difference; {} if it fits."""
     both = [key for key in needed if key in place.tensors]
     odd = [key for key in both if not _is_plain(place.tensors[key])]
     shapes = [
@@ -223,7 +226,7 @@ def _differences(place: Weights, needed: Mapping[str, Tensor]) -> dict[str, list
         "are not the network's": [key for key in place.tensors if key not in needed],
         "have other shapes": shapes,
         _KINDS: kinds,
-        "are sparse, nested or without numbers (meta)": odd,
+        "are sparse, nested or on the meta device": odd,
     }
     return {kind: keys for kind, keys in found.items() if keys}
 
@@ -233,7 +236,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _same_shape(found: Tensor, wanted: Tensor) -> bool:
-    """As load_state_dict sees it: torch before 0.4 had no scalars."""
+    """Compare shapes as load_state_dict does: torch before 0.4 had no scalars."""
     return found.shape == wanted.shape or (wanted.ndim == 0 and found.shape == (1,))
 
 

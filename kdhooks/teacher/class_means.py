@@ -1,4 +1,4 @@
-"""Class means of teacher embeddings: the classifier of a teacher that comes without one."""
+"""Class means of teacher embeddings: a classifier for a teacher that does not have one."""
 
 import hashlib
 from collections.abc import Iterable
@@ -23,14 +23,14 @@ _SUBJECT = "class means"
 
 @dataclass
 class _Sums:
-    """What a pass has summed so far, and of what."""
+    """The sums of a pass so far, and what identifies the pass."""
 
     sums: Tensor  # (c e)
     counts: Tensor  # (c)
     probe: Tensor  # (1 e), the teacher's embedding of a fixed image
     flip: bool
     batches: int = 0
-    labels: str = ""  # digest of those batches' labels
+    labels: str = ""  # digest of the labels in these batches
 
 
 def class_means(
@@ -43,21 +43,23 @@ def class_means(
 ) -> Tensor:
     """[((b 3 h w), (b))] -> (c e), unit length: the mean of each class's unit embeddings.
 
-    One pass over the training set, with its own labels (0 to classes - 1; below 0 is left out).
-    flip: embed the mirrored image too. Save the result with torch.save and name the file as
+    Make one pass over the training set, with its labels (0 to classes - 1; samples with a label
+    below 0 are left out). Save the result with torch.save, and specify the file as
     teacher.classifier.
+
+    flip: whether to embed the mirrored image too.
     save: a file for the sums so far, written every 100 batches and at the end. A later call with
-    the same teacher and the same batches, in the same order, goes on from it.
+        the same teacher and the same batches, in the same order, continues from it.
     """
     if isinstance(teacher, Teachers | list | tuple):
         raise KDHooksError(
-            f"{_SUBJECT}: teacher must be a single kdhooks.Teacher; found several; make class "
-            "means of each of them, as kdhooks.recipe.build_teachers(recipe) lists them"
+            f"{_SUBJECT}: teacher must be a single kdhooks.Teacher; found several; compute class "
+            "means for each of them; kdhooks.recipe.build_teachers(recipe) returns them as a list"
         )
     if not isinstance(teacher, Teacher):
         raise KDHooksError(
-            f"{_SUBJECT}: teacher must be a kdhooks.Teacher, as Teacher(module) or "
-            f"build_teacher(recipe) makes one; found {type(teacher).__name__}"
+            f"{_SUBJECT}: teacher must be a kdhooks.Teacher, as returned by Teacher(module) or "
+            f"build_teacher(recipe); found {type(teacher).__name__}"
         )
     if isinstance(teacher.stored, EmbeddingTable):
         raise KDHooksError(
@@ -70,7 +72,7 @@ def class_means(
         )
     if not isinstance(batches, Iterable):
         raise KDHooksError(
-            f"{_SUBJECT}: batches must be pairs of images and labels, as a loader gives them; "
+            f"{_SUBJECT}: batches must be pairs of images and labels, as a loader yields them; "
             f"found {type(batches).__name__}"
         )
     path = None if save is None else user_path(save, f"{_SUBJECT}: save")
@@ -78,7 +80,7 @@ def class_means(
         check_target(path, _SUBJECT)
     digest = hashlib.sha256()
     so_far: _Sums | None = None
-    number, seen = -1, 0  # of the last batch; images
+    number, seen = -1, 0  # number of the last batch, and of the images in earlier batches
     shape: torch.Size | None = None
     with TeacherSession(teacher) as session:
         for number, batch in enumerate(batches):
@@ -89,8 +91,8 @@ def class_means(
             shape = shape or images.shape[1:]
             if images.shape[1:] != shape:
                 raise KDHooksError(
-                    f"{_SUBJECT}: all images must have one shape; found {tuple(shape)} and, in "
-                    f"batch {number}, {tuple(images.shape[1:])}"
+                    f"{_SUBJECT}: all images must have the same shape; found {tuple(shape)} and, "
+                    f"in batch {number}, {tuple(images.shape[1:])}"
                 )
             if number >= so_far.batches:
                 _add(so_far, session, images, labels, seen)
@@ -100,7 +102,7 @@ def class_means(
             elif number == so_far.batches - 1 and digest.hexdigest() != so_far.labels:
                 raise KDHooksError(
                     f"{_SUBJECT}: '{path}' was summed over {so_far.batches} batches with other "
-                    "labels; give them in the same order, or remove it"
+                    "labels; pass the batches in the same order, or remove the file"
                 )
             seen += len(images)
     if so_far is None:
@@ -108,13 +110,13 @@ def class_means(
     if number + 1 < so_far.batches:
         raise KDHooksError(
             f"{_SUBJECT}: '{path}' was summed over {so_far.batches} batches; found {number + 1}; "
-            "give all of them in the same order, or remove it"
+            "pass all batches in the same order, or remove the file"
         )
     empty = torch.nonzero(so_far.counts == 0).flatten().tolist()
     if empty:
         raise KDHooksError(
             f"{_SUBJECT}: every class needs an image; {len(empty)} of {classes} have none (the "
-            f"first: {empty[:5]}); give all images, or number the classes without gaps"
+            f"first: {empty[:5]}); pass all images, or number the classes without gaps"
         )
     if path:
         write_tensors(asdict(so_far), path, _SUBJECT)
@@ -122,7 +124,7 @@ def class_means(
 
 
 def _checked(batch: object, number: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Images (b 3 h w) and their labels (b), in int64 on the CPU."""
+    """Check a batch, and return images (b 3 h w) and their labels (b), in int64 on the CPU."""
     where = f"{_SUBJECT}: batch {number}"
     pair = tuple(batch) if isinstance(batch, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
@@ -135,8 +137,8 @@ def _checked(batch: object, number: int, classes: int) -> tuple[Tensor, Tensor]:
     images, labels = pair
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise KDHooksError(
-            f"{where}: labels must be whole numbers, one class an image; found {labels.dtype}; "
-            "convert them, one-hot ones by argmax(1)"
+            f"{where}: labels must be whole numbers, one class per image; found {labels.dtype}; "
+            "convert them (one-hot labels with argmax(1))"
         )
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -162,7 +164,7 @@ def _checked(batch: object, number: int, classes: int) -> tuple[Tensor, Tensor]:
 def _fresh_or_saved(
     session: TeacherSession, images: Tensor, classes: int, flip: bool, path: Path | None
 ) -> _Sums:
-    """Nothing yet, or what an earlier pass of the same teacher left."""
+    """Return empty sums, or those that an earlier pass of the same teacher saved."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *images.shape[1:], generator=generator) * 2 - 1
     stored = session.teacher.stored
@@ -175,7 +177,7 @@ def _fresh_or_saved(
     except Exception as error:
         raise KDHooksError(
             f"{_SUBJECT}: the teacher must run on images of the shape {tuple(images.shape[1:])}; "
-            f"it raises {type(error).__name__}: {error}; give the images that the trainer gives"
+            f"it raises {type(error).__name__}: {error}; pass the images that the trainer uses"
         ) from error
     sums = torch.zeros(classes, probe.shape[1], dtype=torch.double)
     fresh = _Sums(sums, torch.zeros(classes, dtype=torch.long), probe, flip)
@@ -185,20 +187,20 @@ def _fresh_or_saved(
     kinds = {field.name: type(getattr(fresh, field.name)) for field in fields(_Sums)}
     if not isinstance(content, dict) or {k: type(v) for k, v in content.items()} != kinds:
         raise KDHooksError(
-            f"{_SUBJECT}: '{path}' holds no sums of an earlier pass; name another file for them "
-            "(the class means themselves are what this function returns)"
+            f"{_SUBJECT}: '{path}' holds no sums of an earlier pass; specify another file for them "
+            "(this function returns the class means, and does not save them)"
         )
     known = _Sums(**content)
     if not _is_whole(known):
         raise KDHooksError(
             f"{_SUBJECT}: '{path}' must hold finite sums (c e), counts (c) and a number of "
-            "batches; it is damaged; remove it, or name another file"
+            "batches; it is damaged; remove it, or specify another file"
         )
     same = known.sums.shape == sums.shape and known.flip == flip
     if not same or F.cosine_similarity(known.probe, probe).item() < 0.999:
         raise KDHooksError(
             f"{_SUBJECT}: '{path}' was started with another teacher, number of classes or flip; "
-            "remove it, or name another file"
+            "remove it, or specify another file"
         )
     return known
 
@@ -213,13 +215,13 @@ def _is_whole(found: _Sums) -> bool:
 
 
 def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor, seen: int) -> None:
-    """seen: images of the batches before, to name one that is at fault."""
+    """Add a batch to the sums. seen: images in earlier batches, to number a faulty image."""
     unit = F.normalize(session(images).embedding).double().cpu()
     if so_far.flip:
         unit += F.normalize(session(images.flip(-1)).embedding).double().cpu()
     if len(unit) != len(labels):
         raise KDHooksError(
-            f"{_SUBJECT}: the teacher must return an embedding an image; found {len(unit)} for "
+            f"{_SUBJECT}: the teacher must return one embedding per image; found {len(unit)} for "
             f"{len(labels)}"
         )
     wrong = ~torch.isfinite(unit).all(dim=1) | (unit == 0).all(dim=1)
@@ -229,7 +231,7 @@ def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor,
         why = "" if finite else ", since the image is not finite"
         raise KDHooksError(
             f"{_SUBJECT}: embeddings must be finite and not zero; that of image {seen + at}, of "
-            f"class {int(labels[at])}, is not{why}; leave it out, or look at the "
+            f"class {int(labels[at])}, is not{why}; leave it out, or check the "
             "teacher's weights, input and dtype"
         )
     known = labels >= 0

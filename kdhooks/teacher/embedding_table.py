@@ -1,4 +1,4 @@
-"""A table of embeddings in place of a teacher, with a row for each sample of the data set."""
+"""A table of embeddings that replaces a teacher: one row for each sample of the data set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +18,17 @@ Matrix: TypeAlias = Tensor | NDArray[Any]
 
 
 class EmbeddingTable:
-    """Embeddings (n e), row i of sample i of the training set; give it to `Teacher` as the model.
+    """Embeddings (n e): row i belongs to sample i of the training set.
 
-    They are read by the indices that the loop hands to `kd(images, labels, indices=…)`. Those of a
-    file that numpy or torch wrote stay on the disk until then.
+    Pass it to `Teacher` as the model. Rows are read by the indices that the loop passes to
+    `kd(images, labels, indices=…)`. The rows of a file that numpy or torch wrote stay on disk until
+    then.
     """
 
-    sha256 = None  # nobody knows which teacher filled it
+    sha256 = None  # the table does not record which teacher computed it
 
     def __init__(self, source: Tensor | str | Path) -> None:
-        """source: a tensor; or a file of one, .npy, .safetensors or as torch.save writes it."""
+        """source: a tensor, or a file with one: .npy, .safetensors, or written by torch.save."""
         self._name = "the tensor given"
         if isinstance(source, Tensor):
             rows: Matrix = source.detach().cpu()
@@ -45,7 +46,7 @@ class EmbeddingTable:
         self.dim: int = rows.shape[1]
 
     def check_shape(self, images: tuple[int, ...]) -> None:
-        """Images of any shape (3, h, w) will do, since they are not looked at."""
+        """Accept images of any shape (3, h, w), since the table does not use them."""
 
     def __call__(self, images: Tensor, indices: object = None) -> Tensor:
         """(b 3 h w), (b) -> (b e), on the device of the images, in float32 at least."""
@@ -57,12 +58,12 @@ class EmbeddingTable:
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def _checked(self, indices: object, b: int) -> Tensor:
-        """The indices (b) on the host."""
+        """Check the indices, and return them as (b) on the host."""
         if not isinstance(indices, Tensor):
             raise KDHooksError(
-                f"{_SUBJECT}: {self._name} is a table by the index of each sample, so that indices "
-                f"must be a tensor (b); found {type(indices).__name__}; call kd(images, labels, "
-                "indices=…), or name a folder that kdhooks cache build has filled, which needs none"
+                f"{_SUBJECT}: {self._name} is a table by the index of each sample, so indices must "
+                f"be a tensor (b); found {type(indices).__name__}; call kd(images, labels, "
+                "indices=…), or use a folder filled by kdhooks cache build, which needs no indices"
             )
         if indices.ndim == 2 and indices.shape[1] == 1:
             indices = indices[:, 0]
@@ -84,7 +85,7 @@ class EmbeddingTable:
 
 
 def _reader(rows: Matrix) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """From indices (b) to copies of the rows; and whether these are floating point."""
+    """Return a function from indices (b) to copies of rows, and whether the rows are floats."""
     if isinstance(rows, Tensor):
         return rows.__getitem__, rows.is_floating_point()
     array = rows
@@ -92,7 +93,7 @@ def _reader(rows: Matrix) -> tuple[Callable[[Tensor], Tensor], bool]:
 
 
 def _read(path: Path) -> Matrix:
-    """The one matrix in a file, mapped into memory."""
+    """Return the only matrix in a file, mapped into memory."""
     if first_bytes(path, _SUBJECT).startswith(b"\x93NUMPY"):
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -106,7 +107,7 @@ def _read(path: Path) -> Matrix:
     if len(found) != 1:
         raise KDHooksError(
             f"{_SUBJECT}: a table must be the only tensor in its file; found {len(found)} in "
-            f"'{path}' ({listed(list(found)[:6])}); save the table alone"
+            f"'{path}' ({listed(list(found)[:6])}); save only the table"
         )
     (tensor,) = found.values()
     return tensor

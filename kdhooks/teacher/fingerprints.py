@@ -1,4 +1,4 @@
-"""What tells a view from other views, and a teacher from other teachers."""
+"""Keys that identify views, and headers that identify teachers."""
 
 import hashlib
 import json
@@ -16,30 +16,30 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 
 Identity: TypeAlias = Mapping[str, object]
-"""What a teacher is, by name, as JSON holds it; None for what has no name that lasts."""
+"""The properties that identify a teacher, as JSON values; None if a property is not comparable."""
 
 HEADER = "teacher.json"
 FORMAT = 1
 IDENTITY = ("images", "weights", "input", "dtype")
-"""The keys that tell teachers apart."""
+"""The keys of a header that distinguish teachers."""
 
-_SEED = 20180118  # of the weights of the hash: another one makes every cache void
-_SAME = 0.05  # a device or a precision makes less, another teacher more
-_STEPS = 15  # of a grey level; odd, so that differences of whole levels keep their lowest bit
-_WHOLE = 1.5 * 2**23  # leaves float32 no bits for a fraction: the low ones are the number
+_SEED = 20180118  # of the weights of the hash; changing it invalidates every cache
+_SAME = 0.05  # relative; another device or precision differs by less, another teacher by more
+_STEPS = 15  # per grey level; odd, so that differences of whole levels keep their lowest bit
+_WHOLE = 1.5 * 2**23  # a float32 plus this has no fraction bits: its low bits are a whole number
 
 
 class ViewKeys:
-    """A key of 64 bits for each image, from its content alone.
+    """Computes a 64-bit key for each image, from its content only.
 
-    Pixels are rounded to 1/15 of a grey level, so that the ways in which trainers bring a picture
-    of 8 bits to [-1, 1] all give the same key. Each half of the key is the sum of these numbers,
-    each times a fixed random one, modulo 2^32: whole numbers, so that it depends neither on the
-    device nor on the rest of the batch.
+    Pixels are rounded to 1/15 of a grey level, because trainers scale 8-bit pictures to [-1, 1] in
+    slightly different ways, which must all result in the same key. Each half of the key is the sum
+    of these numbers, each multiplied by a fixed random number, modulo 2^32. These are whole
+    numbers, so the key depends neither on the device nor on the rest of the batch.
 
-    Two different pictures share a key with probability 2^-64 (2^-(64-2n) where all their
-    differences are multiples of 2^n levels). Among 10^8 views any two do with 0.0003. Views that
-    differ by less than a rounding step in every pixel count as the same.
+    Two different pictures share a key with probability 2^-64, or 2^-(64-2n) if all their
+    differences are multiples of 2^n levels. Among 10^8 views, the probability that any two share a
+    key is 0.0003. Views that differ by less than a rounding step in every pixel count as the same.
     """
 
     def __init__(self) -> None:
@@ -51,19 +51,19 @@ class ViewKeys:
         if self._weights.shape[1] != count or self._weights.device != images.device:
             self._weights = _weights(count).to(images.device)
         pixels = images.float().reshape(images.shape[0], 1, count)
-        # Three roundings, and not one multiply-add, which would give other keys.
+        # Separate operators, each of which rounds: a fused multiply-add would change the keys.
         grid = pixels.add(1).mul_(127.5 * _STEPS).add_(_WHOLE).view(torch.int32)
         halves = (grid * self._weights).sum(2, dtype=torch.int32)
-        # The two halves lie side by side in memory, so that they can be read as one key: the fewer
-        # operators there are, the less the host has to start.
+        # The two halves are adjacent in memory, so a view joins them without another operator for
+        # the host to launch.
         key: Tensor = halves.view(torch.int64).squeeze(1)
         return key
 
 
 def _weights(count: int) -> Tensor:
-    """(2 count) int32, for the halves of a key in the order in which they lie in memory.
+    """(2 count) int32: the weights for the two halves of a key, in their order in memory.
 
-    numpy promises this stream of bits for all its versions.
+    numpy guarantees the same stream of bits in all its versions.
     """
     raw = np.random.PCG64(_SEED).random_raw(count)
     high_first = torch.from_numpy(raw.view(np.int32).reshape(2, count))
@@ -77,7 +77,7 @@ def probe_images(like: Tensor) -> Tensor:
 
 
 def weights_of(model: nn.Module | Callable[[Tensor], object]) -> str | None:
-    """A SHA-256; None for a function without a `sha256` of its own."""
+    """Return the SHA-256 of a model's weights; None for a function without a `sha256`."""
     return digest(model) if isinstance(model, nn.Module) else getattr(model, "sha256", None)
 
 
@@ -92,27 +92,30 @@ def digest(module: nn.Module) -> str:
 
 
 def check_header(folder: Path, teacher: Identity, probe: Tensor) -> None:
-    """The folder's own, written where there is none, must name the same teacher."""
+    """Check that the folder's header names this teacher. Write the header if there is none."""
     mine = {"dim": probe.shape[1], **teacher}
     write_header(folder, {"format": FORMAT, **mine, "probe": probe.double().cpu().tolist()})
     known = read_header(folder)
     for name, value in mine.items():
         if known.get(name) != value:
             raise KDHooksError(
-                f"teacher cache: '{folder}' was filled with {name} {known.get(name)!r}, the "
-                f"teacher at hand has {value!r}; remove the folder, or name another"
+                f"teacher cache: '{folder}' was filled with {name} {known.get(name)!r}, but this "
+                f"teacher has {value!r}; remove the folder, or specify another"
             )
     check_same(folder, torch.tensor(known["probe"]), probe.cpu(), "embeddings of one fixed batch")
 
 
 def check_same(folder: Path, found: Tensor, wanted: Tensor, what: str) -> None:
-    """(n e), (n e): each row within 5 % of the teacher's, as on any device and of any dtype."""
+    """(n e), (n e): check that each row is within 5 % of the teacher's.
+
+    This holds for the same teacher on any device and in any dtype.
+    """
     length = wanted.float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     off = float(((found.float() - wanted.float()).norm(dim=1) / length).max())
     if not off <= _SAME:
         raise KDHooksError(
             f"teacher cache: '{folder}' was filled by another teacher: {what} are {off:.1%} off; "
-            "remove the folder, or name another"
+            "remove the folder, or specify another"
         )
 
 
@@ -121,18 +124,18 @@ def read_header(folder: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise KDHooksError(
-            f"teacher cache: '{folder}' holds no {HEADER}; name the folder of a cache, as "
-            "teacher.cache does"
+            f"teacher cache: '{folder}' holds no {HEADER}; specify the folder of a cache, as in "
+            "teacher.cache"
         ) from error
     except (OSError, ValueError) as error:
         raise KDHooksError(
             f"teacher cache: '{folder / HEADER}' can't be read ({error}); remove the folder, or "
-            "name another"
+            "specify another"
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise KDHooksError(
-            f"teacher cache: '{folder / HEADER}' must be of format {FORMAT}, which this kdhooks "
-            "writes; it is of another; remove the folder, or name another"
+            f"teacher cache: '{folder / HEADER}' must have format {FORMAT}, as this version of "
+            "kdhooks writes it; it has another; remove the folder, or specify another"
         )
     dim = header.get("dim")
     try:
@@ -143,14 +146,14 @@ def read_header(folder: Path) -> dict[str, Any]:
     if type(dim) is not int or shape != (2, dim) or not header.keys() >= set(IDENTITY):
         raise KDHooksError(
             f"teacher cache: '{folder / HEADER}' must hold dim, and probe with two embeddings of "
-            f"that width, and {', '.join(IDENTITY)}; it is damaged; remove the folder, or name "
+            f"that width, and {', '.join(IDENTITY)}; it is damaged; remove the folder, or specify "
             "another"
         )
     return header
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    """Whole, and by the first process that gets there; the others leave it as it is."""
+    """Write the header atomically, unless another process has already written one."""
     draft = folder / f"{HEADER}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +168,6 @@ def write_header(folder: Path, header: Mapping[str, Any]) -> None:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise KDHooksError(
-            f"teacher cache: '{folder}' can't be begun ({error.strerror}); make room, or name "
-            "another folder as teacher.cache"
+            f"teacher cache: '{folder}' can't be created ({error.strerror}); free some space, or "
+            "specify another folder as teacher.cache"
         ) from error

@@ -1,4 +1,4 @@
-"""What the trainer's images become before the teacher sees them."""
+"""Converts the trainer's images to the images that the teacher expects."""
 
 import sys
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from kdhooks.errors import KDHooksError
 
 @dataclass(frozen=True)
 class InputTransform:
-    """From the trainer's images to what the teacher expects.
+    """Converts the trainer's images to the images that the teacher expects.
 
-    The trainer gives RGB, (pixel - 127.5) / 127.5. The teacher gets `order` channels at `size`
-    (height, width), (pixel - mean) / std with pixels in 0..255. mean and std are a number each, or
-    one for each of the channels, in that order.
+    The trainer's images are RGB, (pixel - 127.5) / 127.5. The teacher's have their channels in
+    `order`, the size `size` (height, width), and the scale (pixel - mean) / std with pixels in
+    0..255. mean and std are one number each, or one for each of the channels, in that order.
     """
 
     size: tuple[int, int] | None = None
@@ -38,9 +38,9 @@ class InputTransform:
             raise KDHooksError(f"teacher input: std must be positive; found {self.std}")
         if min(_three(self.std)) < 1:
             raise KDHooksError(
-                "teacher input: mean and std are those of pixels in 0..255, which a std below 1 "
-                f"would enlarge; found mean {self.mean}, std {self.std}; multiply those of pixels "
-                "in 0..1 by 255"
+                "teacher input: mean and std must be those of pixels in 0..255, and std at least "
+                f"1; found mean {self.mean}, std {self.std}; if they are those of pixels in 0..1, "
+                "multiply them by 255"
             )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ class InputTransform:
 
 
 def channels(value: object, what: str) -> float | tuple[float, ...]:
-    """A number, or three as a tuple; a list of one is that number."""
+    """Return a number, or a tuple of three; a list of one becomes that number."""
     given: Any = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     numbers: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     known = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
     finite = known and all(abs(n) <= sys.float_info.max for n in numbers)  # not nan, nor 10**400
     if not finite or len(numbers) not in (1, 3):
-        raise KDHooksError(f"{what} must be a number, or one for each of three; found {value!r}")
+        raise KDHooksError(f"{what} must be a number, or a list of three; found {value!r}")
     single: float = numbers[0]
     return single if len(numbers) == 1 else tuple(map(float, numbers))
 

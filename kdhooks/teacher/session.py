@@ -1,4 +1,4 @@
-"""One run's use of a teacher: its taps, its adapter, its cache, and work that was started ahead."""
+"""Runs a teacher for one training run: its taps, its adapter, its cache, and running it ahead."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ class TeacherOutput:
         yield from self.features.values()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "TeacherOutput":
-        """All tensors changed, to others with the same finite numbers."""
+        """Apply `change`, which must keep finite tensors finite, to every tensor."""
         features = {path: change(tensor) for path, tensor in self.features.items()}
         return TeacherOutput(change(self.embedding), features, self.finite)
 
@@ -49,16 +49,16 @@ class _Ahead(NamedTuple):
     """The output for images whose student forward has just started."""
 
     images: Tensor
-    version: int  # of the images, which somebody may overwrite before the call
+    version: int  # of the images, to notice if they are overwritten before the call
     output: Later[TeacherOutput]
 
 
 class TeacherSession(NotCopied):
     """Runs a `Teacher`, frozen, in eval mode and without gradients, until it is closed.
 
-    A session owns everything that the run adds to the teacher, so the sessions of several runs do
-    not know of each other. Calling it returns the output for the trainer's images. `run_ahead`
-    starts that work before the student's forward, whose activations take no memory yet.
+    A session owns everything that the run adds to the teacher, so the sessions of several runs are
+    independent. Calling it returns the output for the trainer's images. `run_ahead` starts that
+    work before the student's forward, while the student's activations do not yet take memory.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TeacherSession(NotCopied):
         """
         taps: paths of the teacher's submodules whose outputs each call returns.
         adapter: called as (the teacher's module, images) -> (b e), with gradients.
-        like: images (b 3 h w) like the trainer's; they open the teacher's cache, if it has one.
+        like: images (b 3 h w) of the trainer's shape, which are needed to open the teacher's cache.
         """
         self.teacher, self.adapter = teacher, adapter
         self.named = [("teacher", teacher)]
@@ -105,7 +105,7 @@ class TeacherSession(NotCopied):
                 raise
 
     def __call__(self, images: Tensor, indices: Tensor | None = None) -> TeacherOutput:
-        """(b 3 h w), the trainer's images; (b), their places in the training set, for a table."""
+        """(b 3 h w), the trainer's images; (b), their indices in the training set, for a table."""
         if self._table is not None:
             return TeacherOutput(self._table(images, indices), {})
         ahead, self._ahead = self._ahead, None
@@ -116,7 +116,7 @@ class TeacherSession(NotCopied):
 
     @property
     def by_index(self) -> bool:
-        """Whether a call needs the places of the samples in the training set."""
+        """Whether a call needs the indices of the samples in the training set."""
         return self._table is not None
 
     @property
@@ -125,29 +125,32 @@ class TeacherSession(NotCopied):
         return [] if self.cache is None else [self.cache]
 
     def of_each(self, output: TeacherOutput) -> list[tuple[str, Teacher, TeacherOutput]]:
-        """What each teacher, by name, put out in the last call: here there is one."""
+        """Return the name, teacher and output of each teacher; here there is only one."""
         return [("teacher", self.teacher, output)]
 
     def run_ahead(self, images: Tensor) -> None:
-        """Start on these images (b 3 h w); the next call with the same images takes the output.
+        """Start computing the output for these images (b 3 h w), for the next call with them.
 
-        After _PATIENCE outputs that no call took, running ahead is switched off.
+        After _PATIENCE outputs that no call used, running ahead is switched off.
         """
         self._ahead = None
-        if self._table is not None:  # it waits for the indices
+        if self._table is not None:  # it needs the indices, which come with the call
             return
         if torch.compiler.is_compiling() or images.is_inference() or self._unused > _PATIENCE:
             return
         if self._device != images.device and self.teacher.stored is None:
-            return  # only a call moves the teacher
-        self._unused += 1  # until it is used
+            return  # only a call moves the teacher to another device
+        self._unused += 1  # a call that uses the output subtracts it again
         if self._unused > _PATIENCE:
-            log.info("the teacher runs after the student: no call used the outputs started ahead")
+            log.info(
+                "from now on the teacher runs after the student, since no call used the outputs "
+                "that were started ahead"
+            )
             return
         self._ahead = _Ahead(images, images._version, self._start(images))
 
     def drop_ahead(self) -> None:
-        """Forget what was started ahead."""
+        """Discard the output that was started ahead."""
         self._ahead = None
 
     def _start(self, images: Tensor) -> Later[TeacherOutput]:
@@ -171,8 +174,8 @@ class TeacherSession(NotCopied):
         # Outside of the handler, because the exception keeps the first try's tensors alive.
         self._micro_batch = (len(images) + 1) // 2
         log.warning(
-            "teacher: no memory for %d images in one call; from now on it gets %d, as with "
-            "teacher.micro_batch = %d",
+            "teacher: not enough memory for %d images in one call; from now on it gets %d at a "
+            "time, as with teacher.micro_batch = %d",
             len(images),
             self._micro_batch,
             self._micro_batch,
@@ -204,7 +207,7 @@ class TeacherSession(NotCopied):
     def _prepare(self, images: Tensor) -> None:
         teacher = self.teacher
         if teacher.module is not None and teacher.module.training:
-            set_eval(teacher.module)  # somebody has put it into training mode
+            set_eval(teacher.module)  # the host may have switched it to training mode
         if self._device != images.device:
             self._device = images.device
             self._autocast = torch.autocast(
@@ -222,8 +225,8 @@ class TeacherSession(NotCopied):
         if self._tapped or self.adapter:
             kept = f"tapped at {', '.join(self._tapped)}" if self._tapped else "adapted in training"
             raise KDHooksError(
-                f"teacher.cache keeps embeddings alone, and the teacher is {kept}; remove "
-                "teacher.cache, or the methods that do this"
+                f"teacher.cache stores embeddings only, but the teacher is {kept}; remove "
+                "teacher.cache, or the methods that need this"
             )
         ours = isinstance(teacher.transform, InputTransform)
         known = {
@@ -237,10 +240,10 @@ class TeacherSession(NotCopied):
         return TeacherCache(teacher.cache, known, probe)
 
     def close(self) -> None:
-        """Take every hook off the teacher, and write what the cache has not yet written."""
+        """Remove every hook from the teacher, and write the cache's pending embeddings."""
         self._taps.remove()
         self._ahead = None
-        if self._stream is not None:  # it may still compute an output that nobody took
+        if self._stream is not None:  # it may still be computing an unused output
             self._stream.join()
         if self.cache is not None:
             self.cache.flush()
@@ -253,7 +256,7 @@ class TeacherSession(NotCopied):
 
 
 class _LookedUp:
-    """Embeddings from the cache: their keys are on the way to the host, and `get` looks them up."""
+    """Embeddings from the cache: `get` waits for their keys on the host, and looks them up."""
 
     def __init__(self, session: TeacherSession, images: Tensor) -> None:
         assert session.cache is not None
@@ -278,12 +281,12 @@ def _joined(parts: Sequence[TeacherOutput]) -> TeacherOutput:
 
 
 def _embedding(output: object) -> Tensor:
-    """In float32 at least, and usable in a loss."""
+    """Check the embedding, and return it in float32 at least, and usable in a loss."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise KDHooksError(
-            f"teacher embedding must be a tensor (b e); found {found}; name the submodule that "
-            "puts it out as taps.teacher.embedding"
+            f"teacher embedding must be a tensor (b e); found {found}; specify the submodule that "
+            "returns it as taps.teacher.embedding"
         )
     if output.is_inference():
         output = output.clone()

@@ -1,4 +1,4 @@
-"""One run's use of several teachers: a session of each, and their outputs joined."""
+"""Runs several teachers for one training run: one session for each, with joined outputs."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from kdhooks.teacher.teacher import Teacher
 
 
 class TeacherSessions(NotCopied):
-    """A `TeacherSession` of each teacher; it is used like a session of one."""
+    """One `TeacherSession` for each teacher; it is used like a single session."""
 
     adapter = None
 
@@ -37,7 +37,7 @@ class TeacherSessions(NotCopied):
             undo.pop_all()
 
     def __call__(self, images: Tensor, indices: Tensor | None = None) -> TeacherOutput:
-        """(b 3 h w), (b), as of one session."""
+        """(b 3 h w), (b), as for a single session."""
         outputs = []
         for number, session in enumerate(self._sessions):
             with numbered(number):
@@ -55,7 +55,7 @@ class TeacherSessions(NotCopied):
 
     @property
     def by_index(self) -> bool:
-        """Whether a call needs the places of the samples in the training set."""
+        """Whether a call needs the indices of the samples in the training set."""
         return any(session.by_index for session in self._sessions)
 
     @property
@@ -64,7 +64,10 @@ class TeacherSessions(NotCopied):
         return [cache for session in self._sessions for cache in session.caches]
 
     def of_each(self, output: TeacherOutput) -> list[tuple[str, Teacher, TeacherOutput]]:
-        """What each teacher, by name, put out in the last call; its embeddings at length 1/√m."""
+        """Return the name, teacher and output of each of m teachers.
+
+        The embeddings have the length 1/√m, at which they were joined.
+        """
         parts = output.embedding.split(self._widths, dim=1)
         return [
             (
@@ -100,7 +103,7 @@ def open_session(
     adapter: nn.Module | None = None,
     like: Tensor | None = None,
 ) -> TeacherSession | TeacherSessions:
-    """The arguments are those of `TeacherSession`; several teachers have no adapter."""
+    """Open a session, with the arguments of `TeacherSession`; several teachers have no adapter."""
     if isinstance(teacher, Teacher):
         return TeacherSession(teacher, taps, adapter, like)
     assert adapter is None

@@ -1,4 +1,4 @@
-"""Several teachers that teach as one: their embeddings, their class rows and their taps, joined."""
+"""Several teachers used as one: their embeddings, class rows and taps are joined."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,16 @@ _NUMBERED = re.compile(r"([0-9]{1,4})(?:\.(?=.)|(?=[@\[:])|$)(.*)")
 class Teachers:
     """Two or more `Teacher`s, which are numbered from 0.
 
-    They have one embedding and one classifier, in which a cosine is the mean of theirs. A path
-    starts with a teacher's number: `1.layer3`. `1` is all that teacher 1 puts out, and the empty
-    path is the joined embedding.
+    They have one joined embedding and one joined classifier. A cosine between these is the mean of
+    the teachers' cosines. A path starts with a teacher's number, as `1.layer3`. The path `1` is the
+    output of teacher 1, and the empty path is the joined embedding.
     """
 
     embedding = ""
 
     def __init__(self, members: Sequence[Teacher]) -> None:
         self.members = tuple(members)
-        # A teacher that is a function has no submodules, and keeps its number.
+        # A function has no submodules; the placeholder keeps the numbers of the others right.
         self.module = nn.ModuleList([one.module or nn.Identity() for one in self.members])
         rows = [one.classifier for one in self.members]
         known = [one for one in rows if one is not None]
@@ -35,7 +35,10 @@ class Teachers:
         """The numbers of the teachers without class rows, if others have them."""
 
     def split(self, paths: Sequence[str]) -> list[dict[str, str]]:
-        """By teacher: each path without the number, and with it. The empty path is nobody's."""
+        """Return a dict for each teacher: its paths without the number -> the whole paths.
+
+        The empty path belongs to no teacher.
+        """
         found: list[dict[str, str]] = [{} for _ in self.members]
         for path in paths:
             if path:
@@ -44,12 +47,12 @@ class Teachers:
         return found
 
     def place(self, path: str) -> tuple[int, str]:
-        """`1.layer3` -> (1, "layer3")."""
+        """Split a path into the number and the rest: `1.layer3` -> (1, "layer3")."""
         found = _NUMBERED.fullmatch(path)
         if found is None or int(found[1]) >= len(self.members):
             raise KDHooksError(
                 f"teacher tap '{path}' must start with the number of one of {len(self.members)} "
-                "teachers, which are counted from 0, as in '0.layer3'"
+                "teachers, which are numbered from 0, as in '0.layer3'"
             )
         return int(found[1]), found[2]
 
@@ -64,7 +67,7 @@ def numbered(number: int) -> Iterator[None]:
 
 
 def listed_teachers(given: object) -> list[Any]:
-    """The items of a list or a tuple of teachers; of anything else, itself."""
+    """Return the teachers as a list; anything but a list or tuple becomes a list of one."""
     if not isinstance(given, list | tuple):
         return [given]
     if not given:
@@ -73,7 +76,10 @@ def listed_teachers(given: object) -> list[Any]:
 
 
 def one_or_several(given: object) -> Teacher | Teachers:
-    """A `Teacher`, module or function; or a list of them. A list of one is that teacher."""
+    """Return a `Teacher`, or the `Teachers` of a list of two or more.
+
+    given: a `Teacher`, module or function, or a list of them.
+    """
     every = listed_teachers(given)
     if len(every) == 1:
         return every[0] if isinstance(every[0], Teacher) else Teacher(every[0])

@@ -1,4 +1,4 @@
-"""Where a recipe's teacher comes from and how it runs; and its network, made and loaded."""
+"""A recipe's table for a teacher: its source, how it runs, and loading its network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,17 +17,18 @@ from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.tensor_files import first_bytes
 
 NetworkFactory: TypeAlias = Callable[[Any, Mapping[str, Tensor]], nn.Module]
-"""A host's own way from `teacher.network` and the checkpoint's tensors to an empty module."""
+"""A host's function: builds the module from `teacher.network` and the checkpoint's tensors.
+
+The weights are loaded into the module afterwards.
+"""
 
 
 Channels: TypeAlias = float | tuple[float] | tuple[float, float, float]
 
 _SOURCES = ("module", "network", "config", "onnx", "insightface", "embeddings")
-_RUN = _SOURCES[:-1]  # those whose teacher is a network that runs
+_RUN = _SOURCES[:-1]  # the sources of a network, which runs
 FILES = ("checkpoint", "config", "onnx")
-_BELONGS: Mapping[
-    str, tuple[str, ...]
-] = {  # an option of the teacher's -> the sources that it belongs to
+_BELONGS: Mapping[str, tuple[str, ...]] = {  # option -> the sources that it applies to
     "checkpoint": ("network", "config"),
     "weights": ("network", "config"),
     "convert": ("onnx", "insightface"),
@@ -42,11 +43,11 @@ _BELONGS: Mapping[
     "micro_batch": _RUN,
     "cache": _RUN,
 }
-_OFF = (False, "", "float32")  # what such an option is if it is written, and changes nothing
+_OFF = (False, "", "float32")  # values with which such an option changes nothing
 
 
 def _given(source: str) -> Mapping[str, Any]:
-    """In JSON Schema."""
+    """Return the JSON Schema that requires this source."""
     return {"required": [source]}
 
 
@@ -73,25 +74,25 @@ class TeacherTable(Options, subject="recipe: teacher"):
     )
     network: str | Mapping[str, Any] | None = option(
         None,
-        "The name of a network that the host can build, or package.module:factory; for MMEngine a "
-        "config.",
+        "The name of a network that the host can build, or package.module:factory; in MMEngine the "
+        "config of a model.",
     )
     config: Path | None = option(
-        None, "A config file of MMEngine, whose model is the network; in MMEngine alone."
+        None, "An MMEngine config file, whose model is the network; in MMEngine only."
     )
     onnx: Path | None = option(None, "An ONNX file.")
     insightface: str | None = option(None, "The name of an insightface pack, such as buffalo_l.")
     embeddings: Path | None = option(
         None,
-        "In place of a network, which is then not loaded: a folder that kdhooks cache build has "
-        "filled; or a file with one row for each sample, if the loop gives indices.",
+        "Stored embeddings instead of a network: a folder that kdhooks cache build has filled; or, "
+        "if the loop passes indices, a file with one row for each sample.",
     )
     checkpoint: Path | None = option(None, "The file of the network's weights.")
     weights: str = option(
-        "", "The place of the weights in the checkpoint, if several sets fit, such as ema."
+        "", "The place of the weights in the checkpoint, such as ema, if several sets fit."
     )
     output: str | None = option(
-        None, "The output of the ONNX file that is the embedding, if it has several."
+        None, "The output of the ONNX file that is the embedding, if the file has several outputs."
     )
     root: Path | None = option(
         None, "The folder of insightface's packs; by default ~/.insightface."
@@ -106,23 +107,25 @@ class TeacherTable(Options, subject="recipe: teacher"):
     )
     embedding: str | None = option(
         None,
-        "The submodule that returns the embedding, as taps.teacher.embedding names it for a single "
-        "teacher.",
+        "The submodule that returns the embedding; for a single teacher, taps.teacher.embedding "
+        "can name it too.",
     )
     input: InputTable = option(InputTable(), "The images that the teacher expects.")
     dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "The precision of an autocast around the teacher."
+        "float32", "The autocast precision in which the teacher runs."
     )
     channels_last: bool = option(False, "Keep the weights in channels_last memory order.")
     compile: bool | Literal["reduce-overhead", "max-autotune"] = option(
         False, "Whether to use torch.compile, or its mode."
     )
-    side_stream: bool = option(False, "Run beside the student on CUDA, which takes more memory.")
+    side_stream: bool = option(
+        False, "Run at the same time as the student on CUDA, which takes more memory."
+    )
     micro_batch: int | None = option(
-        None, "The most images in one call of the teacher; by default the batch.", least=1
+        None, "The most images in one call of the teacher; by default the whole batch.", least=1
     )
     cache: CacheOptions | Path | None = option(
-        None, "A folder that keeps the embeddings, so that a view is embedded once."
+        None, "A folder that stores the embeddings, so that each view is embedded only once."
     )
 
     rules: ClassVar[Mapping[str, Any]] = {
@@ -143,7 +146,7 @@ class TeacherTable(Options, subject="recipe: teacher"):
         if sources[0] in ("network", "config") and not self.has("checkpoint"):
             raise self.refused(
                 sources[0],
-                "needs teacher.checkpoint, since a network without weights knows nothing; found "
+                "needs teacher.checkpoint, since the network would be untrained; found "
                 f"{listed(self.given())}",
             )
         for key, owners in _BELONGS.items():
@@ -154,8 +157,8 @@ class TeacherTable(Options, subject="recipe: teacher"):
         if sources[0] in ("onnx", "insightface") and self.has("dtype") and not self.convert:
             raise self.refused(
                 "dtype",
-                "is of a torch module, and onnxruntime computes in the file's own precision; set "
-                f"convert = true, or leave it out; found '{self.dtype}'",
+                "applies to torch modules, but onnxruntime computes in the file's own precision; "
+                f"set convert = true, or leave it out; found '{self.dtype}'",
             )
         if self.embeddings is not None and not self.embeddings.exists():
             raise self.refused(
@@ -179,9 +182,9 @@ class TeacherTable(Options, subject="recipe: teacher"):
 def with_module(
     spec: TeacherTable, network: NetworkFactory | None = None, preferred: str = ""
 ) -> TeacherTable:
-    """A teacher's table with its network made and loaded; class rows may be in the same file.
+    """Build and load the network of a teacher's table; class rows may be in the same file.
 
-    preferred: the host's place of the weights in a checkpoint that has several sets of them.
+    preferred: the place to choose if several sets of weights in the checkpoint fit.
     """
     name = spec.network
     if name is None:
@@ -191,9 +194,9 @@ def with_module(
     factory = factory_named(str(name), "teacher.network") if is_factory_name(name) else None
     if factory is None and network is None:
         raise KDHooksError(
-            f"teacher network {name!r} is built by a host's own factory, and there is none here; "
-            "name a function of your own as package.module:factory, give the module itself as "
-            "teacher, or kdhooks.build(…, network=factory)"
+            f"teacher network {name!r} needs a factory of the host, and there is none here; "
+            "specify a function of your own as package.module:factory, pass the module itself as "
+            "teacher, or call kdhooks.build(…, network=factory)"
         )
     checkpoint = load_checkpoint(spec.checkpoint)
     if factory is not None:

@@ -1,4 +1,4 @@
-"""What the teacher is, and how it is run; the same for every run that shares it."""
+"""A frozen teacher model and how to run it, which several runs can share."""
 
 import logging
 from collections.abc import Callable
@@ -36,7 +36,7 @@ _ARGUMENTS = {
 
 
 class Teacher:
-    """A frozen model and how to run it. A Teacher never changes, so any number of runs share it.
+    """A frozen model and how to run it. It never changes, so any number of runs can share it.
 
     It is not an nn.Module: neither the student's checkpoint nor its optimizer, `.train()`, deepcopy
     or pickle can reach the model through it. A `TeacherSession` runs it.
@@ -58,20 +58,21 @@ class Teacher:
         cache: CacheOptions | str | Path | None = None,
     ) -> None:
         """
-        model: a module, a ScriptModule, an exported program, a function (b 3 h w) -> (b e), or
-            `CachedEmbeddings`, or an `EmbeddingTable`.
+        model: a module, a ScriptModule, an exported program, a function (b 3 h w) -> (b e),
+            `CachedEmbeddings` or an `EmbeddingTable`.
         run: called as run(model, images), for a model that takes more than images; by default
             model(images).
         transform: from the trainer's images to the model's input; see `InputTransform`.
         classifier: the class rows (c e) of the teacher, a file of them, or the name of the module's
             parameter that holds them.
         embedding: path of the submodule that returns the embedding; "" is the model's output.
-        dtype: of an autocast around the model; by default there is none.
+        dtype: the autocast dtype in which the model runs; by default there is no autocast.
         compile: whether to use torch.compile, or its mode: "reduce-overhead" or "max-autotune".
-        side_stream: whether to run beside the student's forward on CUDA, which takes more memory.
-        micro_batch: the most images in one call of the model; when a GPU's memory is short, the
-            session halves it by itself.
-        cache: a folder that keeps embeddings, so that a view is embedded once.
+        side_stream: whether to run at the same time as the student's forward on CUDA, which takes
+            more memory.
+        micro_batch: the most images in one call of the model; when the GPU runs out of memory, the
+            session halves it automatically.
+        cache: a folder that stores embeddings, so that each view is embedded only once.
         """
         _check_compile(compile)
         check_arguments(
@@ -95,7 +96,7 @@ class Teacher:
         if side_stream and isinstance(compile, str):
             raise KDHooksError(
                 f"teacher: side_stream and compile = {compile!r} exclude each other, since CUDA "
-                "graphs of two streams would share their memory; take compile = true"
+                "graphs of two streams would share their memory; use compile = true"
             )
         if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
             raise KDHooksError(
@@ -110,8 +111,9 @@ class Teacher:
             )
         if isinstance(getattr(model, "__self__", None), nn.Module):
             raise KDHooksError(
-                "teacher is a method of a module, which nobody would freeze; give the module "
-                "itself, and run=lambda model, images: … to call another method than forward"
+                "teacher must not be a method of a module, since the module would not be frozen; "
+                "pass the module itself, and run=lambda model, images: … to call another method "
+                "than forward"
             )
         self.stored = model if isinstance(model, CachedEmbeddings | EmbeddingTable) else None
         if self.stored is not None:
@@ -122,16 +124,15 @@ class Teacher:
             }  # fmt: skip
             if given := [name for name, value in changed.items() if value]:
                 raise KDHooksError(
-                    "teacher: embeddings that are stored are read as they are, without a network; "
-                    f"found the arguments {listed(given)}, which change how one runs; leave them "
-                    "out"
+                    "teacher: stored embeddings are read without a network; found the arguments "
+                    f"{listed(given)}, which apply to a network only; leave them out"
                 )
         self.module = unwrap(model) if isinstance(model, nn.Module) else None
         if self.module is None and (compile or channels_last):
             raise KDHooksError(
-                "teacher: compile and channels_last change a torch module, and the teacher is a "
-                "function, which would run as it is; leave them out, or give the module itself (of "
-                "an ONNX file, with convert = true)"
+                "teacher: compile and channels_last apply to a torch module, but the teacher is a "
+                "function; leave them out, or pass the module itself (for an ONNX file, set "
+                "convert = true)"
             )
         if self.module is not None:
             set_eval(self.module)
@@ -158,17 +159,18 @@ class Teacher:
         self._compare_backbones()
 
     def _compare_backbones(self) -> None:
-        """A warning only, since an averaged or refined backbone still fits the rows of its run.
+        """Warn if the file of the class rows holds another backbone than the teacher.
 
-        Whether it does, the first step finds out: each image is looked up among the rows.
+        It is not an error, since an averaged or fine-tuned backbone still fits the class rows of
+        its run. The first step checks this, by comparing each image with the class rows.
         """
         if self.module is None or self.classifier is None:
             return
         if self.classifier.trained_with(self.module.state_dict()) is False:
             log.warning(
                 "teacher classifier: the backbone in its file has other weights than the teacher; "
-                "if they are not of one run, take the classifier of this very teacher, or class "
-                "means made with kdhooks.class_means"
+                "if they are not from the same run, use the classifier that was trained with this "
+                "teacher, or class means from kdhooks.class_means"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
@@ -179,7 +181,7 @@ class Teacher:
 
 
 class _Absent:
-    """The place of a teacher in a pickled model."""
+    """Stands in for the teacher in a pickled model."""
 
     def __getattr__(self, name: str) -> object:
         raise KDHooksError(
@@ -188,7 +190,7 @@ class _Absent:
 
 
 def set_eval(module: nn.Module) -> None:
-    """Eval mode. A program of torch.export keeps the mode in which it was exported."""
+    """Switch to eval mode. A torch.export program keeps the mode in which it was exported."""
     with suppress(NotImplementedError):
         module.eval()
 
