@@ -62,7 +62,7 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
     torch.save({**settled().state_dict(), "projector.weight": torch.ones(2)}, "left.pt")
     assert main(["export", "left.pt", "--network", "tiny"]) == 2
     said = capsys.readouterr().err
-    assert "1 are not the network's (projector.weight); name the network" in said
+    assert "1 are not the network's (projector.weight); specify the network" in said
     assert not Path("export").exists()
 
 
@@ -70,8 +70,14 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
     ("argv", "said"),
     [
         (["absent.pt", "--network", "tiny"], "student checkpoint: there is no file 'absent.pt'"),
-        (["model.pt", "--network", "wide"], "student checkpoint: 'model.pt' does not fit the netw"),
-        (["model.pt", "--network", "tiny", "--embedding-size", "8"], "does not fit the network"),
+        (
+            ["model.pt", "--network", "wide"],
+            "student checkpoint: 'model.pt' does not fit the specified netw",
+        ),
+        (
+            ["model.pt", "--network", "tiny", "--embedding-size", "8"],
+            "does not fit the specified network",
+        ),
         (["model.pt", "--network", "tiny", "--out", "."], "is the checkpoint itself; name another"),
         (
             ["model.pt", "--network", "tiny", "--out", "model.pt"],

@@ -247,7 +247,7 @@ def test_wrong_options_are_refused_before_the_run(
 def test_an_out_that_is_not_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         odd(Path("/dev/null"))
-    assert "--out must be a writable folder; " in capsys.readouterr().err
+    assert "--out must be a folder that can be written; " in capsys.readouterr().err
 
 
 def test_results_of_another_device_are_not_overwritten(

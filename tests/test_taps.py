@@ -195,7 +195,7 @@ def test_one_of_several_outputs_is_named_by_its_index() -> None:
     [
         ("1[3]", r"'1\[3\]' must name one of several outputs; found tuple of 3"),
         ("1[-4]", r"'1\[-4\]' must name one of several outputs; found tuple of 3"),
-        ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave '\[0\]' away"),
+        ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave out '\[0\]'"),
         ("1", r"must return a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
     ],
 )
