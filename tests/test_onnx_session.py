@@ -172,7 +172,7 @@ def test_other_scaling_in_the_graph_must_be_told(tmp_path: Path) -> None:
     path = scaled(tmp_path / "m.onnx", Node("Div", ["data", "c"], ["scaled"]), c=255.0)
     with pytest.raises(
         KDHooksError,
-        match=r"0\.\.255 to -1\.\.1, but m\.onnx brings it to 0\.\.1; say what it expects: mean",
+        match=r"0\.\.255 to -1\.\.1, but m\.onnx maps it to 0\.\.1; specify mean and std in",
     ):
         OnnxModel(path)
     model = OnnxModel(path, mean_std=(0.0, 1.0))
@@ -229,8 +229,12 @@ Shapes = list[list[int | str | None] | None]
         (["b", 3, 112, 112], [["b", 4], ["b", 1]], "gives fc1 (?, 4), fc2 (?, 1); choose"),
         (["b", 3, 112, 112], [["b", 3, 8, 8]], "gives fc1 (?, 3, 8, 8); choose another file"),
         ([8, 3, 112, 112], [[8, 4]], "batch of m.onnx must be open or 1, got 8; export it with"),
-        (["b", 3, "h", "w"], [["b", 4]], "images are, got data (?, 3, ?, ?); export it with a"),
-        (["b", 3, 112, 112], [None], "m.onnx makes (1, 3, 112, 112) of (1, 3, 112, 112); choose"),
+        (["b", 3, "h", "w"], [["b", 4]], "its images, got data (?, 3, ?, ?); export it with a"),
+        (
+            ["b", 3, 112, 112],
+            [None],
+            "m.onnx returns (1, 3, 112, 112) for (1, 3, 112, 112); choose",
+        ),
     ],
 )
 def test_models_that_do_not_embed_images_are_refused(
@@ -249,7 +253,7 @@ def test_embeddings_without_a_direction_are_refused(
     nodes = [*pooled("data"), Node("Mul", ["row", "factor"], ["fc1"])]
     nodes[1].output[0] = "row"
     path = write_graph(tmp_path / "m.onnx", nodes, {"factor": np.array(factor, np.float32)})
-    with pytest.raises(KDHooksError, match=f"but those of m.onnx are {found}; look at its weights"):
+    with pytest.raises(KDHooksError, match=f"but those of m.onnx are {found}; check its weights"):
         OnnxModel(path, (127.5, 127.5))
 
 
@@ -258,7 +262,9 @@ def test_an_embedding_with_another_batch_axis_is_refused(tmp_path: Path) -> None
     nodes[-2].output[0] = nodes[-1].input[0] = "row"
     nodes[-1].output[0] = "fc1"
     path = write_graph(tmp_path / "m.onnx", nodes, {}, gives=[None])
-    with pytest.raises(KDHooksError, match=r"m\.onnx makes \(3, 1\) of \(1, 3, 112, 112\); choose"):
+    with pytest.raises(
+        KDHooksError, match=r"m\.onnx returns \(3, 1\) for \(1, 3, 112, 112\); choose"
+    ):
         OnnxModel(path)
 
 
@@ -274,7 +280,7 @@ def test_models_of_integers_are_refused(tmp_path: Path) -> None:
 def test_what_onnxruntime_says_is_passed_on(tmp_path: Path) -> None:
     nodes = [Node("GlobalAveragePool", ["data"], ["x"]), Node("Nonsense", ["x"], ["fc1"])]
     path = write_graph(tmp_path / "m.onnx", nodes, {})
-    with pytest.raises(KDHooksError, match=r"must load m\.onnx, but says: .*Nonsense.*; a newer"):
+    with pytest.raises(KDHooksError, match=r"must load m\.onnx, but fails: .*Nonsense.*; a newer"):
         OnnxModel(path)
 
 
