@@ -79,7 +79,7 @@ def test_an_open_size_that_the_graph_cannot_take_is_refused(file: Path, tmp_path
     path = changed(file, tmp_path, ["b", 3, "h", "w"])
     with pytest.raises(
         KDHooksError,
-        match=r"must load m\.onnx, but says: .*; a newer .* if the file leaves its size open, it "
+        match=r"must load m\.onnx, but fails: .*; a newer .* if the file leaves its size open, it "
         r"may need another teacher\.input\.size than \[96, 96\]",
     ):
         taught(path, images(1), convert=False, input={"size": [96, 96]})
@@ -88,11 +88,11 @@ def test_an_open_size_that_the_graph_cannot_take_is_refused(file: Path, tmp_path
 def test_a_graph_that_fails_on_an_image_is_refused(tmp_path: Path) -> None:
     nodes = [Node("Gather", ["data", "seven"], ["x"], axis=1), *pooled("x")]
     path = write_graph(tmp_path / "m.onnx", nodes, {"seven": np.array([7])}, gives=[("b", 1)])
-    with pytest.raises(KDHooksError, match=r"Gather \(node 'x'\) says: "):
+    with pytest.raises(KDHooksError, match=r"Gather \(node 'x'\) fails:  "):
         OnnxModel(path)
     with pytest.raises(
         KDHooksError,
-        match=r"onnxruntime must run m\.onnx on an image \(1, 3, 112, 112\), but says: .*; choose",
+        match=r"onnxruntime must run m\.onnx on an image \(1, 3, 112, 112\), but fails: .*; choose",
     ):
         OnnxModel(path, (127.5, 127.5))
 
@@ -100,7 +100,7 @@ def test_a_graph_that_fails_on_an_image_is_refused(tmp_path: Path) -> None:
 def test_a_size_other_than_the_files_is_refused(file: Path) -> None:
     with pytest.raises(
         KDHooksError,
-        match=r"size must be what iresnet\.onnx takes, data \(\?, 3, 112, 112\); found "
+        match=r"size must fit the input of iresnet\.onnx, data \(\?, 3, 112, 112\); found "
         r"\[96, 112\]; leave it out",
     ):
         taught(file, images(1), convert=False, input={"size": [96, 112]})
@@ -210,7 +210,7 @@ def test_nodes_in_a_circle_are_refused(tmp_path: Path) -> None:
     nodes = [Node("Add", ["data", "b"], ["a"], name="first"), Node("Relu", ["a"], ["b"])]
     path = write_graph(tmp_path / "m.onnx", [*nodes, *pooled("b")], {}, gives=[("b", 3)])
     with pytest.raises(
-        KDHooksError, match=r"nodes of m\.onnx must have an order, but 'first' reads"
+        KDHooksError, match=r"nodes of m\.onnx must not form a cycle, but 'first' dep"
     ):
         OnnxModel(path)
 
@@ -345,7 +345,7 @@ def test_an_opset_of_the_future_is_refused(file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
     model.opset_import[0].version = 999
     onnx.save(model, tmp_path / "m.onnx")
-    match = r"onnxruntime .* must load m\.onnx, but says: .*999(.|\n)*; a newer"
+    match = r"onnxruntime .* must load m\.onnx, but fails: .*999(.|\n)*; a newer"
     assert_refused(tmp_path / "m.onnx", match)
 
 

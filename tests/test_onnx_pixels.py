@@ -304,15 +304,15 @@ def test_images_may_be_quantised_in_their_own_range(
 UNKNOWN: dict[str, tuple[Nodes, str]] = {
     "a range of its own": (
         [Node("Div", ["data", "255"], ["y"])],
-        "0..255 to -1..1, but m.onnx brings it to 0..1; say what it expects: mean",
+        "0..255 to -1..1, but m.onnx maps it to 0..1; specify mean",
     ),
     "an inverted image": (
         [Node("Sub", ["half", "data"], ["c"]), Node("Mul", ["c", "128th"], ["y"])],
-        "brings it to 0.9961..-0.9961; say what",
+        "maps it to 0.9961..-0.9961; specify",
     ),
     "a scale that differs in space": (
         [Node("Sub", ["data", "image"], ["c"]), Node("Mul", ["c", "128th"], ["y"])],
-        "brings it to (-1.25 to -0.70",
+        "maps it to (-1.25 to -0.70",
     ),
     "a scale of one channel": (
         [
@@ -320,82 +320,82 @@ UNKNOWN: dict[str, tuple[Nodes, str]] = {
             Node("Div", ["r", "half"], ["s"]),
             Node("Concat", ["s", "g", "b"], ["y"], axis=1),
         ],
-        "brings it to 0..(2 to 255); say what",
+        "maps it to 0..(2 to 255); specify",
     ),
     "its own mean": (
         [Node("ReduceMean", ["data", "axis"], ["m"]), Node("Sub", ["data", "m"], ["y"])],
-        "for ReduceMean (node 'm') comes before the first convolution; say what",
+        "ReduceMean (node 'm') comes before the first convolution; specify",
     ),
     "its own pooled mean": (
         [Node("GlobalAveragePool", ["data"], ["m"]), Node("Sub", ["data", "m"], ["y"])],
-        "for Sub (node 'y') comes before the first convolution; say what",
+        "Sub (node 'y') comes before the first convolution; specify",
     ),
-    "a curve": ([Node("Sqrt", ["data"], ["y"])], "for Sqrt (node 'y') comes before the first"),
-    "bounds": ([Node("Clip", ["data", "one", "two"], ["y"])], "for Clip (node 'y') comes before"),
-    "a reciprocal": ([Node("Div", ["one", "data"], ["y"])], "for Div (node 'y') comes before the"),
-    "a square": ([Node("Mul", ["data", "data"], ["y"])], "for Mul (node 'y') comes before the"),
+    "a curve": ([Node("Sqrt", ["data"], ["y"])], "Sqrt (node 'y') comes before the first"),
+    "bounds": ([Node("Clip", ["data", "one", "two"], ["y"])], "Clip (node 'y') comes before"),
+    "a reciprocal": ([Node("Div", ["one", "data"], ["y"])], "Div (node 'y') comes before the"),
+    "a square": ([Node("Mul", ["data", "data"], ["y"])], "Mul (node 'y') comes before the"),
     "whole numbers": (
         [Node("Cast", ["data"], ["x"], to=TensorProto.INT32),
          Node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)],
-        "for Cast (node 'x') comes before the first convolution",
+        "Cast (node 'x') comes before the first convolution",
     ),
     "a cast to an unknown type": (
         [Node("CastLike", ["data", "flip"], ["x"]), Node("CastLike", ["x", "one"], ["y"])],
-        "for CastLike (node 'x') comes before the first convolution",
+        "CastLike (node 'x') comes before the first convolution",
     ),
     "a namesake in another domain": (
-        [Node("Identity", ["data"], ["y"], domain="own")], "for Identity (node 'y') comes before"
+        [Node("Identity", ["data"], ["y"], domain="own")], "Identity (node 'y') comes before"
     ),
     "another domain": (
-        [Node("Gelu", ["data"], ["y"], domain="com.microsoft")], "for Gelu (node 'y') comes before"
+        [Node("Gelu", ["data"], ["y"], domain="com.microsoft")], "Gelu (node 'y') comes before"
     ),
     "nothing of the image": (
         [Node("Slice", ["data", "axis", "axis", "axis"], ["y"])],
-        "for Conv (node 'maps') says: nothing is left of the image",
+        "Conv (node 'maps') fails: nothing is left of the image",
     ),
     "a constant that does not fit": (
-        [Node("Sub", ["data", "row"], ["y"])], "for Sub (node 'y') says: operands could not be"
+        [Node("Sub", ["data", "row"], ["y"])], "Sub (node 'y') fails: operands could not be"
     ),
     "odd statistics": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "ones", "middle"], ["y"])],
         "whose statistics are expected to tell the range of its images, but mean 1 and deviation "
-        "(10.25 to 11.18) do not; say what",
+        "(10.25 to 11.18) do not; specify",
     ),
     "wide statistics": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "zeros", "spread"], ["y"])],
-        "but mean 0 and deviation 70 do not; say what",
+        "but mean 0 and deviation 70 do not; specify",
     ),
     "statistics of no pixels": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "zeros", "ones"], ["y"])],
-        "but mean 0 and deviation 1 do not; say what",
+        "but mean 0 and deviation 1 do not; specify",
     ),
     "a grey image": (
         [Node("Conv", ["data", "grey"], ["g"]), Node("Concat", ["g", "g", "g"], ["y"], axis=1)],
-        "for Conv (node 'g') comes before the first convolution; say what",
+        "Conv (node 'g') comes before the first convolution; specify",
     ),
     "a grey image of the last axis": (
         [Node("Transpose", ["data"], ["t"], perm=[0, 2, 3, 1]),
          Node("MatMul", ["t", "greys"], ["g"]),
          Node("Concat", ["g", "g", "g"], ["y"], axis=1)],
-        "for MatMul (node 'g') comes before the first convolution; say what",
+        "MatMul (node 'g') comes before the first convolution; specify",
     ),
     "quantised pixels": (
-        quantised("one", "none"), "quantises its images to numbers from 0 to 255, which are not"
+        quantised("one", "none"), "quantises its images to numbers from 0 to 255, which fits no"
     ),
     "quantised shares of white": (
-        quantised("255th", "none"), "quantises its images to numbers from 0 to 1, which are not"
+        quantised("255th", "none"), "quantises its images to numbers from 0 to 1, which fits no"
     ),
     "quantised symmetrically": (
-        quantised("two", "none8"), "quantises its images to numbers from -256 to 254, which are no"
+        quantised("two", "none8"), "quantises its images to numbers from -256 to 254, which fits no"
     ),
     "quantised as the operator does by default": (
         [Node("QuantizeLinear", ["data", "one"], ["q"]),
          Node("DequantizeLinear", ["q", "one"], ["y"])],
-        "quantises its images to numbers from 0 to 255, which are not",
+        "quantises its images to numbers from 0 to 255, which fits no",
     ),
     "statistics of either range": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "middle1", "spread1"], ["y"])],
-        "but mean (0.45 to 0.5) and deviation 0.2449 do not; say what",
+        "but mean (0.45 to 0.5) and deviation 0.2449 do not; specify",
     ),
 }  # fmt: skip
 
@@ -406,7 +406,7 @@ def test_a_scale_that_cannot_be_derived_must_be_specified(tmp_path: Path, case: 
     path = written(tmp_path, nodes)
     with pytest.raises(KDHooksError, match=re.escape(reason)) as raised:
         OnnxModel(path)
-    assert "mean and std in teacher.input, mean_std=(mean, std) in Python" in str(raised.value)
+    assert "mean and std in teacher.input, or mean_std=(mean, std) in Python" in str(raised.value)
     assert str(path) in str(raised.value)
 
 
@@ -441,7 +441,7 @@ def test_branches_of_an_if_are_not_followed(tmp_path: Path) -> None:
     constants = {name: CONSTANTS[name] for name in ("two", "kernel")}
     tail = [Node("Conv", ["y", "kernel"], ["maps"]), *pooled("maps")]
     path = write_graph(tmp_path / "m.onnx", [*nodes, *tail], constants)
-    with pytest.raises(KDHooksError, match=r"for If \(node 'y'\) comes before the first"):
+    with pytest.raises(KDHooksError, match=r"If \(node 'y'\) comes before the first"):
         OnnxModel(path)
     found = OnnxModel(path, (0, 255))(images(2))
     assert_close(found, wanted(images(2) * 2), atol=1e-4, rtol=1e-4)
@@ -457,7 +457,7 @@ def test_two_convolutions_must_see_the_same_scale(tmp_path: Path) -> None:
     nodes = [Node("Sub", ["data", "half"], ["c"]), Node("Mul", ["c", "128th"], ["y"])]
     constants = {name: CONSTANTS[name] for name in ("kernel", "half", "128th")}
     path = write_graph(tmp_path / "m.onnx", [*nodes, *tail], constants)
-    with pytest.raises(KDHooksError, match=r"brings it to \(-0\.9961 to 0\)\.\.\(0\.9961 to 255\)"):
+    with pytest.raises(KDHooksError, match=r"maps it to \(-0\.9961 to 0\)\.\.\(0\.9961 to 255\)"):
         OnnxModel(path)
 
 

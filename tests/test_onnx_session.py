@@ -177,7 +177,7 @@ Shapes = list[list[int | str | None] | None]
     [
         (["b", 112, 112, 4], [["b", 4]], "takes data (?, 112, 112, 4); choose another file"),
         (["b", 7], [["b", 4]], "takes data (?, 7); choose another file"),
-        (["b", 3, "h", "w"], [["b", 4]], "images are, got data (?, 3, ?, ?); export it with a"),
+        (["b", 3, "h", "w"], [["b", 4]], "its images, got data (?, 3, ?, ?); export it with a"),
         (["b", 3, 112, 112], [None], "m.onnx makes (1, 3, 112, 112) of (1, 3, 112, 112); choose"),
     ],
 )
@@ -196,7 +196,7 @@ def test_embeddings_without_a_direction_are_refused(
     nodes = [*pooled("data"), Node("Mul", ["row", "factor"], ["fc1"])]
     nodes[1].output[0] = "row"
     path = write_graph(tmp_path / "m.onnx", nodes, {"factor": np.array(factor, np.float32)})
-    with pytest.raises(KDHooksError, match=f"but those of m.onnx are {found}; look at its weights"):
+    with pytest.raises(KDHooksError, match=f"but those of m.onnx are {found}; check its weights"):
         OnnxModel(path, (127.5, 127.5))
 
 
@@ -205,7 +205,9 @@ def test_an_embedding_with_another_batch_axis_is_refused(tmp_path: Path) -> None
     nodes[-2].output[0] = nodes[-1].input[0] = "row"
     nodes[-1].output[0] = "fc1"
     path = write_graph(tmp_path / "m.onnx", nodes, {}, gives=[None])
-    with pytest.raises(KDHooksError, match=r"m\.onnx makes \(3, 1\) of \(1, 3, 112, 112\); choose"):
+    with pytest.raises(
+        KDHooksError, match=r"m\.onnx returns \(3, 1\) for \(1, 3, 112, 112\); choose"
+    ):
         OnnxModel(path)
 
 

@@ -230,10 +230,10 @@ def test_heads_agree(tmp_path: Path, head: str, flatten: str) -> None:
 
 
 REFUSED: list[tuple[onnx.NodeProto, str]] = [
-    (Node("Softmax", ["data"], ["y"]), "known are Add, BatchNormalization, Cast, "),
+    (Node("Softmax", ["data"], ["y"]), "the known ones are Add, BatchNormalization, Cast, "),
     (
         Node("FusedConv", ["data", "kernel"], ["y"], domain="com.microsoft", activation="Relu"),
-        "known are Add, ",
+        "the known ones are Add, ",
     ),
     (Node("Conv", ["data", "kernel"], ["y"], auto_pad="SAME_UPPER"), "its padding is automatic"),
     (Node("Gemm", ["fc1", "row"], ["y"], transA=1), "it transposes its input"),
@@ -241,7 +241,7 @@ REFUSED: list[tuple[onnx.NodeProto, str]] = [
     (Node("MatMul", ["data", "stack"], ["y"]), "its right side (3, 112, 112) is not a matrix"),
     (Node("MatMul", ["data", "data"], ["y"]), "its input 1 depends on the image"),
     (Node("Cast", ["data"], ["y"], to=onnx.TensorProto.INT32), "it rounds to whole numbers"),
-    (Node("Gather", ["data", "first"], ["y"], axis=0), "it is along the images of the batch"),
+    (Node("Gather", ["data", "first"], ["y"], axis=0), "its axis is that of the batch"),
     (Node("Gather", ["data", "pair"], ["y"], axis=1), "its indices (2, 2) are not a row"),
     (Node("GatherND", ["data", "triple"], ["y"]), "its indices (1, 3) are not a column"),
     (Node("Flatten", ["data"], ["y"], axis=2), "its axis is 2, not 1"),

@@ -438,7 +438,7 @@ def test_a_recipe_has_the_view() -> None:
         (
             {"student_view": nn.Conv2d(3, 3, 1)},
             (),
-            r"must train nothing, .*'weight'; call requires_grad_\(False\) on the view",
+            r"must have no trainable parameters, .*'weight'; call requires_grad_",
         ),
         (
             {"student_view": nn.Flatten()},
@@ -448,7 +448,7 @@ def test_a_recipe_has_the_view() -> None:
         (
             {"student_view": nn.ReLU(inplace=True)},
             (),
-            "student_view wrote into the trainer's images in place, which the teacher would see",
+            "student_view must not change the trainer's images in place, since the teacher",
         ),
         (
             {"student_view": StudentView(low_resolution={"sizes": [14, 64]})},

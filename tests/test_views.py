@@ -325,11 +325,11 @@ def test_a_view_of_test_images_does_not_depend_on_the_batch_size() -> None:
         ({"blur": {"p": "0.5"}}, "blur.p must be a number; found '0.5'; write 0.5, without quotes"),
         ({"blur": {"sigma": 2}}, "blur.sigma must be a list of 2 numbers; found 2"),
         ({"blur": {"sigma": [0, 2]}}, "blur.sigma[0] must be above 0 pixels; found 0"),
-        ({"blur": {"sigma": [2, 1]}}, "blur.sigma must be a least and a greatest number; found [2"),
+        ({"blur": {"sigma": [2, 1]}}, "blur.sigma must be the smallest and the largest; found [2"),
         ({"blocks": {"quality": [0, 9]}}, "blocks.quality[0] must be at least 1 and at most 100;"),
         (
             {"blocks": {"quality": [9, 3]}},
-            "blocks.quality must be a least and a greatest number; f",
+            "blocks.quality must be the lowest and the highest; f",
         ),
         ({"low_resolution": {"sizes": []}}, "low_resolution.sizes must be a list of at least one;"),
         ({"low_resolution": {"sizes": [0]}}, "low_resolution.sizes[0] must be at least 1 pixels; "),

@@ -1,4 +1,4 @@
-"""Pictures by the person that they show: a folder with pictures is a person."""
+"""Pictures by the person that they show: each folder with pictures is one person."""
 
 import logging
 from pathlib import PurePosixPath
@@ -10,7 +10,10 @@ log = logging.getLogger("kdhooks")
 
 
 def named_pictures(files: PictureFiles, subject: str) -> dict[str, str]:
-    """The path of each picture by its name, "person/picture"; subject: starts each error."""
+    """Return the path of each picture by its name, "person/picture".
+
+    subject: the start of each error message.
+    """
     found: dict[str, str] = {}
     folders: dict[str, str] = {}
     for path in (path for path in files.names if "/" in path):
@@ -29,7 +32,7 @@ def named_pictures(files: PictureFiles, subject: str) -> dict[str, str]:
     for folder in sorted(known):
         if outer := known & set(map(str, PurePosixPath(folder).parents)):
             raise KDHooksError(
-                f"{subject}: a person's folder must hold no other person's; found '{folder}' in "
+                f"{subject}: a person's folder must not hold another one; found '{folder}' in "
                 f"'{min(outer)}' of '{files.source}'; move its images up, or the folder out"
             )
     if len(found) < len(files.names):

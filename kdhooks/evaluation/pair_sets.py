@@ -1,4 +1,4 @@
-"""A test set: images, and pairs of them, from a verification file or from pictures and pairs."""
+"""A test set: images and pairs of them, from a verification file, or pictures and a pairs file."""
 
 import io
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from kdhooks.tensor_files import user_path
 from kdhooks.verification import fold_accuracies
 
 FOLDS = 10
-"""In as many runs of pairs, of both kinds each, a verification file is cut."""
+"""The folds of a verification file: runs of consecutive pairs, with both kinds in each."""
 
 
 class PictureSource(Protocol):
@@ -29,10 +29,10 @@ class PictureSource(Protocol):
     def source(self) -> Path: ...
 
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
-        """Raise if the header of one can't be used, or has another width and height."""
+        """Raise if a picture's header cannot be read, or shows another width and height."""
 
     def pixels(self, name: str) -> Pixels:
-        """(h w 3) RGB. Raises Unreadable if there are none."""
+        """(h w 3) RGB. Raises Unreadable if the picture cannot be decoded."""
         ...
 
 
@@ -43,18 +43,18 @@ class PairSet:
     name: str
     files: PictureSource
     images: Sequence[str]  # (n), their names in `files`
-    rows: NDArray[np.int64]  # (p 2): the places of each pair's images in `images`
+    rows: NDArray[np.int64]  # (p 2): the positions of each pair's images in `images`
     same: NDArray[np.bool_]  # (p)
     folds: NDArray[np.int64]  # (p): the fold of each pair
 
     def one_kind(self) -> bool:
-        """Whether a fold has pairs of one person alone, or of two alone."""
+        """Whether a fold has only pairs of one person, or only pairs of two people."""
         found = [self.same[self.folds == fold] for fold in np.unique(self.folds)]
         return any(kinds.all() or not kinds.any() for kinds in found)
 
 
 class EncodedPictures:
-    """The pictures of a verification file, named by their places in it."""
+    """The pictures of a verification file, named by their positions in it."""
 
     def __init__(self, source: Path, subject: str, contents: Sequence[bytes]) -> None:
         self.source, self._subject, self._contents = source, subject, contents
@@ -77,10 +77,11 @@ class EncodedPictures:
 def read_pair_sets(
     data: Sequence[str], pairs: Path | None, folds: int, subject: str
 ) -> list[PairSet]:
-    """The sets that the options --data and --pairs of a command mean.
+    """Read the sets that are specified by the options --data and --pairs of a command.
 
-    data: verification files and folders of them, each cut into so many folds; or with pairs one
-        folder or zip of pictures.
+    data: verification files or folders of them; or, with pairs, one folder or zip of pictures.
+    folds: the number of folds into which each verification file is cut.
+    subject: the start of each error message.
     """
     if pairs is not None:
         if len(data) != 1:
@@ -96,7 +97,7 @@ def read_pair_sets(
         if not inside or place.suffix.lower() == ".zip":
             raise KDHooksError(
                 f"{subject} without --pairs must be verification files such as lfw.bin, or "
-                f"folders with some; found '{source}'; give --pairs FILE for a folder or zip of "
+                f"folders with some; found '{source}'; add --pairs FILE for a folder or zip of "
                 "pictures"
             )
         files += inside
@@ -108,12 +109,12 @@ def read_pair_sets(
 
 
 def read_pair_file(path: Path, subject: str, folds: int = FOLDS) -> PairSet:
-    """A verification file such as lfw.bin. subject: starts each error."""
+    """Read a verification file such as lfw.bin. subject: the start of each error message."""
     pictures, same = read_pickled_pairs(path, subject)
     if len(same) < folds:
         raise KDHooksError(
             f"{subject}: '{path}' must hold a pair for each of {folds} folds; found {len(same)}; "
-            "give fewer folds, as --folds 2, or more pairs"
+            "use fewer folds, as in --folds 2, or more pairs"
         )
     fold_of = _runs(len(same), folds)
     try:
@@ -131,13 +132,16 @@ def read_pair_file(path: Path, subject: str, folds: int = FOLDS) -> PairSet:
 
 
 def _runs(pairs: int, folds: int) -> NDArray[np.int64]:
-    """(p): if they are not equal, the first folds are larger by one, as in scikit-learn's KFold."""
+    """(p): the fold of each pair.
+
+    If the sizes differ, the first folds are larger by one, as in scikit-learn's KFold.
+    """
     sizes = [len(part) for part in np.array_split(np.arange(pairs), folds)]
     return np.repeat(np.arange(folds), sizes)
 
 
 def read_paired_pictures(files: PictureFiles, pairs: str | Path, subject: str) -> PairSet:
-    """Pictures in one folder for each person, and a file as LFW's pairs.txt."""
+    """Read pictures from one folder for each person, and pairs from a file like LFW's pairs.txt."""
     listed = read_pairs_file(pairs)
     paths = named_pictures(files, subject)
     if not paths:

@@ -20,7 +20,7 @@ class Pairs:
     folds: NDArray[np.int64]  # (p)
 
     def rows(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """(p 2): the places of the images in `names`."""
+        """(p 2): the positions of each pair's images in `names`."""
         at = {name: row for row, name in enumerate(names)}
         missing = [name for pair in self.names for name in pair if name not in at]
         if missing:
@@ -33,23 +33,23 @@ class Pairs:
 
 
 def read_pairs_file(path: str | Path) -> Pairs:
-    """All pairs of a file.
+    """Read all pairs of a file.
 
-    The first line says how many folds, and how many pairs of a kind in each: "10 300". Then a
-    line is "person 1 4", two images of one person, or "person 1 other 2".
+    The first line holds the number of folds, and of pairs of each kind in a fold: "10 300". Each of
+    the other lines is "person 1 4", two images of one person, or "person 1 other 2", of two people.
     """
     path = user_path(path, "pairs")
     (_, header), *lines = _words(path)
     if not (len(header) == 2 and all(map(_is_number, header))):
         raise KDHooksError(
-            f"pairs: '{path}' must begin with the number of folds and of pairs of a kind in each, "
-            f'as "10 300"; found "{" ".join(header)}"'
+            f"pairs: '{path}' must start with the number of folds and of pairs of each kind in a "
+            f'fold, as "10 300"; found "{" ".join(header)}"'
         )
     folds, of_a_kind = (int(word) for word in header)
     if folds < 2 or not of_a_kind or len(lines) != 2 * folds * of_a_kind:
         raise KDHooksError(
-            f"pairs: '{path}' must hold two folds or more, with as many pairs as its first line "
-            f"says; it says {folds} folds of 2 x {of_a_kind}; found {len(lines)} pairs"
+            f"pairs: '{path}' must hold two folds or more, and as many pairs as its first line "
+            f"specifies, {folds} folds of 2 x {of_a_kind}; found {len(lines)} pairs"
         )
     size = 2 * of_a_kind
     names = tuple(_pair(line, number, path) for number, line in lines)
@@ -64,7 +64,7 @@ def read_pairs_file(path: str | Path) -> Pairs:
 
 
 def _words(path: Path) -> list[tuple[int, list[str]]]:
-    """The words of each line that has any, with the line's number."""
+    """Return the words of each line that is not empty, with the line's number."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _pair(line: list[str], number: int, path: Path) -> tuple[str, str]:
             )
     if fault:
         raise KDHooksError(
-            f"pairs: a line of '{path}' with three words must name two images of a person, and one "
-            f'with four two people; found "{" ".join(line)}" in line {number}'
+            f"pairs: a line of '{path}' with three words must name two images of one person, and a "
+            f'line with four words two people; found "{" ".join(line)}" in line {number}'
         )
     return f"{person}/{person}_{int(first):04d}", f"{other}/{other}_{int(second):04d}"

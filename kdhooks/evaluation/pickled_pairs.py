@@ -1,8 +1,8 @@
 """Verification files such as lfw.bin, read without running code that they carry.
 
-They are pickles of (encoded pictures, two for each pair; whether each pair is of one person), which
-Python 2, Python 3 and numpy have written in several ways. Everything else is refused: no name in a
-file is ever imported, so that nothing of the file can run.
+They are pickles of two lists: encoded pictures, two for each pair, and flags, whether each pair is
+of one person. Python 2, Python 3 and numpy have written these in several ways. Everything else is
+refused. No name in a file is ever imported, so no code of the file can run.
 """
 
 import codecs
@@ -27,7 +27,7 @@ class PickledPairs(NamedTuple):
 
 
 def read_pickled_pairs(path: str | Path, subject: str) -> PickledPairs:
-    """subject: starts each error."""
+    """Read the pictures and flags of a file. subject: the start of each error message."""
     path = user_path(path, subject)
     first_bytes(path, subject)
     try:
@@ -38,7 +38,7 @@ def read_pickled_pairs(path: str | Path, subject: str) -> PickledPairs:
             f"{subject}: '{path}' must hold {_ENTRIES}, and nothing else is read, since it could "
             f"run code; found {error}; write it again as a pickle of lists"
         ) from error
-    except Exception as error:  # of a damaged file, whatever the reader meets
+    except Exception as error:  # a damaged file can cause any
         raise KDHooksError(
             f"{subject}: '{path}' must be a verification file such as lfw.bin, a pickle of "
             f"{_ENTRIES}; it can't be read ({in_one_line(error)}); fetch it again"
@@ -59,14 +59,14 @@ def read_pickled_pairs(path: str | Path, subject: str) -> PickledPairs:
 
 
 class _Refused(Exception):
-    """What was found in place of an entry."""
+    """Something else was found in place of an entry; the message names it."""
 
 
-# --- the reader, for which every name is a stand-in ----------------------------------------------
+# --- the reader, which creates a stand-in for every name -----------------------------------------
 
 
 class _Name:
-    """In place of a function or a class of the file, which is not imported."""
+    """Stands in for a function or class that the file names, which is not imported."""
 
     __slots__ = ("text",)
 
@@ -81,7 +81,7 @@ class _Name:
 
 
 class _Made:
-    """In place of the object that a call of the name would return."""
+    """Stands in for the object that a call of the name would return."""
 
     __slots__ = ("arguments", "name", "state")
 
@@ -101,7 +101,7 @@ class _Reader(pickle.Unpickler):
         return _Name(text)
 
 
-# --- the entries, made of what the reader found --------------------------------------------------
+# --- the entries, converted from stand-ins -------------------------------------------------------
 
 
 def _opened(content: object) -> PickledPairs:
@@ -144,20 +144,20 @@ def _flag(found: object, number: int) -> bool:
 
 
 def _entry(found: object) -> object:
-    """A stand-in as the array, number or bytes that it describes; anything else as it is."""
+    """Convert a stand-in to the array, number or bytes that it describes; keep anything else."""
     if not isinstance(found, _Made):
         return found
     try:
         return _KNOWN[found.name](found)
     except _Refused:
         raise
-    except Exception as error:  # of arguments that the name does not take
+    except Exception as error:  # the name does not accept these arguments
         raise _Refused(f"{found.name} with other arguments than numpy writes ({error})") from error
 
 
 def _array(found: _Made) -> object:
     _, shape, kind, fortran, content = found.state
-    if isinstance(content, list) and len(shape) == 1:  # of objects
+    if isinstance(content, list) and len(shape) == 1:  # an array of objects
         return content
     return _shaped(content, kind, shape, "F" if fortran else "C")
 
@@ -194,7 +194,7 @@ def _dtype(found: object) -> np.dtype[Any]:
 
 
 def _bytes(found: _Made) -> bytes:
-    """As Python 3 writes bytes and bytearrays in older protocols: text in Latin-1, or nothing."""
+    """Read bytes as Python 3 writes them in older protocols: as text in Latin-1, or no argument."""
     if not found.arguments:
         return b""
     text, *encodings = found.arguments
@@ -207,7 +207,7 @@ def _bytes(found: _Made) -> bytes:
 
 
 def _text(found: Any) -> str:
-    """Python 2's text is read as bytes."""
+    """Return a text; the reader returns Python 2's text as bytes."""
     text: str = found.decode("ascii") if isinstance(found, bytes) else found
     return text
 

@@ -1,10 +1,14 @@
-"""Tables in Markdown whose columns are aligned, so that a terminal shows them well too."""
+"""Markdown tables with aligned columns, which are also readable in a terminal."""
 
 from collections.abc import Sequence
 
 
 def markdown(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """lines: the cells of the head and of each row. texts: how many columns are flushed left."""
+    """Return a table.
+
+    lines: the cells of the head and of each row.
+    texts: the number of columns, from the left, that are left-aligned.
+    """
     head, *rows = lines
     rule = ["---" if column < texts else "---:" for column in range(len(head))]
     every = [head, rule, *rows]

@@ -1,7 +1,7 @@
 """Accuracy of pairs as InsightFace's arcface_torch computes it, for comparison with its log.
 
-It differs from `kdhooks.verification` in that a pair is accepted when its squared distance is below
-a threshold, and in that thresholds lie on a grid. p pairs, n images, d dimensions, t thresholds.
+It differs from `kdhooks.verification` in two ways: a pair is accepted if its squared distance is
+below a threshold, and thresholds lie on a grid. p pairs, n images, d dimensions, t thresholds.
 """
 
 import numpy as np
@@ -17,7 +17,8 @@ def trainer_accuracies(
 ) -> Floats:
     """(p d), (p d), (p), (p) -> (k): unit embeddings of both images; accuracy of each fold.
 
-    The threshold of a fold is the most accurate one on the others, the lowest of equals.
+    The threshold of a fold is the one with the highest accuracy on the other folds; if several are
+    equal, the lowest.
     """
     distances = np.square(first - second).sum(axis=1)
     right = (distances < THRESHOLDS[:, None]) == same  # (t p)
@@ -30,5 +31,8 @@ def trainer_accuracies(
 
 
 def mean_length(embeddings: Floats, flipped: Floats) -> float:
-    """(n d), (n d) -> (), the trainer's XNorm: of images and mirror images, before their sum."""
+    """(n d), (n d) -> (): the mean length of embeddings, which the trainer logs as XNorm.
+
+    The embeddings are those of images and of mirror images, before they are added.
+    """
     return float(np.linalg.norm([embeddings, flipped], axis=2).mean())

@@ -1,1 +1,1 @@
-"""ONNX files: reading them, running them, and turning them into torch modules and back."""
+"""ONNX files: reads and runs them, and converts them to torch modules and back."""

@@ -1,4 +1,4 @@
-"""A trained network as an ONNX file, which onnxruntime is found to run alike."""
+"""Exports a trained network to an ONNX file, and checks its embeddings in onnxruntime."""
 
 import warnings
 from pathlib import Path
@@ -12,14 +12,14 @@ from kdhooks.onnx.graphs import require
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.taps import evaluating
 
-_ALIKE = 1e-3  # of the embedding's length; float32 on both sides differs by some 1e-6
+_ALIKE = 1e-3  # relative to the embedding's length; float32 rounding causes about 1e-6
 
 
 def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 112)) -> float:
-    """Write (b 3 h w) -> (b d), b open, for RGB images (pixel - 127.5) / 127.5.
+    """Write the network as (b 3 h w) -> (b d), with any b, for RGB images (pixel - 127.5) / 127.5.
 
-    Returns the largest relative difference between the two embeddings of an image. If they differ,
-    or if anything else goes wrong, the folder holds what it held before.
+    Returns the largest relative difference between an image's embeddings by torch and by
+    onnxruntime. If they disagree, or if anything else fails, the folder stays unchanged.
     """
     require("onnx")
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +28,7 @@ def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 11
         expected = _embeddings(network, images)
         try:
             with drafts(path.parent) as folder:
-                draft = folder / path.name  # weights of 2 GB and more get files beside it
+                draft = folder / path.name  # weights of 2 GB or more are written beside it
                 _write(network, images[:2], draft)
                 lengths = expected.norm(dim=1)
                 largest = float(((OnnxModel(draft)(images) - expected).norm(dim=1) / lengths).max())
@@ -36,8 +36,8 @@ def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 11
                     raise KDHooksError(
                         f"the ONNX file '{path}' must agree with the network; found embeddings "
                         f"that differ by {largest:.2g} of their length (at most {_ALIKE} wanted): "
-                        "what the network does depends on its input in a way that the exporter "
-                        "does not see"
+                        "the network's computation depends on its input in a way that the "
+                        "exporter does not record"
                     )
         except OSError as error:
             raise KDHooksError(
@@ -47,7 +47,7 @@ def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 11
 
 
 def _embeddings(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """(b d), which must be finite and differ between images, as those of a trained network do."""
+    """Return the embeddings (b d); check that they are finite and differ between images."""
     found: object
     try:
         found = network(images)
@@ -62,7 +62,7 @@ def _embeddings(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(found).all():
         raise KDHooksError(
             "the network's embeddings must be finite; found nan or inf on random images; its "
-            "training diverged: take an earlier checkpoint"
+            "training diverged; use an earlier checkpoint"
         )
     if (found == found[:1]).all():
         raise KDHooksError(
@@ -75,7 +75,7 @@ def _embeddings(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def _write(network: nn.Module, images: torch.Tensor, path: Path) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whether the exporter is right, the comparison tells
+            warnings.simplefilter("ignore")  # the comparison with onnxruntime finds any fault
             torch.onnx.export(
                 network,
                 (images,),

@@ -1,7 +1,7 @@
-"""What an ONNX face-recognition file says about itself, read without running it.
+"""Reads the properties of an ONNX face-recognition file, without running it.
 
-Its images are (b 3 h w) or (b h w 3), its embeddings (b e) or (b e 1 1). A batch may be open, in
-any way of writing that down, or 1. One of several outputs must be chosen by name.
+Its images are (b 3 h w) or (b h w 3), its embeddings (b e) or (b e 1 1). The batch axis may be
+open, in any notation, or 1. If a file has several outputs, one must be chosen by name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecognitionFile:
-    """One image tensor in, one embedding out; the model wants (pixels - mean) / std."""
+    """A model that takes one image tensor, (pixels - mean) / std, and returns one embedding."""
 
     path: Path
-    model: ModelProto  # with its weights, nothing but images to feed, and this output alone
+    model: ModelProto  # with its weights; the images are its only input, the embedding its output
     input: str
     output: str
     batch: int | None  # None: any
@@ -43,7 +43,7 @@ class RecognitionFile:
     std: float
     channels_last: bool  # images are (b h w 3)
     whole_pixels: bool  # images are uint8
-    sha256: str  # of the file, and of the external weight files it names, if any
+    sha256: str  # of the file and of its external weight files, if any
 
 
 def read_recognition_file(
@@ -54,9 +54,10 @@ def read_recognition_file(
     size: Sequence[int] | None = None,
     output: str | None = None,
 ) -> RecognitionFile:
-    """
-    mean_std: overrules what the graph says about the scale of its images.
-    order: of the channels that the graph takes, "rgb" or "bgr", if it puts them in another one.
+    """Read a file, and check that it is a recognition network.
+
+    mean_std: overrides the scale that is derived from the graph.
+    order: of the channels that the graph expects, "rgb" or "bgr", if it cannot be derived.
     size: height and width, if the file leaves them open.
     output: name of the embedding, if the file has several outputs.
     """
@@ -68,7 +69,7 @@ def read_recognition_file(
         channels_last = axes[0] != 3
         chosen = _embedding(model, output, path.name)
         nodes = needed_nodes(model.graph, chosen.name)
-        del model.graph.node[:]  # the rest may hold what no torch module can be
+        del model.graph.node[:]  # the other nodes may have no equivalent in torch
         model.graph.node.extend(nodes)
         _refuse_training(model, image.name, path.name)
         height, width = _size(image, axes[:2] if channels_last else axes[1:], size, path.name)
@@ -97,7 +98,7 @@ def _image(model: ModelProto, name: str) -> ValueInfoProto:
     if len(inputs) != 1 or len(shapes[0]) != 4 or 3 not in (shapes[0][1], shapes[0][3]):
         raise KDHooksError(
             f"a recognition model takes one image tensor (b 3 h w) or (b h w 3), but {name} takes "
-            f"{described(inputs)}; choose another file, or export it for such images alone"
+            f"{described(inputs)}; choose another file, or export it with such an input only"
         )
     if shapes[0][0] not in (None, 1):
         raise KDHooksError(
@@ -114,13 +115,13 @@ def _size(
     if given is not None:
         if height not in (None, given[0]) or width not in (None, given[1]):
             raise KDHooksError(
-                f"teacher.input.size must be what {name} takes, {described([image])}; found "
-                f"{list(given)}; leave it out, or take the size of the file"
+                f"teacher.input.size must fit the input of {name}, {described([image])}; found "
+                f"{list(given)}; leave it out, or use the size of the file"
             )
         height, width = given
     if height is None or width is None:
         raise KDHooksError(
-            f"{name} must say how large its images are, got {described([image])}; "
+            f"{name} must declare the size of its images, got {described([image])}; "
             f"export it with a fixed height and width, or set teacher.input.size"
         )
     return height, width
@@ -136,20 +137,21 @@ def _embedding(model: ModelProto, wanted: str | None, name: str) -> ValueInfoPro
         )
     if wanted is None and len(outputs) > 1:
         raise KDHooksError(
-            f"a recognition model gives one embedding (b e), but {name} gives {listing}; choose "
-            f"one of them by its name, as teacher.output; with many of them it may be a detector"
+            f"a recognition model returns one embedding (b e), but {name} returns {listing}; set "
+            "teacher.output to the name of the embedding; if there are many, the file may be a "
+            "detector"
         )
     chosen: list[ValueInfoProto] = [outputs[wanted]] if wanted else list(outputs.values())
     if not chosen or not _may_embed(chosen[0]):
         raise KDHooksError(
-            f"a recognition model gives one embedding (b e), but {name} gives "
+            f"a recognition model returns one embedding (b e), but {name} returns "
             f"{described(chosen)}; choose another file: this may be a detector"
         )
     return chosen[0]
 
 
 def _may_embed(value: ValueInfoProto) -> bool:
-    """Whether the shape is (b e) or (b e 1 1), or not written down."""
+    """Whether the shape is (b e) or (b e 1 1), or is not declared."""
     shape = dims(value)
     if not value.type.HasField("tensor_type"):
         return False
@@ -157,13 +159,13 @@ def _may_embed(value: ValueInfoProto) -> bool:
 
 
 def _refuse_training(model: ModelProto, image: str, name: str) -> None:
-    """The embedding of a face would depend on chance, or on the rest of its batch."""
+    """Refuse nodes in training mode: embeddings would be random, or depend on the whole batch."""
     constants = Constants(model, image)
     for node in model.graph.node:
         modes = [x.i for x in node.attribute if x.name == "training_mode"]
         if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
             modes = [constants.get(node.input[2])]
-        # Before opset 14 nothing but the further outputs tells.
+        # Before opset 14, only the additional outputs show training mode.
         more = node.op_type == "BatchNormalization" and len([x for x in node.output if x]) > 1
         if more or any(modes):
             raise KDHooksError(
@@ -188,7 +190,7 @@ def _scale(
         check_order(arrivals, name)
     if whole and said not in (None, (0, 1)):
         raise KDHooksError(
-            f"the images of {name} are uint8, that is pixels 0..255; found mean and std {said}; "
+            f"the images of {name} are uint8 pixels in 0..255; found mean and std {said}; "
             "leave both out"
         )
     if said is not None:
@@ -202,10 +204,10 @@ def _leave_open(
     output: ValueInfoProto,
     shape: tuple[int | None, ...],
 ) -> None:
-    """Write down the shape of the images, and no other that onnxruntime might hold us to.
+    """Declare the shape of the images, and clear that of the output, since onnxruntime checks both.
 
-    Files have open axes as -1 and 0, which it takes literally, and insightface's packs declare an
-    output of batch 1, which a buffer of a larger one contradicts.
+    Some files declare open axes as -1 or 0, which onnxruntime takes literally. insightface's packs
+    declare an output of batch 1, which conflicts with the buffer of a larger batch.
     """
     graph = model.graph
     for axis, length in zip(image.type.tensor_type.shape.dim, shape, strict=True):

@@ -1,4 +1,4 @@
-"""ONNX graphs: opening them, with every fault of a file named, and evaluating single nodes."""
+"""Opens ONNX graphs, with an error for every fault of a file, and evaluates single nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require(module: str) -> ModuleType:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Every refusal in this block names the file by its whole path."""
+    """Make every error in this block name the file by its whole path."""
     try:
         yield
     except KDHooksError as error:
@@ -46,7 +46,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_graph(path: Path) -> ModelProto:
-    """The graph alone: weights kept in files of their own stay there."""
+    """Read the graph only; weights in separate files are not read."""
     onnx = require("onnx")
     decode_error: type[Exception] = require("google.protobuf.message").DecodeError
     content = _content(path)
@@ -54,21 +54,21 @@ def read_graph(path: Path) -> ModelProto:
         model: ModelProto = onnx.load_model_from_string(content)
     except decode_error as error:
         raise _not_onnx(path, content) from error
-    if not model.graph.node:  # a few other formats parse, as a model of nothing
+    if not model.graph.node:  # some other formats are parsed as an empty model
         raise _not_onnx(path, content)
     return model
 
 
 def load_graph(path: Path) -> tuple[ModelProto, str]:
-    """The model with its weights and without local functions, and the SHA-256 of all its files."""
+    """Read a model with its weights, inline its functions, and compute its files' SHA-256."""
     model = read_graph(path)
     parts = [path, *_weight_files(path, model)]
     try:
         require("onnx.external_data_helper").load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # the versions of onnx raise different classes
         raise KDHooksError(
-            f"{path} must find its weights in the files beside it, but reading them says: {error}; "
-            f"copy the file and all that lies beside it again"
+            f"{path} must find its weights in the files beside it, but reading fails: {error}; "
+            f"copy the file and the files beside it again"
         ) from error
     if model.functions:
         model = require("onnx.inliner").inline_local_functions(model)
@@ -77,14 +77,14 @@ def load_graph(path: Path) -> tuple[ModelProto, str]:
 
 
 def image_inputs(graph: GraphProto) -> list[ValueInfoProto]:
-    """What a caller must feed; some exporters list weights as inputs, even ones no node reads."""
+    """Return the inputs that a caller must feed; some exporters also list weights as inputs."""
     weights = {tensor.name for tensor in graph.initializer}
     read = {name for node in graph.node for name in names_read(node)}
     return [value for value in graph.input if value.name in read - weights]
 
 
 def names_read(node: NodeProto) -> Iterator[str]:
-    """The inputs of a node, and all that the branches of an If or the body of a Loop read."""
+    """Yield the inputs of a node, and those of nodes in the branches of an If or body of a Loop."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
@@ -92,13 +92,13 @@ def names_read(node: NodeProto) -> Iterator[str]:
 
 
 def dims(value: ValueInfoProto) -> Dims:
-    """A shape, None for an open axis; the empty tuple also if the file gives no shape."""
+    """Return a shape, with None for an open axis; () also if the file declares no shape."""
     axes = value.type.tensor_type.shape.dim
     return tuple(axis.dim_value if axis.dim_value > 0 else None for axis in axes)
 
 
 def described(values: Iterable[ValueInfoProto]) -> str:
-    """Names with their shapes, as errors list them."""
+    """Return names with their shapes, for an error message."""
     shown = [
         f"{value.name} {dims(value)}".replace("None", "?")
         if value.type.HasField("tensor_type")
@@ -109,7 +109,7 @@ def described(values: Iterable[ValueInfoProto]) -> str:
 
 
 def evaluate(proto: NodeProto, inputs: Sequence[Array | None], model: ModelProto) -> list[Array]:
-    """The outputs of one node of the model; None stands for an input that is left out."""
+    """Compute the outputs of one node of the model; None stands for an omitted input."""
     names = [name for name in dict.fromkeys(proto.input) if name]
     function = require("onnx.helper").make_function(
         "kdhooks", "node", names, [name for name in proto.output if name], [proto],
@@ -121,7 +121,7 @@ def evaluate(proto: NodeProto, inputs: Sequence[Array | None], model: ModelProto
 
 
 def needed_nodes(graph: GraphProto, output: str) -> list[NodeProto]:
-    """The nodes that this output depends on, in the order of the file."""
+    """Return the nodes that this output depends on, in the order of the file."""
     needed, nodes = {output}, []
     for node in reversed(graph.node):
         if needed & set(node.output):
@@ -133,7 +133,7 @@ def needed_nodes(graph: GraphProto, output: str) -> list[NodeProto]:
 class Constants:
     """The values of a graph that do not depend on its image, each computed when it is first read.
 
-    The shape of a value that does depend on it can be told, and counts as a constant from then on.
+    `tell` sets the shape of a value that depends on the image; it is a constant from then on.
     """
 
     def __init__(self, model: ModelProto, image: str) -> None:
@@ -151,7 +151,7 @@ class Constants:
         self._values[name] = value
 
     def get(self, name: str) -> Array | None:
-        """None if it depends on the image, or on a shape that was not told."""
+        """Return a value; None if it depends on the image, or on a shape that was not told."""
         if name in self._values:
             return self._values[name]
         if name in self._weights:
@@ -168,7 +168,7 @@ class Constants:
 
 
 def _sort(graph: GraphProto, name: str) -> None:
-    """Nodes after those that they read from; some converters append theirs at the end."""
+    """Move each node after those that it reads; some converters append nodes at the end."""
     pending, ordered, unsorted = list(graph.node), [], False
     missing = {output for node in pending for output in node.output}
     while pending:
@@ -181,8 +181,8 @@ def _sort(graph: GraphProto, name: str) -> None:
                 later.append(node)
         if len(later) == len(pending):
             raise KDHooksError(
-                f"the nodes of {name} must have an order, but {later[0].name!r} reads what is "
-                "computed from its own output; export the file again"
+                f"the nodes of {name} must not form a cycle, but {later[0].name!r} depends on one; "
+                "export the file again"
             )
         pending, unsorted = later, unsorted or bool(later)
     if unsorted:

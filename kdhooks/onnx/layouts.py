@@ -1,4 +1,4 @@
-"""ONNX nodes that move values, and compute none, as torch modules."""
+"""Torch modules for ONNX nodes that only rearrange values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdhooks.onnx.nodes import Node
 
 
 class Rearrange(nn.Module):
-    """A view of its input."""
+    """Returns a view of its input."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Rearrange(nn.Module):
 
 
 class Pick(nn.Module):
-    """Some of the slices along one axis, in any order."""
+    """Selects slices along one axis, in any order."""
 
     indices: Tensor
 
@@ -53,7 +53,7 @@ class Concat(nn.Module):
 def cast(node: Node) -> nn.Module:
     if node.attributes["to"] not in FLOATS:
         raise node.refusal("it rounds to whole numbers")
-    return nn.Identity()  # a network is float32 throughout
+    return nn.Identity()  # the torch network is float32 throughout
 
 
 def concat(node: Node) -> nn.Module:
@@ -81,7 +81,7 @@ def gather(node: Node) -> nn.Module:
 
 
 def gather_nd(node: Node) -> nn.Module:
-    """One index for each slice: torch's exporter picks channels so, with their axis moved first."""
+    """Select slices of axis 0: torch's exporter moves the channels there to select some."""
     indices = node.constant(1)
     if node.attributes.get("batch_dims", 0) or indices.ndim != 2 or indices.shape[1] != 1:
         raise node.refusal(f"its indices {indices.shape} are not a column")
@@ -113,7 +113,7 @@ def slices(node: Node) -> nn.Module:
 
 
 def split(node: Node, index: int, count: int) -> nn.Module:
-    """The module of one of `count` outputs."""
+    """Return the module for output `index` of `count`."""
     axis = _axis(node, node.attributes.get("axis", 0))
     length = node.tensors[0].shape[axis]
     part = -(-length // count)
@@ -136,5 +136,5 @@ def transpose(node: Node) -> nn.Module:
 def _axis(node: Node, axis: int) -> int:
     axis %= node.tensors[0].dim()
     if axis == 0:
-        raise node.refusal("it is along the images of the batch")
+        raise node.refusal("its axis is that of the batch")
     return axis

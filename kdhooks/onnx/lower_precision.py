@@ -1,7 +1,7 @@
-"""An ONNX file of a recognition network in int8 or float16, converted by onnxruntime's own tools.
+"""Converts an ONNX file of a recognition network to int8 or float16, with onnxruntime's tools.
 
-Nothing here says whether the converted network still recognises faces: compare its embeddings with
-those of the float file.
+This module does not check that the converted network still recognises faces: compare its embeddings
+with those of the float file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdhooks.errors import KDHooksError
 from kdhooks.onnx.graphs import Array, image_inputs, load_graph, require
 
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-"""Names of the ways to choose the range of an activation, and onnxruntime's names for them."""
+"""Methods of choosing the range of an activation, with onnxruntime's names for them."""
 
 DEFAULT_METHOD = "minmax"
 
@@ -28,9 +28,9 @@ def write_int8(
 ) -> None:
     """Write weights in int8, each output channel with its own scale, and activations in int8.
 
-    The range of each activation comes from the images, [(b 3 h w)] as the network takes them.
-    The images of the new file stay float32, and its embeddings too. What onnxruntime has no int8
-    form of stays float, such as PRelu.
+    The range of each activation is measured on the images, [(b 3 h w)] as the network takes them.
+    The new file still takes float32 images and returns float32 embeddings. Operators for which
+    onnxruntime has no int8 form, such as PRelu, stay float.
     """
     quantization = require("onnxruntime.quantization")
     model, _ = load_graph(source)
@@ -39,7 +39,7 @@ def write_int8(
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             self._feeds: Iterator[dict[str, Array]] = (
-                # One by one, since percentile and entropy refuse a last batch that is smaller.
+                # One at a time, since percentile and entropy refuse a smaller last batch.
                 {image.name: one.numpy()}
                 for batch in images
                 for one in batch.split(1)
@@ -48,8 +48,8 @@ def write_int8(
         def get_next(self) -> dict[str, Array] | None:
             return next(self._feeds, None)
 
-    # It folds batch norms into the convolutions before them. Its symbolic inference of shapes can
-    # do no more than ONNX's for these networks, and stops at an AveragePool.
+    # Folds batch norms into the convolutions before them. Its symbolic shape inference is skipped:
+    # for these networks it finds no more than ONNX's own, and it fails at an AveragePool.
     fold: Callable[..., None] = require(
         "onnxruntime.quantization.shape_inference"
     ).quant_pre_process
@@ -82,7 +82,7 @@ def write_float16(source: Path, target: Path, *, images: bool = False) -> None:
 
 @contextmanager
 def _named(form: str, source: Path) -> Iterator[None]:
-    """Every failure of onnxruntime's tools becomes one error; what they print is dropped."""
+    """Turn every failure of onnxruntime's tools into a KDHooksError, and drop their output."""
     try:
         with redirect_stdout(io.StringIO()):
             yield

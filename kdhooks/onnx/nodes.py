@@ -1,4 +1,4 @@
-"""An ONNX node with its inputs evaluated, and how it is refused."""
+"""An ONNX node with its inputs evaluated, and the error if it cannot be converted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Node:
 
     operator: str
     name: str
-    inputs: Sequence[Array | Tensor | None]  # None: left out
+    inputs: Sequence[Array | Tensor | None]  # None: omitted
     attributes: dict[str, Any]  # as onnx reads them
 
     @classmethod
@@ -46,12 +46,12 @@ class Node:
         return value
 
     def optional(self, index: int) -> Array | None:
-        """A constant input that may be left out."""
+        """Return a constant input, or None if it is omitted."""
         given = index < len(self.inputs) and self.inputs[index] is not None
         return self.constant(index) if given else None
 
     def setting(self, name: str, index: int) -> list[int] | None:
-        """Whole numbers that older opsets keep in an attribute, and newer ones in an input."""
+        """Return whole numbers, which older opsets keep in an attribute and newer in an input."""
         given = self.optional(index)
         numbers = self.attributes.get(name) if given is None else given.reshape(-1).tolist()
         return None if numbers is None else [int(number) for number in numbers]

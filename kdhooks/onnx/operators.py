@@ -1,4 +1,4 @@
-"""One ONNX node becomes one torch module."""
+"""Converts one ONNX node to one torch module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kdhooks.onnx.nodes import Node
 
 
 class Elementwise(nn.Module):
-    """Two branches, or a branch and a constant on either side."""
+    """Combines two branches, or a branch and a constant on either side."""
 
     left: Tensor | None
     right: Tensor | None
@@ -52,11 +52,11 @@ class Elementwise(nn.Module):
 
 
 def to_module(node: Node, index: int, count: int) -> nn.Module:
-    """The module of output `index` of `count`; operators other than Split have one of use."""
+    """Return the module for output `index` of `count`; only Split has several outputs in use."""
     if node.operator == "Split":
         return split(node, index, count)
     if node.operator not in _MODULES:
-        raise node.refusal(f"known are {', '.join(sorted([*_MODULES, 'Split']))}")
+        raise node.refusal(f"the known ones are {', '.join(sorted([*_MODULES, 'Split']))}")
     return _MODULES[node.operator](node)
 
 
@@ -98,7 +98,7 @@ def _batch_norm(node: Node) -> nn.Module:
     norm = kind(
         len(node.constant(1)),
         eps=node.attributes.get("epsilon", 1e-5),
-        momentum=1 - node.attributes.get("momentum", 0.9),  # ONNX weighs the old value
+        momentum=1 - node.attributes.get("momentum", 0.9),  # in ONNX, the old value's weight
     )
     names = ("weight", "bias", "running_mean", "running_var")
     return _fill(norm, **{name: node.constant(1 + index) for index, name in enumerate(names)})
@@ -153,7 +153,7 @@ def _fill(module: nn.Module, **values: Array | None) -> nn.Module:
 
 
 def _float(value: Array) -> Tensor:
-    """A copy: arrays read from a file are read-only."""
+    """Return a float32 copy, since arrays from a file are read-only."""
     return torch.from_numpy(np.array(value, dtype=np.float32))
 
 

@@ -1,26 +1,27 @@
-"""How an ONNX graph wants the pixels of its images, derived from what its first computations see.
+"""Derives the pixel scale that an ONNX graph expects, from the inputs of its first computations.
 
-Three ranges of pixels are tried, 0..255, -1..1 and 0..1:
+Three ranges of pixels are tried: 0..255, -1..1 and 0..1.
 
-- Pixels 0..255 or 0..1 are wanted if they arrive as usual for networks: black between -3 and -0.9,
-  white between 0.9 and 3. That holds (x - 127.5) / 128, 2 x - 1 and the statistics of ImageNet.
-- Pixels -1..1 are wanted if they arrive as they are, which is the convention of insightface and
-  arcface_torch for a graph that scales nothing.
-- If the first computation is a BatchNormalization, its statistics take the place of the usual
-  range: their mean must lie near the middle of the pixels that arrive, and their deviation be 5 to
-  45 % of the range (50 % is the most that pixels can have). One that is called bn_data, as MXNet's
-  networks have it, gets 0..255.
-- If images are quantised, most of what arrives must lie within the numbers that this clips to, and
-  take up an eighth of them at least.
+- The graph expects 0..255 or 0..1 if it scales these to a range that is usual for networks: black
+  between -3 and -0.9, white between 0.9 and 3. This includes (x - 127.5) / 128, 2 x - 1 and the
+  mean and deviation of ImageNet.
+- The graph expects -1..1 if it leaves these unchanged, which is the convention of insightface and
+  arcface_torch for a graph that does not scale its images.
+- If the first computation is a BatchNormalization, its statistics replace the usual range: their
+  mean must be near the middle of the range that arrives there, and their deviation 5 to 45 % of
+  that range (50 % is the largest possible). One with the name bn_data, as in networks of MXNet,
+  expects 0..255.
+- If the graph quantises its images, the range that arrives must lie mostly within the range to
+  which the quantisation clips, and cover at least an eighth of it.
 - Images of uint8 can only be 0..255.
 
-The scale counts as unknown, and must be specified, unless exactly one range fits: scales that
-differ in space, an operator that is not known on the way, two values of the image that meet
-(normalisation by the image's own statistics), an inverted image, other ranges.
+Unless exactly one range fits, the scale is unknown and must be specified. This is so if the scale
+varies within the image, if an unknown operator scales it, if two values of the image are combined
+(as in normalisation by the image's own statistics), if the image is inverted, and for other ranges.
 
-Channels are RGB by convention. The order counts as unknown, and must be specified, if the graph
-changes it (it may take BGR and turn it to RGB, or vice versa), or if it takes the third channel to
-be brighter than the first: in pictures red is brighter than blue.
+Channels are RGB by convention. The order is unknown and must be specified if the graph changes it
+(from BGR to RGB, or vice versa), or if the graph expects the third channel to be brighter than the
+first: in pictures, red is brighter than blue.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kdhooks.onnx.graphs import Array
 from kdhooks.onnx.probes import Arrival
 
 _RANGES = {(0.0, 1.0): (0.0, 255.0), (127.5, 127.5): (-1.0, 1.0), (0.0, 255.0): (0.0, 1.0)}
-_BRIGHTER = 0.1  # deviations; red and blue differ by 0.35 in ImageNet
+_BRIGHTER = 0.1  # standard deviations; red and blue differ by 0.35 in ImageNet
 
 
 def check_order(arrivals: list[Arrival], name: str) -> None:
@@ -42,22 +43,22 @@ def check_order(arrivals: list[Arrival], name: str) -> None:
         order = list(dict.fromkeys(arrival.channels[arrival.gain != 0].tolist()))
         if order != sorted(order):
             raise KDHooksError(
-                f"{name} puts the channels of its images in another order, {order}, and nothing "
-                f"in it tells whether it takes RGB or BGR; {way_out}"
+                f"{name} puts the channels of its images in another order, {order}, but does not "
+                f"show whether it takes RGB or BGR; {way_out}"
             )
         if order == [0, 1, 2] and arrival.gain.all() and _seems_bgr(arrival):
             raise KDHooksError(
-                f"{name} takes the third channel of its images to be brighter than the first, as "
-                f"if they were BGR; {way_out}"
+                f"{name} expects the third channel of its images to be brighter than the first, "
+                f"as if they were BGR; {way_out}"
             )
 
 
 def mean_std(arrivals: list[Arrival], unknown: str, name: str) -> tuple[float, float]:
-    """What must be done to pixels before the graph, as (pixel - mean) / std."""
-    way_out = "say what it expects: mean and std in teacher.input, mean_std=(mean, std) in Python"
+    """Return the mean and std for which the graph expects (pixel - mean) / std."""
+    way_out = "specify mean and std in teacher.input, or mean_std=(mean, std) in Python"
     if unknown:
         raise KDHooksError(
-            f"the scale of the images that {name} expects can't be derived, for {unknown}; "
+            f"the scale of the images that {name} expects can't be derived, because {unknown}; "
             f"{way_out}, and order if the channels are BGR"
         )
     if not arrivals:
@@ -73,19 +74,19 @@ def mean_std(arrivals: list[Arrival], unknown: str, name: str) -> tuple[float, f
     if limits and not fitting:
         low, high = limits[0]
         raise KDHooksError(
-            f"{name} quantises its images to numbers from {low:.4g} to {high:.4g}, which are not "
-            f"what any usual scale of 0..255 or -1..1 brings there; {way_out}"
+            f"{name} quantises its images to numbers from {low:.4g} to {high:.4g}, which fits no "
+            f"usual scale of 0..255 or -1..1; {way_out}"
         )
     statistics = [x.statistics for x in arrivals if x.statistics is not None]
     if statistics:
         mean, deviation = (_shown([x]) for x in statistics[0])
         raise KDHooksError(
-            f"{name} begins with a BatchNormalization, whose statistics are expected to tell the "
-            f"range of its images, but mean {mean} and deviation {deviation} do not; {way_out}"
+            f"{name} starts with a BatchNormalization, whose statistics are expected to fit one "
+            f"range of images, but mean {mean} and deviation {deviation} do not; {way_out}"
         )
     black, white = ([x.black + x.gain * pixel for x in arrivals] for pixel in (0, 255))
     raise KDHooksError(
-        f"a graph that scales its images is expected to bring 0..255 to -1..1, but {name} brings "
+        f"a graph that scales its images is expected to map 0..255 to -1..1, but {name} maps "
         f"it to {_shown(black)}..{_shown(white)}; {way_out}"
     )
 
@@ -108,14 +109,17 @@ def _fits(arrival: Arrival, low: float, high: float) -> bool:
 
 
 def _are_within(limits: tuple[float, float], start: float, end: float) -> bool:
-    """Calibration may have clipped either end, or widened the range until it was symmetric."""
+    """Whether pixels fit a quantised range, which calibration may have clipped or made symmetric.
+
+    limits: the quantised range. start, end: the range of the pixels that arrive.
+    """
     low, high = limits
     slack = (high - low) / 4
     return low - slack <= start and end <= high + slack and end - start >= (high - low) / 8
 
 
 def _seems_bgr(arrival: Arrival) -> bool:
-    """Whether the pixel that counts as average is clearly higher in the third channel.
+    """Whether the graph expects an average pixel that is clearly brighter in the third channel.
 
     A computation without statistics expects values of mean 0 and deviation 1.
     """

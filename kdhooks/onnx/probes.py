@@ -1,15 +1,16 @@
-"""What the first computations of an ONNX graph see of its images.
+"""Finds the scale and channel of each value that arrives at an ONNX graph's first computations.
 
-Four probes walk from the graph's input to its first real computation (Conv, Gemm, ...): a black
-image, and one for each channel in which that channel alone is 255. On the way stand nodes that
+Four probe images pass from the graph's input to its first real computations (Conv, Gemm, ...): a
+black image, and for each channel an image in which only that channel is 255. The nodes in between
 move values (Transpose, Gather, Slice, Split, Concat, Reshape, ...), scale them by constants (Add,
-Sub, Mul, Div), or leave their scale alone (Cast to a float, Identity, Pad, Resize, pooling). Each
-value that arrives is then offset + gain * pixel, of one channel.
+Sub, Mul, Div), or keep their scale (Cast to a float, Identity, Pad, Resize, pooling). So each value
+that arrives at a computation is offset + gain * pixel, of one channel.
 
-A 1x1 convolution whose outputs read one channel each is a scaling or a flip, written as a layer;
-one with a single output turns the image grey, and is not understood. So is a MatMul where channels
-come last. Every other convolution is a computation: its weights are learned, and are not looked at.
-A QuantizeLinear clips the values that arrive, and so tells which were expected.
+A 1x1 convolution whose outputs each read one channel is one of the nodes in between: it scales or
+reorders the channels. One with a single output turns the image grey, and is not understood. The
+same holds for a MatMul if channels come last. Every other convolution is a computation: its weights
+are learned, and are not examined. A QuantizeLinear clips the values that arrive, which shows the
+range that it expects.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ _ONE_BY_ONE = ((3, 3, 1, 1), (3, 1, 1, 1))  # over all channels, or depthwise
 
 @dataclass(frozen=True)
 class Arrival:
-    """What arrives at one of the first computations, as (n) values."""
+    """The n values that arrive at one of the first computations."""
 
     black: Array  # (n), for a black image
     gains: Array  # (3 n), the change with each channel, per unit of the pixel
     statistics: tuple[Array, Array] | None  # (n), a BatchNormalization's mean and deviation
-    bn_data: bool  # whether it is called so, as in networks of MXNet
+    bn_data: bool  # whether the node has this name, as in networks of MXNet
     limits: tuple[float, float] | None = None  # to which a QuantizeLinear clips
 
     @property
@@ -75,7 +76,7 @@ class Arrival:
 def first_arrivals(
     model: ModelProto, image: str, shape: tuple[int, int, int, int], output: str
 ) -> tuple[list[Arrival], str]:
-    """What arrives at the first computations, and the first node that is not understood, or "".
+    """Return what arrives at the first computations, and the first fault found on the way, or "".
 
     shape: of one image, with the three channels on axis 1 or on axis 3.
     """
@@ -100,17 +101,17 @@ def first_arrivals(
                 arrivals += [_arrival(node, pixels, constants) for pixels in probes]
                 if node.op_type not in _COMPUTES or _turns_grey(node, constants):
                     unknown = unknown or f"{_name(node)} comes before the first convolution"
-                    outputs = _computed(node, known, constants, model)  # the order may change yet
+                    outputs = _computed(node, known, constants, model)  # order may still change
             known |= zip([name for name in node.output if name], outputs or [], strict=False)
         except Exception as error:  # numpy and onnx have no class of errors in common
-            unknown = unknown or f"{_name(node)} says: {error}"
+            unknown = unknown or f"{_name(node)} fails: {error}"
     return arrivals, unknown
 
 
 def _walk(
     node: NodeProto, known: dict[str, Probes], constants: Constants, model: ModelProto
 ) -> list[Probes] | None:
-    """The outputs for each of the probes; None if the way ends here."""
+    """Return the outputs for each of the probes; None if the node is a computation or unknown."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Conv":
@@ -128,7 +129,7 @@ def _walk(
 def _computed(
     node: NodeProto, known: dict[str, Probes], constants: Constants, model: ModelProto
 ) -> list[Probes] | None:
-    """The outputs for each of the probes; None if an input is neither constant nor known."""
+    """Compute the outputs for each of the probes; None if an input is unknown and not constant."""
     operands: list[Sequence[Array | None]] = [
         known.get(name) or [constants.get(name)] * 4 for name in node.input
     ]
@@ -147,7 +148,7 @@ def _computed(
 def _scaled_by_layer(
     node: NodeProto, known: dict[str, Probes], constants: Constants
 ) -> list[Probes] | None:
-    """The outputs of a 1x1 convolution if each of them reads one channel."""
+    """Return the outputs of a 1x1 convolution if each of them reads one channel."""
     probes, weight = known.get(node.input[0]), _operand(node, 1, constants)
     bias = _operand(node, 2, constants) if len(node.input) > 2 else np.zeros(1)
     if probes is None or weight is None or bias is None or weight.shape not in _ONE_BY_ONE:
@@ -162,7 +163,7 @@ def _scaled_by_layer(
 def _scaled_by_product(
     node: NodeProto, known: dict[str, Probes], constants: Constants
 ) -> list[Probes] | None:
-    """The outputs of (b h w 3) @ (3 3) if each of them reads one channel."""
+    """Return the outputs of (b h w 3) @ (3 3) if each of them reads one channel."""
     probes, matrix = known.get(node.input[0]), _operand(node, 1, constants)
     if probes is None or matrix is None or matrix.shape != (3, 3) or probes[0].ndim != 4:
         return None
@@ -180,12 +181,12 @@ def _turns_grey(node: NodeProto, constants: Constants) -> bool:
 def _operand(node: NodeProto, index: int, constants: Constants) -> Array | None:
     try:
         return constants.get(node.input[index])
-    except Exception:  # weights that only onnxruntime can unpack are none of a scaling
+    except Exception:  # weights that only onnxruntime can unpack belong to no scaling
         return None
 
 
 def _clipped(node: NodeProto, probes: Probes, constants: Constants) -> list[Arrival]:
-    """What arrives at a QuantizeLinear, if it is known to what that clips."""
+    """Return what arrives at a QuantizeLinear, if the limits to which it clips are known."""
     scale = constants.get(node.input[1])
     zero = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1, np.uint8)
     if scale is None or zero is None or zero.dtype.kind not in "iu":

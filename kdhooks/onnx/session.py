@@ -1,4 +1,4 @@
-"""Recognition networks in ONNX files as teachers, run by onnxruntime; and where to find them."""
+"""Runs recognition networks in ONNX files with onnxruntime, and finds those of insightface."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ _NUMPY = {
 
 
 class OnnxModel:
-    """Embeddings only: no gradient and no taps; `kdhooks.onnx.to_torch` gives a torch module."""
+    """Runs an ONNX file with onnxruntime, for embeddings without gradients.
+
+    It has no taps; `kdhooks.onnx.to_torch` returns a torch module, which has.
+    """
 
     def __init__(
         self,
@@ -38,9 +41,9 @@ class OnnxModel:
     ) -> None:
         """
         source: a path, or a file that `read_recognition_file` has read.
-        mean_std: overrules what a file at a path says about its images.
-        device_id: CUDA device, by default the current one of torch.
-        threads: of one run on the CPU, by default as many as torch uses.
+        mean_std: overrides the scale that is derived from the file; for a path only.
+        device_id: CUDA device, by default torch's current device.
+        threads: for one run on the CPU, by default as many as torch uses.
         """
         if not isinstance(source, RecognitionFile):
             source = read_recognition_file(source, mean_std)
@@ -61,8 +64,9 @@ class OnnxModel:
             takes, gives = self._session.get_inputs()[0].type, self._session.get_outputs()[0].type
             if takes not in _TAKES or gives not in _GIVES:
                 raise KDHooksError(
-                    f"{self.path.name} must take float or uint8 images and give float embeddings, "
-                    f"got {takes} and {gives}; export it without quantised input and output"
+                    f"{self.path.name} must take float or uint8 images and return float "
+                    f"embeddings, got {takes} and {gives}; export it without quantised input and "
+                    "output"
                 )
             self._takes, self._gives = _TAKES[takes], _GIVES[gives]
             self.embedding_dim, self._trailing = self._tried()
@@ -72,7 +76,7 @@ class OnnxModel:
     def __call__(self, images: Tensor) -> Tensor:
         """(b 3 h w) -> (b e), float32, on the device of the images.
 
-        Images are as the file wants them: (pixels - mean) / std, in its order of channels.
+        Images must be as the file expects them: (pixels - mean) / std, in its order of channels.
         """
         if images.dim() != 4 or images.shape[1:] != (3, *self.size):
             raise KDHooksError(
@@ -85,7 +89,7 @@ class OnnxModel:
         return embedding.float().to(images.device)
 
     def _embed(self, images: Tensor, at_once: int) -> Tensor:
-        """(b 3 h w) -> (b e), where onnxruntime computes."""
+        """(b 3 h w) -> (b e), on the device of onnxruntime."""
         images = arranged(images, self._file.channels_last, self._file.whole_pixels)
         images = images.to(self._device, self._takes).contiguous()
         embedding = images.new_empty(len(images), self.embedding_dim, dtype=self._gives)
@@ -94,42 +98,46 @@ class OnnxModel:
         return embedding
 
     def _tried(self) -> tuple[int, list[int]]:
-        """The width of the embedding of one image, and the axes of length 1 that follow it."""
+        """Run one image; return the width of its embedding, and the axes of length 1 after it."""
         image = arranged(torch.zeros(1, 3, *self.size), self._file.channels_last)
         feed = image.numpy().astype(_NUMPY[self._takes])
         try:
             embedding = np.asarray(self._session.run(None, {self._file.input: feed})[0])
         except Exception as error:  # the errors of onnxruntime have no class in common
             raise KDHooksError(
-                f"onnxruntime must run {self.path.name} on an image {feed.shape}, but says: "
+                f"onnxruntime must run {self.path.name} on an image {feed.shape}, but fails: "
                 f"{error}; choose another file, or export it again"
             ) from error
         count, *axes = embedding.shape or (0,)
         if count != 1 or not axes or axes[1:] not in ([], [1, 1]):
             raise KDHooksError(
-                f"a recognition model gives one embedding (b e), but {self.path.name} makes "
-                f"{embedding.shape} of {feed.shape}; choose another file"
+                f"a recognition model returns one embedding (b e), but {self.path.name} returns "
+                f"{embedding.shape} for {feed.shape}; choose another file"
             )
         return axes[0], axes[1:]
 
     def _run(self, images: Tensor, into: Tensor) -> None:
-        """(b 3 h w), (b e): read and written where they are."""
+        """(b 3 h w), (b e): read the images and write the embeddings, without copies."""
         binding = self._session.io_binding()
         binding.bind_input(self._file.input, *_buffer(images))
         binding.bind_output(self._file.output, *_buffer(into))
-        if images.is_cuda:  # onnxruntime has a stream of its own, done when it returns
+        if images.is_cuda:  # onnxruntime has its own stream, and waits for it before it returns
             torch.cuda.current_stream(images.device).synchronize()
         self._session.run_with_iobinding(binding)
 
     def _takes_batches(self) -> bool:
-        """Tried, not read: insightface opens the batch axis of graphs traced for one image."""
+        """Whether a batch of two runs correctly.
+
+        The declared shape does not tell: insightface opens the batch axis of graphs that were
+        traced for one image.
+        """
         images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
         single = self._embed(images, 1)
         if not torch.isfinite(single).all() or not single.any(dim=1).all():
             found = "zero" if torch.isfinite(single).all() else "not finite"
             raise KDHooksError(
-                f"a recognition model gives embeddings that are finite and not zero, but those of "
-                f"{self.path.name} are {found}; look at its weights, or export it again"
+                f"a recognition model returns embeddings that are finite and not zero, but those "
+                f"of {self.path.name} are {found}; check its weights, or export it again"
             )
         try:
             both = self._embed(images, 2)
@@ -146,19 +154,19 @@ def arranged(images: Tensor, channels_last: bool, whole_pixels: bool = False) ->
 
 
 def _buffer(x: Tensor) -> tuple[str, int, type, list[int], int]:
-    """Device, its number, dtype, shape and address, as an IOBinding takes them."""
+    """Return device, its number, dtype, shape and address, as an IOBinding takes them."""
     return x.device.type, x.device.index or 0, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
 
 
 def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
-    """An onnxruntime.InferenceSession, on CUDA where onnxruntime has it."""
+    """Open an onnxruntime.InferenceSession, on CUDA if onnxruntime supports it."""
     ort = require("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Between two runs the trainer needs the cores; by default the idle threads would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not any(node.op_type == "QuantizeLinear" for node in file.model.graph.node):
-        # Only weights are quantised, if anything: make them float once, not in every run.
+        # At most the weights are quantised: convert them to float once, not in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 4  # errors are raised anyway
     providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
@@ -168,7 +176,7 @@ def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
         return ort.InferenceSession(file.model.SerializeToString(), options, providers=providers)
     except Exception as error:  # the errors of onnxruntime have no class in common
         raise KDHooksError(
-            f"onnxruntime {ort.__version__} must load {file.path.name}, but says: {error}; "
+            f"onnxruntime {ort.__version__} must load {file.path.name}, but fails: {error}; "
             f"a newer onnxruntime may know its operators, and if the file leaves its size open, it "
             f"may need another teacher.input.size than {list(file.size)}"
         ) from error
@@ -177,10 +185,11 @@ def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
 def insightface_model(
     name: str, root: str | Path = "~/.insightface", output: str | None = None
 ) -> Path:
-    """The recognition model of an installed insightface pack, told by its graph.
+    """Return the path of the recognition model in an installed insightface pack.
 
-    It takes images of 112x112 and gives one embedding of at least 128 numbers, which no detector,
-    landmark or age model of the packs does. `output` names the embedding of one with more outputs.
+    It is recognised by its graph: it takes images of 112x112 and returns one embedding of at least
+    128 numbers. No detector, landmark or age model of the packs does.
+    output: name of the embedding, if the model has several outputs.
     """
     models = Path(root).expanduser() / "models"
     pack = models / name
@@ -193,7 +202,7 @@ def insightface_model(
             f"{near_miss(name, installed)}installed: {listed(sorted(installed))}; "
             f"insightface.app.FaceAnalysis(name={name!r}) downloads it on first use"
         )
-    # Some archives unpack to a folder within the folder; a Mac's ._x.onnx is no model.
+    # Some archives unpack to a nested folder; macOS adds ._x.onnx files, which are no models.
     files = sorted(file for file in pack.rglob("*.onnx") if not file.name.startswith("."))
     found = [file for file in files if _is_recognition(file, output)]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""Recognition networks in ONNX files as torch modules, so that their features can be tapped."""
+"""Converts recognition networks in ONNX files to torch modules, whose features can be tapped."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from kdhooks.onnx.session import OnnxModel, arranged
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_ALIKE, _ALIKE_HALF = 1e-3, 3e-2  # of the embedding's length
+_ALIKE, _ALIKE_HALF = 1e-3, 3e-2  # relative to the embedding's length
 
 
 def to_torch(
     source: str | Path | RecognitionFile, mean_std: tuple[float, float] | None = None
 ) -> OnnxNetwork:
-    """A float network in eval mode, found to agree with onnxruntime before it is returned.
+    """Return a float network in eval mode; check first that it agrees with onnxruntime.
 
-    source: a path, or a file that `read_recognition_file` has read; `mean_std` is for a path.
+    source: a path, or a file that `read_recognition_file` has read.
+    mean_std: overrides the scale that is derived from the file; for a path only.
     """
     file = (
         source if isinstance(source, RecognitionFile) else read_recognition_file(source, mean_std)
@@ -70,9 +71,9 @@ class _Step:
 
 
 class OnnxNetwork(nn.Module):
-    """One child per ONNX node, run in the order of the file.
+    """A network with one child for each ONNX node, run in the order of the file.
 
-    Children bear the names of the nodes, with `_` for whatever is not a letter or a digit.
+    Children have the names of the nodes, with `_` in place of anything but letters and digits.
     """
 
     def __init__(self, file: RecognitionFile) -> None:
@@ -86,7 +87,7 @@ class OnnxNetwork(nn.Module):
         self._output = file.output
         self._steps = self._build(file)
         last_use = {name: step.output for step in self._steps for name in step.inputs}
-        last_use[self._output] = ""  # the caller's
+        last_use[self._output] = ""  # the caller uses it last
         self._finished = {
             step.output: [name for name in step.inputs if last_use[name] == step.output]
             for step in self._steps
@@ -104,9 +105,9 @@ class OnnxNetwork(nn.Module):
 
     @torch.no_grad()
     def _build(self, file: RecognitionFile) -> list[_Step]:
-        """Run one image through: what does not depend on it folds, the rest becomes a child."""
+        """Run one image: compute nodes that do not depend on it once, and make others children."""
         to_array: Callable[..., Array] = require("onnx.numpy_helper").to_array
-        values: dict[str, Array | Tensor | None] = {"": None}  # "": an input left out
+        values: dict[str, Array | Tensor | None] = {"": None}  # "": an omitted input
         values |= {tensor.name: to_array(tensor) for tensor in file.model.graph.initializer}
         values[file.input] = arranged(torch.zeros(1, 3, *file.size), file.channels_last)
         steps = []
@@ -131,7 +132,7 @@ class OnnxNetwork(nn.Module):
 
     def _adopt(self, node_name: str, child: nn.Module) -> str:
         name = re.sub(r"\W+", "_", node_name).strip("_") or type(child).__name__
-        while hasattr(self, name):  # a namesake, or an attribute of every module
+        while hasattr(self, name):  # of another child, or an attribute of every module
             name += "_"
         self.add_module(name, child)
         return name
@@ -142,18 +143,18 @@ def _found(
 ) -> Array | Tensor | None:
     if name not in values:
         raise KDHooksError(
-            f"ONNX node {proto.name or proto.output[0]!r} must read what an earlier node computes; "
-            f"found {name!r}, which none of those that became modules does; use OnnxModel"
+            f"ONNX node {proto.name or proto.output[0]!r} must read the output of an earlier node; "
+            f"found {name!r}, which no converted node returns; use OnnxModel"
         )
     return values[name]
 
 
 def _fold(proto: NodeProto, node: Node, file: RecognitionFile) -> list[Array]:
-    """The values of a node that does not depend on the image: say, int8 weights made float."""
+    """Compute a node that does not depend on the image, such as int8 weights made float."""
     if "." in node.operator:
         raise node.refusal("it is not an operator of the ONNX standard")
     constants = [value if isinstance(value, np.ndarray) else None for value in node.inputs]
     try:
         return evaluate(proto, constants, file.model)
-    except Exception as error:  # onnx's evaluator has no class of errors
+    except Exception as error:  # the errors of onnx's evaluator have no class in common
         raise node.refusal(f"evaluating it says: {error}") from error

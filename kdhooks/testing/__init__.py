@@ -1,4 +1,4 @@
-"""Conformance: what every method must do, checked without a test of its own.
+"""Conformance: checks the rules that every method must follow, with one call for each method.
 
 from kdhooks.testing import check_method
 
@@ -28,7 +28,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class TinyFaceNet(nn.Module):
-    """Four stages and an embedding: the smallest thing with the shape of a face network."""
+    """A minimal face network, with four stages and an embedding."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -54,7 +54,7 @@ class TinyFaceNet(nn.Module):
 
 
 def tiny_teacher(dim: int = 12, width: int = 6) -> Teacher:
-    """A TinyFaceNet that has seen data, with class rows that fit `tiny_batch`."""
+    """Return a TinyFaceNet with batch statistics, and with class rows that fit `tiny_batch`."""
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
         network = TinyFaceNet(dim, width)
@@ -68,7 +68,7 @@ def tiny_teacher(dim: int = 12, width: int = 6) -> Teacher:
 
 
 def tiny_batch(copies: int = 2) -> tuple[Tensor, Tensor]:
-    """(b 3 32 32) and (b): each class a pattern of its own, under a little noise."""
+    """Return images (b 3 32 32) and labels (b); each class has its own pattern, with some noise."""
     generator = torch.Generator().manual_seed(2)
     patterns = torch.rand(_CLASSES, 3, 4, 4, generator=generator) * 2 - 1
     labels = torch.arange(_CLASSES).repeat(copies)
@@ -85,12 +85,13 @@ def check_method(
     teacher_stages: Sequence[str] = _STAGES,
     **options: object,
 ) -> None:
-    """Raise AssertionError, naming the rule that is broken, unless the method keeps them all.
+    """Check that a method follows all rules; otherwise raise AssertionError with the broken rule.
 
-    method: its class, created with the options. student, teacher: functions that create the models,
-    for a method that needs others than a TinyFaceNet on both sides; they take (b 3 32 32). With
-    `teacher=lambda: tiny_teacher(width=4)` the stages of both sides have the same shapes, so that a
-    loss of features is also checked for a student that equals the teacher.
+    method: its class, created with the options.
+    student, teacher: functions that create the models, which take images (b 3 32 32), for a method
+        that needs others than a TinyFaceNet on both sides. With `teacher=lambda:
+        tiny_teacher(width=4)` the stages of both sides have the same shapes, so that a loss on
+        features is also checked for a student that equals the teacher.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -118,7 +119,7 @@ def check_method(
 
 
 def _cases(distiller: Distiller, student: nn.Module, again: Callable[[], Distiller]) -> list[Case]:
-    """Each tap with its loss in the initial state, and the arguments of the loss in one step."""
+    """Return each tap with its loss in the initial state, and the loss's arguments in one step."""
     taps = [replace(tap, loss=copy.deepcopy(tap.loss)) for tap in distiller.taps]
     seen: dict[int, Arguments] = {}
 
@@ -151,7 +152,7 @@ def _cases(distiller: Distiller, student: nn.Module, again: Callable[[], Distill
 
 
 def _weight_zero(distiller: Distiller, student: nn.Module) -> None:
-    """A weight of 0 leaves the student as it is."""
+    """Check that a weight of 0 leaves the student unchanged."""
     images, labels = tiny_batch()
     student.zero_grad()
     student(images)
@@ -159,6 +160,6 @@ def _weight_zero(distiller: Distiller, student: nn.Module) -> None:
     sum(terms.values(), start=torch.zeros(())).backward()
     distiller.remove()
     for name, term in terms.items():
-        require(term == 0, name, "takes a weight, and gives 0 when that is 0")
+        require(term == 0, name, "takes a weight, and returns 0 if that is 0")
         moved = [n for n, p in student.named_parameters() if p.grad is not None and p.grad.any()]
-        require(not moved, name, f"moves nothing with weight 0; found {moved}")
+        require(not moved, name, f"has no gradient if its weight is 0; found one for {moved}")

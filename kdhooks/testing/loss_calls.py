@@ -1,4 +1,4 @@
-"""Calls of a loss with the arguments of one step, as conformance checks make them.
+"""Calls a loss with the arguments of one step, for the conformance checks.
 
 Every call gets copies of the tensors, so that no check hides a mistake from another.
 """
@@ -37,22 +37,22 @@ class Case:
         require(kept, self.tap.name, rule)
 
     def loss(self) -> nn.Module:
-        """A copy, so that the tap's own loss keeps its initial state."""
+        """Return a copy, so that the tap's own loss keeps its initial state."""
         return copy.deepcopy(self.tap.loss)
 
     def warmed_loss(self, steps: int) -> nn.Module:
-        """A copy that has run for some steps, over which a term may grow from 0."""
+        """Return a copy after some steps, since a term may start at 0 and grow."""
         loss = self.loss()
         for step in range(steps):
             call(loss, self.at(step))
         return loss
 
     def value(self, arguments: Arguments) -> Tensor:
-        """The loss in its first step."""
+        """Return the value of the loss in its first step."""
         return call(self.loss(), arguments)
 
     def at(self, step: int) -> Arguments:
-        """The batch with noise that differs from step to step, as the batches of a training do."""
+        """Return the arguments with noise that differs from step to step, like training batches."""
         generator = torch.Generator().manual_seed(step)
 
         def noisy(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Case:
         return (*_trained((student,)), *teacher, *self.arguments[2:])
 
     def with_batch(self, change: Callable[[Tensor], Tensor]) -> Arguments:
-        """The student's and the teacher's tensors and the labels are changed."""
+        """Return the arguments with changed student's and teacher's tensors and labels."""
         return (*mapped(self.arguments[:3], change), *self.arguments[3:])
 
     def with_labels(self, labels: Tensor) -> Arguments:
@@ -71,14 +71,14 @@ class Case:
 
 
 def call(loss: nn.Module, arguments: Arguments) -> Tensor:
-    """The value of a loss that may also return notes."""
+    """Return the value of a loss, which may also return notes."""
     result = loss(*mapped(arguments, torch.clone))
     value: Tensor = result[0] if isinstance(result, tuple) else result
     return value
 
 
 def differentiate(loss: nn.Module, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
-    """The value, and its gradient by each of the student's tensors."""
+    """Return the value, and its gradient with respect to each of the student's tensors."""
     student = _trained(arguments[:1])
     value = call(loss, (*student, *arguments[1:]))
     value.backward()
@@ -91,7 +91,7 @@ def _trained(arguments: Arguments) -> Arguments:
 
 
 def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """All of them, those in lists and shards included."""
+    """Yield all tensors, including those in lists and shards."""
     for item in arguments:
         if isinstance(item, Tensor):
             yield item
@@ -102,7 +102,7 @@ def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """The same arguments with every tensor changed, those in lists and shards included."""
+    """Return the arguments with every tensor changed, including those in lists and shards."""
     return tuple(_map_one(item, change) for item in arguments)
 
 

@@ -19,15 +19,15 @@ _PARTS = (
     "teacher's classifier rows",
     "student's classifier rows",
 )
-_STEPS = 6  # before a checkpoint, and after it; some state acts only after several calls
+_STEPS = 6  # before a checkpoint, and after it; some state has an effect only after several calls
 _CLOSE = 1e-5  # relative difference of values; float32 alone causes less than 1e-6
 _CLOSE_GRADIENTS = 1e-4  # of gradients; float32 alone causes 2e-6, bfloat16 more than 1e-3
-_GROWTH = 1.25  # of the gradient if the batch is repeated; 1 for a mean, 2 for a sum
+_GROWTH = 1.25  # limit for the gradient's growth if the batch is repeated; a mean 1, a sum 2
 _HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 def check_loss(case: Case) -> None:
-    """Raise AssertionError, naming the first rule that the loss breaks."""
+    """Raise AssertionError with the first rule that the loss breaks, if any."""
     rules: list[Callable[[Case], None]]
     rules = [_contract, _inputs_unchanged, _repeatable, _gradients, _precision, _resume]
     if not isinstance(case.tap, ParameterTap):
@@ -37,12 +37,12 @@ def check_loss(case: Case) -> None:
 
 
 def _contract(case: Case) -> None:
-    """The first line of the loss's forward states its arguments, and is true."""
+    """Check the first docstring line of the loss's forward, which states its arguments."""
     expected = case.tap.contract
     found = (case.tap.loss.forward.__doc__ or "").strip().split("\n")[0]
     case.require(found == expected, f"documents its forward as {expected!r}; found {found!r}")
     value = case.value(case.arguments)
-    case.require(value.ndim == 0 and _finite([value]), "gives a finite scalar")
+    case.require(value.ndim == 0 and _finite([value]), "returns a finite scalar")
 
 
 def _inputs_unchanged(case: Case) -> None:
@@ -50,7 +50,7 @@ def _inputs_unchanged(case: Case) -> None:
 
 
 def _require_unchanged(case: Case, arguments: Arguments) -> None:
-    """Compares values, since a change through `.data` does not raise the version counter."""
+    """Compare values, since a change through `.data` does not raise the version counter."""
     given = mapped(arguments, torch.clone)
     case.loss()(*given)
     for part, after, before in zip(_PARTS, given, arguments, strict=False):
@@ -72,13 +72,13 @@ def _repeatable(case: Case) -> None:
 
 
 def _gradients(case: Case) -> None:
-    """They reach the student and the loss's own parameters, and nothing of the teacher."""
+    """Check that gradients reach the student and the loss's own parameters, but not the teacher."""
     loss = case.loss()
     sides = mapped(case.arguments[:2], lambda x: x.clone().requires_grad_())
     call(loss, (*sides, *case.arguments[2:])).backward()
     for tensor in tensors(sides[:1]):
         reached = tensor.grad is not None and _finite([tensor.grad])
-        case.require(reached, "gives all that it taps of the student a finite gradient")
+        case.require(reached, "gives every tapped tensor of the student a finite gradient")
     for name, parameter in loss.named_parameters():
         case.require(parameter.grad is not None, f"trains its own parameter {name}")
     if not case.adapted:
@@ -86,7 +86,7 @@ def _gradients(case: Case) -> None:
         case.require(not leaks, "gives the teacher no gradient")
     _, warm = differentiate(case.warmed_loss(_STEPS), case.arguments)
     trained = all(gradient.any() for gradient in warm)
-    case.require(trained, "gives all that it taps of the student a gradient other than zero")
+    case.require(trained, "gives every tapped tensor of the student a gradient other than zero")
 
 
 def _precision(case: Case) -> None:
@@ -106,13 +106,13 @@ def _precision(case: Case) -> None:
 
 
 def _resume(case: Case) -> None:
-    """The state dict holds everything that a loss keeps from its past steps."""
+    """Check that the state dict holds everything that a loss keeps from its past steps."""
     straight, resumed = case.warmed_loss(_STEPS), case.again()
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
     for step in range(_STEPS, 2 * _STEPS):
         arguments = case.at(step)
         same = torch.equal(call(straight, arguments), call(resumed, arguments))
-        case.require(same, "goes on exactly from its state dict")
+        case.require(same, "resumes exactly from its state dict")
     graphs = [name for name, buffer in straight.named_buffers() if buffer.requires_grad]
     case.require(not graphs, f"keeps no graph in its buffers; found {graphs}")
 
@@ -123,7 +123,7 @@ def _order(case: Case) -> None:
 
 
 def _batch_size(case: Case) -> None:
-    """Compares gradients, since a value may be near 0, or grow by a constant."""
+    """Compare gradients, since a value may be near 0, or grow by a constant."""
     repeated = case.with_batch(lambda x: torch.cat([x, x]))
     once, twice = (
         sum(float(gradient.abs().sum()) for gradient in gradients)
@@ -134,13 +134,13 @@ def _batch_size(case: Case) -> None:
     )
     case.require(
         twice < _GROWTH * once,
-        "takes the mean over the batch and not the sum; a batch that is repeated has a gradient "
-        f"{twice / once:.2f} times as large",
+        "takes the mean over the batch and not the sum; found a gradient that is "
+        f"{twice / once:.2f} times as large if the batch is repeated",
     )
 
 
 def _labels_left_out(case: Case) -> None:
-    """A tap that says needs_labels=False has the same loss without them."""
+    """Check that a tap with needs_labels=False has the same loss without labels."""
     if case.tap.needs_labels:
         return
     student, teacher, _, *rest = case.arguments
@@ -154,7 +154,7 @@ def _labels_left_out(case: Case) -> None:
 
 
 def _unknown_classes(case: Case) -> None:
-    """A label of -1 marks a sample without a class."""
+    """Check labels of -1, which mark samples without a class."""
     labels = case.arguments[2]
     some = case.with_labels(_every_third(labels, -1))
     for arguments in (some, case.with_labels(torch.full_like(labels, -1))):
@@ -170,7 +170,10 @@ def _unknown_classes(case: Case) -> None:
 
 
 def _require_no_class(case: Case, unknown: Tensor) -> None:
-    """Indexing by -1 reads the last class without an error, and clamping it reads the first."""
+    """Check that -1 is not used as an index, which would read the last class without an error.
+
+    Clamped to 0, it would read the first class.
+    """
     labels = case.arguments[2]
     classes = int(labels.min()), int(labels.max())
     first, last = (case.value(case.with_labels(_every_third(labels, c))) for c in classes)
@@ -180,7 +183,10 @@ def _require_no_class(case: Case, unknown: Tensor) -> None:
 
 
 def _equal_sides(case: Case) -> None:
-    """Roots and angles may have no gradient there. Only for sides that have the same shapes."""
+    """Check a student that equals the teacher, for which roots and angles may have no gradient.
+
+    Both sides must have the same shapes.
+    """
     student, teacher, *rest = case.arguments
     ours, theirs = ([x.shape for x in tensors([side])] for side in (student, teacher))
     if ours != theirs:
@@ -194,9 +200,10 @@ def _equal_sides(case: Case) -> None:
 
 
 class _HalfPrecision(TorchFunctionMode):
-    """Collects the formats below float32 of the tensors that are created inside.
+    """Collects the half-precision dtypes of the tensors that are created inside it.
 
-    Values alone do not show them: a loss that casts float32 and float64 makes the same error twice.
+    A comparison of values does not find them: a loss that casts its inputs to half precision makes
+    the same error with float32 and float64.
     """
 
     def __init__(self) -> None:
@@ -213,7 +220,7 @@ class _HalfPrecision(TorchFunctionMode):
 
 
 def _every_third(labels: Tensor, label: int) -> Tensor:
-    """(b) -> (b): every third one is replaced."""
+    """(b) -> (b): every third label is replaced."""
     changed = labels.clone()
     changed[::3] = label
     return changed

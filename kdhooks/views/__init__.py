@@ -1,1 +1,1 @@
-"""What the student sees in place of the trainer's images: other views of the same faces."""
+"""Views of the trainer's images that the student sees in their place."""

@@ -1,4 +1,4 @@
-"""Faces with the artifacts of a strong JPEG compression."""
+"""Faces with the artifacts of strong JPEG compression."""
 
 import math
 from typing import ClassVar
@@ -27,17 +27,17 @@ class Blocks(Options, subject="student_view: blocks"):
     """Compression in blocks of 8x8 pixels."""
 
     numbers: ClassVar[int] = 2
-    """Random numbers for each image: whether, and which quality."""
+    """Random numbers for each image: whether to apply the view, and the quality."""
 
     p: float = option(0.5, "The probability for each image.", least=0, most=1)
     quality: tuple[int, int] = option(
-        (10, 50), "The least and the greatest quality, as JPEG counts it.", least=1, most=100
+        (10, 50), "The lowest and the highest JPEG quality.", least=1, most=100
     )
 
     def check(self) -> None:
         if self.quality[0] > self.quality[1]:
             raise self.refused(
-                "quality", f"must be a least and a greatest number; found {list(self.quality)}"
+                "quality", f"must be the lowest and the highest; found {list(self.quality)}"
             )
 
     def module(self) -> nn.Module:
@@ -45,7 +45,7 @@ class Blocks(Options, subject="student_view: blocks"):
 
 
 class Compress(nn.Module):
-    """What JPEG loses of the cosine transform of each block, with all colour samples kept."""
+    """Quantises the cosine transform of each block as JPEG does, with all colour samples kept."""
 
     tables: Tensor
 
@@ -53,7 +53,7 @@ class Compress(nn.Module):
         super().__init__()
         self.least, self.greatest = least, greatest
         tables = torch.tensor([_LUMA, _CHROMA, _CHROMA]).reshape(3, _SIDE, _SIDE)
-        # Whole numbers, which no conversion of the module to another precision rounds.
+        # Integers, which stay exact if the module is converted to another precision.
         self.register_buffer("tables", tables, persistent=False)
 
     def forward(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _cosines(like: Tensor) -> Tensor:
     """(8 8), orthonormal; row i is the cosine of frequency i."""
     place = torch.arange(_SIDE, dtype=like.dtype, device=like.device)
     cosines = torch.cos((2 * place + 1) * place[:, None] * (math.pi / (2 * _SIDE)))
-    squares: Tensor = (2 - (place == 0).to(like.dtype)) / _SIDE  # of the lengths
+    squares: Tensor = (2 - (place == 0).to(like.dtype)) / _SIDE  # of the rows' scales
     return cosines * squares.sqrt()[:, None]
 
 
@@ -105,7 +105,7 @@ def _to_luma_and_chroma(pixels: Tensor) -> Tensor:
 
 
 def _to_rgb(pixels: Tensor) -> Tensor:
-    """The inverse, within 0..255."""
+    """The inverse of `_to_luma_and_chroma`, clamped to 0..255."""
     luma, of_blue, of_red = pixels.unbind(1)
     blue = luma + 1.772 * (of_blue - 128)
     red = luma + 1.402 * (of_red - 128)

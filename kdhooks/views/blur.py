@@ -7,19 +7,19 @@ from torch import Tensor, nn
 
 from kdhooks.options import Options, option
 
-_TEMPLATE = 112  # pixels of the face that sigma refers to
+_TEMPLATE = 112  # height and width in pixels of the face that sigma refers to
 
 
 class Blur(Options, subject="student_view: blur"):
     """A Gaussian blur."""
 
     numbers: ClassVar[int] = 2
-    """Random numbers for each image: whether, and how much."""
+    """Random numbers for each image: whether to apply the view, and sigma."""
 
     p: float = option(0.5, "The probability for each image.", least=0, most=1)
     sigma: tuple[float, float] = option(
         (0.5, 2.0),
-        "The least and the greatest standard deviation, in a face of 112 pixels.",
+        "The smallest and the largest standard deviation, for a face of 112x112 pixels.",
         above=0,
         unit="pixels",
     )
@@ -27,7 +27,7 @@ class Blur(Options, subject="student_view: blur"):
     def check(self) -> None:
         if self.sigma[0] > self.sigma[1]:
             raise self.refused(
-                "sigma", f"must be a least and a greatest number; found {list(self.sigma)}"
+                "sigma", f"must be the smallest and the largest; found {list(self.sigma)}"
             )
 
     def module(self) -> nn.Module:
@@ -35,7 +35,7 @@ class Blur(Options, subject="student_view: blur"):
 
 
 class GaussianBlur(nn.Module):
-    """Each image has a standard deviation of its own."""
+    """Blurs each image with its own standard deviation."""
 
     def __init__(self, least: float, greatest: float) -> None:
         super().__init__()

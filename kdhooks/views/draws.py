@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed, a step and a sample's position alone."""
+"""Random numbers that depend only on a seed, a step and a sample's position."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kdhooks.errors import KDHooksError
 
-_MOST = 2**16  # numbers for one sample
-_GAMMA, _FIRST, _SECOND = (  # of the generator SplitMix64, as signed numbers of 64 bits
+_MOST = 2**16  # the most numbers for one sample
+_GAMMA, _FIRST, _SECOND = (  # constants of the generator SplitMix64, as signed 64-bit integers
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 
@@ -43,7 +43,7 @@ class Draws:
         return _shifted(bits, 40).float() * 2.0**-24  # as many bits as float32 has
 
     def generator_seed(self) -> int:
-        """A seed for torch's generators, another one on each rank."""
+        """Return a seed for torch's generators, which differs between ranks."""
         return self._key(self.seed, self.step, self.first) & (2**63 - 1)
 
     @staticmethod
@@ -53,5 +53,5 @@ class Draws:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right, with zeros from the left, as for numbers without a sign."""
+    """Shift to the right and fill with zeros, as for unsigned integers."""
     return (bits >> by) & ((1 << (64 - by)) - 1)

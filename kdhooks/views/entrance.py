@@ -1,4 +1,4 @@
-"""Puts the student's view in place of the images among the arguments of its forward."""
+"""Replaces the images in the arguments of the student's forward by the student's view."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +14,14 @@ from kdhooks.views.viewing import Viewing
 
 Look: TypeAlias = Callable[[Tensor], Tensor]
 Around: TypeAlias = Callable[[Look, Tensor, tuple[Any, ...], dict[str, Any]], Tensor | None]
-"""A host's own use of the view, on images and arguments; None if this forward does not count."""
+"""A host's own function, which applies the view to images; None leaves the forward unchanged."""
 
 
 class Entrance(NotCopied):
-    """Called with the arguments of the student's forward, it returns others with the view."""
+    """Returns the arguments of the student's forward with the view in place of the images."""
 
     def __init__(self, viewing: Viewing, clock: Callable[[], tuple[int, int]]) -> None:
-        """clock: the batches before this one, and how many of them make an optimizer step."""
+        """clock: returns the number of earlier batches, and of batches per optimizer step."""
         self._viewing, self._clock = viewing, clock
         self.around: Around | None = None
 
@@ -50,7 +50,7 @@ class Entrance(NotCopied):
         return changed
 
     def described(self) -> str:
-        """One line that is the same on every rank with the same view."""
+        """Return one line, which is the same on every rank with the same view."""
         view = " ".join(repr(self._viewing.view).split())
         return f"a student's view {view}, seed {self._viewing.seed}"
 
@@ -62,7 +62,7 @@ class Entrance(NotCopied):
 
 
 class _Replaced:
-    """One tensor in place of another one, in nested dicts, lists and tuples."""
+    """Replaces one tensor by another in nested dicts, lists and tuples."""
 
     def __init__(self, old: Tensor, new: Tensor) -> None:
         self._old, self._new = old, new

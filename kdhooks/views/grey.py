@@ -8,10 +8,10 @@ from kdhooks.options import Options, option
 
 
 class Grey(Options, subject="student_view: grey"):
-    """No colour."""
+    """Images without colour."""
 
     numbers: ClassVar[int] = 1
-    """Random numbers for each image: whether."""
+    """Random numbers for each image: whether to apply the view."""
 
     p: float = option(0.2, "The probability for each image.", least=0, most=1)
 
@@ -20,7 +20,7 @@ class Grey(Options, subject="student_view: grey"):
 
 
 class Desaturate(nn.Module):
-    """The luma of ITU-R BT.601 in each channel."""
+    """Replaces each channel by the luma of ITU-R BT.601."""
 
     def forward(self, images: Tensor, draws: Tensor) -> Tensor:
         """(b 3 h w), (b 0) -> (b 3 h w)."""

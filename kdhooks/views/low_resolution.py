@@ -1,4 +1,4 @@
-"""Faces of few pixels, resampled to the student's input size."""
+"""Faces with few pixels, resampled to the student's input size."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -15,10 +15,10 @@ Up: TypeAlias = Literal["bilinear", "bicubic", "nearest"]
 
 
 class LowResolution(Options, subject="student_view: low_resolution"):
-    """Fewer pixels, then the input size again."""
+    """Images with fewer pixels, resampled to the input size again."""
 
     numbers: ClassVar[int] = 2
-    """Random numbers for each image: whether, and which size."""
+    """Random numbers for each image: whether to apply the view, and the size."""
 
     sizes: tuple[int, ...] = option(
         (14, 28), "The shorter side of the small image; one is drawn for each image.", least=1,
@@ -27,10 +27,10 @@ class LowResolution(Options, subject="student_view: low_resolution"):
     p: float = option(1.0, "The probability for each image.", least=0, most=1)
     down: Down = option(
         "area",
-        "How it is made smaller; area is the mean over each region, with parts of pixels at its "
-        "edges; the others antialias.",
+        "How the image is made smaller; area is the mean over each region, with fractions of "
+        "pixels at its edges; bilinear and bicubic antialias.",
     )
-    up: Up = option("bilinear", "How it is brought back to the input size.")
+    up: Up = option("bilinear", "How the image is resampled to the input size again.")
 
     rules: ClassVar[Mapping[str, Any]] = {"allOf": [{"properties": {"sizes": {"minItems": 1}}}]}
 
@@ -43,7 +43,7 @@ class LowResolution(Options, subject="student_view: low_resolution"):
 
 
 class Resample(nn.Module):
-    """Resampling is linear and separable: one matrix for the rows, and one for the columns."""
+    """Resamples each image by one matrix for the rows and one for the columns."""
 
     def __init__(self, sizes: tuple[int, ...], down: Down, up: Up) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class Resample(nn.Module):
         return changed.clamp(-1, 1) if overshoots else changed
 
     def _matrices(self, length: int, shorter: int, like: Tensor) -> Tensor:
-        """(n l l), one for each size: the two resamplings of the unit vectors."""
-        # Torch's "nearest" takes the pixel to the upper left, which moves the face.
+        """(n l l), one for each size: both resamplings, applied to the unit vectors."""
+        # Torch's "nearest" takes the pixel to the upper left, which shifts the face.
         mode, smooth = ("nearest-exact", None) if self.up == "nearest" else (self.up, False)
         found = []
         for size in self.sizes:
@@ -80,7 +80,7 @@ class Resample(nn.Module):
 
     def _smaller(self, length: int, small: int, like: Tensor) -> Tensor:
         """(s l): row i holds the weights of the pixels for small pixel i; each sums to 1."""
-        if self.down == "area":  # in parts of a pixel, where torch's "area" takes whole ones
+        if self.down == "area":  # with fractions of pixels; torch's "area" takes whole ones
             edges = torch.arange(small + 1, device=like.device)[:, None] * length
             pixels = torch.arange(length, device=like.device) * small
             ends = torch.minimum(edges[1:], pixels + small)

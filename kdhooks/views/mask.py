@@ -9,14 +9,14 @@ from kdhooks.options import Options, option
 
 _SIDE = 112  # pixels of the template
 _MIDDLE = 56.1  # x of the nose and of the middle of the mouth
-_EDGE = 36.0  # pixels from there to the side of the face
-_WIDEST = 70.0  # y from which on a mask tapers towards the chin
-_SHIFT = 2.0  # pixels by which a mask sits higher, lower or aside
+_EDGE = 36.0  # pixels from the middle to the side of the face
+_WIDEST = 70.0  # y at which a mask starts to taper towards the chin
+_SHIFT = 2.0  # the largest shift of a mask, in pixels, in each direction
 
 # In tenths of a pixel of the template: the upper edge at the middle and at the side of the face,
-# the power of its curve (10 is straight, 20 a parabola), half the width, and how much of that is
-# lost from _WIDEST to the chin. With every shift each covers the nose (56.0, 71.7) and the corners
-# of the mouth (41.5, 92.4) and (70.7, 92.2), and ends below the eyes, which are at y = 51.6.
+# the power of its curve (10 is straight, 20 a parabola), half the width, and the decrease of that
+# from _WIDEST to the chin. With every shift, each mask covers the nose (56.0, 71.7) and the corners
+# of the mouth (41.5, 92.4) and (70.7, 92.2), and stays below the eyes, which are at y = 51.6.
 _SHAPES = (
     (630, 700, 20, 380, 120),  # surgical
     (580, 760, 10, 360, 160),  # pointed at the nose, a respirator
@@ -33,7 +33,8 @@ class Mask(Options, subject="student_view: mask"):
     """A mask over nose, mouth and chin, of one of 4 shapes and 8 colours."""
 
     numbers: ClassVar[int] = 6
-    """Random numbers for each image: whether, shape, colour, brightness, and two shifts."""
+    """Random numbers for each image: whether to apply the view, shape, colour, brightness and two
+    shifts."""
 
     p: float = option(0.5, "The probability for each image.", least=0, most=1)
 
@@ -42,14 +43,14 @@ class Mask(Options, subject="student_view: mask"):
 
 
 class CoverLowerFace(nn.Module):
-    """Images of another size than 112 pixels scale the template."""
+    """Draws a mask over the lower face; the template is scaled to the size of the images."""
 
     shapes: Tensor
     colours: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # Whole numbers, which no conversion of the module to another precision rounds.
+        # Integers, which stay exact if the module is converted to another precision.
         self.register_buffer("shapes", torch.tensor(_SHAPES), persistent=False)
         self.register_buffer("colours", torch.tensor(_COLOURS), persistent=False)
 
@@ -65,7 +66,7 @@ class CoverLowerFace(nn.Module):
         out = x.abs() / _EDGE
         top = middle + (side - middle) * out**power
         width = half - taper * ((y - _WIDEST) / (_SIDE - _WIDEST)).clamp(min=0)
-        # Pixels on the inner side of the outline, whose edge is one pixel wide.
+        # Distance from the outline, positive inside. The edge is blended over one pixel.
         inside = torch.minimum(y - top, width - x.abs())
         cover = (inside + 0.5).clamp(0, 1)[:, None]
         cloth = self.colours[(colour * len(_COLOURS)).long()].to(images.dtype)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""The built-in views, each with a probability, in the order in which a camera meets them."""
+"""The built-in views, each with a probability, in the order in which they arise in a camera."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -18,13 +18,15 @@ from kdhooks.views.mask import Mask
 
 
 class ViewTable(Options, subject="student_view"):
-    """What the student sees in training; what is given is applied in the order of this table."""
+    """The student's views in training, applied in the order of this table if they are set."""
 
     mask: Mask | None = option(None, "A mask over nose, mouth and chin.")
-    grey: Grey | None = option(None, "No colour.")
+    grey: Grey | None = option(None, "Images without colour.")
     blur: Blur | None = option(None, "A Gaussian blur.")
-    low_resolution: LowResolution | None = option(None, "Fewer pixels, then the input size again.")
-    blocks: Blocks | None = option(None, "Compression in blocks, as of JPEG.")
+    low_resolution: LowResolution | None = option(
+        None, "Images with fewer pixels, resampled to the input size again."
+    )
+    blocks: Blocks | None = option(None, "Compression in blocks, as in JPEG.")
 
     rules: ClassVar[Mapping[str, Any]] = {"minProperties": 1}
 
@@ -36,7 +38,7 @@ class ViewTable(Options, subject="student_view"):
             )
 
     def parts(self) -> dict[str, "Part"]:
-        """Those that are given, by name, in their order."""
+        """Return the views that are set, by name, in the order of the table."""
         found = {name: getattr(self, name) for name in KINDS}
         return {name: part for name, part in found.items() if part is not None}
 
@@ -56,8 +58,8 @@ class StudentView(nn.Module):
 
         view = StudentView(low_resolution={"sizes": [14, 28]}, mask={"p": 0.5})
 
-    Each image is drawn for by itself, and each view has random numbers of its own, so that one
-    more view does not change the draws of the others.
+    The random numbers of each image are independent. Each view has its own, so that adding a view
+    does not change those of the others.
     """
 
     def __init__(self, **options: object) -> None:
@@ -76,8 +78,8 @@ class StudentView(nn.Module):
         """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
         if images.shape[1] != 3:
             raise KDHooksError(
-                "student_view needs RGB images (b 3 h w) for its own views; found the shape "
-                f"{tuple(images.shape)}; give a view of your own as student_view"
+                "student_view needs RGB images (b 3 h w) for the built-in views; found the shape "
+                f"{tuple(images.shape)}; use a view of your own as student_view"
             )
         parts = self.table.parts()
         numbers = draws.uniform(sum(kind.numbers for kind in KINDS.values()))

@@ -1,4 +1,4 @@
-"""Runs a view on a batch, reproducibly, and leaves torch's generators as they were."""
+"""Runs a view on a batch, reproducibly, and leaves torch's random generators unchanged."""
 
 import inspect
 from contextlib import nullcontext
@@ -14,8 +14,8 @@ from kdhooks.views.draws import Draws
 class Viewing:
     """A view (b 3 h w) -> (b 3 h w), run without gradients and outside of autocast.
 
-    The view's forward takes the images, and may take `draws`, of class `Draws`. Without, torch's
-    generators start in each step from a number that follows from seed, step and position.
+    The view's forward takes the images, and may take `draws`, of class `Draws`. If it does not,
+    torch's generators are seeded in each step with a number from seed, step and position.
     """
 
     def __init__(self, view: nn.Module, seed: int = 0) -> None:
@@ -28,8 +28,8 @@ class Viewing:
         for name, parameter in view.named_parameters():
             if parameter.requires_grad:
                 raise KDHooksError(
-                    "student_view must train nothing, since it runs without gradients; found the "
-                    f"trainable parameter '{name}'; call requires_grad_(False) on the view"
+                    "student_view must have no trainable parameters, since it runs without "
+                    f"gradients; found '{name}'; call requires_grad_(False) on the view"
                 )
         self._device: torch.device | None = None  # where the view is
         self._takes_draws = "draws" in inspect.signature(view.forward).parameters
@@ -51,19 +51,19 @@ class Viewing:
             self.view.to(images.device)
         version = None if images.is_inference() else images._version
         kind = images.device.type
-        autocast = torch.is_autocast_enabled(kind)  # to ask is cheaper than to switch it off
+        autocast = torch.is_autocast_enabled(kind)  # asking is cheaper than switching it off
         with torch.no_grad(), torch.autocast(kind, enabled=False) if autocast else nullcontext():
             draws = Draws(self.seed, step, first, images.shape[0], images.device)
             seen: object = self._run(images, draws)
         if not isinstance(seen, Tensor) or (seen.shape, seen.dtype) != (images.shape, images.dtype):
             raise KDHooksError(
-                "student_view must return images of the shape and dtype that it is given, "
+                "student_view must return images of the same shape and dtype as its input, "
                 f"{shown_tensor(images)}; found {shown_tensor(seen)}"
             )
         if version is not None and version != images._version:
             raise KDHooksError(
-                "student_view wrote into the trainer's images in place, which the teacher would "
-                "see as well; let it work on a clone"
+                "student_view must not change the trainer's images in place, since the teacher "
+                "sees them too; let it change a clone"
             )
         return _laid_out_like(images, seen)
 
@@ -84,10 +84,10 @@ def _laid_out_like(images: Tensor, seen: Tensor) -> Tensor:
 def viewed(
     view: nn.Module, images: Tensor, *, seed: int = 0, step: int = 0, first: int = 0
 ) -> Tensor:
-    """(b 3 h w) -> (b 3 h w): the view, always the same for the same numbers.
+    """(b 3 h w) -> (b 3 h w): the view, always the same for the same seed, step and first.
 
     seed, step: as in a Distiller, whose student sees `viewed(kd.student_view, images, …)`.
-    first: the number of the first image in its set; an image then has the same view in every batch
-        size.
+    first: the index of the first image in its set; an image then has the same view with every
+        batch size.
     """
     return Viewing(view, seed)(images, step, first)
