@@ -294,7 +294,7 @@ def test_a_teacher_several_teachers_a_file_and_a_pack_agree(
         (("=x", *ONE), "a model must be MODEL or NAME=MODEL; found '=x'"),
         ((*ONE, "--view"), "--view applies the student_view of a recipe; found no recipe"),
         ((*ONE, "--no-flip", "--protocol", "insightface"), "as the trainer does; found --no-flip"),
-        ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46; give fewer"),
+        ((*ONE, "--folds", "50"), "a pair for each of 50 folds; found 46; use fewer"),
         ((*ONE, "--folds", "2", "--pairs", "two.txt"), "--folds is for verification files, but"),
         (("configs", *ONE), "model 'configs': an insightface pack must be installed"),
         ((*ONE, "--data", "configs"), "--data without --pairs must be verification files such as"),

@@ -30,7 +30,7 @@ def test_uint8_images_before_an_unknown_node_are_refused(tmp_path: Path) -> None
         Node("Cast", ["x"], ["y"], to=TensorProto.FLOAT),
     ]
     path = written(tmp_path, nodes, takes_type=TensorProto.UINT8)
-    with pytest.raises(KDHooksError, match=r"for Cast \(node 'x'\) comes before"):
+    with pytest.raises(KDHooksError, match=r"because Cast \(node 'x'\) comes before"):
         OnnxModel(path)
 
 

@@ -239,7 +239,7 @@ def test_bgr_means_need_the_order(tmp_path: Path, case: str) -> None:
     path = written(tmp_path, BLUE[case])
     with pytest.raises(
         KDHooksError,
-        match=r"takes the third channel .* as if they were BGR; specify teacher\.input",
+        match=r"expects the third channel .* as if they were BGR; specify teacher\.input",
     ):
         OnnxModel(path)
     batch = images(3)
@@ -358,7 +358,7 @@ UNKNOWN: dict[str, tuple[Nodes, str]] = {
     ),
     "odd statistics": (
         [Node("BatchNormalization", ["data", "ones", "zeros", "ones", "middle"], ["y"])],
-        "whose statistics are expected to tell the range of its images, but mean 1 and deviation "
+        "whose statistics are expected to fit one range of images, but mean 1 and deviation "
         "(10.25 to 11.18) do not; specify",
     ),
     "wide statistics": (

@@ -178,7 +178,11 @@ Shapes = list[list[int | str | None] | None]
         (["b", 112, 112, 4], [["b", 4]], "takes data (?, 112, 112, 4); choose another file"),
         (["b", 7], [["b", 4]], "takes data (?, 7); choose another file"),
         (["b", 3, "h", "w"], [["b", 4]], "its images, got data (?, 3, ?, ?); export it with a"),
-        (["b", 3, 112, 112], [None], "m.onnx makes (1, 3, 112, 112) of (1, 3, 112, 112); choose"),
+        (
+            ["b", 3, 112, 112],
+            [None],
+            "m.onnx returns (1, 3, 112, 112) for (1, 3, 112, 112); choose",
+        ),
     ],
 )
 def test_models_that_do_not_embed_images_are_refused(

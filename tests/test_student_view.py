@@ -443,7 +443,7 @@ def test_a_recipe_has_the_view() -> None:
         (
             {"student_view": nn.Flatten()},
             (),
-            r"the shape and dtype .* \(2, 3, 32, 32\); found torch.float32 \(2, 3072\)",
+            r"the same shape and dtype .* \(2, 3, 32, 32\); found torch.float32 \(2, 3072\)",
         ),
         (
             {"student_view": nn.ReLU(inplace=True)},
