@@ -37,7 +37,7 @@ from kdhooks.evaluation.tables import markdown
 
 ROUNDED = ("coupleface", "margindistillation", "proxylesskd", "thkd", "kd", "gkd")
 WHOLE = {"sharded": False}
-UNITS = dict(zip(COUNTED, ("MB", "MB", "MB", "10⁹"), strict=True))
+UNITS: dict[str, str] = dict(zip(COUNTED, ("MB", "MB", "MB", "10⁹"), strict=True))
 CHECKED, CHECKED_RANKS = (20_000, 200_000), (1, 2, 4)
 
 
@@ -122,10 +122,10 @@ def page(
         "rank in a step, if every collective runs as a ring. *Multiplications* are those of the "
         "matrix products in a step. The student's own classifier, which kd and gkd compare, "
         "belongs to the trainer, so its bytes are not included.",
-        "Methods on feature maps are not in the tables, since they keep nothing of classes. Neither "
-        "does rkd; its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times as many for "
-        "twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted without its "
-        "term on the student's filters.",
+        "Methods on feature maps are not in the tables, since they keep nothing of classes. "
+        "Neither does rkd; its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times as "
+        "many for twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted "
+        "without its term on the student's filters.",
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(found, classes)]
