@@ -37,7 +37,7 @@ from kdhooks.evaluation.tables import markdown
 
 ROUNDED = ("coupleface", "margindistillation", "proxylesskd", "thkd", "kd", "gkd")
 WHOLE = {"sharded": False}
-UNITS = dict(zip(COUNTED, ("MB", "MB", "MB", "10⁹"), strict=True))
+UNITS: dict[str, str] = dict(zip(COUNTED, ("MB", "MB", "MB", "10⁹"), strict=True))
 CHECKED, CHECKED_RANKS = (20_000, 200_000), (1, 2, 4)
 
 
