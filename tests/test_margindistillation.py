@@ -15,7 +15,8 @@ from kdhooks.declarations import Step
 from kdhooks.testing import check_method
 from kdhooks_plugins.margindistillation import MarginDistillation, TeacherMargins
 from tests import golden
-from tests.compared import normal, whole
+from tests.compared import whole
+from tests.maps import normal
 from tests.ranks import Results, group, here, mean_gradients, mine, on_two_ranks
 from tests.references import margindistillation as reference
 from tests.references.differences import central_differences

@@ -18,7 +18,7 @@ from kdhooks import KDHooksError
 from kdhooks.classes.rows import Rows
 from kdhooks_plugins import neighbours
 from kdhooks_plugins.neighbours import main, mine_into, mined, nearest_classes
-from tests.compared import normal
+from tests.maps import normal
 from tests.references import coupleface as reference
 
 ROWS = Rows.open(normal(0, 6, 4))

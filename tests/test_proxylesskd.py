@@ -24,7 +24,8 @@ from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins._margin import MOST
 from kdhooks_plugins.proxylesskd import ProxylessKD
 from tests import golden
-from tests.compared import normal, whole
+from tests.compared import whole
+from tests.maps import normal
 from tests.references import fcd as fcd_reference
 from tests.references import proxylesskd as reference
 from tests.references.differences import central_differences

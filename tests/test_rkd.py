@@ -15,7 +15,7 @@ from kdhooks.testing import check_method
 from kdhooks_plugins import rkd
 from kdhooks_plugins.rkd import RKD
 from tests import golden
-from tests.compared import normal
+from tests.maps import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import rkd as reference
 from tests.references.differences import central_differences

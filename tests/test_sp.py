@@ -14,7 +14,7 @@ from kdhooks import KDHooksError
 from kdhooks.testing import check_method
 from kdhooks_plugins.sp import SP, Similarity
 from tests import golden
-from tests.compared import normal
+from tests.maps import normal
 from tests.ranks import Results, mean_gradients, mine, on_two_ranks
 from tests.references import sp as reference
 from tests.references.differences import central_differences

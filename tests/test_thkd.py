@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from kdhooks import ClassShard, KDHooksError, Model
 from kdhooks.testing import check_method
 from kdhooks_plugins.thkd import THKD
-from tests.compared import normal
+from tests.maps import normal
 from tests.references import kd as reference
 from tests.references.differences import central_differences
 
