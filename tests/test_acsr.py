@@ -423,7 +423,7 @@ def test_a_first_batch_of_one_face_has_almost_no_gradient(copies: int) -> None:
         (
             {"student_spatial_gates": ["a"], "teacher_spatial_gates": ["a", "b"]},
             "acsr: student_spatial_gates and teacher_spatial_gates must name equally many, .*; "
-            "found 1 and 2; without CBAM on both sides name none",
+            "found 1 and 2; unless both sides have CBAM, name none",
         ),
     ],
 )
@@ -465,7 +465,7 @@ def test_stages_that_do_not_fit_are_refused(student: Model, teacher: Model, mess
 def test_gates_are_named_for_every_stage() -> None:
     sides = model((2, 4, 4), (3, 2, 2), (3, 2, 2)), model((2, 4, 4), (3, 2, 2), (3, 2, 2))
     message = (
-        "acsr: student_channel_gates must name one gate a stage; found 2 gates and 3 stages; name "
+        "acsr: student_channel_gates must name one gate per stage; found 2 gates and 3 stages; name "
         "as many as taps.student.stages, or student_stages="
     )
     with pytest.raises(KDHooksError, match=message):

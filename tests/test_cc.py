@@ -168,7 +168,7 @@ def test_a_kernel_without_a_width_is_refused() -> None:
 @pytest.mark.parametrize(
     ("gamma", "terms", "message"),
     [
-        (20, 3, "terms must be many enough .* at gamma = 20 about 83; found 3"),
+        (20, 3, "terms must be enough .* at gamma = 20 about 83; found 3"),
         (5.0, 3, "at gamma = 5 about 23; found 3"),
         (Schedule(value=20, initial=0.4, warmup=9), 3, "at gamma = 20 about 83; found 3"),
         (Schedule(value=0.4, initial=20, warmup=9), 3, "at gamma = 20 about 83; found 3"),

@@ -123,7 +123,7 @@ def test_neighbours_mined_ahead_are_those_mined_at_the_start(tmp_path: Path) -> 
 def test_neighbours_of_other_prototypes_are_refused(tmp_path: Path) -> None:
     mine_into(tmp_path, Rows.open(golden.W.flip(0)), 2)
     with pytest.raises(
-        KDHooksError, match="was mined with other rows than these; name another folder"
+        KDHooksError, match="was created from other rows than these; name another folder"
     ):
         declared(golden.W, neighbours=tmp_path)
 
@@ -469,7 +469,9 @@ def test_other_widths_need_a_projector() -> None:
 
 
 def test_prototypes_must_come_from_somewhere() -> None:
-    with pytest.raises(KDHooksError, match=r"coupleface needs a prototype a class; .*class_means"):
+    with pytest.raises(
+        KDHooksError, match=r"coupleface needs a prototype per class; .*class_means"
+    ):
         CoupleFace().embedding_tap(Model(None, 6), Model(None, 6))
 
 

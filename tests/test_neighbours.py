@@ -111,20 +111,20 @@ def test_a_stopped_run_resumes_where_it_stopped(
 def test_a_folder_is_refused_for_other_rows_or_another_bound(tmp_path: Path) -> None:
     rows, others = Rows.open(normal(0, 6, 4)), Rows.open(normal(1, 6, 4))
     mine_into(tmp_path, rows, 3)
-    with pytest.raises(KDHooksError, match="was mined with other rows than these; name another"):
+    with pytest.raises(KDHooksError, match="was created from other rows than these; name another"):
         mined(tmp_path, others, 3, None)
-    with pytest.raises(KDHooksError, match="was mined with other rows than these; name another"):
+    with pytest.raises(KDHooksError, match="was created from other rows than these; name another"):
         mine_into(tmp_path, others, 3)
-    with pytest.raises(KDHooksError, match=r"was mined with max_sim None, not 0\.7"):
+    with pytest.raises(KDHooksError, match=r"was created with max_sim None, not 0\.7"):
         mined(tmp_path, rows, 3, 0.7)
-    with pytest.raises(KDHooksError, match="was mined with k 3, not 2"):
+    with pytest.raises(KDHooksError, match="was created with k 3, not 2"):
         mine_into(tmp_path, rows, 2)
     with pytest.raises(KDHooksError, match="must hold 5 of each class; it holds 3"):
         mined(tmp_path, rows, 5, None)
 
 
 def test_an_empty_folder_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(KDHooksError, match=r"holds no mining\.json; make it with python -m"):
+    with pytest.raises(KDHooksError, match=r"holds no mining\.json; create it with python -m"):
         mined(tmp_path, Rows.open(normal(0, 6, 4)), 3, None)
 
 
@@ -147,7 +147,7 @@ def put(row: int, place: int, value: int) -> Callable[[NDArray[np.int32]], Any]:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (put(2, 1, 6), r"0 to 5, each once, and -1 behind them; class 2 has 6 at place 1; remove"),
+        (put(2, 1, 6), r"0 to 5, each once, and -1 after them; class 2 has 6 at place 1; remove"),
         (put(2, 0, -2), "class 2 has -2 at place 0"),
         (put(4, 2, 4), "class 4 has 4 at place 2"),
         (lambda index: np.repeat(index[:, :1], 3, axis=1), "class 0 has . at place 1"),
@@ -158,7 +158,7 @@ def put(row: int, place: int, value: int) -> Callable[[NDArray[np.int32]], Any]:
         (lambda index: index.astype(np.float32), r"found \(6, 3\) of float32"),
         (lambda index: np.asfortranarray(index), r"must hold \(6, 3\) of int32"),
         (lambda index: index.ravel(), r"found \(18,\) of int32"),
-        (lambda index: np.array([None]), "can't be read .*damaged, or cut short"),
+        (lambda index: np.array([None]), "can't be read .*damaged or truncated"),
     ],
 )
 def test_a_damaged_index_is_refused(
@@ -206,10 +206,10 @@ def test_a_complete_index_is_only_read(mining: Path) -> None:
     ("state", "said"),
     [
         ("{", "can't be read"),
-        ("[]", "must say classes, k, done, passed_over"),
-        ('{"classes": 6, "k": 3, "done": -1, "passed_over": 0}', "must say classes, k, done"),
-        ('{"classes": 6, "k": 3, "done": "6", "passed_over": 0}', "must say classes, k, done"),
-        ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "must say rows, digests of them"),
+        ("[]", "must contain classes, k, done, passed_over"),
+        ('{"classes": 6, "k": 3, "done": -1, "passed_over": 0}', "must contain classes, k, done"),
+        ('{"classes": 6, "k": 3, "done": "6", "passed_over": 0}', "must contain classes, k, done"),
+        ('{"classes": 6, "k": 3, "done": 6, "passed_over": 0}', "must contain digests as rows"),
     ],
 )
 def test_a_damaged_state_is_refused(state: str, said: str, mining: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_hold_an_index_is_refused(
     with pytest.raises(KDHooksError, match="file' must be a folder that can be written; found 'Fi"):
         mine_into(tmp_path / "file", ROWS, 3)
     (tmp_path / "index.npy").write_bytes(b"of something else")
-    with pytest.raises(KDHooksError, match=r"index\.npy' is there without mining\.json; remove it"):
+    with pytest.raises(KDHooksError, match=r"index\.npy' exists without mining\.json; remove it"):
         mine_into(tmp_path, ROWS, 3)
     assert (tmp_path / "index.npy").read_bytes() == b"of something else"
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Disk(free=71))

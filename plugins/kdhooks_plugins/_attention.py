@@ -1,4 +1,4 @@
-"""Attention to pixels (b 1 h w) and channels (b k 1 1): of a stage, or by the gates of CBAM."""
+"""Attention to pixels (b 1 h w) and channels (b k 1 1), from a stage or from the gates of CBAM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from kdhooks import KDHooksError, Model
 from kdhooks_plugins._maps import Grid
 
-_SHORTEST = 1e-6  # a map's length, below which it counts as empty
-_EPS = 1e-6  # of a sigmoid's output: its logit is cut off there
+_SHORTEST = 1e-6  # a shorter map counts as empty
+_EPS = 1e-6  # a sigmoid's output is clamped by it before its logit is taken
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Where a stage is active: mean |F|^p over its channels."""
+    """The activity of a stage at each pixel: mean |F|^p over its channels."""
 
     grid: Grid
     p: float = 2.0
@@ -27,7 +27,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class Squeeze:
-    """Which channels of a stage are active: their means over the pixels."""
+    """The activity of each channel of a stage: its mean over the pixels."""
 
     grid: Grid
 
@@ -38,7 +38,7 @@ class Squeeze:
 
 @dataclass(frozen=True)
 class Logits:
-    """What a gate of CBAM attends to, in front of its sigmoid: "channel" or "spatial"."""
+    """The logits of a gate of CBAM, before its sigmoid; its kind is "channel" or "spatial"."""
 
     name: str
     kind: str
@@ -48,7 +48,7 @@ class Logits:
     @staticmethod
     def at(path: str, kind: str, model: Model, owner: str, channels: int) -> "Logits":
         known = dict(model.module.named_modules()) if model.module is not None else {}
-        module = known.get(path)  # a path that is not there is refused where it is tapped
+        module = known.get(path)  # the tap refuses an unknown path
         name = f"{owner} {kind} gate '{path}'"
         return Logits(name, kind, channels, isinstance(module, nn.Sigmoid))
 
@@ -58,15 +58,15 @@ class Logits:
         if self.kind == "spatial":
             if x.ndim != 4 or x.shape[1] != 1 or x.shape[2:].numel() == 1:
                 raise KDHooksError(
-                    f"{self.name} must put out one map (b 1 h w); found {tuple(x.shape)}; name "
-                    "the convolution of CBAM's spatial gate, or the nn.Sigmoid behind it"
+                    f"{self.name} must return one map (b 1 h w); found {tuple(x.shape)}; name "
+                    "the convolution of CBAM's spatial gate, or the nn.Sigmoid after it"
                 )
             return logits
         if x.ndim < 2 or x.shape[2:].numel() != 1:
             raise KDHooksError(
-                f"{self.name} must put out one number a channel (b k 1 1); found "
+                f"{self.name} must return one number per channel (b k 1 1); found "
                 f"{tuple(x.shape)}; name the nn.Sigmoid of CBAM's channel gate, or a submodule "
-                "that adds up its logits"
+                "that adds its logits"
             )
         if x.shape[1] != self.channels:
             raise KDHooksError(
@@ -77,15 +77,15 @@ class Logits:
 
 
 def refuse_single_pixels(grids: Sequence[Grid]) -> None:
-    """A map of one pixel, brought to unit length, is 1 whatever it was."""
+    """Refuse maps of one pixel, which are always 1 at unit length."""
     for grid in grids:
         if grid.size == (1, 1):
             raise KDHooksError(
                 f"{grid.name}: an attention map needs more than one pixel; leave the stage out, "
-                "or name a submodule in front of its pooling"
+                "or name a submodule before its pooling"
             )
 
 
 def unit(x: Tensor, shortest: float = _SHORTEST) -> Tensor:
-    """(b k h w) -> (b k h w), each sample of length 1, or less if it is shorter than `shortest`."""
+    """(b k h w) -> (b k h w): each sample at length 1, or less if it is shorter than `shortest`."""
     return F.normalize(x.flatten(1), eps=shortest).view_as(x)

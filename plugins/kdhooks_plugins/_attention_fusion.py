@@ -1,4 +1,4 @@
-"""AMFM: the attention of several stages is fused, from deep to shallow."""
+"""AMFM fuses the attention of several stages, from deep to shallow."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ from kdhooks_plugins.reviewkd import conv
 class ChannelFusion(nn.Module):
     """A_k = unit(W_k s_k); Â_k = g A_k + (1 - g) unit(V_k [s_{k+1}; …; s_n]), s the student's.
 
-    W and V bring the student's channels to the number of the teacher's.
+    W and V map the student's channels to the teacher's number of channels.
     """
 
     def __init__(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-        """The channels of each stage."""
+        """ours, theirs: the number of channels of each stage."""
         super().__init__()
         self.connectors = nn.ModuleList(conv(d, e, 1) for d, e in zip(ours, theirs, strict=True))
         self.deeper = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""What the samples of a class in one batch have together."""
+"""Sums over the samples of a class in one batch."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def class_sums(x: Tensor, labels: Tensor) -> Tensor:
-    """(b e), (b) -> (b e): for each sample, the sum over those of its class.
+    """(b e), (b) -> (b e): for each sample, the sum over the samples of its class.
 
-    In shapes that the host knows, so that it need not wait for the device.
+    All shapes are known to the host, so it does not wait for the device.
     """
     ordered, order = labels.sort()
     number = F.pad((ordered.diff() != 0).long(), (1, 0)).cumsum(dim=0)

@@ -1,4 +1,4 @@
-"""Transformer blocks that prompts can join: of a ViT, which attends to all, or of a Swin."""
+"""Transformer blocks that prompts can join: a ViT's, which attend to all tokens, or a Swin's."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ _PARTS = (
 
 
 def transformer_blocks(teacher: nn.Module) -> dict[str, nn.Module]:
-    """What has the parts of a block, by path; each one tried out."""
+    """Find all modules that have the parts of a block, by path, and try to run each of them."""
     blocks = {path: module for path, module in teacher.named_modules() if _parts(module)}
     for path, block in blocks.items():
         try:
@@ -33,19 +33,19 @@ def transformer_blocks(teacher: nn.Module) -> dict[str, nn.Module]:
         except Exception as error:
             raise KDHooksError(
                 f"cakd: prompts can't join the teacher's block '{path}' ({error}); they join "
-                f"{SUPPORTED}; set prompts = {{ number = 0 }} to let the teacher run without"
+                f"{SUPPORTED}; set prompts = {{ number = 0 }} to run the teacher without prompts"
             ) from error
     return blocks
 
 
 def _parts(module: nn.Module) -> tuple[str, ...]:
-    """The names of a block's parts; none if it is no block."""
+    """Return the names of a block's parts, or none if the module is not a block."""
     names = {name for name, _ in module.named_children()}
     return next((parts for parts in _PARTS if names.issuperset(parts)), ())
 
 
 def _attention(block: nn.Module) -> nn.Module:
-    """What has qkv; mmpretrain's Swin has it inside of what shifts the windows."""
+    """Return the module that has qkv. In mmpretrain's Swin, the module `attn` shifts the windows."""
     attn = block.get_submodule("attn")
     return dict(attn.named_children()).get("w_msa", attn)
 
@@ -61,12 +61,12 @@ def _try(block: nn.Module) -> None:
 
 
 def width(block: nn.Module) -> int:
-    """k of the block's tokens."""
+    """Return k, the width of the block's tokens."""
     return _attention(block).get_parameter("qkv.weight").shape[1]
 
 
 def last_block(blocks: Mapping[str, nn.Module], stage: Stage) -> str:
-    """The path of the last block of a stage, or of the stage itself where that is a block."""
+    """Return the path of the last block of a stage, or of the stage itself if it is a block."""
     inside = [path for path in blocks if f"{path}.".startswith(f"{stage.path}.")]
     if not inside or width(blocks[inside[-1]]) != stage.shape[-1]:
         raise KDHooksError(
@@ -85,7 +85,7 @@ def run_prompted(
     *args: object,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
-    """The block's own `forward`, (t k), its input -> its output, and the prompts' (b t k)."""
+    """The block's own `forward`, prompts (t k), its input -> its output, and the prompts' (b t k)."""
 
     def run(x: Tensor) -> Tensor:
         return forward(x, *args, **kwargs)
@@ -126,7 +126,7 @@ def _run_windows(
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """The module runs this function instead of its own `forward`."""
+    """Make the module run this function instead of its own `forward`."""
     attributes = vars(module)
     before = {"forward": attributes["forward"]} if "forward" in attributes else {}
     attributes["forward"] = forward

@@ -1,4 +1,4 @@
-"""The groups of cakd's options."""
+"""The option groups of cakd."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from kdhooks import Options, Scheduled, option
 
 
 class URFM(Options, subject="cakd: urfm"):
-    """The size of URFM and of the self-attention behind it."""
+    """The size of URFM and of the self-attention after it."""
 
     centres: int = option(16, "L, the number of local features of a face.", least=2)
     width: int = option(
@@ -22,35 +22,36 @@ class URFM(Options, subject="cakd: urfm"):
 
 
 class Matching(Options, subject="cakd: matching"):
-    """The distances between both sides, and what the two share."""
+    """The distances between the two sides, and the modules that they share."""
 
     attention: Literal["mse", "kl"] = option(
         "mse",
-        "The distance of the attention maps. mse: L² times the mean squared difference; kl: "
+        "The distance between the attention maps. mse: L² times the mean squared difference; kl: "
         "KL(teacher ‖ student) of their rows.",
     )
     attention_weight: Scheduled = option(
-        1.0, "λ_a, the factor of the maps' distance, times `weight`.", least=0
+        1.0, "λ_a, the factor of the maps' distance. It is multiplied by `weight`.", least=0
     )
     feature_weight: Scheduled = option(
-        1.0, "λ_f, the factor of the features' distance, times `weight`.", least=0
+        1.0, "λ_f, the factor of the features' distance. It is multiplied by `weight`.", least=0
     )
     standardise: bool = option(
         True,
-        "Bring MSA(h) to mean 0 and variance 1 over the batch before it is compared; false: the "
-        "plain equation, which both sides can meet with constants.",
+        "Scale MSA(h) to mean 0 and variance 1 over the batch before comparing; false: the plain "
+        "equation, which constant features on both sides can satisfy.",
     )
     teacher_side: Literal["anchored", "fixed", "detached", "shared"] = option(
         "anchored",
-        "What trains the teacher's URFM, self-attention and prompts. anchored: a linear map that "
-        "reads the teacher's embedding off its local features; fixed: matching trains the prompts, "
-        "and the rest keeps its initial weights; detached: the same, and prompts are "
-        "trained by `teacher_cls_weight` alone; shared: matching trains both sides, which share "
-        "URFM.",
+        "How the teacher's URFM, self-attention and prompts are trained. anchored: by a linear map "
+        "that must recover the teacher's embedding from its local features; fixed: matching trains "
+        "the prompts, and the rest keeps its initial weights; detached: only `teacher_cls_weight` "
+        "trains the prompts, and the rest keeps its initial weights; shared: matching trains both "
+        "sides, which share URFM.",
     )
     anchor_weight: Scheduled = option(
         0.25,
-        "λ_r, the factor of the anchor, times `weight`, if `teacher_side` is anchored.",
+        "λ_r, the factor of the anchor, if `teacher_side` is anchored. It is multiplied by "
+        "`weight`.",
         least=0,
     )
     share_msa: bool = option(
@@ -62,7 +63,7 @@ class Matching(Options, subject="cakd: matching"):
             raise self.refused(
                 "share_msa",
                 f"belongs to teacher_side 'shared'; found teacher_side '{self.teacher_side}', "
-                "with which each side has a self-attention of its own",
+                "with which each side has its own self-attention",
             )
         if self.has("anchor_weight") and self.teacher_side != "anchored":
             raise self.refused(
@@ -72,8 +73,8 @@ class Matching(Options, subject="cakd: matching"):
         if self.anchor_weight == 0:
             raise self.refused(
                 "anchor_weight",
-                "must be above 0, since the anchor alone trains the teacher's side; found 0; "
-                "teacher_side = 'fixed' or 'detached' does without it",
+                "must be above 0, since only the anchor trains the teacher's side; found 0; "
+                "teacher_side = 'fixed' or 'detached' does not need it",
             )
 
 
@@ -82,15 +83,15 @@ class PromptTokens(Options, subject="cakd: prompts"):
 
     number: int | None = option(
         None,
-        "t, the number of prompts in each block; with 0 the teacher runs without gradients. The "
-        "default is 8 if the teacher has transformer blocks and something trains the prompts, and "
-        "0 if not.",
+        "t, the number of prompts in each block. With 0 the teacher runs without gradients. The "
+        "default is 8 if the teacher has transformer blocks and some loss trains the prompts, and "
+        "0 otherwise.",
         least=0,
     )
     in_features: bool | None = option(
         None,
-        "Use the prompts that leave the last block as pixel features too, with positions of their "
-        "own. The default is true if the teacher gets prompts.",
+        "Also use the prompts that leave the last block as pixel features, with their own "
+        "positions. The default is true if the teacher gets prompts.",
     )
     checkpointing: bool = option(
         False, "Compute the teacher's blocks again in the backward pass, to save memory."
@@ -98,18 +99,18 @@ class PromptTokens(Options, subject="cakd: prompts"):
 
 
 class Collapse(Options, subject="cakd: collapse"):
-    """The guard against two sides that agree on constants."""
+    """The guard against a collapse, in which both sides agree on constant features."""
 
     below: float = option(
         1e-5,
-        "Stop when the teacher's MSA(h) differs less than this between images. The measure is its "
-        "variance over the batch, divided by its mean square, and is at most 1.",
+        "Stop if the teacher's MSA(h) differs less than this between images. The measure is its "
+        "variance over the batch divided by its mean square, which is at most 1.",
         least=0,
         most=1,
     )
     every: int = option(
         100,
-        "The number of steps from one check to the next; 0 for no checks.",
+        "The number of steps between two checks; 0 for no checks.",
         least=0,
         unit="steps",
     )

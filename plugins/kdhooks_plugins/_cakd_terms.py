@@ -1,4 +1,4 @@
-"""The two terms of cakd that compare embeddings: with the teacher's, and with its classes."""
+"""Two more terms of cakd: the student's embedding against the teacher's, and the teacher's ArcFace."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from kdhooks_plugins.proxylesskd import MarginSoftmax
 
 
 class Embeddings(nn.Module):
-    """λ_e · mean ‖s - t‖², at unit length."""
+    """λ_e · mean ‖s - t‖² at unit length."""
 
     def __init__(self, factor: Scheduled = 1.0) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Embeddings(nn.Module):
 
 
 class TeacherClasses(nn.Module):
-    """λ_t · ArcFace of the prompted teacher on its own class rows: it tells its classes apart."""
+    """λ_t · ArcFace of the prompted teacher on its own class rows, to keep classes separable."""
 
     def __init__(self, factor: Scheduled = 1.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where a pixel lies on an aligned face: its distance to an anchor, and the bucket of that."""
+"""The position of a pixel on an aligned face: the bucket of its distance to an anchor point."""
 
 import math
 from pathlib import Path
@@ -20,32 +20,32 @@ _SPAN = 14  # half-cells of a 7 x 7 grid across the face: the unit of every dist
 class FacialPositions(Options, subject="cakd: positions"):
     """I(D(i, anchor)), D = |i - anchor| + gamma · D_face, in half-cells of a 7 x 7 grid.
 
-    The unit is the same for every grid, so that a place on the face has one position, whether a
-    student's map or a teacher's tokens show it. The anchor is the pixel that holds that point.
+    The unit is the same for every grid, so a place on the face has the same position in the
+    student's map and in the teacher's tokens. The anchor is the pixel that contains that point.
     """
 
     distance: Literal["relative", "saliency"] = option(
         "relative",
-        "D_face, the difference of a pixel and the anchor. relative: of their distances to the "
-        "five landmarks of an aligned face; saliency: of the teacher's activity at both.",
+        "D_face, the difference between a pixel and the anchor. relative: of their distances to "
+        "the five landmarks of an aligned face; saliency: of the teacher's activity at both.",
     )
     saliency: Tensor | Path | None = option(
         None,
-        "For the distance saliency: a map (h w) made by `saliency.saliency_map`, or a file of one.",
+        "For the distance saliency: a map (h w) from `saliency.saliency_map`, or a file of one.",
     )
     gamma: float = option(1.0, "The factor of D_face.", least=0)
     anchor: tuple[float, float] = option(
         NOSE,
-        "The point (x, y) in the 112 x 112 template that positions count from; by default the tip "
-        "of the nose.",
+        "The point (x, y) in the 112 x 112 template from which positions are measured; by default "
+        "the tip of the nose.",
         least=0,
         below=_SIDE,
         unit="pixels",
     )
     pieces: tuple[float, float, float] = option(
         (4.0, 12.0, 24.0),
-        "α, β and γ' of the piecewise index: buckets are half a cell wide up to α, then wider; the "
-        "last bucket, β, starts at γ'.",
+        "α, β and γ' of the piecewise index: buckets are half a cell wide up to α and wider beyond "
+        "it; the last bucket, β, starts at γ'.",
         above=0,
     )
 
@@ -61,8 +61,8 @@ class FacialPositions(Options, subject="cakd: positions"):
             found = "no" if self.saliency is None else "a"
             raise self.refused(
                 "saliency",
-                "must be given with distance 'saliency', and only with it; found distance "
-                f"'{self.distance}' and {found} map; kdhooks_plugins.saliency.saliency_map makes "
+                "must be set with distance 'saliency', and only with it; found distance "
+                f"'{self.distance}' and {found} map; kdhooks_plugins.saliency.saliency_map creates "
                 "one",
             )
         if self.saliency is not None:
@@ -70,7 +70,7 @@ class FacialPositions(Options, subject="cakd: positions"):
 
     @property
     def rows(self) -> int:
-        """How many buckets there are."""
+        """The number of buckets."""
         alpha, beta, _ = self.pieces
         return max(round(alpha), int(beta)) + 1
 
@@ -90,21 +90,21 @@ class FacialPositions(Options, subject="cakd: positions"):
         return plain + self.gamma * facial
 
     def _salient(self, size: tuple[int, int], anchor: int) -> Tensor:
-        """(h, w) -> (n): how much more or less salient than the anchor; at most the span."""
+        """(h, w) -> (n): the difference in saliency from the anchor, scaled to at most the span."""
         assert isinstance(self.saliency, Tensor)
         map_ = pool(self.saliency[None, None], size).flatten()
         return _SPAN * (map_ - map_[anchor]).abs()
 
 
 def piecewise_index(x: Tensor, alpha: float, beta: float, reach: float) -> Tensor:
-    """(…) -> (…): iRPE's buckets, one a unit up to alpha, then wider; beta from reach on."""
+    """(…) -> (…): iRPE's buckets, one per unit up to alpha, then wider; beta from reach on."""
     beyond = (x.clamp(min=alpha) / alpha).log() / math.log(reach / alpha)
     far = (alpha + beyond * (beta - alpha)).round().clamp(max=beta)
     return torch.where(x <= alpha, x.round(), far).long()
 
 
 def _relative(points: Tensor, anchor: int) -> Tensor:
-    """(n 2) -> (n): how far the landmarks are, next to how far they are from the anchor (rms)."""
+    """(n 2) -> (n): rms difference of each pixel's and the anchor's distances to the landmarks."""
     landmarks = torch.tensor(_LANDMARKS, dtype=points.dtype) * _SPAN / _SIDE
     away = torch.cdist(points, landmarks)
     return (away - away[anchor]).square().mean(dim=1).sqrt()

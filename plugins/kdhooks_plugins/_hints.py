@@ -1,4 +1,4 @@
-"""One pair of outputs, compared: how each becomes a map, the connector, and the distance."""
+"""The comparison of one pair of outputs: how each becomes a map, the connector, the distance."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -17,12 +17,12 @@ _LEAST = 1e-12  # added to a mean square, so that nothing is divided by 0
 
 @dataclass(frozen=True)
 class Features:
-    """How the output of a module becomes a map. A vector is a map of one pixel."""
+    """The conversion of a module's output to a map. A vector is a map of one pixel."""
 
     name: str
     channels: int
     size: tuple[int, int]  # (h w) as probed
-    grid: Grid | None  # None: a vector
+    grid: Grid | None  # None for a vector
 
     @staticmethod
     def of(stage: Stage, owner: str) -> "Features":
@@ -38,7 +38,7 @@ class Features:
 
 
 class Hint(nn.Module):
-    """The distance of one pair of outputs, the student's behind its connector."""
+    """The distance of one pair of outputs, after the student's connector."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class Hint(nn.Module):
         if self.normed and self.training and len(ours) * ours.shape[2:].numel() == 1:
             raise KDHooksError(
                 f"{self.ours.name}: the batch norm of connector '1x1' needs several numbers of "
-                "each channel; found a batch of one image, of one pixel; set connector = 'linear', "
-                "or leave out a last batch of one image (drop_last of a DataLoader)"
+                "each channel; found a batch of one image with one pixel; set connector = "
+                "'linear', or drop a last batch of one image (drop_last of a DataLoader)"
             )
         s: Tensor = self.connector(ours)
         t: Tensor = self.mean(theirs)
@@ -83,24 +83,24 @@ class Hint(nn.Module):
 
 
 def centred(channels: int, *sizes: tuple[int, int]) -> RunningMean:
-    """Of the teacher's maps, after they are pooled to the smaller of the sizes."""
+    """Create the running mean of the teacher's maps, pooled to the smaller of the sizes."""
     (h, w), (other_h, other_w) = sizes
     return RunningMean(channels, min(h, other_h), min(w, other_w))
 
 
 def cosine_distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    """(b k h w), (b k h w) -> (): 1 - cos of the whole features of a sample, the batch's mean."""
+    """(b k h w), (b k h w) -> (): the batch mean of 1 - cos of a sample's flattened features."""
     return 1 - (root_mean_square_one(ours) * root_mean_square_one(theirs)).mean()
 
 
 def root_mean_square_one(x: Tensor) -> Tensor:
-    """(b k h w) -> (b n), of length √n, so that sums over unit vectors are means here."""
+    """(b k h w) -> (b n), of length √n: a sum over unit vectors is a mean over these."""
     flat = x.flatten(1)
     return F.rms_norm(flat, flat.shape[1:], eps=_LEAST)
 
 
 def connect(kind: Connector, inside: int, outside: int, hidden: int | None) -> nn.Module:
-    """From the student's channels to the teacher's, by the same map at each pixel."""
+    """Create the map from the student's channels to the teacher's, the same at each pixel."""
     if kind == "linear":
         return nn.Conv2d(inside, outside, 1)
     if kind == "1x1":

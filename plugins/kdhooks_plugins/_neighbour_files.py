@@ -1,4 +1,4 @@
-"""The folder of `neighbours`: the index, how far it goes, and of which rows it is."""
+"""The folder of `neighbours`: the index, the progress, and digests of the rows."""
 
 import json
 import shutil
@@ -13,12 +13,12 @@ from kdhooks import KDHooksError
 
 INDEX, STATE = "index.npy", "mining.json"
 _COUNTS = ("classes", "k", "done", "passed_over")
-_AGAIN = "remove the folder and mine again, or name another"
+_AGAIN = "remove the folder and run the search again, or name another"
 _CHUNK = 8192  # classes that are checked at a time
 
 
 def read_state(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How far the mining in a folder goes; None if there is none. It must be the one wanted."""
+    """Read the state of the search in a folder, which must match `wanted`; None if there is none."""
     path = folder / STATE
     try:
         if not path.exists():
@@ -29,33 +29,33 @@ def read_state(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None
     counts = [state.get(name) if isinstance(state, dict) else None for name in _COUNTS]
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or state["done"] > state["classes"]:
-        raise KDHooksError(f"neighbours: '{path}' must say {', '.join(_COUNTS)}; {_AGAIN}")
+        raise KDHooksError(f"neighbours: '{path}' must contain {', '.join(_COUNTS)}; {_AGAIN}")
     rows = state.get("rows")
     if not (isinstance(rows, list) and all(isinstance(digest, str) for digest in rows)):
-        raise KDHooksError(f"neighbours: '{path}' must say rows, digests of them; {_AGAIN}")
+        raise KDHooksError(f"neighbours: '{path}' must contain digests as rows; {_AGAIN}")
     for name in [name for name in wanted if name not in ("done", "passed_over")]:
         if name == "rows" and rows != wanted[name]:
             raise KDHooksError(
-                f"neighbours: '{folder}' was mined with other rows than these; name another "
-                "folder, or mine again"
+                f"neighbours: '{folder}' was created from other rows than these; name another "
+                "folder, or run the search again"
             )
         if state.get(name) != wanted[name]:
             raise KDHooksError(
-                f"neighbours: '{folder}' was mined with {name} {state.get(name)}, not "
-                f"{wanted[name]}; name another folder, or mine again"
+                f"neighbours: '{folder}' was created with {name} {state.get(name)}, not "
+                f"{wanted[name]}; name another folder, or run the search again"
             )
     found: dict[str, Any] = state
     return found
 
 
 def made(folder: Path, state: Mapping[str, Any]) -> NDArray[np.int32]:
-    """An empty index, in a folder without one."""
+    """Create an empty index in a folder that has none."""
     shape = (state["classes"], state["k"])
     path = folder / INDEX
     try:
         if path.exists():
             raise KDHooksError(
-                f"neighbours: '{path}' is there without {STATE}; remove it, or name another folder"
+                f"neighbours: '{path}' exists without {STATE}; remove it, or name another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < 4 * shape[0] * shape[1]:
@@ -73,17 +73,17 @@ def made(folder: Path, state: Mapping[str, Any]) -> NDArray[np.int32]:
 def opened(
     folder: Path, state: Mapping[str, Any], mode: Literal["r", "r+"], own: slice | None = None
 ) -> NDArray[np.int32]:
-    """The index in a folder, found to be whole before it is opened for writing.
+    """Open the index of a folder, after checking that it is complete and undamaged.
 
-    own: the classes whose numbers are checked; by default those that are done.
+    own: the classes whose neighbours are checked; by default those that are done.
     """
     path, shape = folder / INDEX, (state["classes"], state["k"])
     try:
         size = path.stat().st_size
         index = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:  # also where it is cut short
+    except (OSError, ValueError, EOFError) as error:  # a truncated file raises one of these too
         raise KDHooksError(
-            f"neighbours: '{path}' can't be read ({error}): it is damaged, or cut short; {_AGAIN}"
+            f"neighbours: '{path}' can't be read ({error}): it is damaged or truncated; {_AGAIN}"
         ) from error
     whole = isinstance(index, np.memmap) and index.flags.c_contiguous
     if not whole or (index.shape, index.dtype) != (shape, np.dtype(np.int32)):
@@ -104,7 +104,7 @@ def opened(
 
 
 def _check_numbers(part: NDArray[np.int32], start: int, classes: int, path: Path) -> None:
-    """Other classes, each once, and -1 behind the last of them."""
+    """Check that each row holds other classes, each only once, and -1 after the last of them."""
     own = np.arange(start, start + len(part))[:, None]
     wrong = (part < -1) | (part >= classes) | (part == own)
     wrong[:, 1:] |= (part[:, 1:] >= 0) & (part[:, :-1] < 0)
@@ -117,12 +117,12 @@ def _check_numbers(part: NDArray[np.int32], start: int, classes: int, path: Path
         row, place = np.argwhere(wrong)[0]
         raise KDHooksError(
             f"neighbours: '{path}' must hold other classes, 0 to {classes - 1}, each once, and -1 "
-            f"behind them; class {start + row} has {part[row, place]} at place {place}; {_AGAIN}"
+            f"after them; class {start + row} has {part[row, place]} at place {place}; {_AGAIN}"
         )
 
 
 def keep(folder: Path, index: NDArray[np.int32], state: Mapping[str, Any]) -> None:
-    """First the index, then, at one stroke, the word that it is there."""
+    """Write the index first and then, atomically, the state that declares it written."""
     assert isinstance(index, np.memmap)
     draft = folder / f"{STATE}.part"
     try:
@@ -131,6 +131,6 @@ def keep(folder: Path, index: NDArray[np.int32], state: Mapping[str, Any]) -> No
         draft.replace(folder / STATE)
     except OSError as error:
         raise KDHooksError(
-            f"neighbours: '{folder}' can't be written ({error.strerror}); make room, and start "
-            "again: what is done stays"
+            f"neighbours: '{folder}' can't be written ({error.strerror}); free disk space and run "
+            "again: the search continues from what is written"
         ) from error

@@ -3,13 +3,13 @@
 From the paper (abstract and key points): attention is distilled along a path across stages, on
 which the teacher's shallow attention guides the student's deep one; a module AMFM fuses the
 attention of several stages, and HCCSL compares it by cosine at several levels of a spatial pyramid.
-Reconstruction: all else. Attention is the channels' means and the pixels' energy, or the logits of
-CBAM's gates, as in the code of A-SKD (ECCV 2022). HCCSL has the levels and weights of ReviewKD
-(arXiv:2104.09044), less the 1 x 1, on which any two maps agree.
-Ours: AMFM is a convex combination with one gate a stage, so that no value of its weights turns the
-student's own attention away from the teacher's; the attention in front of AMFM counts as much as
-that behind it; and each side's mean over images is taken off, because it makes up 0.9 and more of
-the cosine between the attention of any two aligned faces.
+Reconstruction: everything else. Attention is the mean of each channel and the energy of each pixel,
+or the logits of CBAM's gates, as in the code of A-SKD (ECCV 2022). HCCSL has the levels and weights
+of ReviewKD (arXiv:2104.09044), except the 1 x 1, on which any two maps agree.
+Ours: AMFM is a convex combination with one gate per stage, so no value of its weights can turn the
+student's own attention away from the teacher's; the attention before AMFM counts as much as that
+after it; and each side's mean over images is subtracted, because it makes up 0.9 and more of the
+cosine between the attention of any two aligned faces.
 """
 
 import math
@@ -29,8 +29,8 @@ from kdhooks_plugins.reviewkd import pyramid
 Kind: TypeAlias = Literal["channel", "spatial"]
 Reader: TypeAlias = Callable[[Tensor], Tensor]
 KINDS: tuple[Kind, ...] = ("channel", "spatial")
-_SHORTEST = 1e-3  # the length of attention, of 1, that is left when its mean is taken off
-Place: TypeAlias = tuple[int, Reader]  # which of the tapped tensors, and the attention in it
+_SHORTEST = 1e-3  # attention of length 1 that is shorter than this without its mean is rounding
+Place: TypeAlias = tuple[int, Reader]  # the index of a tapped tensor, and how to read attention
 
 
 class ReviewedAttention(nn.Module):
@@ -55,7 +55,7 @@ class ReviewedAttention(nn.Module):
 
 
 class AttentionReview(nn.Module):
-    """One kind of attention of all stages: AMFM fuses the student's, HCCSL compares it."""
+    """One kind of attention in all stages: AMFM fuses the student's, and HCCSL compares it."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class AttentionReview(nn.Module):
         levels: Sequence[int] = (4, 2),
         momentum: float | None = 0.9,
     ) -> None:
-        """shapes: [(k h w)], those of the teacher's attention, at which both sides are compared.
+        """shapes: [(k h w)] of the teacher's attention, in which both sides are compared.
 
-        momentum: of the means over images; None if none is taken off.
+        momentum: of the means over images; None to subtract no means.
         """
         super().__init__()
         self.ours, self.theirs = tuple(ours), tuple(theirs)
@@ -95,12 +95,12 @@ class AttentionReview(nn.Module):
         )
 
     def read(self, places: Sequence[Place], tapped: Sequence[Tensor]) -> list[Tensor]:
-        """-> [(b k h w)]: the attention of each stage, at the size of comparison and length 1."""
+        """-> [(b k h w)]: the attention of each stage at length 1, in the size for comparison."""
         pairs = zip(places, self.sizes, strict=True)
         return [unit(pool(read(tapped[place]), size)) for (place, read), size in pairs]
 
     def less_mean(self, name: str, attention: list[Tensor]) -> list[Tensor]:
-        """[(b k h w)] -> [(b k h w)]: less its mean over the images, a constant."""
+        """[(b k h w)] -> [(b k h w)]: subtract the mean over the images, as a constant."""
         if name not in self.means:
             return attention
         means = self.means[name].children()
@@ -115,12 +115,12 @@ class AttentionReview(nn.Module):
 def context_distance(ours: Tensor, theirs: Tensor, levels: Sequence[int]) -> Tensor:
     """(b k h w), (b k h w) -> (): HCCSL, 1 - cos at full size and pooled.
 
-    Attention that is nothing but its mean, as in a first batch of one image, leaves rounding, which
-    at length 1 would be a gradient of any size.
+    Attention that equals its mean, as in a first batch of one image, leaves only rounding, and
+    scaling rounding to length 1 could make its gradient arbitrarily large.
     """
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        shortest = _SHORTEST * math.sqrt(a[0].numel() / ours[0].numel())  # of averages of pixels
+        shortest = _SHORTEST * math.sqrt(a[0].numel() / ours[0].numel())  # pooled maps are shorter
         return 1 - (unit(a, shortest) * unit(b, shortest)).flatten(1).sum(dim=1).mean()
 
     return pyramid(distance, ours, theirs, levels)
@@ -131,41 +131,42 @@ class ACSR(Options):
 
     weight: Weight = option(
         30.0,
-        "The factor of the term, which is a mean over kinds and stages, and so at most 2 however "
-        "many there are; try 10, 30 and 100.",
+        "The factor of the term, which is a mean over kinds and stages and therefore at most 2; "
+        "try 10, 30 and 100.",
         least=0,
     )
     attention: Literal["both", "channel", "spatial"] = option(
         "both",
         "channel: the mean of each channel over the pixels; spatial: the energy of each pixel, "
-        "mean |F|^p over the channels. Where gates are named, their logits take its place.",
+        "mean |F|^p over the channels; both: both of them. If you name gates, their logits are "
+        "used instead.",
     )
     p: float = option(2.0, "The power p of the pixels' energy.", least=1)
     student_channel_gates: Sequence[str] = option(
         (),
-        "For CBAM: the path of a channel gate for each stage, shallow to deep. It is that of the "
-        "module that returns the logits, or of the nn.Sigmoid behind it, which is inverted.",
+        "For CBAM: the path of a channel gate for each stage, shallow to deep. Name the module "
+        "that returns the logits, or the nn.Sigmoid after it, which is inverted.",
     )
     teacher_channel_gates: Sequence[str] = option((), "The same paths in the teacher.")
     student_spatial_gates: Sequence[str] = option(
-        (), "The path of a spatial gate for each stage, in the same way."
+        (), "The path of a spatial gate for each stage, like student_channel_gates."
     )
     teacher_spatial_gates: Sequence[str] = option((), "The same paths in the teacher.")
     levels: Sequence[int] = option(
         (4, 2),
-        "The sizes that HCCSL pools maps to, besides their full size, with weights ½, ¼, …. A map "
-        "of one pixel would have cosine 1 with any other.",
+        "The sizes to which HCCSL pools maps in addition to their full size, with weights ½, ¼, …. "
+        "1 is refused, since a map of one pixel has cosine 1 with any other.",
         least=2,
     )
     center: bool = option(
         True,
-        "Take off the attention of each side its own mean over images before the two are compared. "
-        "A-SKD, which compares gates, does not: false gives its plain cosine.",
+        "Subtract from the attention of each side its own mean over images before comparing. "
+        "A-SKD, which compares gates, does not: false is its plain cosine.",
     )
     momentum: float = option(
         0.9,
-        "The share of the old mean in each step's new one, if `center` is true; the first steps "
-        "count the images so far. A student that changes fast needs a mean that follows it.",
+        "The share of the old mean in each step's new one, if `center` is true. The first steps "
+        "average the images so far. A student that changes quickly needs a lower momentum.",
         least=0,
         below=1,
     )
@@ -185,7 +186,7 @@ class ACSR(Options):
                     names[0],
                     f"and {names[1]} must name equally many, since both networks must have the "
                     f"gates of CBAM (a plain IResNet, MobileFaceNet or ViT has none); found {ours} "
-                    f"and {theirs}; without CBAM on both sides name none",
+                    f"and {theirs}; unless both sides have CBAM, name none",
                 )
         if self.has("p") and (self.attention == "channel" or self.student_spatial_gates):
             raise self.refused(
@@ -236,14 +237,14 @@ class ACSR(Options):
 
 
 class Side:
-    """The taps of the student or of the teacher, each of which may serve both kinds."""
+    """The taps of the student or of the teacher; both kinds can use the same tap."""
 
     def __init__(self, name: str, model: Model, grids: Sequence[Grid]) -> None:
         self.name, self.model, self.grids = name, model, grids
         self.paths: list[str] = []
 
     def places(self, kind: Kind, gates: Sequence[str], p: float) -> list[Place]:
-        """Where the attention of each stage is found, and how it is read."""
+        """Return, for each stage, the index of its tap and how to read the attention from it."""
         if not gates:
             paths = [stage.path for stage in self.model.stages]
             readers: list[Reader] = [
@@ -251,7 +252,7 @@ class Side:
             ]
         elif len(gates) != len(self.grids):
             raise KDHooksError(
-                f"acsr: {self.name}_{kind}_gates must name one gate a stage; found {len(gates)} "
+                f"acsr: {self.name}_{kind}_gates must name one gate per stage; found {len(gates)} "
                 f"gates and {len(self.grids)} stages; name as many as taps.{self.name}.stages, or "
                 f"{self.name}_stages="
             )

@@ -1,12 +1,13 @@
 """AdaDistill, Boutros et al., ECCV 2024, arXiv:2407.01332.
 
-From the paper and what its code computes: a margin softmax of the student's embedding against class
-centres that follow the teacher's embeddings of the batch, fast at first and ever more slowly.
+From the paper and its code: a margin softmax of the student's embedding against class centres,
+which follow the teacher's embeddings of the batch, quickly at first and then more and more slowly.
 Differs from the code: the samples of a class in one batch are averaged, centres keep unit length,
-all ranks hold the same centres, and the margin goes on along a line past θ = π - m.
-Two additions come from a public re-run, rayyichen310/adadistill_with_adaface_loss: AdaFace's margin
-by the length of the embedding, and a margin that grows where the student lags behind the teacher.
-It has the second with AdaFace's margin alone; how it enters the other two margins is ours.
+all ranks use the same centres, and the margin becomes a straight line beyond θ = π - m.
+Two additions come from a public re-run, rayyichen310/adadistill_with_adaface_loss: AdaFace's
+margin, which depends on the length of the embedding, and a margin that grows if the student lags
+behind the teacher. The re-run has the second only with AdaFace's margin; its use in the other two
+margins is ours.
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ from kdhooks_plugins._margin import MOST, margin_softmax
 from kdhooks_plugins._sample_margins import MarginType, SampleMargins
 from kdhooks_plugins._widths import need_teachers_width
 
-_LEAST = 1e-6  # of alpha
+_LEAST = 1e-6  # the lower bound of alpha
 _M = {"arcface": 0.45, "cosface": 0.35, "adaface": 0.4}
 _QUALITY = 0.333
 
@@ -48,7 +49,7 @@ class AdaptiveCentres(PerClass):
         self.margins, self.scale, self.weighted = margins, scale, weighted
 
     def prepare(self, classifier: ClassShard) -> None:
-        """The centres start at the teacher's rows, and are split as these are."""
+        """Start the centres at the teacher's class rows, split over the ranks in the same way."""
         self.split = ClassSplit.of(classifier)
         self.keep("centres", F.normalize(classifier.weight.detach()))
 
@@ -69,7 +70,7 @@ class AdaptiveCentres(PerClass):
     def _margins(
         self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's m, m2 and q, by the centres as they are before the batch moves them."""
+        """Return each sample's m, m2 and q, from the centres before this batch moves them."""
         fit = rows.own(teacher, labels) if self.margins.by_lag else None
         lengths = None
         if self.margins.lengths is not None:
@@ -81,18 +82,18 @@ class AdaptiveCentres(PerClass):
 
     @torch.no_grad()
     def _follow(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: ClassShard) -> Tensor:
-        """Move the centres of the batch's classes, on all ranks alike; the mean of α."""
+        """Move the centres of the batch's classes, equally on all ranks; return the mean of α."""
         if rows.group is None:
             student, teacher, labels = (gather(x, world()) for x in (student, teacher, labels))
         s, t = F.normalize(student), F.normalize(teacher)
         own, index, mine = rows.own_rows(labels)
         alpha = (s * t).sum(dim=1)
-        if self.weighted:  # by how well the teacher itself fits the centre
+        if self.weighted:
             alpha = alpha * rows.own(teacher, labels).clamp(_LEAST, 1.0)
         alpha = alpha.clamp(_LEAST, 1.0)
         moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
         moved = F.normalize(class_sums(moved, labels))
-        # What another rank holds writes the same as a sample whose class is here, if there is one.
+        # A sample of another rank's class repeats the write of a sample whose class is here, if any.
         source = torch.where(mine, torch.arange(len(mine), device=mine.device), mine.int().argmax())
         self.centres[index[source]] = torch.where(mine.any(), moved, own)[source].to(self.centres)
         return alpha.mean()
@@ -104,34 +105,34 @@ class AdaDistill(Options):
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     m: Scheduled | None = option(
         None,
-        "The margin. The default is 0.45, 0.35 for cosface, and 0.4 for adaface.",
+        "The margin. The default is 0.45 for arcface, 0.35 for cosface and 0.4 for adaface.",
         least=0,
         most=MOST,
         unit="rad",
     )
     margin_type: MarginType = option(
         "arcface",
-        "arcface: cos(θ + m); cosface: cos θ - m; adaface: cos(θ - m q) - m (1 + q), with q by "
-        "the length of the student's embedding.",
+        "arcface: cos(θ + m); cosface: cos θ - m; adaface: cos(θ - m q) - m (1 + q), where q "
+        "depends on the length of the student's embedding.",
     )
     quality: Scheduled | None = option(
         None,
-        "h, with adaface alone: how much a sample's length, in deviations from the mean, adds to "
-        "q. The default is 0.333.",
+        "h, only with adaface: how much a sample's length, in standard deviations from the mean, "
+        "adds to q. The default is 0.333.",
         least=0,
     )
     geometry: Scheduled = option(
         0.0,
-        "k: add k · max(cos(w_y, t) - cos(s, t), 0) · cos(w_y, t) to q, by which m becomes "
-        "m (1 + q), for samples whose student lags behind the teacher. The re-run uses 3, reached "
-        "over the first epoch.",
+        "k: add k · max(cos(w_y, t) - cos(s, t), 0) · cos(w_y, t) to q. The margin is m (1 + q), "
+        "so it grows for samples on which the student lags behind the teacher. The re-run reaches "
+        "3 over the first epoch.",
         least=0,
     )
     scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
     weighted: bool = option(
         True,
-        "Weigh α by how well the teacher fits the centre, α' = cos(s, t) · cos(w_y, t); false: "
-        "α = cos(s, t).",
+        "Multiply α by the cosine of the teacher and the centre: α = cos(s, t) · cos(w_y, t); "
+        "false: α = cos(s, t).",
     )
 
     def check(self) -> None:
@@ -141,7 +142,7 @@ class AdaDistill(Options):
             )
         for name in ("quality", "geometry"):
             if self.m == 0 and getattr(self, name):
-                raise self.refused(name, "changes the margin m, and this is 0; leave it out")
+                raise self.refused(name, "changes the margin m, which is 0; leave it out")
 
     @hookimpl
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:

@@ -1,12 +1,13 @@
 """Adaptable Instance-Relation Distillation (AIRD), Shi, Guo, Ge, 2024, arXiv:2409.02049.
 
-Reconstruction: only the abstract could be read. From it: the teacher sees a face at high
+Reconstruction: only the abstract could be read. From the abstract: the teacher sees a face at high
 resolution and the student at low resolution; the student learns each instance, and the relations
 between instances of the two resolutions; its batch normalisation is adapted when it is tested
 (`kdhooks_plugins.batch_norm`).
-Ours: both equations. Relations are the softmax of one face's similarities to all faces of the
-batch, the student's low-resolution face against the teacher's high-resolution ones. The target is
-the teacher's own softmax, not one class a face, so that images of one person are not pushed apart.
+Ours: both equations. A relation is the softmax of one face's similarities to all faces of the
+batch, between the student's low-resolution face and the teacher's high-resolution ones. The target
+is the teacher's own softmax, and not a class for each face, which would push images of one person
+apart.
 """
 
 import torch.nn.functional as F
@@ -57,17 +58,17 @@ class AIRD(Options):
 
     weight: Weight = option(32.0, "The factor of both terms together.", least=0)
     relation_weight: Scheduled = option(
-        0.1, "The factor of the relations' divergence; 0 leaves fcd.", least=0
+        0.1, "The factor of the relations' divergence; with 0 only fcd remains.", least=0
     )
     temperature: Scheduled = option(
         0.1,
-        "τ, which divides the cosines. The lower it is, the more the face itself counts among the "
+        "τ, which divides the cosines. A lower τ gives more weight to the face itself among the "
         "faces of the batch.",
         above=0,
     )
     global_batch: bool = option(
         True,
-        "Compare with the faces of all ranks, and not with those of each rank's batch alone.",
+        "Compare with the faces of all ranks, and not only with those of each rank's batch.",
     )
     projector: bool = option(
         False,

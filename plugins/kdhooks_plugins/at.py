@@ -1,11 +1,11 @@
 """Attention transfer (AT), Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928.
 
 Activation-based AT with the maps F_mean^p of section 3.1: at the end of each stage, the student's
-map of mean |F|^p over the channels is to look like the teacher's, both at unit length.
+map of mean |F|^p over the channels should match the teacher's, both at unit length.
 Differs from the paper: the squared distance is averaged over the pixels, as in the authors' code
-(and weighted 1000, as it is with RepDistiller); |F|^p also for odd p. Where sizes differ, the maps
-are pooled to the smaller, not interpolated; RepDistiller pools the features before their energy.
-Ours: the cosine form, which counts a stage the same whatever its number of pixels.
+(with weight 1000, as in RepDistiller); |F|^p also for odd p. Maps of different sizes are pooled to
+the smaller size, not interpolated; RepDistiller pools the features before it computes their energy.
+Ours: the cosine form, which counts all stages equally, whatever their number of pixels.
 """
 
 from collections.abc import Sequence
@@ -55,13 +55,13 @@ class AT(Options):
 
     weight: Weight | None = option(
         None,
-        "The factor of the term. The default is 1000, and 5 if the distance is cosine.",
+        "The factor of the term. The default is 1000, or 5 if the distance is cosine.",
         least=0,
     )
     p: float = option(
         2.0,
-        "The power of the features. 1 compares whole maps; larger powers compare their peaks. "
-        "Below 1 a zero would have no gradient.",
+        "The power of the features. 1 compares whole maps; larger powers emphasise their peaks. "
+        "Powers below 1 have no gradient at a zero.",
         least=1,
     )
     distance: Distance = option(

@@ -1,9 +1,9 @@
 """Batch normalisation that is adapted to the images of a test.
 
-A network that was trained on other images, sharp ones for example, normalises with the means and
-variances of those. AIRD (Shi, Guo, Ge, 2024, arXiv:2409.02049) takes the test's into account when
-the student is tested. A reconstruction from its abstract, after the mixture of Schneider et al.,
-NeurIPS 2020, arXiv:2006.16971.
+A network that was trained on different images, for example sharp ones, normalises with their means
+and variances. AIRD (Shi, Guo, Ge, 2024, arXiv:2409.02049) also uses the test images' statistics
+when the student is tested. This is a reconstruction from its abstract, with the mixture of
+Schneider et al., NeurIPS 2020, arXiv:2006.16971.
 """
 
 import copy
@@ -26,20 +26,21 @@ def adapted_batch_norm(
     share: float = 0.5,
     run: Callable[[Any, Tensor], object] | None = None,
 ) -> nn.Module:
-    """A copy of the model, in eval mode, whose batch norms know the images of a test.
+    """Return a copy of the model in eval mode, with batch norms adapted to the images of a test.
 
     Each mean becomes (1 - share) · the training's + share · that of all batches, and each variance
-    likewise. While the batches pass, a layer normalises with the mixture of its own batch, so that
-    the layers behind it see what they will see later.
+    likewise. While the batches run, each layer normalises with the mixture of the current batch, so
+    later layers already get adapted inputs.
 
-    batches: images (b 3 h w), one batch or several, on the model's device and as the model takes
-        them, without labels. A few hundred images are enough; with few take a smaller share.
+    batches: images (b 3 h w), one batch or several, without labels, on the model's device and
+        preprocessed for it. A few hundred images are enough; with fewer use a smaller share.
     share: from 0, which changes nothing, to 1, which forgets the training's statistics.
     run: called as run(model, images), for a model that takes more than images.
 
     Raises:
-        KDHooksError: the share is no number from 0 to 1, the model has no batch norm with running
-            statistics, there is no batch, one is no tensor (b …), or a number is not finite.
+        KDHooksError: the share is not a number from 0 to 1, the model has no batch norm with
+            running statistics, there is no batch, a batch is not a tensor (b …), or a number is not
+            finite.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise KDHooksError(
@@ -78,13 +79,13 @@ def _check_batch(images: object) -> None:
         return
     raise KDHooksError(
         "adapted_batch_norm: batches must be an iterable of floating-point images (b 3 h w), as "
-        f"the model takes them; found {shown_tensor(images)}; of a loader with labels "
-        "give (images for images, labels in loader)"
+        f"the model takes them; found {shown_tensor(images)}; from a loader with labels "
+        "pass (images for images, labels in loader)"
     )
 
 
 class _Layer:
-    """One batch norm while the batches pass: it sums up what it is given."""
+    """One batch norm while the batches run: it accumulates the sums of its inputs."""
 
     def __init__(self, module: _BatchNorm, share: float) -> None:
         assert module.running_mean is not None
@@ -105,11 +106,10 @@ class _Layer:
     def _mix(self, count: int, sums: Tensor) -> None:
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0)
-        if not torch.isfinite(variance).all():  # a mean that is not finite makes it so
+        if not torch.isfinite(variance).all():  # nor is it if the mean is not finite
             raise KDHooksError(
-                "adapted_batch_norm: the images, and what the model makes of them, must be finite; "
-                "found others at a batch norm; look at the images, or run half-precision models in "
-                "float32"
+                "adapted_batch_norm: the images and the model's features must be finite; found "
+                "others at a batch norm; check the images, or run half-precision models in float32"
             )
         for name, trained, found in zip(
             ("running_mean", "running_var"), self._trained, (mean, variance), strict=True
@@ -118,7 +118,7 @@ class _Layer:
             self._module.get_buffer(name).copy_(mixed)
 
     def finish(self) -> None:
-        """Keep the mixture with all that was seen; a layer that never ran keeps the training's."""
+        """Keep the mixture with all batches; a layer that never ran keeps the training's values."""
         self._handle.remove()
         if self._count:
             self._mix(self._count, self._sums)

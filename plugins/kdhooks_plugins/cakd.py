@@ -1,18 +1,18 @@
 """Cross-Architecture Distillation for Face Recognition, Zhao et al., ACM MM 2023, arXiv:2306.14662.
 
-From the paper (abstract, and a summary with most equations): URFM, learnable centres that attend
-over the pixels of both sides with a facial positional encoding, makes local features of them;
-their attention maps and they themselves are matched; APT trains prompts in the frozen teacher,
+From the paper (abstract, and a summary with most equations): URFM has learnable centres that attend
+over the pixels of both sides with a facial positional encoding, and turns them into local features.
+The local features and their attention maps are matched. APT trains prompts in the frozen teacher,
 whose outputs are among the pixel features.
-Reconstruction: all else. The map that is matched is that of the local features' self-attention,
-the one map of equal shape on both sides. Both facial distances, anchor point and γ. The piecewise
-index in half-cells, since its own defaults make but four buckets of a 7 × 7 grid. L, t, widths,
-weights and what both sides share.
-Ours: a teacher's side of its own. If matching trains one URFM from both sides, as the plain
-equations say, the sides agree on what is easy and not on who a person is. So the teacher's URFM and
-the prompts learn by an anchor: its embedding must be readable off its local features. Ours too:
-queries and keys of a fixed size, h added to MSA(h), LayerNorm, pixels and local features
-standardised over the batch, and a guard.
+Reconstruction: everything else. The matched map is that of the local features' self-attention, the
+only map with the same shape on both sides. Further: both facial distances, the anchor point and γ;
+the piecewise index in half-cells, since its own defaults make only four buckets of a 7 × 7 grid;
+L, t, widths, weights, and the parts that both sides share.
+Ours: a separate URFM for the teacher. If matching trains one URFM from both sides, as in the plain
+equations, the sides agree on easy features and not on a person's identity. The teacher's URFM and
+the prompts therefore learn from an anchor: a linear map must recover the teacher's embedding from
+its local features. Also ours: queries and keys of a fixed size, h added to MSA(h), LayerNorm,
+pixels and local features standardised over the batch, and a guard against collapse.
 """
 
 import logging
@@ -52,18 +52,19 @@ class CAKD(Options):
     weight: Weight = option(20.0, "The factor of all terms together.", least=0)
     urfm: URFM = option(URFM(), "The size of the local features.")
     positions: FacialPositions = option(FacialPositions(), "Where a pixel lies on the face.")
-    matching: Matching = option(Matching(), "The distances between both sides.")
+    matching: Matching = option(Matching(), "The distances between the two sides.")
     prompts: PromptTokens = option(PromptTokens(), "Prompts in the teacher.")
-    collapse: Collapse = option(Collapse(), "The guard against constants.")
+    collapse: Collapse = option(Collapse(), "The guard against constant local features.")
     embedding_weight: Scheduled = option(
         0.0,
-        "λ_e, the factor of mean ‖s - t‖² of the embeddings at unit length, times `weight`.",
+        "λ_e, the factor of mean ‖s - t‖² of the embeddings at unit length. It is multiplied by "
+        "`weight`.",
         least=0,
     )
     teacher_cls_weight: Scheduled = option(
         0.0,
-        "λ_t, the factor of an ArcFace loss of the prompted teacher on its own classifier, times "
-        "`weight`.",
+        "λ_t, the factor of an ArcFace loss of the prompted teacher on its own classifier. It is "
+        "multiplied by `weight`.",
         least=0,
     )
 
@@ -86,7 +87,7 @@ class CAKD(Options):
 
     @property
     def _idle(self) -> bool:
-        """Whether the options leave nothing that would train prompts."""
+        """Whether no option trains the prompts."""
         return self.matching.teacher_side == "detached" and not self.teacher_cls_weight
 
     @hookimpl
@@ -154,8 +155,8 @@ class CAKD(Options):
         if not t:
             if self._number is None:
                 log.warning(
-                    "cakd: the teacher has no transformer blocks of a kind that prompts can join, "
-                    "so it gets none"
+                    "cakd: the teacher gets no prompts, since it has no transformer blocks of a "
+                    "supported kind"
                 )
             return None
         assert teacher.module is not None
@@ -166,7 +167,7 @@ class CAKD(Options):
 
     @property
     def _joined(self) -> bool:
-        """Whether the prompts that the teacher gets, if any, are pixel features too."""
+        """Whether the teacher's prompts, if there are any, are pixel features too."""
         return self.prompts.in_features is not False
 
     @property

@@ -1,12 +1,13 @@
 """CoupleFace, Liu et al., ECCV 2022, arXiv:2204.05502.
 
 Feature consistency, and the mutual relations of a sample with the classes nearest to its own.
-Reconstruction: only the paper's abstract could be read. From it are the mining of informative
-relations and the relation-aware loss; the one-sided hinge, its slack q, k, the weights and what
-stands for the other class (a frozen prototype, or a bank of the latest embeddings) are ours.
-In later work of the group (ICD-Face, ICCV 2023) banks of student and teacher are paired, as with
-`relations = "bank"`; and the labels' loss is the small term there: by a reader's account, `weight`
-would be about 5 to 100.
+Reconstruction: only the paper's abstract could be read. From the abstract: the mining of
+informative relations and the relation-aware loss. Ours: the one-sided hinge, its slack q, k, the
+weights and the representation of the other class (a frozen prototype, or a bank of the latest
+embeddings).
+Later work of the group (ICD-Face, ICCV 2023) pairs banks of student and teacher, as
+`relations = "bank"` does, and gives the labels' loss a small factor: according to one reader,
+`weight` would be about 5 to 100.
 """
 
 import logging
@@ -44,7 +45,7 @@ class MutualRelations(PerClass):
     """FCD + alpha · RAD over each sample's k mined relations."""
 
     prototypes: Tensor  # (c e), unit rows
-    neighbours: Tensor  # (c k) int32, -1 where fewer are left
+    neighbours: Tensor  # (c k) int32, -1 if a class has fewer than k
     student_bank: Tensor
     teacher_bank: Tensor
     met: Tensor  # (c): whether the banks hold an embedding of the class
@@ -60,7 +61,7 @@ class MutualRelations(PerClass):
         bank_momentum: float | None = None,
         projector: nn.Module | None = None,
     ) -> None:
-        """The rows of `neighbours` are those of this rank's classes."""
+        """`neighbours` has one row for each of this rank's classes."""
         super().__init__(split, "coupleface")
         self.alpha, self.q, self.two_sided = Varying(alpha), Varying(q), two_sided
         self.bank_momentum = bank_momentum
@@ -76,15 +77,15 @@ class MutualRelations(PerClass):
         rad, active = self._rad(s, t, labels)
         loss = fcd + self.alpha.now * rad
         if self.training and self.bank_momentum is not None:
-            group = self.split.group or world()  # also where each rank has all classes
+            group = self.split.group or world()  # without a group, each rank has all classes
             s, t, labels = (gather(x, group) for x in (s, t, labels))
             self._advance(s, t, labels, self.bank_momentum)
         return loss, {"fcd": fcd, "rad": rad, "active": active}
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean hinge of the relations' excess, and the share of them that is active.
+        """Return the mean hinge of the relations' excess, and the share of active relations.
 
-        The mean is over the relations of all ranks' samples, some of which have fewer than others.
+        The mean is over the relations of the samples of all ranks, which differ in number.
         """
         excess, valid = self._excess(s, t, labels)
         hinge = excess.abs() if self.two_sided else (excess + self.q.now).relu()
@@ -96,13 +97,14 @@ class MutualRelations(PerClass):
     def _excess(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(b e), (b e), (b) -> (b k), (b k): R_s - R_t, and which of these relations exist.
 
-        A rank computes those of all ranks' samples with its own classes; their sum has all.
+        Each rank computes the relations of all ranks' samples with its own classes. The sum over
+        the ranks then has all relations.
         """
         split, size = self.split, len(labels)
         places, mine = split.places(split.of_all(labels))
         near = split.sum((self.neighbours[places] + 1) * mine[:, None]) - 1
         valid = split.own(near, size) >= 0
-        if self.bank_momentum is None:  # both sides' relations are to the same rows
+        if self.bank_momentum is None:  # then both sides are compared with the same rows
             part = relations(split.of_all(s - t), self.prototypes, near, split)
             return split.own(split.sum(part), size), valid
         ours = relations(split.of_all(s), self.student_bank, near, split, moving=True)
@@ -114,7 +116,7 @@ class MutualRelations(PerClass):
 
     @torch.no_grad()
     def _advance(self, s: Tensor, t: Tensor, labels: Tensor, momentum: float) -> None:
-        """By the batches of all ranks."""
+        """Update the banks with the batches of all ranks."""
         places, mine = self.split.places(labels)
         for bank, embedding in ((self.student_bank, s), (self.teacher_bank, t)):
             _update(bank, embedding.to(bank), places, mine, momentum)
@@ -124,7 +126,7 @@ class MutualRelations(PerClass):
 def _update(bank: Tensor, embedding: Tensor, places: Tensor, mine: Tensor, momentum: float) -> None:
     """(c e), (b e), (b), (b): bank[y] <- norm(momentum · bank[y] + (1 - momentum) · y's unit mean).
 
-    A sample that is not `mine` adds nothing: it repeats what is written for one that is.
+    A sample that is not `mine` adds nothing: it repeats the write of a sample that is.
     """
     here = torch.arange(len(mine), device=mine.device)
     places = places[torch.where(mine, here, mine.int().argmax())]
@@ -138,14 +140,14 @@ class CoupleFace(Options):
 
     weight: Weight = option(
         16.0,
-        "The factor of both terms together, next to the classification loss; 1/β in the paper.",
+        "The factor of both terms together, relative to the classification loss; 1/β in the paper.",
         least=0,
     )
     alpha: Scheduled = option(1.0, "The factor of the loss of relations (RAD).", least=0)
     k: int = option(100, "The number of relations of each class.", least=1)
     q: Scheduled = option(
         0.03,
-        "The slack: a relation of the student should stay this much below the teacher's.",
+        "The slack: a relation of the student should be lower than the teacher's by this much.",
         least=-2,
         most=2,
     )
@@ -157,27 +159,27 @@ class CoupleFace(Options):
     )
     bank_momentum: float = option(
         0.0,
-        "With 0 the latest embedding of a class replaces that in the bank; above 0 the bank "
+        "With 0, the latest embedding of a class replaces the one in the bank; above 0, the bank "
         "averages over time.",
         least=0,
         below=1,
     )
     max_neighbour_sim: float | None = option(
         None,
-        "Skip neighbours with a higher cosine than this, which are probably the same person under "
-        "another label. About 0.7 is usual; by default none is skipped.",
+        "Skip neighbours with a higher cosine than this, which are probably the same person with "
+        "another label. About 0.7 is usual; by default no neighbour is skipped.",
         above=-1,
         most=1,
     )
     prototypes: Tensor | Path | None = option(
         None,
-        "One embedding of each class (c e), or a file of them. By default they are the teacher's "
+        "One embedding of each class (c e), or a file of them. The default is the teacher's "
         "classifier, which may hold classifier rows or class means.",
     )
     neighbours: Path | None = option(
         None,
         "The folder that `python -m kdhooks_plugins.neighbours` created from the prototypes. By "
-        "default the neighbours are searched at the start.",
+        "default the neighbours are searched when the training starts.",
     )
     projector: bool = option(
         False,
@@ -219,7 +221,7 @@ class CoupleFace(Options):
         rows = teacher.classifier if self.prototypes is None else Rows.open(self.prototypes)
         if rows is None:
             raise KDHooksError(
-                f"coupleface needs a prototype a class; found none{teacher.without_rows}; set "
+                f"coupleface needs a prototype per class; found none{teacher.without_rows}; set "
                 "teacher.classifier to the teacher's classifier, or to class means made with "
                 "kdhooks.class_means"
             )

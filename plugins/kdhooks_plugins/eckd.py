@@ -1,13 +1,14 @@
 """EC-KD, exclusivity and consistency, Wang et al., ECCV 2020, doi:10.1007/978-3-030-58586-0_20.
 
-Two terms. Exclusivity keeps filters of one layer from using the same positions, so that a small
-student wastes none; consistency brings its embedding to the teacher's, hard samples first.
-Reconstruction: the paper's method section could not be read. From secondary sources are the l1
-form of exclusivity and that a sample's own distance weighs it; the form of that weight
-(exponential, its mean brought to 1), unit length, both terms' factors, a layer's division by its
-number of filters less one, and the choice of layers are ours.
-Exclusivity is computed in O(n d) for n filters, with the value of the sum over pairs. The abstract
-of earlier work of the authors (IJCAI 2017) has such a linear form, so the paper may use it too.
+There are two terms. Exclusivity keeps the filters of one layer from using the same positions, so a
+small student wastes no filters. Consistency pulls its embedding to the teacher's, with more weight
+on hard samples.
+Reconstruction: the paper's method section could not be read. From secondary sources: the l1 form of
+exclusivity, and that each sample is weighted by its own distance. Ours: the form of that weight
+(exponential, with mean 1), unit length, the factors of both terms, the division of a layer's sum by
+its number of filters minus one, and the choice of layers.
+Exclusivity is computed in O(n d) for n filters, with the same value as the sum over pairs. The
+abstract of the authors' earlier work (IJCAI 2017) has such a linear form, so the paper may use it.
 """
 
 from collections.abc import Sequence
@@ -72,14 +73,14 @@ class HardnessAwareConsistency(nn.Module):
             return torch.ones_like(distance)
         if self.hardness == "exponential":
             exponent = self.gamma.now * distance
-            # The same as exp / mean(exp), without its overflow on raw embeddings.
+            # Equals exp / mean(exp), but cannot overflow on raw embeddings.
             return len(distance) * exponent.softmax(dim=0) if self.mean_one else exponent.exp()
         omega = 1 + self.gamma.now * distance
         return omega / omega.mean() if self.mean_one else omega
 
 
 class FilterExclusivity(nn.Module):
-    """factor · Σ over layers of how much their filters use the same positions."""
+    """factor · Σ over layers of the overlap of their filters in the same positions."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class FilterExclusivity(nn.Module):
         normalize_rows: bool = False,
         mean_overlap: bool = True,
     ) -> None:
-        """layers: names of the parameters, in their order."""
+        """layers: names of the parameters that `forward` receives, in the same order."""
         super().__init__()
         self.layers = tuple(layers)
         self.factor = Varying(factor)
@@ -126,7 +127,7 @@ def convolutions(
     *,
     depthwise: bool = False,
 ) -> list[str]:
-    """Names of the trained convolution weights, chosen by patterns on the paths of the layers."""
+    """Return the names of trained convolution weights, chosen by patterns of the layers' paths."""
     paths = [
         name.removesuffix(".weight")
         for name, parameter in model.named_parameters()
@@ -159,7 +160,7 @@ def convolutions(
 
 
 def _comparable(layer: nn.Module, depthwise: bool) -> bool:
-    """Two filters at least, all of the same input channels unless depthwise ones are wanted."""
+    """Whether there are two filters or more, all on the same input channels unless `depthwise`."""
     if not isinstance(layer, nn.Conv2d) or layer.out_channels < 2:
         return False
     return layer.groups == 1 or depthwise
@@ -171,37 +172,38 @@ class ECKD(Options):
     weight: Weight = option(1.0, "The factor of both terms together.", least=0)
     consistency_weight: Scheduled = option(
         16.0,
-        "The factor of consistency; 0 leaves it out. 16 is as strong as fcd's default.",
+        "The factor of consistency; 0 leaves it out. 16 is as strong as the default of fcd.",
         least=0,
     )
     exclusivity_weight: Scheduled = option(
         2.5e-4,
-        "The factor of exclusivity; 0 leaves it out. The default, half of the usual weight decay, "
-        "pulls about as strongly as that weight decay.",
+        "The factor of exclusivity; 0 leaves it out. The default is half of the usual weight decay, "
+        "and its gradient is about as large as that weight decay's.",
         least=0,
     )
     regressor: bool = option(
-        True, "Learn H, a linear map without bias; false: H is the identity, for equal widths."
+        True, "Learn H, a linear map without a bias; false: H is the identity, for equal widths."
     )
     hardness: Hardness = option(
         "exponential",
         "The weight ω of a sample at distance d. exponential: exp(γd); linear: 1 + γd; none: 1.",
     )
-    gamma: Scheduled = option(1.0, "γ, how much more a distant sample counts.", least=0)
+    gamma: Scheduled = option(1.0, "γ: a larger γ gives distant samples more weight.", least=0)
     mean_one: bool = option(True, "Divide ω by its mean over the batch of this rank.")
     unit_length: bool = option(True, "Compare embeddings at unit length.")
     include: Sequence[str] = option(
         ("*",),
-        "Patterns of the paths of the student's convolutions, with * ? and [abc]: `layer4.*`.",
+        "Patterns of the paths of the student's convolutions, with * ? and [abc], such as "
+        "`layer4.*`.",
     )
     exclude: Sequence[str] = option((), "Patterns of the paths of convolutions to leave out.")
     include_depthwise: bool = option(
-        False, "Include convolutions with groups, although their filters see different channels."
+        False, "Include grouped convolutions, although their filters see different channels."
     )
     normalize_rows: bool = option(
-        False, "Compare filters at unit length. Smaller weights then do not lower the term."
+        False, "Compare filters at unit length, so that smaller weights do not lower the term."
     )
-    mean_overlap: bool = option(True, "Divide the sum of a layer by n - 1, for n filters.")
+    mean_overlap: bool = option(True, "Divide the sum of a layer with n filters by n - 1.")
 
     def check(self) -> None:
         if self.consistency_weight == self.exclusivity_weight == 0:

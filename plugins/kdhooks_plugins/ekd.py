@@ -1,15 +1,16 @@
 """Evaluation-oriented KD (EKD), Huang et al., CVPR 2022.
 
-A face recogniser is judged by how many pairs pass a threshold at given false accept rates. So the
-thresholds at these rates are estimated on each side, and a pair of the student must pass as many
-of its thresholds as the same pair of the teacher passes of the teacher's.
+A face recogniser is judged by how many pairs pass a threshold at given false accept rates. The
+thresholds at these rates are therefore estimated for each side, and a pair should pass as many of
+the student's thresholds as it passes of the teacher's.
 Follows the code that the authors published in TFace: thresholds, soft ranks, hard negatives and
 the two factors.
-Differs from it: the running thresholds are divided by the weight that they have gathered, so that
-the first steps do not compare similarities with a threshold near 0 (bias_correction = false is the
-code's form); a batch without positive or negative pairs contributes nothing, where the code fails;
-a sample without a label is in no pair; and the default weight is 4 and not 1.
-The sampler of the paper, half of whose batch has several images of each person, is the trainer's.
+Differs from the code: the running thresholds are divided by the weight that they have accumulated,
+because they would otherwise be near 0 in the first steps (bias_correction = false is the code's
+form); the code fails on a batch without positive or negative pairs, which contributes nothing here;
+a sample without a label belongs to no pair; and the default weight is 4 and not 1.
+The paper's sampler, which draws several images of each person for half of the batch, is left to the
+trainer.
 """
 
 import torch
@@ -23,7 +24,7 @@ _NO_PAIR = -2.0  # below every cosine
 
 
 class SimilarityRanks(nn.Module):
-    """The mean square difference of both sides' soft ranks among their own thresholds."""
+    """The mean square difference of the two sides' soft ranks among their own thresholds."""
 
     one_in: Tensor
     student_thresholds: Tensor
@@ -54,7 +55,7 @@ class SimilarityRanks(nn.Module):
         self.register_buffer("gathered", torch.zeros(()))  # 1 - momentum^steps
 
     def buffers_by_rank(self) -> set[str]:
-        """The batches of all ranks move the thresholds; those of one rank's batch are averaged."""
+        """With a global batch, all ranks compute the same values; otherwise they are averaged."""
         moved = {"student_thresholds", "teacher_thresholds", "gathered"}
         return moved if self.global_batch else set()
 
@@ -85,7 +86,7 @@ class SimilarityRanks(nn.Module):
 
     @torch.no_grad()
     def _follow(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> None:
-        """(n), (n) in falling order: move the thresholds towards the values at these ranks."""
+        """(n), (n) in falling order: move the thresholds towards the values at their ranks."""
         rank = negatives // self.one_in  # 0, the hardest pair, if there are fewer than one_in
         running = self.student_thresholds, self.teacher_thresholds, self.gathered
         found = student[rank], teacher[rank], torch.ones_like(self.gathered)
@@ -102,7 +103,7 @@ class SimilarityRanks(nn.Module):
         return gap.square() * (self.gathered > 0)
 
     def _ranks(self, similarity: Tensor, thresholds: Tensor) -> Tensor:
-        """(n), (k) -> (n): how many of the thresholds are passed."""
+        """(n), (k) -> (n): the soft number of thresholds that each similarity passes."""
         above = (similarity[:, None] - thresholds.to(similarity)) / self.temperature.now
         return above.sigmoid().sum(dim=1)
 
@@ -124,8 +125,8 @@ class EKD(Options):
     weight: Weight = option(4.0, "The factor of both terms together.", least=0)
     thresholds: tuple[int, ...] = option(
         (10, 100, 1_000, 10_000, 100_000, 1_000_000),
-        "The thresholds, each as a number of negative pairs of which one passes: 10 is a false "
-        "accept rate of 0.1.",
+        "The thresholds, each specified as a number of negative pairs of which one passes: 10 is a "
+        "false accept rate of 0.1.",
         least=2,
     )
     temperature: Scheduled = option(
@@ -136,17 +137,17 @@ class EKD(Options):
     )
     bias_correction: bool = option(
         True,
-        "Divide the running thresholds, which start at 0, by the weight that they have gathered. "
-        "The authors' code does not.",
+        "Divide the running thresholds, which start at 0, by the weight that they have "
+        "accumulated. The authors' code does not.",
     )
     hard_negatives: int = option(
-        2000, "The number of negative pairs, those most similar to the student.", least=1
+        2000, "The number of negative pairs to use, those most similar for the student.", least=1
     )
     positive_weight: Scheduled = option(0.02, "The factor of the term of positive pairs.", least=0)
     negative_weight: Scheduled = option(0.01, "The factor of the term of negative pairs.", least=0)
     global_batch: bool = option(
         True,
-        "Compare pairs across the batches of all ranks, and not within each rank's batch alone.",
+        "Compare pairs across the batches of all ranks, and not only within each rank's batch.",
     )
 
     def check(self) -> None:

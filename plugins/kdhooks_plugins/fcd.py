@@ -1,13 +1,13 @@
 """Feature consistency (FCD), as in ShrinkTeaNet, Duong et al., 2019, arXiv:1905.10620.
 
-The baseline of most papers: in the cosine form of ShrinkTeaNet and VarGFaceNet, and in the L2 form
-that CoupleFace (Liu et al., ECCV 2022, arXiv:2204.05502) starts from.
-Differs from the papers: the default weight. With weight 1 the term is too weak to be seen next to
-ArcFace at scale 64; published weights on 1 - cos run from 0.5 to 128.
+The baseline of most papers. The options include the cosine form of ShrinkTeaNet and VarGFaceNet,
+and the L2 form that CoupleFace (Liu et al., ECCV 2022, arXiv:2204.05502) is based on.
+Differs from the papers: the default weight. With weight 1 the term has no visible effect next to
+ArcFace at scale 64; published weights on 1 - cos range from 0.5 to 128.
 
 The embeddings are divided by their root mean square and not by their length, since F.rms_norm is a
 single CUDA operator in each direction. F.normalize is about twenty, and a small student's step is
-limited by how many operators the host can start. The length becomes √d, so sums over d are means.
+limited by how many operators the host can launch. The length becomes √d, so sums over d are means.
 """
 
 from typing import Literal, TypeAlias
@@ -52,13 +52,13 @@ def _root_mean_square_one(x: Tensor) -> Tensor:
 
 
 class FCD(Options):
-    """L = mean d(P(s), t), with P the identity, or linear where the widths differ."""
+    """L = mean d(P(s), t), with P the identity, or a linear map with `projector`."""
 
     weight: Weight = option(32.0, "The factor of the term.", least=0)
     distance: Distance = option(
         "cosine",
-        "cosine: 1 - cos; cosine_squared: (1 - cos)²; l2: ‖s - t‖² = 2(1 - cos); mse: the mean of "
-        "the same over (b d), 2(1 - cos)/d; raw_mse: mse without unit length.",
+        "cosine: 1 - cos; cosine_squared: (1 - cos)²; l2: ‖s - t‖² = 2(1 - cos); mse: the mean "
+        "square over (b d), 2(1 - cos)/d; raw_mse: mse without unit length.",
     )
     projector: bool = option(
         False,

@@ -1,9 +1,9 @@
 """FitNets: hints for thin deep nets, Romero et al., ICLR 2015, arXiv:1412.6550.
 
-The outputs of any two modules are compared, the student's through a learned connector.
-Differs from the paper: the hints are trained together with the task, as TFace and FaceX-Zoo do, and
-not in a stage before it; the squared difference is a mean and not half a sum; the connector keeps
-the number of pixels, and maps of different sizes are average-pooled to the smaller one.
+It compares the outputs of any two modules; a learned connector transforms the student's.
+Differs from the paper: the hints are trained together with the task, as in TFace and FaceX-Zoo, and
+not in an earlier stage; the squared difference is a mean and not half a sum; the connector keeps
+the number of pixels, and maps of different sizes are average-pooled to the smaller size.
 Ours: the other distances and connectors, and `center`.
 """
 
@@ -46,7 +46,7 @@ class Hints(nn.Module):
 
 @dataclass(frozen=True)
 class TeacherFunctionTap(FeatureTap):
-    """Of a teacher without submodules, whose embedding stands for its outputs."""
+    """The tap of a teacher without submodules, whose only output is its embedding."""
 
     @property
     def teacher_paths(self) -> tuple[str, ...]:
@@ -64,36 +64,36 @@ class FitNet(Options):
     student: str | Sequence[str] | None = option(
         None,
         "The path of a submodule of the student, or a list of paths. The default is its last "
-        'stage; "" is its output. A pattern in a list stands for all that it matches.',
+        'stage; "" is the output of the student. A pattern in a list stands for all its matches.',
     )
     teacher: str | Sequence[str] | None = option(
-        None, "The same of the teacher. The first path is paired with the first, and so on."
+        None, "The same for the teacher. The paths are paired in their order."
     )
     distance: Distance = option(
         "l2",
         "l2: the mean squared difference; l1: the mean absolute difference; cosine: 1 - cos of the "
-        "whole features of a sample; kl: KL(teacher ‖ student) times temperature², of the softmax "
-        "over the channels, the mean over pixels and samples.",
+        "flattened features of a sample; kl: temperature² times KL(teacher ‖ student) of the "
+        "softmax over the channels, as a mean over pixels and samples.",
     )
     connector: Connector = option(
         "1x1",
-        "The map from the student's channels to the teacher's, the same at each pixel. none: both "
-        "must be equally wide; linear: with a bias; 1x1: without one, and a batch norm behind it; "
-        "mlp: two linear maps with a ReLU between them.",
+        "The map from the student's channels to the teacher's, the same at each pixel. none: no "
+        "map, for equally many channels; linear: a linear map with a bias; 1x1: a linear map "
+        "without a bias, then a batch norm; mlp: two linear maps with a ReLU between them.",
     )
     hidden: int | None = option(
         None,
-        "The width inside of the mlp. The default is the larger number of channels of the two.",
+        "The hidden width of the mlp. The default is the larger of both numbers of channels.",
         least=1,
     )
     temperature: Scheduled = option(1.0, "Divides both sides before the softmax of kl.", above=0)
     normalise: bool = option(
         False,
-        "Divide the features of a sample by their root mean square before l2 or l1. With l2 the "
-        "term is then ‖s - t‖² at unit length, 2(1 - cos).",
+        "Divide the features of a sample by their root mean square before l2 or l1. The term of l2 "
+        "is then ‖s - t‖² at unit length, which is 2(1 - cos).",
     )
     center: bool = option(
-        False, "Take the teacher's running mean over images off before comparing."
+        False, "Subtract the teacher's running mean over images before comparing."
     )
     term: str = option(
         "fitnet",
@@ -133,7 +133,7 @@ class FitNet(Options):
         )
 
     def _paths(self, side: str, given: str | Sequence[str] | None, model: Model) -> tuple[str, ...]:
-        """Those given, or that of the last stage."""
+        """The specified paths, or the path of the last stage."""
         if given is None and not model.stages:
             raise KDHooksError(
                 f"{self.term} compares the last stage of both sides by default, and the {side}'s "
@@ -156,13 +156,13 @@ class FitNet(Options):
         if self.connector == "none" and ours.channels != theirs.channels:
             raise KDHooksError(
                 f"{self.term}: without a connector both sides must have equally many channels; "
-                f"found {ours.channels} of {ours.name} and {theirs.channels} of {theirs.name}; set "
+                f"found {ours.channels} in {ours.name} and {theirs.channels} in {theirs.name}; set "
                 "connector = '1x1', or 'linear' for vectors and tokens"
             )
         if self.distance == "kl" and theirs.channels == 1:
             raise KDHooksError(
                 f"{self.term}: a softmax over one channel is 1 whatever the features are; found "
-                f"one of {theirs.name}; set distance = 'l2'"
+                f"one channel in {theirs.name}; set distance = 'l2'"
             )
         return Hint(
             ours,

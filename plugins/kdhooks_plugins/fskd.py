@@ -1,14 +1,14 @@
 """Feature-similarity KD (F-SKD), Shin, Yu and Lee, 2023, arXiv:2303.04681.
 
 From the authors' code: the outputs of the stages are flattened, and the mean over the stages of
-1 - cos has the factor 20. Student and teacher are of one architecture there, and the student sees
-low-resolution images that are resized to the teacher's size.
-Ours: `center`, and what follows from it. The average image's features make up most of an uncentred
-cosine, which a student can raise by matching that average alone; so the teacher's running mean over
-images is taken off by default. `center = false` is the authors' form. A bias-free 1 x 1 convolution
-stands in front of each comparison where the numbers of channels differ, and, if centred, where they
-are equal too, since features behind a ReLU have no negative numbers, and centred ones do. Maps of
-different sizes are average-pooled to the smaller one.
+1 - cos has the factor 20. Student and teacher have the same architecture there, and the student
+sees low-resolution images that are resized to the teacher's size.
+Ours: `center` and its consequences. The mean over images makes up most of an uncentred cosine, and
+a student can raise the cosine by matching only that mean. The teacher's running mean over images is
+therefore subtracted by default; `center = false` is the authors' form. A bias-free 1 x 1
+convolution precedes each comparison if the numbers of channels differ. If centred, it is always
+used, since the student's features after a ReLU are never negative, and centred features can be.
+Maps of different sizes are average-pooled to the smaller size.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from kdhooks_plugins._maps import Grid, paired_grids, to_smaller
 
 
 class FeatureSimilarity(nn.Module):
-    """The mean over the stages of 1 - cos between the whole features of both sides."""
+    """The mean over the stages of 1 - cos between both sides' flattened features."""
 
     def __init__(
         self, ours: Sequence[Grid], theirs: Sequence[Grid], *, center: bool = True
@@ -63,9 +63,9 @@ class FSKD(Options):
     weight: Weight = option(20.0, "The factor of the term.", least=0)
     center: bool = option(
         True,
-        "Take the teacher's running mean over images off, and learn a 1 x 1 convolution of the "
-        "student's features in each stage; false, the authors' form: whole features, with a "
-        "convolution only where the numbers of channels differ.",
+        "Subtract the teacher's running mean over images, and learn a 1 x 1 convolution of the "
+        "student's features in each stage; false, the authors' form: do not subtract it, and use a "
+        "convolution only if the numbers of channels differ.",
     )
 
     @hookimpl

@@ -1,14 +1,14 @@
 """Grouped knowledge distillation (GKD), Zhao et al., AAAI 2023, arXiv:2304.04462.
 
-From the paper and what its code computes: each sample's classes fall into a primary group, which
-the student finds likely, and the rest. The student follows the teacher inside of the group, and in
-how much falls into it; the order among the rest is noise, and left out.
-Differs from the code: each sample has a group of its own size, as in the paper, where the code
-takes a fixed one, or one for a batch; scores are scale · cos, with the margin that the code's have.
+From the paper and its code: each sample's classes are divided into a primary group, which the
+student finds likely, and the rest. The student follows the teacher inside of the group, and in the
+probability of the whole group. The order among the rest is noise, and is ignored.
+Differs from the code: the size of the group is specific to each sample, as in the paper, whereas
+the code uses a fixed size or one for each batch; scores are scale · cos, with the code's margin.
 By default scores are divided by their standard deviation over the classes before they are softened
-(Sun et al., CVPR 2024, arXiv:2403.01731), since at scale 64 the term's gradient is 30 times that of
-the labels' loss without it; `standardize = false` leaves that out.
-The warm-up over ten epochs is `weight = { value = 1.0, warmup = … }`.
+(Sun et al., CVPR 2024, arXiv:2403.01731). Without that, the term's gradient is 30 times that of the
+labels' loss at scale 64; `standardize = false` is the paper's form.
+The paper's warm-up is `weight = { value = 1.0, warmup = 10, unit = "epoch" }`.
 """
 
 import torch
@@ -28,11 +28,11 @@ from kdhooks import (
 from kdhooks_plugins._margin import GONE, scores
 from kdhooks_plugins._standard_scores import standard
 
-_BINS = 1 << 12  # in float32 the bins of one bin are as narrow as rounding
+_BINS = 1 << 12  # in float32, the bins that split one of these bins are as narrow as rounding
 
 
 class GroupedScores(nn.Module):
-    """T² · (primary · KL inside of the group + binary · KL of the shares of the group)."""
+    """T² · (primary · KL inside of the group + binary · KL of the probability of the group)."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class GroupedScores(nn.Module):
             return Wanted(logs=[in_s, out_s, in_t, out_t], means=means)
 
         (in_s, out_s, in_t, out_t), (gap, *rest) = head.over_classes(compare, student)
-        if z:  # what these change by the deviation of the student's scores
+        if z:  # adds the gradient through the deviation of the student's scores
             *means, mean, square = rest
             change = z.change(mean, square)
             by_teacher, inside, outside = (mean * change for mean in means)
@@ -108,16 +108,16 @@ class GroupedScores(nn.Module):
 
     @torch.no_grad()
     def group(self, student: Tensor, labels: Tensor, head: ClassShard) -> tuple[Tensor, Tensor]:
-        """(b d), (b), head -> (b), (b): the least score that a sample's group takes, and its size.
+        """(b d), (b), head -> (b), (b): the lowest score in a sample's group, and its size.
 
-        The own class is always in it, and comes first; the likeliest others follow until they all
-        reach tau together, or the group is full. Equal scores join it together, so that their ties
-        may exceed its largest size. Of all bins of the range of scores one holds the least, and of
-        all bins of that one again, until they are as narrow as rounding.
+        The own class always comes first. The likeliest others follow until the group reaches the
+        probability tau, or is full. Equal scores join the group together, so ties may exceed its
+        largest size. The search divides the range of scores into bins, finds the bin that holds the
+        lowest score, and divides that bin again, until the bins are as narrow as rounding.
         """
         low, width = student.new_full((len(student),), -1.1 * self.scale), 2.2 * self.scale
         while True:
-            # A little more than the bin, whose outermost class may have been rounded into it.
+            # The range is slightly wider than the bin: rounding may have put a class into it.
             low, width = low - 0.01 * width, 1.02 * width / _BINS
             low, size = self._last_full(student, labels, head, low, width)
             if width < 2 * torch.finfo(low.dtype).eps * self.scale:
@@ -126,20 +126,22 @@ class GroupedScores(nn.Module):
     def _last_full(
         self, student: Tensor, labels: Tensor, head: ClassShard, low: Tensor, width: float
     ) -> tuple[Tensor, Tensor]:
-        """(b d), (b), head, (b) -> (b), (b): the highest of the scores low + k · width that makes a
-        group full, or low where none does; and that group's size.
+        """(b d), (b), head, (b) -> (b), (b): the highest score low + k · width that fills a group.
+
+        It is low if no such score does. The second result is the size of that group.
         """
         count, mass = head.sum(self._at_least(student, labels, head, low, width))
         enough = self.tau if self.tau < 1 else torch.inf
-        full = (mass >= enough) | (count >= self.largest)  # true up to a place
+        full = (mass >= enough) | (count >= self.largest)  # true up to some k, then false
         place = (full.sum(dim=1, keepdim=True) - 1).clamp(min=0)
         return low + place[:, 0].to(low) * width, count.gather(1, place)[:, 0]
 
     def _at_least(
         self, student: Tensor, labels: Tensor, head: ClassShard, low: Tensor, width: float
     ) -> Tensor:
-        """(b d), (b), head, (b) -> (2 b n): how many classes of this rank score low + k · width or
-        more, or are the own; and how likely these are together.
+        """(b d), (b), head, (b) -> (2 b n): the number and the probability of classes for each k.
+
+        Counted are the classes of this rank that score low + k · width or more, and the own class.
         """
         bins = student.new_zeros(2, len(student), _BINS + 2)  # the outer two: all below, all above
         peak = torch.full_like(low, -torch.inf)
@@ -157,18 +159,18 @@ class GroupedScores(nn.Module):
 
 
 def _own_first(z: Tensor, labels: Tensor, chunk: ClassShard) -> Tensor:
-    """(b k), (b), chunk -> (b k): scores as groups take them in, the own class's above all."""
+    """(b k), (b), chunk -> (b k): scores in which the own class ranks above all others."""
     return chunk.add(z, labels, z.new_full((len(z),), -GONE))
 
 
 def _shares(inside: Tensor, outside: Tensor) -> Tensor:
-    """(b), (b) -> (2 b): the logarithms of a group's share of a softmax, and of the rest's."""
+    """(b), (b) -> (2 b): the log-probabilities of a group and of the rest in a softmax."""
     both = torch.stack([inside, outside])
     return both - both.logsumexp(dim=0)
 
 
 class GKD(Options):
-    """L = T² · mean(primary · KL inside of the group + binary · KL of the group's shares)."""
+    """L = T² · mean(primary · KL inside of the group + binary · KL of its probability)."""
 
     weight: Weight = option(
         1.0, "The factor of the term. The paper warms it up over ten epochs.", least=0
@@ -177,11 +179,11 @@ class GKD(Options):
         8.0, "λ1, the factor of the KL divergence inside of the group.", least=0
     )
     binary: Scheduled = option(
-        1.0, "λ2, the factor of the KL divergence of the group's share of all classes.", least=0
+        1.0, "λ2, the factor of the KL divergence of the group's total probability.", least=0
     )
     tau: float = option(
         0.93,
-        "The probability that a group's classes have together, for the student at temperature 1. "
+        "The total probability of a group's classes, for the student at temperature 1. "
         "With 1 a group always has `largest` classes.",
         above=0,
         most=1,
@@ -194,7 +196,7 @@ class GKD(Options):
     margin: Scheduled = option(
         0.4,
         "m, subtracted from the cosine of the sample's own class on both sides, as in CosFace. "
-        "Without it a group soon holds the own class alone, and `primary` trains nothing.",
+        "Without it a group soon holds only the own class, and `primary` trains nothing.",
         least=0,
         most=2,
     )
@@ -202,7 +204,7 @@ class GKD(Options):
     standardize: bool = option(
         True,
         "Divide each sample's scores by their standard deviation over the classes before T; false: "
-        "keep them at scale σ, as in the paper. The groups go by the scores at scale σ either way.",
+        "keep them at scale σ, as in the paper. Groups always use the scores at scale σ.",
     )
 
     def check(self) -> None:

@@ -1,14 +1,14 @@
 """ICD-Face, Yu et al., ICCV 2023: intra-class compactness distillation.
 
-After feature consistency (FCD) alone, a student's images of one person are less alike than the
-teacher's. So the distribution of the similarities of positive pairs is matched as well.
-Reconstruction: only the abstract could be read. From it are FCD, the similarity distribution
-consistency (SDC), and feature banks that provide the positive pairs. Ours, partly after short
+With only feature consistency (FCD), a student's embeddings of one person are less similar than the
+teacher's. ICD-Face therefore also matches the distribution of the similarities of positive pairs.
+Reconstruction: only the abstract could be read. From the abstract: FCD, the similarity distribution
+consistency (SDC), and feature banks that provide the positive pairs. Ours, partly from short
 descriptions by others: soft histograms with a Gaussian kernel, their divergence KL(teacher ‖
 student), banks of 5 images of each class that are valid for 200 steps, and the default weights.
-The kernel exp(-γ (x - node)²) with γ = 50 has the unit of the cosine: a width of 0.1, as in the
+The kernel exp(-γ (x - node)²) with γ = 50 has a width of 0.1 in units of the cosine, as in the
 distribution distillation of TFace (Huang et al., ECCV 2020), whose nodes are 0.001 apart. It is so
-wide that nodes 0.02 apart give the same divergence.
+wide that nodes 0.02 apart lead to the same divergence.
 """
 
 from typing import NamedTuple
@@ -72,7 +72,7 @@ class SimilarityDistributions(PerClass):
         self, student: Tensor, teacher: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b) -> ()."""
-        group = self.split.group or world()  # also where each rank has all classes
+        group = self.split.group or world()  # without a group, each rank has all classes
         s, t = gather(self.projector(student), group), gather(teacher, group)
         s, t, labels = F.normalize(s), F.normalize(t.detach()), gather(labels, group)
         fcd = (s - t).square().sum(dim=1).mean()
@@ -88,7 +88,7 @@ class SimilarityDistributions(PerClass):
         valid = (written > 0) & (self.step - written <= self.valid_steps)
         ours = einsum(s, self.student_bank[own].to(s), "b e, b k e -> b k") * mine[:, None]
         theirs = einsum(t, self.teacher_bank[own].to(t), "b e, b k e -> b k") * mine[:, None]
-        # A class is one rank's, whose part is the sum.
+        # Only the rank that holds a class contributes, so the sum is that rank's part.
         ours, theirs, valid = self.split.sum(torch.stack([ours, theirs, valid.to(s)])).unbind()
         valid = valid > 0
         q = log_histogram(ours[..., None], valid[..., None], self.nodes, self.gamma)
@@ -113,7 +113,7 @@ class SimilarityDistributions(PerClass):
 
 
 class Places(NamedTuple):
-    """Where samples (b) are written, and which: places that are named twice get one sample."""
+    """The places (b) in a bank, and the sample written to each; equal places get the same one."""
 
     row: Tensor
     slot: Tensor
@@ -123,8 +123,8 @@ class Places(NamedTuple):
 def places(labels: Tensor, written: Tensor, slots: int) -> Places:
     """(b), (c) how many were written -> the class, its slot, and the sample for it, (b) each.
 
-    The samples of a class in one batch take its slots in turn; the last of those in one slot stays.
-    A sample without a class repeats what a sample with one does.
+    The samples of a class in one batch take its slots in turn; the last one for a slot is kept.
+    A sample without a class repeats the write of a sample with one.
     """
     ordered, order = labels.sort(stable=True)
     first = torch.searchsorted(ordered, labels)
@@ -141,9 +141,9 @@ def places(labels: Tensor, written: Tensor, slots: int) -> Places:
 
 
 def log_histogram(similarity: Tensor, counted: Tensor, nodes: Tensor, gamma: float) -> Tensor:
-    """(… 1), (… 1), (r) -> (r): the logarithm of the share of each node; without pairs, equal ones.
+    """(… 1), (… 1), (r) -> (r): the logarithm of each node's share; without pairs all are equal.
 
-    In logarithms, since the kernel is 0 in float32 at a distance of 1.4.
+    It uses logarithms because the kernel underflows to 0 in float32 at a distance of 1.4.
     """
     kernel = -gamma * (similarity - nodes.to(similarity)).square()
     kernel = kernel.masked_fill(~counted, torch.finfo(kernel.dtype).min)
@@ -155,8 +155,8 @@ class ICDFace(Options):
 
     weight: Weight = option(
         32.0,
-        "The factor of both terms together, next to the classification loss. 10 stands for the "
-        "weight of 0.1 that the paper gives to the labels.",
+        "The factor of both terms together, next to the classification loss. 10 corresponds to the "
+        "paper, which gives the labels' loss a weight of 0.1.",
         least=0,
     )
     alpha: Scheduled = option(
@@ -164,18 +164,19 @@ class ICDFace(Options):
     )
     slots: int = option(5, "The number of embeddings of each class in the banks.", least=1)
     valid_steps: int = option(
-        200, "The number of steps after which an embedding in the banks is too old.", least=1
+        200, "The number of steps for which an embedding in the banks is valid.", least=1
     )
     gamma: float = option(
         50.0,
-        "γ of the histograms' kernel exp(-γ (x - node)²), x a cosine. 50 is a width of 0.1.",
+        "γ of the histograms' kernel exp(-γ (x - node)²), where x is a cosine. 50 is a width of "
+        "0.1.",
         above=0,
         most=1e6,
     )
     nodes: int = option(
         101,
-        "The number of nodes of the histograms, evenly from -1 to 1. More than about 3 in one "
-        "width change nothing.",
+        "The number of nodes of the histograms, evenly spaced from -1 to 1. More than about 3 "
+        "nodes in one width of the kernel change nothing.",
         least=2,
     )
     projector: bool = option(

@@ -1,11 +1,11 @@
 """Logit distillation (KD), Hinton et al., NIPS workshop 2014, arXiv:1503.02531.
 
 The student's softmax over the classes follows the teacher's, both softened by a temperature.
-Differs from the paper: the scores are the cosines of a face trainer, each side's with its own
-classifier rows. By default they are divided by their standard deviation over the classes (logit
-standardization, Sun et al., CVPR 2024, arXiv:2403.01731) and the loss is multiplied by the scale;
-`standardize = false` multiplies the cosines by the scale instead. Published face recipes differ in
-whether a margin stays in the scores; it is an option, 0 by default.
+Differs from the paper: the scores are the cosines between an embedding and its own side's class
+rows, as in face trainers. By default they are divided by their standard deviation over the classes
+(logit standardization, Sun et al., CVPR 2024, arXiv:2403.01731) and the loss is multiplied by the
+scale; `standardize = false` multiplies the cosines by the scale instead. Some published face
+recipes keep a margin in the scores and others do not; it is an option, 0 by default.
 """
 
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from kdhooks_plugins._standard_scores import standard
 
 
 class SoftenedScores(nn.Module):
-    """T² · KL(teacher ‖ student) over all classes, the mean over the batch; times the scale if
-    the scores are standardized.
+    """The batch mean of T² · KL(teacher ‖ student) over all classes.
+
+    It is multiplied by the scale if the scores are standardized.
     """
 
     def __init__(
@@ -73,19 +74,19 @@ class SoftenedScores(nn.Module):
             return Wanted(logs=[z_s, z_t], means=means)
 
         (log_s, log_t), (gap, mean, *rest) = head.over_classes(compare, student)
-        if z:  # what log_s and gap change by the deviation of the student's scores
+        if z:  # adds the gradient through the deviation of the student's scores
             by_student, *moments = rest
             change = z.change(*moments)
             log_s = log_s + by_student * change
             gap = gap - (mean - gap).detach() * change
         divergence = (gap - log_t + log_s).mean()
-        entropy = (log_t - mean).mean()  # near 0: the teacher says one class only
+        entropy = (log_t - mean).mean()  # near 0 if the teacher is one-hot
         factor = self.scale if self.standardize else 1.0
         return factor * temperature**2 * divergence, {"teacher_entropy": entropy.detach()}
 
 
 class KD(Options):
-    """L = σ · T² · mean KL(softmax(z_t / T) ‖ softmax(z_s / T)), z a side's standardized cosines.
+    """L = σ · T² · mean KL(softmax(z_t / T) ‖ softmax(z_s / T)), z each side's standard scores.
 
     Without `standardize`: L = T² · mean KL(softmax(σ cos_t / T) ‖ softmax(σ cos_s / T)).
     """
@@ -93,20 +94,21 @@ class KD(Options):
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     temperature: Scheduled = option(
         4.0,
-        "T, which softens the scores of both sides. The lower it is, the more the own class counts "
-        "and the less all others; see `kd/teacher_entropy`.",
+        "T, which softens the scores of both sides. A lower T gives more weight to the own class "
+        "and less to all others; see `kd/teacher_entropy`.",
         above=0,
     )
     scale: float = option(
         64.0,
-        "σ, usually the trainer's scale: the factor of the cosines of both sides or, with "
-        "`standardize`, of the loss, so that the term stays in proportion to the trainer's.",
+        "σ, usually the trainer's scale: the factor of the cosines of both sides. With "
+        "`standardize` it multiplies the loss instead, to keep the term in proportion to the "
+        "trainer's loss.",
         above=0,
     )
     margin: Scheduled = option(
         0.0,
         "m, subtracted from the cosine of the sample's own class on both sides, as in CosFace. "
-        "Published face recipes use 0.4 or none.",
+        "Published face recipes use 0.4 or no margin.",
         least=0,
         most=2,
     )

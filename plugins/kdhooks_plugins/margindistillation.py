@@ -1,9 +1,9 @@
 """MarginDistillation, Svitov and Alyamkin, 2020, arXiv:2003.02586.
 
-From the paper and what its code computes: ArcFace on the teacher's frozen classifier, where each
-sample's margin grows with how well the teacher's embedding fits its own class.
-Differs from the code: similarities below 0 count as 0, without which a batch of samples that the
-teacher does not know gives margins beyond all bounds; and the line past θ = π - m.
+From the paper and its code: ArcFace on the teacher's frozen classifier. Each sample's margin grows
+with the similarity of the teacher's embedding to its own class.
+Differs from the code: similarities below 0 count as 0, because otherwise a batch of samples that
+the teacher does not know gets margins without any bound; and ψ is a straight line beyond θ = π - m.
 """
 
 from collections.abc import Collection
@@ -46,10 +46,10 @@ class TeacherMargins(nn.Module):
 
     @torch.no_grad()
     def margins(self, teacher: Tensor, labels: Tensor, classifier: ClassShard) -> Tensor:
-        """(b e), (b), classifier -> (b), from low to high, which the best of all ranks has."""
+        """(b e), (b), classifier -> (b): from low to high, the margin of all ranks' best sample."""
         fit = classifier.own(teacher, labels).clamp(min=0)
         low, high = self.low.now, self.high.now
-        if low > high:  # of two schedules, or of a function
+        if low > high:  # possible with two schedules, or with a function
             raise KDHooksError(
                 f"margindistillation: low must be at most `high`; found {low} and {high} in a step"
             )
@@ -58,7 +58,7 @@ class TeacherMargins(nn.Module):
 
 
 def _reached(margin: Scheduled) -> Collection[float]:
-    """The numbers between which it lies; none of a function."""
+    """Return the numbers between which the margin lies; none for a function."""
     if isinstance(margin, Schedule):
         assert margin.initial is not None
         return margin.value, margin.initial
@@ -66,19 +66,19 @@ def _reached(margin: Scheduled) -> Collection[float]:
 
 
 class MarginDistillation(Options):
-    """L = cross-entropy of ArcFace on the teacher's rows, with a margin of each sample's own."""
+    """L = cross-entropy of ArcFace on the teacher's rows, with a separate margin per sample."""
 
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     low: Scheduled = option(
         0.2,
-        "The margin of a sample that the teacher does not know.",
+        "The margin of a sample whose class the teacher does not recognise.",
         least=0,
         most=MOST,
         unit="rad",
     )
     high: Scheduled = option(
         0.5,
-        "The margin of the sample of a batch that the teacher fits best.",
+        "The margin of the sample in a batch with the highest teacher cosine to its class.",
         least=0,
         most=MOST,
         unit="rad",

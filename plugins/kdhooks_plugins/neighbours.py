@@ -1,9 +1,10 @@
-"""The classes nearest to each class, for CoupleFace: mined once, ahead of the training.
+"""Find the classes nearest to each class, for CoupleFace, once before the training.
 
     python -m kdhooks_plugins.neighbours rows.pt --k 100 --out neighbours
 
-Then `{ name = "coupleface", neighbours = "neighbours" }`. The folder holds what is done so far, so
-a run that was stopped goes on from there; and digests of the rows, so that it serves no others.
+Then set `{ name = "coupleface", neighbours = "neighbours" }`. The folder holds the results so far,
+from which an interrupted run continues. It also holds digests of the rows: the training refuses the
+folder if its rows are different.
 """
 
 import argparse
@@ -26,15 +27,15 @@ from kdhooks.progress import progress
 from kdhooks.tensor_files import user_path
 from kdhooks_plugins._neighbour_files import STATE, keep, made, opened, read_state
 
-ROWS = 1024  # classes at a time
-COLUMNS = 65536  # against so many others
-BLOCK = 8192  # classes that one digest in the folder is of
+ROWS = 1024  # classes that are searched at a time
+COLUMNS = 65536  # other classes that they are compared with at a time
+BLOCK = 8192  # classes for each digest in the folder
 
 
 @dataclass(frozen=True)
 class Mined:
-    index: Tensor  # (c k) int32, nearest first; -1 where fewer than k are left
-    passed_over: int  # classes that have others closer than max_sim
+    index: Tensor  # (c k) int32, nearest first; -1 if a class has fewer than k
+    passed_over: int  # number of classes that have others closer than max_sim
 
 
 def nearest_classes(
@@ -46,10 +47,10 @@ def nearest_classes(
     device: torch.device | str = "cpu",
     chunk: tuple[int, int] = (ROWS, COLUMNS),
 ) -> Mined:
-    """The k nearest others of some classes by cosine; by default of all.
+    """Return the k other classes with the highest cosine, for the classes `own`, by default all.
 
-    Classes closer than max_sim count as the same person under two labels: they are passed over.
-    The device holds the rows of `own`, and so many others at a time.
+    Classes closer than max_sim count as one person with two labels, and are skipped.
+    The device holds the rows of `own`, and chunk[1] other rows at a time.
     """
     _check(rows, k, max_sim)
     own = own or slice(0, rows.total)
@@ -79,9 +80,9 @@ def mine_into(
     device: torch.device | str = "cpu",
     chunk: tuple[int, int] = (ROWS, COLUMNS),
 ) -> Mined:
-    """The same of all classes in a folder, which goes on with what it holds already.
+    """Search the neighbours of all classes and store them in a folder; continue what it holds.
 
-    The device holds all rows meanwhile.
+    The device holds all rows during the search.
     """
     _check(rows, k, max_sim)
     folder = user_path(folder, "neighbours")
@@ -107,34 +108,35 @@ def mine_into(
 def mined(
     folder: str | Path, rows: Rows, k: int, max_sim: float | None, own: slice | None = None
 ) -> Mined:
-    """What a complete folder of these rows holds of some classes, by default of all.
+    """Read the neighbours of some classes, by default all, from a complete folder of these rows.
 
-    Its own k may be larger.
+    The folder's own k may be larger.
     """
     folder, own = user_path(folder, "neighbours"), own or slice(0, rows.total)
     state = read_state(folder, {"classes": rows.total, "max_sim": max_sim})
     if state is None:
         raise KDHooksError(
-            f"neighbours: '{folder}' holds no {STATE}; make it with "
+            f"neighbours: '{folder}' holds no {STATE}; create it with "
             "python -m kdhooks_plugins.neighbours"
         )
     if state["done"] < state["classes"] or state["k"] < k:
         raise KDHooksError(
             f"neighbours: '{folder}' must hold {k} of each class; it holds {state['k']} of "
-            f"{state['done']} among {state['classes']} classes; run the mining to its end"
+            f"{state['done']} among {state['classes']} classes; run the search to its end, with "
+            f"--k {k} or more"
         )
     blocks = slice(own.start // BLOCK, -(-own.stop // BLOCK))
     if digests(rows, blocks) != state["rows"][blocks]:
         raise KDHooksError(
-            f"neighbours: '{folder}' was mined with other rows than these; name another folder, or "
-            "mine again"
+            f"neighbours: '{folder}' was created from other rows than these; name another folder, "
+            "or run the search again"
         )
     index = opened(folder, state, "r", own)
     return Mined(torch.from_numpy(np.array(index[own, :k])), state["passed_over"])
 
 
 def digests(rows: Rows, blocks: slice | None = None) -> list[str]:
-    """Of each block of rows, as they are stored."""
+    """Return the digest of each block of rows, in the dtype in which they are stored."""
     blocks = blocks or slice(0, -(-rows.total // BLOCK))
     found = []
     for start in range(blocks.start * BLOCK, min(blocks.stop * BLOCK, rows.total), BLOCK):
@@ -146,7 +148,7 @@ def digests(rows: Rows, blocks: slice | None = None) -> list[str]:
 def nearest_of(
     unit: Tensor, own: slice, k: int, max_sim: float | None = None, columns: int = COLUMNS
 ) -> tuple[Tensor, int]:
-    """(c e) -> the index (own k) of some classes, and how many of them have one too close."""
+    """(c e) -> the index (own k) of some classes, and how many of them skip a close class."""
     found = Nearest.none_of(unit[own], k)
     for start, others in zip(range(0, len(unit), columns), unit.split(columns), strict=True):
         found = merged(found, (unit[own], own.start), (others, start), max_sim)
@@ -170,7 +172,10 @@ class Nearest(NamedTuple):
 def merged(
     found: Nearest, own: tuple[Tensor, int], others: tuple[Tensor, int], max_sim: float | None
 ) -> Nearest:
-    """With others (c e) among them. own (r e), others: unit rows, and the class of the first."""
+    """Return the k nearest of `found` and the others (c e) together.
+
+    own (r e), others: unit rows, and the number of the class of the first row.
+    """
     (ours, first), (theirs, offset) = own, others
     numbers = torch.arange(offset, offset + len(theirs), device=ours.device, dtype=torch.int32)
     itself = torch.arange(first, first + len(ours), device=ours.device)[:, None]
@@ -200,16 +205,20 @@ def _check(rows: Rows, k: int, max_sim: float | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; the exit status is 2 where the caller can fix what went wrong."""
+    """Run the command; the exit status is 2 for an error that the caller can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m kdhooks_plugins.neighbours", description=__doc__
     )
     parser.add_argument("rows", help="classifier rows or class means (c e): a file, or a glob")
-    parser.add_argument("--k", type=int, default=100, help="neighbours of each class")
-    parser.add_argument("--max-sim", type=float, help="pass over classes closer than this")
+    parser.add_argument("--k", type=int, default=100, help="neighbours of each class (default 100)")
+    parser.add_argument(
+        "--max-sim", type=float, help="skip classes with a higher cosine (default: skip none)"
+    )
     parser.add_argument("--out", required=True, help="folder for the index")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=default)
+    parser.add_argument(
+        "--device", type=usable_device, default=default, help=f"torch device (default {default})"
+    )
     try:
         options = parser.parse_args(argv)
         rows = Rows.open(options.rows)
@@ -225,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(
         f"{options.k} neighbours of {rows.total} classes in {options.out}; {found.passed_over} "
-        "classes had others too close"
+        "classes skipped others closer than --max-sim"
     )
     return 0
 

@@ -1,10 +1,10 @@
 """ProxylessKD, Shi et al., 2020, arXiv:2011.00265.
 
-The teacher's classifier becomes the student's, frozen, so that an ordinary margin softmax pulls
-the student into the teacher's embedding space; the objective follows the paper.
+The teacher's classifier becomes the student's, frozen, and an ordinary margin softmax then pulls
+the student into the teacher's embedding space. The objective follows the paper.
 Reconstruction: margins and scale (the paper's tables could not be read), the projector for
-different widths, the guard that keeps cos(θ + m) falling, and the optional
-embedding term. Class means stand in for the classifier of a teacher that comes without one.
+different widths, the guard that keeps cos(θ + m) falling, and the optional embedding term. Class
+means can replace the classifier if the teacher comes without one.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ from kdhooks_plugins._widths import need_teachers_width
 class MarginSoftmax(nn.Module):
     """Cross-entropy of a margin softmax on frozen rows, ψ(θ) = cos(θ + m) - m2 at the own class.
 
-    The mean over the samples that have a label: those below 0 are left out.
+    The mean is over the samples that have a label: labels below 0 are left out.
     """
 
     def __init__(
@@ -83,30 +83,31 @@ class ProxylessKD(Options):
     head: Literal["host", "own"] = option(
         "host",
         "host: the trainer's own margin head, such as arcface_torch's, takes over the teacher's "
-        "classifier rows, frozen, and keeps its own margin; own: the options below apply, and the "
-        "trainer's loss stays beside this one, as it does if there is no such head.",
+        "class rows, frozen, and keeps its own margin; own: kdhooks computes a second loss with "
+        "the options below, next to the trainer's. A trainer without such a head gets own.",
     )
     margin_type: Literal["arcface", "cosface", "combined"] = option(
         "arcface", "arcface: cos(θ + m); cosface: cos θ - m; combined: cos(θ + m) - m2."
     )
     m: Scheduled | None = option(
         None,
-        "The margin. The default is 0.5, and 0.35 for cosface.",
+        "The margin. The default is 0.5, or 0.35 for cosface.",
         least=0,
         most=MOST,
         unit="rad",
     )
-    m2: Scheduled = option(0.0, "The margin that `combined` subtracts besides.", least=0, most=2)
+    m2: Scheduled = option(0.0, "The second margin, of `combined`.", least=0, most=2)
     scale: float = option(64.0, "σ, the factor of the cosines.", above=0)
     monotone: bool = option(
-        True, "Continue with a straight line at the angles where cos(θ + m) would rise again."
+        True, "Use a straight line for the angles at which cos(θ + m) would rise again."
     )
     straight_through_margin: bool = option(
         False, "Use the gradient of the plain cosine, as arcface_torch's head does."
     )
     projector: bool = option(
         False,
-        "Learn a Linear and a BatchNorm1d to the teacher's width. They belong to the student.",
+        "Learn a Linear and a BatchNorm1d that map to the teacher's width. They belong to the "
+        "student.",
     )
     extra_fcd_weight: Scheduled = option(
         0.0,

@@ -1,12 +1,12 @@
 """ReviewKD, Chen et al., CVPR 2021, arXiv:2104.09044.
 
-Student features are fused from deep to shallow (ABF), and each fused one is compared with the
-teacher's stage at several scales (HCL); a shallow stage of the teacher thus reaches all deeper
-ones of the student. Blocks, initial weights and scales are those of the authors' code.
-Differs from it: stages alone, no pooled embedding behind them; a fused feature is resized to the
-teacher's size on its way out alone, and the review goes on at the student's size; stages are
-tapped as the host puts them out (the code takes the teacher's before their activation). The
-warm-up over epochs is `weight = { value = 1.0, warmup = 20, unit = "epoch" }`.
+Student features are fused from deep to shallow (ABF), and each fused feature is compared with the
+teacher's stage at several scales (HCL). A shallow stage of the teacher thus guides all deeper
+stages of the student. Blocks, initial weights and scales are those of the authors' code.
+Differs from the code: only stages are reviewed, and not the pooled embedding; only the output of a
+fused feature is resized to the teacher's size, and the review continues at the student's size;
+stages are tapped as the host returns them (the code takes the teacher's before their activation).
+The paper's warm-up over epochs is `weight = { value = 1.0, warmup = 20, unit = "epoch" }`.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ class ReviewedFeatures(nn.Module):
 
 
 class ReviewPath(nn.Module):
-    """ABF without its output: each stage, gated against all deeper ones, deepest first."""
+    """ABF without its output: each stage is gated with all deeper ones, the deepest first."""
 
     def __init__(self, channels: Sequence[int], mid: int) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ def pyramid(
 
 
 def conv(inside: int, outside: int, size: int) -> nn.Conv2d:
-    """Bias-free, same size, with the initial weights of the authors' code."""
+    """A bias-free convolution that keeps the size, initialised as in the authors' code."""
     layer = nn.Conv2d(inside, outside, size, padding=size // 2, bias=False)
     nn.init.kaiming_uniform_(layer.weight, a=1)
     return layer
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """(b k h w), nearest; the tensor itself where it has that size already."""
+    """(b k h w): resized by nearest neighbours, or unchanged if it has that size already."""
     size = like.shape[-2:]
     return x if x.shape[-2:] == size else F.interpolate(x, size)
 
@@ -106,14 +106,14 @@ class ReviewKD(Options):
 
     weight: Weight = option(
         1.0,
-        "The factor of the term. The authors' scripts have 0.6 to 8, by the pair of networks, and "
-        "1 for ResNet-18. In the paper's CIFAR-100 training it grows over the first 20 of 240 "
-        "epochs.",
+        "The factor of the term. The authors' scripts use 0.6 to 8, depending on the pair of "
+        "networks, and 1 for ResNet-18. In the paper's CIFAR-100 training it grows over the first "
+        "20 of 240 epochs.",
         least=0,
     )
     mid: int | None = option(
         None,
-        "The number of channels inside of the review. The default is that of the student's deepest "
+        "The number of channels in the fusion blocks. The default is that of the student's deepest "
         "stage, but at most 512. A step keeps several tensors (b mid h w) of the shallowest stage.",
         least=1,
     )

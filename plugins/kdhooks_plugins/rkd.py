@@ -1,9 +1,9 @@
 """Relational Knowledge Distillation (RKD), Park et al., CVPR 2019, arXiv:1904.05068.
 
-Distances between two samples and angles at a sample between two others, as in the paper, with the
-weights that its authors use for classification: 25 and 50.
-Differs from the paper: relations over the batches of all ranks, unless global_batch is False; and
-samples at the same point have angle 0 and no gradient, where the paper's formula has no value.
+It compares distances between two samples, and angles at a sample between two others, as in the
+paper, with the weights that its authors use for classification: 25 and 50.
+Differs from the paper: relations include the batches of all ranks, unless global_batch is False.
+The paper's angle is undefined for samples at the same point; here its cosine is 0, without gradient.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
 from kdhooks.classes.ranks import gather, world
 
-_EPS = 1e-12  # below it, a batch is one point and has no scale
+_EPS = 1e-12  # a batch with a smaller mean distance is one point and has no scale
 
 
 class DistancesAndAngles(nn.Module):
@@ -54,7 +54,7 @@ class DistancesAndAngles(nn.Module):
         return loss, notes
 
     def _angles(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """A few anchors at a time, computed anew in backward: never all b³ angles at once."""
+        """Compute a few anchors at a time, and again in backward, to save memory for b³ angles."""
         total, b = student.new_zeros(()), len(student)
         for start in range(0, b, self.anchors):
             some = slice(start, start + self.anchors)
@@ -66,7 +66,7 @@ class DistancesAndAngles(nn.Module):
 
 
 def _relative_distances(x: Tensor) -> Tensor:
-    """(b d) -> (b b): each over the mean of those that are not 0."""
+    """(b d) -> (b b): the distances divided by the mean of the nonzero ones."""
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
     return distances / mean.clamp(min=_EPS)
@@ -79,7 +79,7 @@ def _angle_gap(student: Tensor, teacher: Tensor, anchors: slice) -> Tensor:
 
 
 def _angles_at(x: Tensor, anchors: slice) -> Tensor:
-    """(b d) -> (a b b): cos of the angle at each anchor between each two samples."""
+    """(b d) -> (a b b): cos of the angle at each anchor between every two samples."""
     sides = x[None] - x[anchors, None]
     length: Tensor = torch.linalg.vector_norm(sides, dim=2, keepdim=True)
     directions: Tensor = sides / length.masked_fill(length == 0, torch.inf)
@@ -98,11 +98,11 @@ class RKD(Options):
     )
     unit_length: bool = option(
         False,
-        "Compare embeddings at unit length instead of the raw ones, which the paper compares.",
+        "Compare embeddings at unit length. The paper compares the raw ones.",
     )
     global_batch: bool = option(
         True,
-        "Compare samples across the batches of all ranks, and not within each rank's batch alone.",
+        "Compare samples across the batches of all ranks, and not only within each rank's batch.",
     )
     anchors: int = option(
         32,

@@ -1,11 +1,11 @@
 """Similarity-Preserving Knowledge Distillation (SP), Tung and Mori, ICCV 2019, arXiv:1907.09682.
 
-Samples that are alike to the teacher are to be alike to the student.
+Samples that are similar to the teacher should be similar to the student.
 Differs from the paper: the similarities are cosines of embeddings, as in TFace's comparison of
-face distillation (Huang et al., CVPR 2022); the paper has row-normalised Gram matrices of feature
-maps, whose form similarity = "gram" keeps. Both nearly coincide where different faces are near
-orthogonal, so the weight of 3000 that is usual for the paper's form is the default for both.
-Relations run over the batches of all ranks, unless global_batch is False.
+face distillation (Huang et al., CVPR 2022). The paper has row-normalised Gram matrices of feature
+maps; similarity = "gram" keeps that form, on embeddings. Both nearly coincide if different faces
+are almost orthogonal, so the usual weight of the paper's form, 3000, is the default for both.
+Pairs include the batches of all ranks, unless global_batch is False.
 """
 
 from typing import Literal, TypeAlias
@@ -43,17 +43,17 @@ class PairSimilarities(nn.Module):
 
 
 class SP(Options):
-    """L = mean (G_s - G_t)², G the cosines of each two samples of a batch."""
+    """L = mean (G_s - G_t)², G the cosines of all pairs of a batch."""
 
     weight: Weight = option(3000.0, "The factor of the term.", least=0)
     similarity: Similarity = option(
         "cosine",
-        "cosine: cosines of the embeddings; gram, the paper's form: their dot products, with each "
+        "cosine: cosines of the embeddings; gram: the paper's form, their dot products with each "
         "row of the matrix at unit length.",
     )
     global_batch: bool = option(
         True,
-        "Compare pairs across the batches of all ranks, and not within each rank's batch alone.",
+        "Compare pairs across the batches of all ranks, and not only within each rank's batch.",
     )
 
     @hookimpl

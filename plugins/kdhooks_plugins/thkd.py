@@ -1,9 +1,9 @@
 """Teacher-head distillation (TH-KD), Ben-Baruch et al., 2022, arXiv:2201.06945.
 
-From the paper and what its code computes: the student's embedding goes through the teacher's frozen
-classifier, and its softened scores are brought to the teacher's own.
-Differs from the code: the embedding term beside it is a method of its own, `fcd`; scores are scaled
-cosines. The paper's other half, a teacher trained on a student's head, needs no hook.
+From the paper and its code: the student's embedding goes through the teacher's frozen classifier,
+and its softened scores are pulled to the teacher's.
+Differs from the code: its additional embedding term is a separate method, `fcd`; scores are scaled
+cosines. The paper's other half, a teacher trained on a student's head, does not need a hook.
 """
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from kdhooks_plugins.kd import SoftenedScores
 
 
 class SharedHead(nn.Module):
-    """T² · KL(teacher ‖ student), both by the teacher's rows."""
+    """T² · KL(teacher ‖ student), with the teacher's class rows on both sides."""
 
     def __init__(self, temperature: Scheduled = 4.0, scale: float = 64.0) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class SharedHead(nn.Module):
 
 
 class THKD(Options):
-    """L = T² · mean KL(softmax(σ cos(t, w) / T) ‖ softmax(σ cos(s, w) / T)), w the teacher's."""
+    """L = T² · mean KL(softmax(σ cos(t, w) / T) ‖ softmax(σ cos(s, w) / T)), w teacher rows."""
 
     weight: Weight = option(1.0, "The factor of the term.", least=0)
     temperature: Scheduled = option(4.0, "T, which softens the scores of both sides.", above=0)
