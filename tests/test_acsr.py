@@ -465,8 +465,8 @@ def test_stages_that_do_not_fit_are_refused(student: Model, teacher: Model, mess
 def test_gates_are_named_for_every_stage() -> None:
     sides = model((2, 4, 4), (3, 2, 2), (3, 2, 2)), model((2, 4, 4), (3, 2, 2), (3, 2, 2))
     message = (
-        "acsr: student_channel_gates must name one gate per stage; found 2 gates and 3 stages; name "
-        "as many as taps.student.stages, or student_stages="
+        "acsr: student_channel_gates must name one gate per stage; found 2 gates and 3 stages; "
+        "name as many as taps.student.stages, or student_stages="
     )
     with pytest.raises(KDHooksError, match=message):
         declared(*sides, **gates(channel="mlp"))

@@ -41,7 +41,6 @@ SHORT: dict[str, Any] = {
     "seeds": 1,
     "students": 3,
     "images_seen": 6000,
-    "couples": 60,
     "baselines": [LABELS],
     "methods": ["fcd"],
 }
@@ -49,7 +48,6 @@ FULL: dict[str, Any] = {
     "seeds": 3,
     "students": 1,
     "images_seen": Settings.images_seen,
-    "couples": 240,
     "baselines": [row.name for row in ROWS if not row.methods],
     "methods": METHODS,
 }
@@ -163,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--couples",
         type=at_least(0),
-        help="couples of people whose images are blended to new people; " + _default("couples"),
+        default=240,
+        help="couples of people whose images are blended to new people; default: %(default)s",
     )
     add(
         "--threads",

@@ -1,4 +1,4 @@
-"""Two more terms of cakd: the student's embedding against the teacher's, and the teacher's ArcFace."""
+"""Two more terms of cakd: one on the two embeddings, and ArcFace on the teacher's."""
 
 from torch import Tensor, nn
 

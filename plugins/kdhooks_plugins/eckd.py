@@ -177,8 +177,8 @@ class ECKD(Options):
     )
     exclusivity_weight: Scheduled = option(
         2.5e-4,
-        "The factor of exclusivity; 0 leaves it out. The default is half of the usual weight decay, "
-        "and its gradient is about as large as that weight decay's.",
+        "The factor of exclusivity; 0 leaves it out. The default is half of the usual weight "
+        "decay, and its gradient is about as large as that weight decay's.",
         least=0,
     )
     regressor: bool = option(
