@@ -165,12 +165,12 @@ def test_networks_without_the_gates_are_refused() -> None:
     [
         (
             ((3,), (4,), (4, 6, 6), (1, 3, 3)),
-            r"acsr: student spatial gate 'layer1.3.conv' must put out one map \(b 1 h w\); found "
+            r"acsr: student spatial gate 'layer1.3.conv' must return one map \(b 1 h w\); found "
             r"\(2, 4, 6, 6\); name the convolution",
         ),
         (
             ((3, 6, 6), (4,), (1, 6, 6), (1, 3, 3)),
-            r"acsr: student channel gate 'layer1.3.mlp' must put out one number a channel "
+            r"acsr: student channel gate 'layer1.3.mlp' must return one number per channel "
             r"\(b k 1 1\); found \(2, 3, 6, 6\); name the nn.Sigmoid",
         ),
         (

@@ -272,8 +272,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_a_warning(
     )
     assert distiller.adapter is None
     assert (
-        "cakd: the teacher has no transformer blocks of a kind that prompts can join, so it gets "
-        "none"
+        "cakd: the teacher gets no prompts, since it has no transformer blocks of a supported kind"
     ) in caplog.messages
     caplog.clear()
     assert CAKD(prompts=PromptTokens(number=0)).adapt_teacher(Model(teacher.module, 12)) is None
@@ -325,7 +324,7 @@ def test_a_convolutional_teacher_gets_no_prompts_and_a_warning(
         ({"collapse": {"below": 1.1}}, r"cakd: collapse\.below must be .*at most 1; found 1\.1"),
         (
             {"positions": {"distance": "saliency"}},
-            r"cakd: positions\.saliency must be given with .* 'saliency' and no map",
+            r"cakd: positions\.saliency must be set with .* 'saliency' and no map",
         ),
         (
             {"positions": {"saliency": torch.rand(2, 2)}},

@@ -397,13 +397,13 @@ MAP: Shape = (3, 4, 4)
             model((5, 4, 4)),
             {"connector": "none"},
             "fitnet: without a connector both sides must have equally many channels; found 3 of "
-            "fitnet: student stage 's0' and 5 of fitnet: teacher stage 's0'; set connector = '1x1'",
+            "fitnet: student stage 's0' and 5 in fitnet: teacher stage 's0'; set connector = '1x1'",
         ),
         (
             model((12,)),
             model((5,)),
             {"connector": "none", "term": "mine"},
-            "mine: without .* found 12 of mine: student output 's0' and 5 of",
+            "mine: without .* found 12 in mine: student output 's0' and 5 in",
         ),
         (
             model(MAP),
