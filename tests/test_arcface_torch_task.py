@@ -132,7 +132,7 @@ def test_methods_that_need_labels_are_refused(one: Trainer, teacher: dict[str, s
         "labels = false, but these terms need the class of each image: margindistillation"
         in report["message"]
     )
-    assert f"or use methods that need none: {listed(WITHOUT_LABELS)}" in report["message"]
+    assert f"or use methods that need no labels: {listed(WITHOUT_LABELS)}" in report["message"]
 
 
 def test_labels_false_is_the_same_run_for_methods_without_labels(

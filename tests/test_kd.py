@@ -235,7 +235,7 @@ def distilled(head: ClassShard | None) -> None:
 
 def test_a_host_without_a_head_is_refused() -> None:
     with pytest.raises(
-        KDHooksError, match=r"kd .*classifier is not known; give Distiller\(…, head="
+        KDHooksError, match=r"kd .*classifier is not known; pass Distiller\(…, head="
     ):
         distilled(None)
 
@@ -246,7 +246,7 @@ def test_a_head_of_another_width_is_refused() -> None:
 
 
 def test_a_head_that_is_not_trained_is_refused() -> None:
-    with pytest.raises(KDHooksError, match=r"kd: .* must be trained; found rows without"):
+    with pytest.raises(KDHooksError, match=r"kd: .* must be trained; found rows that do not"):
         distilled(whole(torch.ones(6, 12)))
 
 

@@ -48,9 +48,9 @@ def test_images_of_uint8_take_no_other_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"mean": 127.5}, r"mean must be 0, or left out, .* are uint8, .*; found 127\.5"),
-        ({"std": 2}, r"std must be 1, or left out, .* are uint8, .*; found 2"),
-        ({"mean": [-60, 0, 60], "std": 1}, r"mean must be 0, or left out, .* are uint8"),
+        ({"mean": 127.5}, r"mean must be 0 or left out, since .* uint8 images; found 127\.5"),
+        ({"std": 2}, r"std must be 1 or left out, since .* uint8 images; found 2"),
+        ({"mean": [-60, 0, 60], "std": 1}, r"mean must be 0 or left out, since .* uint8"),
     ],
 )
 def test_images_of_uint8_take_no_part_of_another_scale(

@@ -316,7 +316,7 @@ def test_buffers_are_the_ranks_mean_unless_a_loss_keeps_them_by_rank(
 def test_a_ddp_that_would_overwrite_the_ranks_own_classes_is_refused(ranks: Ranks) -> None:
     for rank in ranks:
         assert rank["sharded, told"]["error"] == ""
-    assert "holds this rank's own classes, and was overwritten" in ranks[1]["sharded"]["error"]
+    assert "holds this rank's own classes, but was overwritten" in ranks[1]["sharded"]["error"]
 
 
 def test_a_static_graph_that_averages_nothing_is_refused(ranks: Ranks) -> None:

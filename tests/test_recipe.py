@@ -328,7 +328,7 @@ def test_a_byte_order_mark_of_utf_8_is_no_part_of_the_recipe(tmp_path: Path) -> 
     [
         (TEXT.encode("latin-1"), r"kd\.toml' must be UTF-8 text; found byte 0xe9 in line 1"),
         (TEXT.encode("utf-16"), r"kd\.toml' must be UTF-8 text; found byte 0xff in line 1"),
-        (b"a = 1\n# \xe9", "found byte 0xe9 in line 2; save the file in the encoding UTF-8"),
+        (b"a = 1\n# \xe9", "found byte 0xe9 in line 2; save the file with UTF-8 encoding"),
         (b"methods = [", r"recipe: '.*kd\.toml' is not TOML: "),
         (b"seed = " + b"9" * 5000, r"recipe: '.*kd\.toml' is not TOML: "),
         (b"a = " + b"[" * 100_000, r"recipe: '.*kd\.toml' is not TOML: "),

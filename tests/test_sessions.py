@@ -204,7 +204,7 @@ def test_images_of_whole_numbers_are_refused_with_the_conversion() -> None:
     pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
     kd = Distiller(net, tiny_teacher(), ["fcd"], **SIZE)
     net(pixels)
-    with pytest.raises(KDHooksError, match=r"found torch.uint8; give kd \(images.float\(\) - 127"):
+    with pytest.raises(KDHooksError, match=r"found torch.uint8; pass \(images.float\(\) - 127"):
         kd(pixels, labels)
     net(pixels)
     kd(pixels, labels, teacher_images=(pixels.float() - 127.5) / 127.5)

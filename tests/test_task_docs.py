@@ -69,7 +69,7 @@ def test_the_loops_run(block: str) -> None:
 def test_a_loop_that_forgets_the_factor_is_refused() -> None:
     """So that the one above shows that it is used."""
     forgetful = BLOCKS["task-weight-loop"].replace("kd.task_weight * ", "")
-    with pytest.raises(Exception, match="task_weight is a schedule, and the loop has never read"):
+    with pytest.raises(Exception, match="task_weight is a schedule, but the loop has never read"):
         exec(forgetful, scope())
 
 

@@ -192,7 +192,7 @@ def forgetful(task_weight: Scheduled) -> Callable[[], None]:
     [(0.5, "0.5"), (Schedule(**FALLING), "a schedule"), (lambda step: 0.5, "a function")],
 )
 def test_a_factor_that_the_loop_never_reads_is_refused(factor: Any, shown: str) -> None:
-    with pytest.raises(KDHooksError, match=f"task_weight is {shown}, and the loop has never read"):
+    with pytest.raises(KDHooksError, match=f"task_weight is {shown}, but the loop has never read"):
         forgetful(factor)()
 
 
