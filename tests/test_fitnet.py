@@ -332,7 +332,7 @@ def test_images_of_another_size_than_probed_are_refused_in_the_first_step() -> N
     with kd:
         student.fc = nn.Linear(16 * 6, 12)  # so that the student runs
         student(wide)
-        with pytest.raises(KDHooksError, match=r"'layer2\.0' put out \(8, 8, 9\) in training"):
+        with pytest.raises(KDHooksError, match=r"'layer2\.0' returned \(8, 8, 9\) in training"):
             kd(wide, targets)
 
 

@@ -184,7 +184,7 @@ def test_a_damaged_entry_is_named_when_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(content)
     files, faults = PictureFiles(path, "faces"), dict[str, str]()
     assert [name for name, _ in read_all(files.names, files.pixels, faults)] == ["b/2.png"]
-    assert re.match("can't be opened .Bad CRC-32 for file 'a/1.png'.; mend or", faults["a/1.png"])
+    assert re.match("can't be opened .Bad CRC-32 for file 'a/1.png'.; repair or", faults["a/1.png"])
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_one_of_several_outputs_is_named_by_its_place() -> None:
     [
         ("1[3]", r"'1\[3\]' must name one of several outputs; found tuple of 3"),
         ("1[-4]", r"'1\[-4\]' must name one of several outputs; found tuple of 3"),
-        ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave '\[0\]' away"),
+        ("0[0]", r"'0\[0\]' must name one of several outputs; found Tensor; leave out '\[0\]'"),
         ("1", r"must return a tensor; found tuple of 3; .*or one of these: 1\[-1\] is the last"),
     ],
 )
@@ -457,7 +457,7 @@ def test_one_of_several_inputs_is_named_by_its_place(way: str, path: str, added:
          r"t gets one tensor, or one of these: inner:in\[-1\] is the last"),
         ("two", "inner:in[2]", r"'inner:in\[2\]' must name one of several inputs; found tuple of"),
         ("alone", "conv:in[0]", r"'conv:in\[0\]' must name one of several inputs; found Tensor; "
-         r"leave '\[0\]' away"),
+         r"leave out '\[0\]'"),
         ("alone", "inner:in[1]", r"'inner:in\[1\]' must get a tensor; found tuple of 2"),
     ],
 )  # fmt: skip

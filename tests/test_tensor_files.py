@@ -157,7 +157,9 @@ def test_a_file_that_may_not_be_read_is_named(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(KDHooksError, match=r"model\.pt' can't be read \(Permission denied\); look"):
+    with pytest.raises(
+        KDHooksError, match=r"model\.pt' can't be read \(Permission denied\); check"
+    ):
         read(tmp_path / "model.pt")
 
 
