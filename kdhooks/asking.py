@@ -187,10 +187,11 @@ def _runs(side: str, images: Tensor) -> Iterator[None]:
     except (KDHooksError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        size = ", or teacher.input.size to the size that the teacher takes"
         raise KDHooksError(
             f"the {side} must run on images of the shape {tuple(images.shape[1:])}; found "
             f"{type(error).__name__}: {error}; set input_shape to the shape of the training images"
-            f"{', or teacher.input.size to that of the teacher' if side == 'teacher' else ''}"
+            f"{size if side == 'teacher' else ''}"
         ) from error
 
 

@@ -396,7 +396,7 @@ MAP: Shape = (3, 4, 4)
             model(MAP),
             model((5, 4, 4)),
             {"connector": "none"},
-            "fitnet: without a connector both sides must have equally many channels; found 3 of "
+            "fitnet: without a connector both sides must have equally many channels; found 3 in "
             "fitnet: student stage 's0' and 5 in fitnet: teacher stage 's0'; set connector = '1x1'",
         ),
         (
@@ -409,8 +409,8 @@ MAP: Shape = (3, 4, 4)
             model(MAP),
             model((1, 4, 4)),
             {"distance": "kl"},
-            "fitnet: a softmax over one channel is 1 whatever the features are; found one of "
-            "fitnet: teacher stage 's0'; set distance = 'l2'",
+            "fitnet: a softmax over one channel is 1 whatever the features are; found one channel "
+            "in fitnet: teacher stage 's0'; set distance = 'l2'",
         ),
         (
             model((145, 8)),
