@@ -286,6 +286,8 @@ def test_images_of_a_wrong_shape_name_the_setting() -> None:
     with pytest.raises(KDHooksError, match=r"student must run on images of the shape \(3, 112"):
         Distiller(net, tiny_teacher(), ["fcd"])
     wide = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 12))
-    with pytest.raises(KDHooksError, match=r"teacher must run .* or teacher\.input\.size to that"):
+    with pytest.raises(
+        KDHooksError, match=r"teacher must run .* or teacher\.input\.size to the size"
+    ):
         Distiller(net, wide, ["fcd"], input_shape=SMALL)
     assert not net._forward_hooks
