@@ -1,9 +1,9 @@
-"""What losses over all classes cost by chunks, and what they cost written down as in a paper.
+"""Measures losses over all classes, computed in chunks and as papers write them.
 
     python -m benchmarks.class_losses --threads 1 --out bench-out
 
-The two take turns. Writes class_losses.json and class_losses.png: seconds of forward and backward,
-and the most memory that they held, with the gradients that are their result.
+The two forms take turns. Writes class_losses.json and class_losses.png: seconds of forward and
+backward, and peak memory, including the resulting gradients.
 """
 
 import argparse
@@ -36,11 +36,11 @@ METHODS: dict[str, Any] = {
     "margindistillation": MarginDistillation(),
     "adadistill": AdaDistill(),
 }
-COMPARE = ("kd", "gkd")  # where the student's own rows are trained
+COMPARE = ("kd", "gkd")  # methods that train the student's own class rows
 
 
 def ours_of(name: str) -> Loss:
-    """The method's loss, called like the plain forms."""
+    """Return the method's loss as a function with the arguments of the plain forms."""
     compares = name in COMPARE
     models = () if compares else (Model(None, 1), Model(None, 1))
     loss = METHODS[name].classifier_share(*models).loss
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace, name: str, classes: int) -> dict[str, A
 
 
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference, of the largest number, in the value and each gradient."""
+    """Return the largest difference in the value and gradients, relative to the largest number."""
     gaps = [
         ((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, found, strict=True)
     ]
@@ -118,7 +118,7 @@ def picture(measured: dict[str, list[dict[str, Any]]], kind: str) -> Figure:
 
 
 def exponent(found: Sequence[dict[str, Any]], form: str, kind: str) -> float:
-    """To which seconds grow with classes; 1 is linear."""
+    """Return the exponent with which seconds grow with classes; 1 is linear."""
     classes = np.log([one["classes"] for one in found])
     seconds = np.log([seconds_of(one, form, kind) for one in found])
     return float(np.polyfit(classes, seconds, 1)[0])

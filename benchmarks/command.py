@@ -1,4 +1,4 @@
-"""What the commands have in common: options, a JSON file and a picture."""
+"""The common parts of the commands: options, a JSON file and a picture."""
 
 import argparse
 import json
@@ -19,19 +19,34 @@ from kdhooks.errors import KDHooksError
 
 
 def command(name: str, about: str | None, turns: int) -> argparse.ArgumentParser:
-    """With the options of all benchmarks."""
+    """Create a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     add = parser.add_argument
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--turns", type=at_least(1), default=turns)
-    add("--device", type=usable_device, default=default)
-    add("--threads", type=at_least(1), default=torch.get_num_threads())
+    add(
+        "--turns",
+        type=at_least(1),
+        default=turns,
+        help="number of measurements of each; default: %(default)s",
+    )
+    add(
+        "--device",
+        type=usable_device,
+        default=default,
+        help="cpu, cuda or cuda:N; default: %(default)s",
+    )
+    add(
+        "--threads",
+        type=at_least(1),
+        default=torch.get_num_threads(),
+        help="threads of torch on the CPU; default: %(default)s",
+    )
     add("--out", type=Path, default=Path("bench-out"), help="folder for the results")
     return parser
 
 
 def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options of the command line, obeyed as far as they are those of all benchmarks."""
+    """Parse the command line, and apply the options that all benchmarks have."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
@@ -44,7 +59,7 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def write(
     options: argparse.Namespace, name: str, record: Mapping[str, Any], figure: Figure | None = None
 ) -> None:
-    """name.json, with the setting, and name.png."""
+    """Write the record and the setting to name.json, and the figure to name.png."""
     content = {"setting": setting(options), **record}
     text = json.dumps(content, indent=1, default=str) + "\n"
     (options.out / f"{name}.json").write_text(text, encoding="utf-8")
@@ -53,7 +68,7 @@ def write(
 
 
 def setting(options: argparse.Namespace) -> dict[str, Any]:
-    """What a result depends on."""
+    """Return the options, versions and hardware that a result depends on."""
     return {
         **{name: value for name, value in vars(options).items() if name != "out"},
         "torch": torch.__version__,
@@ -65,7 +80,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bars(axes: Axes, groups: Mapping[str, Mapping[str, Spread]]) -> None:
-    """Medians with their quartiles: a line for each name, with a bar of each group."""
+    """Draw medians with quartiles: a row for each name, with one bar for each group."""
     names = list(next(iter(groups.values())))
     height = 0.8 / len(groups)
     for number, (label, spreads) in enumerate(groups.items()):
@@ -74,4 +89,4 @@ def bars(axes: Axes, groups: Mapping[str, Mapping[str, Spread]]) -> None:
         places = np.arange(len(names)) + (number - (len(groups) - 1) / 2) * height
         axes.barh(places, middles, height, xerr=abs(quartiles.T - middles), label=label)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)  # the first one above
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first one at the top

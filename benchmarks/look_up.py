@@ -1,9 +1,9 @@
-"""What it costs to open a teacher cache of many views, and to look into it.
+"""Measures opening a teacher cache with many views, and looking up views in it.
 
     python -m benchmarks.look_up --out bench-out
 
-Fills a folder with random keys and rows, as a training does: 10.4 GB for ten million views of 512
-numbers. Writes look_up.json and look_up.png.
+Fills a folder with random keys and rows, in the files that a training writes: 10.4 GB for ten
+million views of 512 numbers. Writes look_up.json and look_up.png.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def filled(folder: Path, views: int, dim: int) -> Keys:
-    """The keys that are in it."""
+    """Fill the folder, and return its keys."""
     random = np.random.default_rng(0)
     keys = random.integers(-(1 << 63), (1 << 63) - 1, views, np.int64)
     rows = random.standard_normal((AT_ONCE, dim)).astype(np.float16)
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, views: int) -> dict[str, Any]:
             dict.fromkeys(IDENTITY),
             torch.zeros(2, options.dim),
         )
-        opened()  # which begins the folder
+        opened()  # creates the folder
         batch = batches(filled(Path(place), views, options.dim), options.batch_size)
         opening, _ = timed(opened, CPU)
         tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Seconds, bytes and their ratios, alike in every benchmark."""
+"""Measures seconds, bytes and their ratios in the same way for every benchmark."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,12 @@ from tqdm import trange
 
 Work: TypeAlias = Callable[[], object]
 Times: TypeAlias = NDArray[np.float64]
-"""(t 2): in each turn, by the clock and by the processor."""
+"""(t 2): seconds of each turn, by the clock and of the processor."""
 Spread: TypeAlias = Mapping[str, Any]
 
 
 def timed(work: Work, device: torch.device) -> tuple[float, float]:
-    """Seconds of the clock, and of the processor."""
+    """Run the work; return its seconds by the clock and of the processor."""
     _wait(device)
     start = time.perf_counter(), time.process_time()
     work()
@@ -32,14 +32,17 @@ def _wait(device: torch.device) -> None:
 
 
 def judged_by(device: torch.device) -> str:
-    """The processor's seconds, where it does the work: what else runs there is not in them."""
+    """Return which seconds to report.
+
+    On a CPU these are the processor's, since they exclude other programs.
+    """
     return "clock" if device.type == "cuda" else "processor"
 
 
 def in_turns(works: Mapping[str, Work], turns: int, device: torch.device) -> dict[str, Times]:
-    """Each work's seconds.
+    """Measure the seconds of each work.
 
-    They take turns, forwards and backwards, so that whatever else the machine does meets all alike.
+    They take turns, in alternating order, so that other load on the machine affects all equally.
     """
     seconds = {name: np.empty((turns, 2)) for name in works}
     for turn in trange(turns, desc="turns", leave=False):
@@ -49,7 +52,7 @@ def in_turns(works: Mapping[str, Work], turns: int, device: torch.device) -> dic
 
 
 def summaries(seconds: Mapping[str, Times]) -> dict[str, dict[str, Spread]]:
-    """Each work's seconds, and their ratios to the first one's of the same turn."""
+    """Return each work's seconds, and their ratios to those of the first work in the same turn."""
     first = next(iter(seconds.values()))
     return {
         name: {**spreads("seconds", found), **spreads("ratio", found / first)}
@@ -70,14 +73,14 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def told(spread: Spread, digits: int, factor: float = 1) -> str:
-    """The median, and the quartiles in brackets."""
+    """Return a text with the median, and the quartiles in brackets."""
     values = [spread["median"], *spread["quartiles"]]
     middle, low, high = (f"{factor * value:.{digits}f}" for value in values)
     return f"{middle} ({low} to {high})"
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
-    """The most memory that was held at once beyond what was held before, by the allocator."""
+    """Return the peak of the allocated memory, minus the memory that was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,8 +1,9 @@
-"""What mining the nearest classes costs, beside the matrix products that it can't do without.
+"""Measures mining the nearest classes, compared with the matrix products that it needs at least.
 
     python -m benchmarks.mining --threads 1 --out bench-out
 
-The two take turns on some rows of the index against all classes. Writes mining.json and mining.png.
+The two take turns, on some rows of the index against all classes. Writes mining.json and
+mining.png.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Stand-ins for face networks, where their weights do not matter."""
+"""Stand-ins for face networks, for measurements in which the weights do not matter."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def network(width: int, blocks: int) -> nn.Sequential:
 
 
 def settle(teacher: nn.Module, images: Tensor) -> None:
-    """The statistics of a batch, as a trained network has them."""
+    """Set the batch norms to the statistics of a batch, since an untrained teacher is refused."""
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None

@@ -1,4 +1,4 @@
-"""Losses over all classes as papers write them: all scores at once."""
+"""Losses over all classes as papers write them, with a matrix of all scores."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -47,7 +47,7 @@ def plain_margindistillation(
 
 
 class PlainAdaDistill:
-    """For labels that are all different."""
+    """AdaDistill for batches in which all labels differ."""
 
     def __init__(self) -> None:
         self.centres = torch.empty(0)

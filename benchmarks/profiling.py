@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by torch.profiler."""
+"""Measures the time of each part of a step with torch.profiler."""
 
 import gzip
 import json
@@ -19,9 +19,9 @@ from benchmarks.measuring import Work
 STEPS = 40
 STEP = "step"  # the span of a whole step
 Spans: TypeAlias = Mapping[str, tuple[object, str]]
-"""A part's name, and the object or class with the method that does it."""
+"""The name of each part -> the object or class, and the name of its method that does the part."""
 Milliseconds: TypeAlias = NDArray[np.float64]
-"""(t): in each step."""
+"""(t): milliseconds of each step."""
 T = TypeVar("T")
 
 
@@ -33,9 +33,9 @@ def parts_of(
     operators: Sequence[str] = (),
     steps: int = STEPS,
 ) -> dict[str, Milliseconds]:
-    """What each part took, and each of the operators; leaves a trace.
+    """Measure the host's time of each part and of each operator, and write a trace.
 
-    Of the host's clock; on a GPU, whose work comes later, the trace says more.
+    A GPU works later than the host, so there the trace shows more.
     """
     with _spanned(spans):
         for _ in range(3):
@@ -50,7 +50,7 @@ def parts_of(
 
 
 def traced(step: Work, spans: Spans, device: torch.device, steps: int, trace: Path) -> "Trace":
-    """Profile a few steps; trace is the file, compressed by gzip, that a browser can show."""
+    """Profile a few steps. trace: the file to write, compressed by gzip, which browsers show."""
     with _spanned(spans):
         step()
         with profile(activities=_activities(device)) as profiler:
@@ -72,7 +72,7 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 
 @contextmanager
 def _spanned(spans: Spans) -> Iterator[None]:
-    """Each call of these methods is a span of its own in the profile."""
+    """Record each call of these methods as a span in the profile."""
     with ExitStack() as patches:
         for name, (owner, method) in spans.items():
             recorded = _recorded(name, getattr(owner, method))
@@ -89,7 +89,7 @@ def _recorded(name: str, work: Callable[..., T]) -> Callable[..., T]:
 
 
 def _of_each_step(name: str, events: Iterable[Any], steps: int) -> Milliseconds:
-    """The profiler also shows a span on the GPU, where its kernels run; that is not counted."""
+    """Return the host's time. The profiler's spans on the GPU have the same names; exclude them."""
     on_host = (e for e in events if e.name == name and e.device_type.name == "CPU")
     spent = np.array([event.cpu_time_total for event in on_host])
     each: Milliseconds = spent.reshape(steps, -1).sum(axis=1) / 1e3
@@ -97,7 +97,7 @@ def _of_each_step(name: str, events: Iterable[Any], steps: int) -> Milliseconds:
 
 
 def fastest_step(parts: Mapping[str, Milliseconds]) -> dict[str, float]:
-    """Of many, since other work on the machine can only add."""
+    """Return the least time of each part, since other work on the machine can only add time."""
     return {name: round(float(spent.min()), 4) for name, spent in parts.items()}
 
 
@@ -126,11 +126,11 @@ class Trace:
                 self._work[_number(event)].append(event)
 
     def host_ms(self, span: str) -> float:
-        """The host's time in a span."""
+        """Return the host's time in a span."""
         return self._ms(event for event in self._spans if event["name"] == span)
 
     def gpu_ms(self, span: str = STEP) -> float:
-        """The GPU's time for the work that the host issued during a span, in whatever thread."""
+        """Return the GPU's time for the work that any thread of the host issued during a span."""
         times = [(_start(event), _end(event)) for event in self._spans if event["name"] == span]
         return self._ms(
             work
@@ -140,7 +140,7 @@ class Trace:
         )
 
     def waits(self) -> list[dict[str, Any]]:
-        """Where the host waits for the GPU: which call, in which span, how often, for how long."""
+        """Return each wait of the host for the GPU: the call, the span, how often, how long."""
         found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
         for call in self._calls:
             copies = [work["name"] for work in self._work.get(_number(call), ())]
@@ -155,7 +155,7 @@ class Trace:
         ]
 
     def _inside(self, call: Mapping[str, Any]) -> str:
-        """The shortest span around a call, in the same thread."""
+        """Return the shortest span around a call, in the same thread."""
         around = [
             (span["dur"], span["name"])
             for span in self._spans

@@ -1,4 +1,4 @@
-"""Made-up people in train.rec, train.idx and verification files, as mxnet's tools write them."""
+"""Writes made-up faces to train.rec, train.idx and verification files, as mxnet's tools do."""
 
 import io
 import pickle
@@ -16,12 +16,12 @@ Pixels: TypeAlias = NDArray[np.uint8]
 
 
 def people(classes: int, each: int, seed: int = 0) -> list[tuple[Pixels, int]]:
-    """Pictures (112 112 3), and of whom: a pattern per person, under noise."""
+    """Return pictures (112 112 3) with their person's number; each person has a noisy pattern."""
     return list(crowd(classes, each, seed))
 
 
 def crowd(classes: int, each: int, seed: int = 0) -> Iterator[tuple[Pixels, int]]:
-    """The same, one picture at a time."""
+    """Yield the pictures of `people` one at a time."""
     generator = np.random.default_rng(seed)
     patterns = np.random.default_rng(7).integers(30, 225, (classes, 7, 7, 3))
     for index in range(classes * each):
@@ -37,7 +37,7 @@ def png(pixels: Pixels) -> bytes:
 
 
 def record(content: bytes) -> bytes:
-    """One entry of a .rec: cut where it contains the magic number, each part padded to 4 bytes."""
+    """Return one entry of a .rec: split at each magic number, with parts padded to 4 bytes."""
     parts = content.split(MAGIC)
     written = []
     for index, part in enumerate(parts):
@@ -55,7 +55,7 @@ def labelled(label: float | Sequence[float], number: int, content: bytes) -> byt
 
 
 def write_records(folder: Path, samples: Iterable[tuple[Pixels, int]]) -> None:
-    """As InsightFace's data sets: record 0 says where the images end; labels are pairs."""
+    """Write records like InsightFace's: record 0 holds the end of the images; labels are pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [(png(pixels), who) for pixels, who in samples]
     offset, lines = 0, []
@@ -69,7 +69,7 @@ def write_records(folder: Path, samples: Iterable[tuple[Pixels, int]]) -> None:
 
 
 def write_pairs(path: Path, classes: int, pairs: int) -> None:
-    """A verification .bin: (encoded images, two a pair; whether they are of one person)."""
+    """Write a verification .bin: encoded images, two for each pair, and whether they match."""
     pictures = [
         [p for p, who in people(classes, pairs, seed=1) if who == c] for c in range(classes)
     ]

@@ -1,11 +1,11 @@
-"""What a step costs: the student alone, with its teacher, and with the teacher's cache filled.
+"""Measures a step: of the student alone, with its teacher, and with the teacher's cache filled.
 
     python -m benchmarks.teacher_cache --threads 1 --out bench-out
 
-The three take turns on the same batches, so that whatever else the machine does meets them alike.
-Ratios are medians of the turns' own ratios to the student alone. Writes teacher_cache.json and
-teacher_cache.png; with --profile they also say where the time of a step with a filled cache goes,
-and teacher_cache_trace.json is its trace.
+The three take turns on the same batches, so that other load on the machine affects them equally. A
+ratio is the median over turns of the ratio to the student alone. Writes teacher_cache.json and
+teacher_cache.png. With --profile, these also show the time of each part of a step with a filled
+cache, and its trace is written to teacher_cache_trace.json.
 """
 
 import argparse
@@ -43,7 +43,7 @@ KDHOOKS = (
 
 
 class Variant:
-    """A student in training, with or without a Distiller; a step is one of the next batch."""
+    """A student in training, with or without a Distiller; each step takes the next batch."""
 
     def __init__(
         self, student: nn.Module, teacher: Teacher | None, batches: Tensor, labels: Tensor
@@ -72,7 +72,7 @@ class Variant:
 
 
 class Measurement:
-    """The three variants, with the cache filled in this folder."""
+    """The three variants; the folder's cache is filled at the start."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Measurement:
             name: Variant(student, one, batches, labels)
             for name, one in zip(WAYS, teachers, strict=True)
         }
-        for _ in range(options.batches + 1):  # the first hits are tried in the last one
+        for _ in range(options.batches + 1):  # the last step has the first hits, which are checked
             for variant in self.variants.values():
                 variant.step()
         cached = self.variants["with a filled cache"].kd
@@ -117,7 +117,7 @@ class Measurement:
         return summaries(seconds)
 
     def parts(self, trace: Path, steps: int = STEPS) -> dict[str, float]:
-        """Milliseconds of a cached step, part by part."""
+        """Return the milliseconds of each part of a cached step."""
         step = self.variants["with a filled cache"].step
         ms = parts_of(step, self._spans(), self.device, trace, steps=steps)
         start, finish, get = ms.pop("start"), ms.pop("finish"), ms.pop("get")
@@ -129,7 +129,7 @@ class Measurement:
         return fastest_step(ms)
 
     def trace(self, file: Path, steps: int) -> Trace:
-        """A few cached steps, event by event; file ends in .gz."""
+        """Record each event of a few cached steps. file: the trace to write, ending in .gz."""
         step = self.variants["with a filled cache"].step
         trace = traced(step, self._spans(), self.device, steps, file)
         self._check()
@@ -156,7 +156,7 @@ class Measurement:
 def picture(
     times: Mapping[str, Mapping[str, Spread]], parts: Mapping[str, float], kind: str
 ) -> Figure:
-    """The steps, and below them what kdhooks does in a cached one."""
+    """Draw the steps, and below them the parts of kdhooks in a cached step."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(2 if parts else 1, 1, squeeze=False)[:, 0]
     bars(panels[0], {"": {name: found[f"{kind}_seconds"] for name, found in times.items()}})
@@ -171,16 +171,16 @@ def picture(
 def main() -> None:
     parser = command("teacher_cache", __doc__, turns=24)
     add = parser.add_argument
-    add("--student", type=at_least(1), default=48, help="width of its first stage")
+    add("--student", type=at_least(1), default=48, help="width of the student's first stage")
     add(
         "--teacher",
         type=at_least(1),
         default=96,
-        help="width of its first stage, which has a block more",
+        help="width of the teacher's first stage; each stage has one block more",
     )
     add("--batch-size", type=at_least(1), default=16)
-    add("--batches", type=at_least(1), default=4, help="different ones")
-    add("--profile", action="store_true", help="also where the time of a cached step goes")
+    add("--batches", type=at_least(1), default=4, help="number of different batches")
+    add("--profile", action="store_true", help="also measure each part of a cached step")
     options = start(parser)
     kind = judged_by(options.device)
     parts: dict[str, float] = {}

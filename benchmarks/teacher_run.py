@@ -1,11 +1,11 @@
-"""What a live teacher costs: run as people write it by hand, and as a recipe can have it run.
+"""Measures a teacher that runs in each step: in a loop by hand, and with options of a recipe.
 
     python -m benchmarks.teacher_run --arcface-torch insightface/recognition/arcface_torch
 
 The student alone, the teacher alone, and steps of both take turns on the same images. Without a
-checkout of arcface_torch two networks of 3x3 convolutions stand in. Writes teacher_run.json and
-teacher_run.png: seconds, images a second, ratios to the loop by hand and to the two alone, memory,
-and how far the embeddings are from those in float32.
+checkout of arcface_torch, two networks of 3x3 convolutions are used. Writes teacher_run.json and
+teacher_run.png: seconds, images per second, ratios to the loop by hand and to the two alone,
+memory, and the difference of the embeddings from those in float32.
 """
 
 import argparse
@@ -66,8 +66,8 @@ ON_A_CPU = ["float32", "bfloat16", "bfloat16, channels last"]  # the others need
 class Networks:
     """The student and the teacher, in float32 and in half precision.
 
-    The forward of arcface_torch's networks sets an autocast of its own on CUDA, to float16 or to
-    none, so that no autocast around it has an effect; half precision is a network of another kind.
+    On CUDA, the forward of arcface_torch's networks sets its own autocast, to float16 or none, so
+    an autocast around it has no effect. Half precision needs a network created for it.
     """
 
     def __init__(self, student: str, teacher: str, device: torch.device) -> None:
@@ -80,13 +80,13 @@ class Networks:
         self.student, self.teacher = (net.to(device) for net in nets)
 
     def runs(self) -> list[str]:
-        """What makes a difference to this teacher on this device."""
+        """Return the runs that differ for this teacher on this device."""
         if self._device.type != "cuda":
             return ON_A_CPU
         return [run for run in RUNS if not (self.own_autocast and run.startswith("bfloat16"))]
 
     def half(self) -> nn.Module:
-        """The teacher for a run in half precision, with the same weights."""
+        """Return the teacher for a run in half precision, with the same weights."""
         if not self.own_autocast:
             return copy.deepcopy(self.teacher)
         found = self._made(self._name, True).to(self._device)
@@ -101,7 +101,7 @@ class Networks:
 
 
 class ByHand:
-    """The loop that people write: the teacher in float32 under no_grad, one cosine loss."""
+    """A training loop by hand: the teacher in float32 under no_grad, and one cosine loss."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, dtype: torch.dtype | None = None
@@ -116,7 +116,7 @@ class ByHand:
         self._update((1 - F.cosine_similarity(embedding, target)).mean())
 
     def in_autocast(self, images: Tensor) -> None:
-        """As by hand, with one line about the teacher's precision."""
+        """Run a step with the teacher in an autocast."""
         embedding = self.student(images)
         with torch.no_grad(), torch.autocast(images.device.type, self.dtype):
             target = self.teacher(images).float()
@@ -128,7 +128,7 @@ class ByHand:
     def _update(self, loss: Tensor) -> None:
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # here, as peak_bytes sees no end of what was there before it
+        self.optimizer.zero_grad()  # last, since peak_bytes misses frees of earlier allocations
 
 
 class ByRecipe(ByHand):
@@ -145,7 +145,7 @@ class ByRecipe(ByHand):
 
 
 def measure(options: argparse.Namespace, name: str, batch_size: int) -> dict[str, Any]:
-    """name: the teacher's."""
+    """Measure one teacher. name: its backbone, or STAND_IN."""
     device = options.device
     torch.manual_seed(0)
     nets = Networks(options.student, name, device)
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace, name: str, batch_size: int) -> dict[str
 
 
 def compared(seconds: Mapping[str, Times], batch_size: int) -> dict[str, dict[str, Any]]:
-    """Summaries, with images a second, and kdhooks' ratios to its student and teacher alone."""
+    """Return summaries, images per second, and kdhooks' ratios to student and teacher alone."""
     ways: dict[str, dict[str, Any]] = summaries(seconds)
     for way, found in seconds.items():
         ways[way] |= spreads("images_a_second", batch_size / found)
@@ -202,7 +202,7 @@ def lines(one: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def picture(measured: Sequence[Mapping[str, Any]], kind: str) -> Figure:
-    """A panel for each teacher, a bar for each batch size."""
+    """Draw a panel for each teacher, with a bar for each batch size."""
     groups: dict[str, dict[str, Any]] = {}
     for one in measured:
         ratios = {way: row[f"{kind}_ratio"] for way, row in one["ways"].items()}
@@ -221,11 +221,17 @@ def picture(measured: Sequence[Mapping[str, Any]], kind: str) -> Figure:
 def main() -> None:
     parser = command("teacher_run", __doc__, turns=7)
     add = parser.add_argument
-    add("--arcface-torch", help="a checkout's folder recognition/arcface_torch")
-    add("--student", default="mbf", help="a backbone of the checkout")
-    add("--teacher", nargs="+", default=["r50"], help="likewise; each in turn")
-    add("--runs", nargs="+", choices=list(RUNS))
-    add("--batch-size", type=at_least(1), nargs="+", default=[16], help="each in turn")
+    add("--arcface-torch", help="the folder recognition/arcface_torch of a checkout")
+    add("--student", default="mbf", help="a backbone of arcface_torch; default: %(default)s")
+    add("--teacher", nargs="+", default=["r50"], help="backbones to measure; default: %(default)s")
+    add("--runs", nargs="+", choices=list(RUNS), help="default: all that differ on this device")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        nargs="+",
+        default=[16],
+        help="batch sizes to measure; default: %(default)s",
+    )
     options = start(parser)
     if options.arcface_torch:
         sys.path.insert(0, options.arcface_torch)

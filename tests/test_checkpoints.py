@@ -161,7 +161,7 @@ def changed(**changes: Tensor | None) -> State:
 )
 def test_a_file_of_another_network_is_refused(content: object, found: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(KDHooksError, match=rf"m\.pt' does not fit the specified network.*{found}"):
+    with pytest.raises(KDHooksError, match=rf"m\.pt' does not fit the network.*{found}"):
         loaded(tmp_path / "m.pt")
 
 

@@ -208,7 +208,7 @@ def test_a_batch_that_is_too_large_is_a_fault_without_a_traceback(
         ('methods = ["fcd"]\n' + TEACHER, ("--network", "tny"), "student", "'tny' is unknown to"),
         (
             'methods = ["fcd"]\n' + TEACHER.replace("tiny", "wide"),
-            STUDENT, "teacher", "does not fit the specified network",
+            STUDENT, "teacher", "does not fit the network",
         ),
         (
             'methods = ["fcd"]\n' + TEACHER + ROWS,

@@ -72,7 +72,7 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
         (["absent.pt", "--network", "tiny"], "student checkpoint: there is no file 'absent.pt'"),
         (
             ["model.pt", "--network", "wide"],
-            "student checkpoint: 'model.pt' does not fit the specified netw",
+            "student checkpoint: 'model.pt' does not fit the netw",
         ),
         (
             ["model.pt", "--network", "tiny", "--embedding-size", "8"],

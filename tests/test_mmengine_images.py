@@ -238,7 +238,7 @@ def test_a_teachers_config_is_found_beside_the_recipe(checkpoint: Path, tmp_path
         ("x = 1", "must have a model, dict.*found None"),
         ("model = 'resnet'", "must have a model, dict.*found 'resnet'"),
         ("model = dict(type='Recognizer')", "teacher.network: Recognizer is not in the"),
-        ("model = dict(type='Recogniser', width=6)", "does not fit the specified network"),
+        ("model = dict(type='Recogniser', width=6)", "does not fit the network"),
         ("model = dict(type='Recogniser', widht=6)", "teacher.network can't be built.*'widht'"),
     ],
 )

@@ -64,8 +64,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
     if different := differences(found, common):
         parser.error(
-            f"'{results}' holds results of other settings: {'; '.join(different)}; take the "
-            "settings of that file, or name another folder by --out"
+            f"'{results}' holds results of other settings: {'; '.join(different)}; use the "
+            "settings of that file, or specify another folder with --out"
         )
     done = {(record["row"], record["seed"]) for record in found}
     left = [job for job in _jobs(setting, options) if (job[0].name, job[1]) not in done]
@@ -78,7 +78,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def _method(row: Row) -> str:
-    """The name of a line of the table; a sweep has several lines of it, one for each weight."""
+    """Return the row's name without its weight: a sweep has one row for each weight of a method."""
     return row.name.split(" x ")[0]
 
 
@@ -89,7 +89,7 @@ def _file(options: argparse.Namespace) -> str:
 
 
 def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Setting:
-    """As it is in the table of settings, but for what the command line changes."""
+    """Return the setting from the table of settings, with the changes of the command line."""
     setting = SETTINGS[options.setting]
     students = setting.students
     if options.images_seen:
@@ -119,7 +119,7 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
 
 
 def _taught(setting: Setting, images_seen: int | None) -> Settings | None:
-    """How its own teacher is trained, if it is, with the number of images of the command line."""
+    """Return how the setting's teacher is trained, if it is; images_seen overrides its images."""
     taught = setting.taught
     return replace(taught, images_seen=images_seen) if taught and images_seen else taught
 
@@ -127,7 +127,7 @@ def _taught(setting: Setting, images_seen: int | None) -> Settings | None:
 def _check_rows(
     parser: argparse.ArgumentParser, wanted: Sequence[str], known: Sequence[str]
 ) -> None:
-    """Refuse before anything runs what could only fail later."""
+    """Refuse unknown rows before anything runs."""
     for name in wanted:
         if name not in known:
             parser.error(
@@ -137,7 +137,7 @@ def _check_rows(
 
 
 def _jobs(setting: Setting, options: argparse.Namespace) -> list[Job]:
-    """Seed after seed, the rows in the order of the command line or of the table."""
+    """Return the jobs, seed by seed, with rows in the order of the command line or the table."""
     rows = list(setting.rows)
     if options.rows:
         rows = [row for row in rows if _method(row) in options.rows]
@@ -155,30 +155,30 @@ def _jobs(setting: Setting, options: argparse.Namespace) -> list[Job]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers", description=__doc__)
     add = parser.add_argument
-    add("--setting", required=True, choices=SETTINGS, help="which table; see settings.py")
+    add("--setting", required=True, choices=SETTINGS, help="the table to run; see settings.py")
     add("--data", required=True, help="LFW, aligned and 112x112: a folder or a zip")
-    add("--pairs", required=True, help="its pairs.txt")
-    add("--rows", nargs="*", help="only these lines of the table, in this order")
-    add("--sweep", action="store_true", help="weights instead, on the pairs of folds 7 and 8")
-    add("--factors", type=factor, nargs="+", default=SWEPT, help="of the weights, with --sweep")
+    add("--pairs", required=True, help="LFW's pairs.txt")
+    add("--rows", nargs="*", help="run only these rows of the table, in this order")
+    add("--sweep", action="store_true", help="vary the weights, on the pairs of folds 7 and 8")
+    add("--factors", type=factor, nargs="+", default=SWEPT, help="weight factors, with --sweep")
     add(
         "--seed",
         type=at_least(0),
         default=0,
-        help="the first one: initial weights, order of the images; default: %(default)s",
+        help="the first seed, for initial weights and image order; default: %(default)s",
     )
     add(
         "--seeds",
         type=at_least(1),
         help="students of each row; default: 3, and 5 for the setting's own papers",
     )
-    add("--images-seen", type=at_least(1), help="by each student; default: the setting's")
-    add("--batch", type=at_least(1), help="images of a student's step; default: the setting's")
+    add("--images-seen", type=at_least(1), help="images for each student; default: the setting's")
+    add("--batch", type=at_least(1), help="batch size of the students; default: the setting's")
     add("--views", nargs="+", choices=KINDS, help="of each photograph; default: plain mirror mild")
     add(
         "--teacher-images",
         type=at_least(1),
-        help="seen by a teacher that is trained here; default: the setting's",
+        help="images for a teacher that is trained here; default: the setting's",
     )
     add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=at_least(1),
         default=torch.get_num_threads(),
-        help="of all processes together; default: %(default)s",
+        help="threads of all processes together; default: %(default)s",
     )
     add("--work", default="bench-work", help="folder for teachers and their outputs, some 13 GB")
     add("--out", default="bench-out", help="folder for results, tables and pictures")

@@ -1,4 +1,4 @@
-"""Small made-up faces, pairs and teacher, to try the benchmark where there are no real ones."""
+"""Small made-up faces, pairs and a teacher, to try the benchmark without real ones."""
 
 from pathlib import Path
 

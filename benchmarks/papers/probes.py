@@ -1,4 +1,4 @@
-"""Tests whose probes are poorer than the gallery: faces of few pixels, or masked ones."""
+"""Tests whose probes have lower quality than the gallery: faces with few pixels, or masked."""
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from kdhooks_demo.pairs import Split
 from kdhooks_demo.training import CHUNK, as_input
 from kdhooks_plugins.batch_norm import adapted_batch_norm
 
-SHARE = 0.5  # of the test's statistics in adapted batch norms
+SHARE = 0.5  # the share of the test's statistics in adapted batch norms
 
 
 class ProbeExam(Exam):
-    """Probes against probes by `score`, and more by `more`; the teacher sees the images."""
+    """`score` compares probes with probes, `more` other pairs; the teacher sees the images."""
 
     def __init__(
         self, split: Split, teacher: Teacher | Teachers, device: torch.device, view: nn.Module
@@ -41,7 +41,7 @@ class ProbeExam(Exam):
 
 
 def probes_of(images: Tensor, view: nn.Module) -> Tensor:
-    """(n 3 h w) uint8 -> the same of the view, always the same."""
+    """(n 3 h w) uint8 -> (n 3 h w) uint8: the view of each image, equal in each call."""
     parts = [
         viewed(view, as_input(some), first=number * CHUNK)
         for number, some in enumerate(images.split(CHUNK))

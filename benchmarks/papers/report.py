@@ -1,4 +1,4 @@
-"""Tables and pictures of the results, with nothing but the file of results to read."""
+"""Tables and pictures of the results, from the file of results only."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ LEGEND = (
 
 
 def write(records: Sequence[Record], results: Path) -> None:
-    """The tables of all settings, as Markdown beside the file of results, with a picture of each.
+    """Write the tables of all settings as Markdown beside the results, and a picture of each.
 
     In a page that exists already, only the text between START and END is replaced.
     """
@@ -79,7 +79,7 @@ def _section(name: str, records: Sequence[Record], results: Path) -> str:
 
 
 def by_row(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
-    """The last record of each row and seed."""
+    """Return the last record of each row and seed."""
     rows: dict[str, dict[int, Record]] = {}
     for record in records:
         rows.setdefault(record["row"], {})[record["seed"]] = record
@@ -87,14 +87,14 @@ def by_row(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
 
 
 def table(rows: Rows) -> str:
-    """`cells` in Markdown."""
+    """Return `cells` in Markdown."""
     heads, *others = cells(rows)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *others]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cells(rows: Rows) -> list[list[str]]:
-    """The head, and a line for each row."""
+    """Return the head of the table, and a line for each row."""
     records = [record for seeds in rows.values() for record in seeds.values()]
     shown = {**MEASURES}
     shown |= {key: head for key, head in MORE.items() if any(key in one for one in records)}
@@ -112,7 +112,7 @@ def cells(rows: Rows) -> list[list[str]]:
 
 
 def added(rows: Rows, name: str, key: str) -> list[float]:
-    """The differences to labels alone with the same seed."""
+    """Return the differences from labels alone with the same seed."""
     labels = rows.get(LABELS, {})
     if name in (LABELS, TEACHER):
         return []
@@ -122,7 +122,7 @@ def added(rows: Rows, name: str, key: str) -> list[float]:
 
 
 def gap(rows: Rows, name: str) -> float | None:
-    """The share of the distance from labels alone to the teacher that a row closes."""
+    """Return the share of the distance from labels alone to the teacher that a row closes."""
     found, labels = added(rows, name, MAIN), rows.get(LABELS, {})
     if not found or TEACHER not in rows:
         return None
@@ -159,7 +159,7 @@ def _difference(differences: Sequence[float]) -> str:
 
 
 def curve(seeds: Mapping[int, Record]) -> tuple[list[int], list[float]]:
-    """Images seen, and the mean TAR of the seeds after so many; empty without curves."""
+    """Return the images seen at each point, and the seeds' mean TAR; empty without curves."""
     curves = [record["curve"] for record in seeds.values() if record.get("curve")]
     if not curves:
         return [], []
@@ -168,7 +168,7 @@ def curve(seeds: Mapping[int, Record]) -> tuple[list[int], list[float]]:
 
 
 def needed(rows: Rows, name: str) -> int | None:
-    """The images after which a row's mean curve stays above the end of labels alone's."""
+    """Return the images after which a row's mean TAR stays above the final TAR of labels alone."""
     images, found = curve(rows[name])
     _, labels = curve(rows.get(LABELS, {}))
     if not found or not labels:
@@ -179,10 +179,10 @@ def needed(rows: Rows, name: str) -> int | None:
 
 
 def course_table(rows: Rows) -> str:
-    """What the curves say of each row, in Markdown.
+    """Return a table of the curves of each row, in Markdown.
 
-    How many images it needs to reach the final TAR of labels alone; how strong its methods are
-    beside the labels, at the first point of the curve and at the last one.
+    It shows how many images a row needs to reach the final TAR of labels alone, and how strong its
+    methods are compared with the labels, at the first and last point of the curve.
     """
     lines = [
         "| row | images to the final TAR of labels alone | strength | agreement |",
@@ -198,7 +198,7 @@ def course_table(rows: Rows) -> str:
 
 
 def _first_and_last(seeds: Mapping[int, Record], key: str) -> str:
-    """The mean of the seeds at both ends of the curve; empty for rows without the labels' loss."""
+    """Return the seeds' mean at both ends of the curve; empty for rows without the labels' loss."""
     curves = [record["curve"] for record in seeds.values() if record.get("curve")]
     if not all(key in point for points in curves for point in points):
         return ""
@@ -206,7 +206,7 @@ def _first_and_last(seeds: Mapping[int, Record], key: str) -> str:
 
 
 def flatness(rows: Rows) -> str:
-    """What labels alone gain in the last fifth of their training, as a sentence."""
+    """Return a sentence on what labels alone gain in the last fifth of their training."""
     images, found = curve(rows.get(LABELS, {}))
     if len(found) < 5:
         return ""
@@ -218,7 +218,7 @@ def flatness(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> Figure:
-    """Each row's TAR added, seed by seed, beside the curves of all rows."""
+    """Draw the TAR that each row adds, seed by seed, beside the curves of all rows."""
     names = [name for name in rows if name not in (LABELS, TEACHER)][::-1]
     figure = Figure(figsize=(13, 1.6 + 0.33 * max(8, len(names))), layout="constrained")
     left, right = figure.subplots(1, 2)

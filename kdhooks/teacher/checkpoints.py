@@ -115,7 +115,7 @@ class Checkpoint:
         if wanted and not places:
             known = [f"'{place.place}'" for place in self._places(needed)]
             return f"{where} has no weights at '{wanted}'; it has some at: {listed(known[:8])}"
-        text = f"{where} does not fit the specified network"
+        text = f"{where} does not fit the network"
         if not places:
             names, own = list(self.tensors), list(needed)
             return (
