@@ -76,7 +76,7 @@ def test_remnants_of_the_distillation_are_refused(folder: Path, capsys: Captured
         ),
         (
             ["model.pt", "--network", "tiny", "--embedding-size", "8"],
-            "does not fit the specified network",
+            "does not fit the network",
         ),
         (["model.pt", "--network", "tiny", "--out", "."], "is the checkpoint itself; name another"),
         (
