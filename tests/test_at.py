@@ -242,7 +242,7 @@ MAP: Shape = (3, 4, 4)
         (
             model((12,)),
             model(MAP),
-            r"at: student stage 's0' must put out a map \(k h w\) or tokens \(n k\); found \(12,\)",
+            r"at: student stage 's0' must return a map \(k h w\) or tokens \(n k\); found \(12,\)",
         ),
         (
             model((145, 8)),
@@ -252,7 +252,7 @@ MAP: Shape = (3, 4, 4)
         (
             model((3, 4, 4), (3, 5, 5)),
             model(MAP, MAP),
-            r"from shallow to deep.*found \(5, 5\) of at: student stage 's1' behind \(4, 4\)",
+            r"from shallow to deep.*found \(5, 5\) of at: student stage 's1' after \(4, 4\)",
         ),
         (model(MAP), model((3, 1, 1)), "teacher stage 's0': an attention map needs more than one"),
         (model((1, 8)), model(MAP), "student stage 's0': an attention map needs more than one"),

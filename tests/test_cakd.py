@@ -383,7 +383,7 @@ def test_contradictory_options_are_refused(options: dict[str, Any], message: str
         (model((2, 2, 2)), model(), "the teacher's last stage; .* it is no torch module"),
         (model((2, 2, 2)), Model(nn.Identity(), 4), "the teacher's last stage; .* name it as"),
         (model((8, 3)), model((2, 2, 2)), "student stage 's0': tokens must fill a square grid"),
-        (model((2, 2, 2)), model((7,)), r"teacher stage 's0' must put out a map \(k h w\)"),
+        (model((2, 2, 2)), model((7,)), r"teacher stage 's0' must return a map \(k h w\)"),
     ],
 )
 def test_models_without_a_usable_stage_are_refused(

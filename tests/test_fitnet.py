@@ -422,7 +422,7 @@ MAP: Shape = (3, 4, 4)
             model((3, 4, 4, 4)),
             model(MAP),
             {},
-            r"fitnet: student stage 's0' must put out a map \(k h w\) or tokens \(n k\); found",
+            r"fitnet: student stage 's0' must return a map \(k h w\) or tokens \(n k\); found",
         ),
         (
             model(MAP),

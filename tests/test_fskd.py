@@ -194,7 +194,7 @@ def test_the_running_mean_is_in_the_state_dict() -> None:
             model((3, 4, 4)),
             "fskd compares stage by stage: .*found 2 of the student and 1 of the teacher",
         ),
-        (model((12,)), model((3, 4, 4)), r"fskd: student stage 's0' must put out a map"),
+        (model((12,)), model((3, 4, 4)), r"fskd: student stage 's0' must return a map"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(student: Model, teacher: Model, message: str) -> None:

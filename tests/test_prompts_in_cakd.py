@@ -228,7 +228,7 @@ def block_with(attn: nn.Module | None = None, norm: nn.Module | None = None) -> 
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
-        (block_with(OwnBias(4, 2, 2)), "its attention computes something else than that of a Swin"),
+        (block_with(OwnBias(4, 2, 2)), "its attention does not compute that of a Swin"),
         (block_with(Unscaled(4, 2, 2)), "its attention has no proj, scale"),
         (block_with(norm=FixedTokens()), "running_mean"),
         (block_with(nn.Linear(4, 4)), "has no attribute `qkv`"),

@@ -53,7 +53,7 @@ def test_a_grid_has_only_the_patches() -> None:
     grid = Grid.of(Stage.of(Tokens(num_prefix_tokens=5), "blocks.1", x), "method")
     assert grid.size == (4, 4)
     assert torch.equal(grid(x), x[:, 5:].mT.unflatten(2, (4, 4)))
-    with pytest.raises(KDHooksError, match="puts out 13 tokens in training and 16 when probed"):
+    with pytest.raises(KDHooksError, match="returns 13 tokens in training and 16 when probed"):
         grid(x[:, :18])
     with pytest.raises(
         KDHooksError, match=r"square grid; found 22 of them; name .* as num_prefix_tokens"

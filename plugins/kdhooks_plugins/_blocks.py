@@ -45,7 +45,7 @@ def _parts(module: nn.Module) -> tuple[str, ...]:
 
 
 def _attention(block: nn.Module) -> nn.Module:
-    """Return the module with qkv. In mmpretrain's Swin, the module `attn` shifts the windows."""
+    """Return the module that has qkv; in mmpretrain's Swin it is a submodule of `attn`."""
     attn = block.get_submodule("attn")
     return dict(attn.named_children()).get("w_msa", attn)
 
@@ -85,7 +85,7 @@ def run_prompted(
     *args: object,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
-    """The block's `forward`, prompts (t k), its input -> its output, and the prompts' (b t k)."""
+    """The block's own `forward`, prompts (t k), its input -> its output, the prompts' (b t k)."""
 
     def run(x: Tensor) -> Tensor:
         return forward(x, *args, **kwargs)

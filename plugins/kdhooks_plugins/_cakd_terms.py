@@ -1,4 +1,4 @@
-"""Two more terms of cakd: one on the two embeddings, and ArcFace on the teacher's."""
+"""Two more terms of cakd: the distance of both embeddings, and the teacher's ArcFace loss."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""The loss of cakd: both sides' local features, and their attention to each other, are matched."""
+"""The loss of cakd: it matches both sides' local features and their attention to each other."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kdhooks import KDHooksError, Scheduled, Varying
 from kdhooks_plugins._urfm import LocalCentres, PixelFeatures, SelfAttention, standardised
 
-_LEAST = 1e-10  # of a mean square that divides
+_LEAST = 1e-10  # the lower bound of a mean square used as a divisor
 
 
 class LocalFeatures(nn.Module):
@@ -34,12 +34,12 @@ class LocalFeatures(nn.Module):
         check_every: int = 0,
     ) -> None:
         """
-        msa: one for both sides, or the student's and the teacher's.
-        prompted: whether gradients may leave through the teacher's features.
-        fixed: matching does not train the teacher's side, which gets URFM and self-attention of
-            its own, with the same initial weights.
-        anchor: reads the teacher's embedding, the second of its features, off y_T, which trains the
-            teacher's side; without one a fixed side keeps its initial weights.
+        msa: one self-attention for both sides, or the student's and the teacher's.
+        prompted: whether gradients flow back into the teacher's features.
+        fixed: matching does not train the teacher's side, which gets its own URFM and
+            self-attention, with the same initial weights.
+        anchor: recovers the teacher's embedding, the second of its features, from y_T, which trains
+            the teacher's side; without an anchor a fixed side keeps its initial weights.
         """
         super().__init__()
         self.ours, self.theirs, self.urfm = ours, theirs, urfm
@@ -89,19 +89,19 @@ class LocalFeatures(nn.Module):
         }
 
     def _distance_to_anchor(self, y: Tensor, embedding: Tensor) -> Tensor:
-        """(b l d), (b e) -> (): 1 - cos of what is read off y and the teacher's embedding."""
+        """(b l d), (b e) -> (): 1 - cos of the anchor's output and the teacher's embedding."""
         assert self.anchor is not None
         width = self.anchor.out_features
         if embedding.shape[1:] != (width,):
             raise KDHooksError(
-                "cakd: matching.teacher_side 'anchored' reads the teacher's embedding off its "
+                "cakd: matching.teacher_side 'anchored' takes the teacher's embedding from its "
                 f"output, which must be (b {width}); found {tuple(embedding.shape)}; set "
                 "matching.teacher_side = 'fixed'"
             )
         return 1 - F.cosine_similarity(self.anchor(y.flatten(1)), embedding.detach()).mean()
 
     def _refuse_collapse(self, variance: Tensor) -> None:
-        """Looked at now and then, since it waits for the device."""
+        """Check only every `check_every` calls, because the check waits for the device."""
         self._calls += 1
         if self.check_every and self._calls % self.check_every == 0:
             found = float(variance)
@@ -116,7 +116,7 @@ class LocalFeatures(nn.Module):
 
 
 def freeze(module: nn.Module) -> None:
-    """Its parameters become buffers of the same names: saved, and never trained."""
+    """Turn the module's parameters into buffers of the same names: saved, and never trained."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
@@ -124,7 +124,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def relative_variance(y: Tensor) -> Tensor:
-    """(b l d) -> (): over the batch, by the mean square; 0 where all samples are the same."""
+    """(b l d) -> (): variance over the batch by the mean square; 0 if all samples are the same."""
     return y.var(dim=0, correction=0).mean() / y.square().mean().clamp(min=_LEAST)
 
 

@@ -1,4 +1,4 @@
-"""Stages as maps (b k h w), in pairs of student and teacher."""
+"""Outputs of stages as maps (b k h w), in pairs of student and teacher."""
 
 import itertools
 import math
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from kdhooks import KDHooksError, Model, Stage
 
-_MANY = 3  # times as many channels as rows; a Swin of 112 pixels begins with (28, 28, 96)
+_MANY = 3  # times as many channels as rows; a Swin of 112 pixels starts with (28, 28, 96)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the output of a stage becomes a map: tokens lie row by row on a square.
+    """The conversion of a stage's output to a map; tokens are arranged row by row on a square.
 
-    A map (h w k), as timm's Swin puts it out, is known by its square in front and its many
-    channels behind.
+    A map (h w k), as timm's Swin returns it, is recognised by its first two sizes, which are equal,
+    and its many channels last.
     """
 
     name: str
     channels: int
     size: tuple[int, int]  # (h w) as probed
     layout: Literal["k h w", "h w k", "n k"] = "k h w"
-    prefix: int = 0  # tokens in front of those of the pixels
+    prefix: int = 0  # number of tokens before those of the pixels
 
     @staticmethod
     def of(stage: Stage, owner: str) -> "Grid":
@@ -39,17 +39,17 @@ class Grid:
             return Grid(name, first, (second, last))
         if len(stage.shape) != 2:
             raise KDHooksError(
-                f"{name} must put out a map (k h w) or tokens (n k); found {stage.shape}; name the "
-                "end of a stage, in front of pooling and flattening"
+                f"{name} must return a map (k h w) or tokens (n k); found {stage.shape}; name the "
+                "end of a stage, before pooling and flattening"
             )
         n, k = stage.shape
         side = math.isqrt(n - stage.prefix)
         if side**2 != n - stage.prefix:
             raise KDHooksError(
                 f"{name}: tokens must fill a square grid; found {n} of them"
-                f"{f', {stage.prefix} of which are no patches' if stage.prefix else ''}; name a "
-                "submodule that puts out the patches alone, all of them and no class token, or let "
-                "the network say how many tokens precede them, as num_prefix_tokens"
+                f"{f', {stage.prefix} of which are not patches' if stage.prefix else ''}; name a "
+                "submodule that returns all patches and no class token, or set num_prefix_tokens "
+                "of the network to the number of tokens before the patches"
             )
         return Grid(name, k, (side, side), "n k", stage.prefix)
 
@@ -60,20 +60,20 @@ class Grid:
         h, w = self.size
         if x.ndim == 3 and x.shape[1] > self.prefix + h * w:
             raise KDHooksError(
-                f"{self.name} puts out {x.shape[1]} tokens in training and {self.prefix + h * w} "
+                f"{self.name} returns {x.shape[1]} tokens in training and {self.prefix + h * w} "
                 "when probed; if cakd's prompts are among them, set prompts = { in_features = "
-                "false } in cakd, or name another stage; if not, probe with images of the size "
-                "that the training has"
+                "false } in cakd, or name another stage; if not, probe with images of the "
+                "training's size"
             )
         if self.layout == "h w k":
             return rearrange(x, "b h w k -> b k h w")
         x = x[:, self.prefix :]
         if x.shape[1] != h * w:
             raise KDHooksError(
-                f"{self.name} puts out {x.shape[1]} tokens in training and {h * w} when probed: "
-                "where tokens are dropped the others have no place on a grid; train without "
+                f"{self.name} returns {x.shape[1]} tokens in training and {h * w} when probed: "
+                "if tokens are dropped, the others have no known place on the grid; train without "
                 "masking (in arcface_torch: vit_t_dp005_mask0, or backbone.mask_ratio = 0), or "
-                "name a submodule behind which all tokens are back"
+                "name a later submodule whose output has all tokens"
             )
         return rearrange(x, "b (h w) k -> b k h w", h=h)
 
@@ -81,7 +81,7 @@ class Grid:
 def paired_grids(
     method: str, student: Model, teacher: Model, at_least: int = 1
 ) -> tuple[list[Grid], list[Grid]]:
-    """Both sides' stages, shallow to deep, the same number on each."""
+    """Return both sides' stages, shallow to deep, with the same number on each side."""
     ours, theirs = (
         _grids(method, side, model, at_least)
         for side, model in (("student", student), ("teacher", teacher))
@@ -111,7 +111,7 @@ def _grids(method: str, side: str, model: Model, at_least: int) -> list[Grid]:
         if math.prod(after.size) > math.prod(before.size):
             raise KDHooksError(
                 f"{method}: stages must be named from shallow to deep, so that maps do not grow; "
-                f"found {after.size} of {after.name} behind {before.size} of {before.name}"
+                f"found {after.size} of {after.name} after {before.size} of {before.name}"
             )
     return grids
 
@@ -130,8 +130,8 @@ def smaller(ours: tuple[int, int], theirs: tuple[int, int]) -> tuple[int, int]:
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(b k h w) -> (b k *size): the averages of F.adaptive_avg_pool2d.
 
-    On CUDA that operator has no deterministic gradient, and those used here have one. A tensor
-    that already has this size is returned itself.
+    On CUDA the gradient of that operator is not deterministic; those of the operators used here
+    are. A tensor that already has this size is returned unchanged.
     """
     (h, w), (rows, columns) = x.shape[-2:], size
     if (h, w) == (rows, columns):

@@ -10,14 +10,14 @@ from kdhooks import ClassShard, Wanted
 from kdhooks.classes.ranks import mean_of_ranks, world
 
 _EPS = 1e-7  # keeps arccos differentiable at ±1
-MOST = 2  # rad, of a margin: from 2.33 on, the straight line of `_turned` would start above -1
-GONE = -1e30  # a score that leaves its class out
+MOST = 2  # rad, the largest margin: from 2.33 on, the line of `_turned` would start above -1
+GONE = -1e30  # a score that excludes its class
 
 
 def scores(
     embedding: Tensor, labels: Tensor, rows: ClassShard, scale: float, margin: float
 ) -> Tensor:
-    """(b e), (b), rows (c e) -> (b c): σ cos, the margin taken off at the own class (CosFace)."""
+    """(b e), (b), rows (c e) -> (b c): σ cos, minus the margin at the own class (CosFace)."""
     found = rows.cosines(embedding, scale)
     if margin:
         found = rows.add(found, labels, embedding.new_full((len(embedding),), -scale * margin))
@@ -37,8 +37,8 @@ def margin_softmax(
 ) -> tuple[Tensor, Tensor]:
     """(b e), (b), rows -> loss (), mean cosine at the own class (); ψ(θ) = cos(θ + m) - m2 there.
 
-    m, m2: of all samples or of each (b). monotone, straight_through: see `ProxylessKD`.
-    The means are over the samples of all ranks that have a label: those below 0 are left out.
+    m, m2: one for all samples, or one for each (b). monotone, straight_through: see `ProxylessKD`.
+    The means are over the samples that have a label: labels below 0 are left out.
     """
     rows = rows.frozen()
     cosine = rows.own(student, labels)
@@ -61,9 +61,9 @@ def margin_softmax(
 
 
 def _turned(cosine: Tensor, m: Tensor, monotone: bool) -> Tensor:
-    """(b) -> (b): cos(θ + m); past θ = π - m, where that rises, a straight line.
+    """(b) -> (b): cos(θ + m); beyond θ = π - m, where that rises, a straight line in cos θ.
 
-    With m < 0 an angle is not turned past 0, where it would fall again.
+    With m < 0, θ + m is at least 0, because below 0 the cosine would fall again.
     """
     turned = torch.cos((torch.acos(cosine.clamp(-1 + _EPS, 1 - _EPS)) + m).clamp(min=0))
     if not monotone:

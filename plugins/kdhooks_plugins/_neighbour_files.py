@@ -18,7 +18,7 @@ _CHUNK = 8192  # classes that are checked at a time
 
 
 def read_state(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the state of the search in a folder, which must match `wanted`; None if it has none."""
+    """Read the state of a folder's search, which must match `wanted`; None if there is none."""
     path = folder / STATE
     try:
         if not path.exists():

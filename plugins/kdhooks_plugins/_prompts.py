@@ -1,6 +1,6 @@
-"""APT: a frozen transformer learns to teach through prompt tokens alone.
+"""APT: a frozen transformer learns to teach, and only its prompt tokens are trained.
 
-For the time of one call each block gets another `forward`. Hooks can't do it: the bias of a
+During a call, each block temporarily gets another `forward`. Hooks are not enough: the bias of a
 window's attention has a fixed size, and a block is checkpointed from outside.
 """
 
@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from kdhooks_plugins._blocks import replaced_forward, run_prompted, width
 
-# The tokens that a ViT learns from scratch start with this deviation. It is a factor of parameters
-# that start with 1, so that an optimizer's step changes a prompt by little of its length: with a
-# learning rate of 0.1 prompts would otherwise leave the range of the teacher's tokens.
+# A ViT's learned tokens start with this standard deviation. Here it multiplies parameters with a
+# standard deviation of 1, so an optimizer step changes a prompt by only a small part of its length.
+# With a learning rate of 0.1 prompts would otherwise leave the range of the teacher's tokens.
 _STD = 0.02
 
 
 class Prompts(nn.Module):
-    """t fresh prompts join the tokens of every block, and are left behind at its end."""
+    """t new prompts join the tokens of every block, and are removed after it."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class Prompts(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         """
-        blocks: by path in the teacher; nothing of them is kept but paths and widths.
-        joined: a stage, and the last block in it: who tapped the stage sees that block's prompts,
-            and behind them the pixels; the teacher itself goes on with the pixels alone.
-        checkpointing: compute each block anew in backward instead of keeping its activations.
+        blocks: by path in the teacher; only their paths and widths are kept.
+        joined: a stage, and its last block. A tap of the stage gets that block's prompts followed
+            by the pixels; the teacher itself continues with only the pixels.
+        checkpointing: compute each block again in backward instead of keeping its activations.
         """
         super().__init__()
         self.paths = tuple(blocks)
@@ -72,7 +72,7 @@ class Prompts(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> Tensor:
-        """A block's output; its prompts' are noted in ends."""
+        """Return a block's output for its tokens; store that for its prompts in `ends`."""
         forward = partial(run, x, *args, **kwargs)
         if self.checkpointing:
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
@@ -82,7 +82,7 @@ class Prompts(nn.Module):
 
 @contextmanager
 def _joined(stage: nn.Module, last: str, ends: Mapping[str, Tensor]) -> Iterator[None]:
-    """Hooks that the stage has already see (b t+n k); what follows the stage sees no prompts."""
+    """Show (b t+n k) to the hooks that the stage already has, and no prompts to later modules."""
     outputs: list[Tensor] = []
 
     def join(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all images have in common: the running mean of a network's features, taken off."""
+"""The running mean of a network's features over images, and its subtraction."""
 
 import torch
 from torch import Tensor, nn
@@ -6,29 +6,29 @@ from torch import Tensor, nn
 from kdhooks import KDHooksError
 from kdhooks.classes.ranks import gather, world
 
-_LEAST = 1e-12  # the weight of the mean before its first batch, so that nothing is divided by 0
+_LEAST = 1e-12  # the lower bound of the weights' sum, against division by 0 before the first batch
 
 
 class RunningMean(nn.Module):
     """x - m, with m the exponential moving average of x over the images of all ranks.
 
-    In training each batch moves m before it is compared. The average is divided by the sum of its
-    weights (as Adam's are), so that m is the mean of the images seen also in the first steps.
-    Without a batch yet, m is 0.
+    In training each batch moves m before m is subtracted from it. The average is divided by the sum
+    of its weights, as in Adam, so in the first steps m is also a mean of the images seen so far.
+    Before the first batch, m is 0.
     """
 
     average: Tensor
     weight: Tensor
 
     def __init__(self, *shape: int, momentum: float = 0.99) -> None:
-        """shape: of one image's features. momentum: 0.99 averages over about 100 batches."""
+        """shape: that of one image's features. momentum: 0.99 averages over about 100 batches."""
         super().__init__()
         self.momentum = momentum
         self.register_buffer("average", torch.zeros(shape))
         self.register_buffer("weight", torch.zeros(()))
 
     def buffers_by_rank(self) -> set[str]:
-        """Every rank moves them by the batches of all ranks."""
+        """Every rank updates them with the batches of all ranks, so they need no averaging."""
         return {"average", "weight"}
 
     @property

@@ -1,4 +1,4 @@
-"""Margins that differ from sample to sample: by the image's quality, and by the student's lag."""
+"""Margins of each sample, which depend on the image's quality and on the student's lag."""
 
 from math import pi
 from typing import Literal, TypeAlias
@@ -11,16 +11,16 @@ from kdhooks import Scheduled, Varying
 
 MarginType: TypeAlias = Literal["arcface", "cosface", "adaface"]
 
-_EPS = 1e-3  # added to the deviation of the lengths
-_MOMENTUM = 0.99  # of the running estimates
+_EPS = 1e-3  # added to the standard deviation of the lengths
+_MOMENTUM = 0.99  # the share of the old value in a running estimate
 
 
 class SampleMargins(nn.Module):
     """(m, m2) of ψ(θ) = cos(θ + m) - m2, by q = clip(quality · z + geometry · g, -1, 1).
 
     arcface: (m (1 + q), 0). cosface: (0, m (1 + q)). adaface: (-m q, m (1 + q)). z is the length
-    of the student's embedding against those of other samples; g = max(f - cos(s, t), 0) · f, and f
-    is the teacher's own cosine with the class, where it is positive.
+    of the student's embedding relative to those of other samples; g = max(f - cos(s, t), 0) · f,
+    where f is the teacher's cosine with the class, or 0 if that is negative.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class SampleMargins(nn.Module):
 
 
 class RelativeLengths(nn.Module):
-    """(‖s‖ - μ) / δ with running estimates of the lengths' mean and deviation.
+    """(‖s‖ - μ) / δ with running estimates of the lengths' mean and standard deviation.
 
-    AdaFace, Kim et al., CVPR 2022, arXiv:2204.00964, takes it for the quality of an image. The
-    estimates start at 20 and 100, as its code's do, so that at first no sample stands out.
+    AdaFace, Kim et al., CVPR 2022, arXiv:2204.00964, uses it as the quality of an image. The
+    estimates start at 20 and 100, as in its code, so no sample stands out at first.
     """
 
     mean: Tensor
@@ -77,7 +77,7 @@ class RelativeLengths(nn.Module):
         self.register_buffer("deviation", torch.tensor(100.0))
 
     def buffers_by_rank(self) -> set[str]:
-        """They are moved by the lengths of all ranks."""
+        """Every rank updates them with the lengths of all ranks, so they need no averaging."""
         return {"mean", "deviation"}
 
     def forward(self, student: Tensor, lengths: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Scores standardized over the classes: less their mean, over their deviation.
+"""Scores standardized over the classes: minus their mean, divided by their standard deviation.
 
-Sun et al., CVPR 2024, arXiv:2403.01731, take such z-scores before the softmax.
+Sun et al., CVPR 2024, arXiv:2403.01731, use such z-scores before the softmax.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from torch import Tensor
 from kdhooks import ClassShard, Wanted
 from kdhooks_plugins._margin import scores
 
-_LEAST = 1e-6  # of a deviation
+_LEAST = 1e-6  # the lower bound of a standard deviation
 
 
 class Standard(NamedTuple):
-    """What standardizes the scores (b k) of a chunk on both sides, as constants (b 1).
+    """The constants (b 1) that standardize the scores (b k) of a chunk on both sides.
 
-    A softmax does not see the centre, which only keeps the numbers small. It does see the
-    deviation, which depends on the student: that part of the gradient goes by `change`.
+    The centre does not affect a softmax, and only keeps the numbers small. The deviation does, and
+    it depends on the student: `change` carries that part of the gradient.
     """
 
     centres: tuple[Tensor, Tensor]
@@ -30,14 +30,14 @@ class Standard(NamedTuple):
         return (z_s - self.centres[0]) * by_s, (z_t - self.centres[1]) * by_t
 
     def moments(self, z_s: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The means of the student's scores that `change` needs, for the pass that compares them.
+        """Request the moments of the student's scores, which `change` needs, in the main pass.
 
-        A pass of their own would compute all scores and both of their gradients once more.
+        A separate pass would compute all scores and both of their gradients once more.
         """
         return _moments(z_s - self.centres[0])
 
     def change(self, mean: Tensor, square: Tensor) -> Tensor:
-        """(b): zero, with the gradient of the logarithm of the student's factor."""
+        """-> (b): zero, with the gradient of the logarithm of the student's factor."""
         deviation = _deviation(mean, square)
         return deviation.detach().log() - deviation.log()
 
@@ -52,7 +52,7 @@ def standard(
     margin: float,
     temperature: float,
 ) -> Standard:
-    """student, teacher: the embedding (b d) and the rows of each side."""
+    """Compute the constants of both sides from their embeddings (b d) and class rows."""
     centres, factors = [], []
     for embedding, rows in (student, teacher):
         centre = _centre(embedding, rows, scale)
@@ -77,7 +77,7 @@ def _centre(embedding: Tensor, rows: ClassShard, scale: float) -> Tensor:
 
 
 def _moments(z: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(b k) near 0 -> what `over_classes` makes the means of z and z² of."""
+    """(b k) near 0 -> the pairs from which `over_classes` computes the means of z and z²."""
     alike = torch.zeros_like(z)  # every class counts equally
     return [(z, alike), (z.square(), alike)]
 

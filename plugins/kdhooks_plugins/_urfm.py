@@ -1,4 +1,4 @@
-"""URFM: pixel features of any grid and width become l local features of one receptive field."""
+"""URFM: l local features with one receptive field, from pixel features of any grid and width."""
 
 from functools import partial
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from kdhooks_plugins._maps import Grid
 
-# Queries and keys have unit root mean square, so that attention stays bounded in any learning rate;
-# this is the factor of their product. With a small one every centre attends to all pixels alike,
-# and all local features of a face are its average pixel, which hardly tells people apart.
+# Queries and keys have a root mean square of 1, so attention stays bounded at any learning rate.
+# This factor multiplies their product. With a small factor every centre attends to all pixels
+# equally, and all local features of a face are its average pixel, which hardly differs by person.
 _SHARPNESS = 3.0
-_POSITIONS = 1.0
+_POSITIONS = 1.0  # the initial standard deviation of the positions
 _LEAST = 1e-6  # added to a mean square
 _EPS = 1e-5  # added to a variance
 
@@ -24,9 +24,9 @@ def pixels(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _keep_layout(x: Tensor) -> Tensor:
-    """x, whose gradient comes back in x's own memory format, not with the pixels first.
+    """Return x such that its gradient has x's own memory format, not one with the pixels first.
 
-    Otherwise it would take the whole backward pass of a student into the other format.
+    Otherwise the student's whole backward pass would run in the other format.
     """
     if x.ndim == 4 and x.requires_grad:
         last = x.is_contiguous(memory_format=torch.channels_last)
@@ -37,7 +37,7 @@ def _keep_layout(x: Tensor) -> Tensor:
 
 
 def of_unit_size(x: Tensor) -> Tensor:
-    """(… d) -> (… d), with a root mean square of 1."""
+    """(… d) -> (… d): scaled to a root mean square of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=_LEAST)
 
 
@@ -48,16 +48,16 @@ def standardised(x: Tensor) -> Tensor:
 
 
 class PixelFeatures(nn.Module):
-    """One side's pixels at the common width, with the bucket of each one's place.
+    """One side's pixels at the common width, with the bucket of each pixel's position.
 
-    What all faces of the batch have in common is taken off each pixel. Otherwise it grows, in
-    prompts above all, until nothing that is matched says whose face it is.
+    The mean over the faces of the batch is subtracted from each pixel. Otherwise this common part
+    grows, mostly in prompts, until the matched features no longer depend on whose face it is.
     """
 
     buckets: Tensor
 
     def __init__(self, grid: Grid, buckets: Tensor, width: int, prompts: int = 0) -> None:
-        """prompts: how many tokens precede the pixels; they have positions of their own."""
+        """prompts: the number of tokens before the pixels, which have their own positions."""
         super().__init__()
         self.grid = grid
         self.prompts = prompts
@@ -76,7 +76,7 @@ class PixelFeatures(nn.Module):
         if self.prompt_positions is None:
             x = pixels(x, self.grid)
         else:
-            # What the network itself puts before its patches is between these and those.
+            # The network's own prefix tokens are between the prompts and the patches.
             own = self.prompts + self.grid.prefix
             x = torch.cat([x[:, : self.prompts], x[:, own:]], dim=1)
             positions = torch.cat([self.prompt_positions, positions])
@@ -95,7 +95,7 @@ class LocalCentres(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)  # so that h can't vanish
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)  # keeps h from vanishing
 
     def no_weight_decay(self) -> set[str]:
         return {"centres", "table"} & set(dict(self.named_parameters()))
@@ -120,9 +120,9 @@ class LocalCentres(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of the local features, which shows its map; h is added.
+    """Multi-head self-attention of the local features, which also returns its map; h is added.
 
-    The attention starts close to uniform. Without h every local feature would become their mean.
+    The attention starts close to uniform. Without h, every local feature would become their mean.
     """
 
     def __init__(self, width: int, heads: int) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings of two widths: the map between them, and the refusal of methods that have none."""
+"""Embeddings of different widths: a map between them, or an error if the method has no map."""
 
 from torch import nn
 
@@ -8,10 +8,10 @@ from kdhooks import KDHooksError, Model
 def projection(
     method: str, student: Model, teacher: Model, wanted: bool, option: str = "projector"
 ) -> nn.Linear | None:
-    """The student's embedding to the teacher's width, without bias, if the option asks for it.
+    """Create a bias-free map from the student's width to the teacher's, if `wanted`.
 
     Raises:
-        KDHooksError: it does not, and the widths differ.
+        KDHooksError: the map is not wanted, and the widths differ.
     """
     d, e = student.embedding_dim, teacher.embedding_dim
     if wanted:
@@ -19,7 +19,7 @@ def projection(
     if d != e:
         raise KDHooksError(
             f"{method}: student and teacher embeddings must be equally wide; found {d} and {e}; "
-            f"set {option} = true, or give the student the teacher's width"
+            f"set {option} = true, or build the student with the teacher's width"
         )
     return None
 
@@ -27,11 +27,11 @@ def projection(
 def need_teachers_width(
     method: str, student: Model, teacher: Model, theirs: str = "the teacher's rows", more: str = ""
 ) -> None:
-    """more: another way out, behind the one that all have."""
+    """Refuse widths that differ. more: a further way out, added to the message."""
     d, e = student.embedding_dim, teacher.embedding_dim
     if d != e:
         raise KDHooksError(
             f"{method}: the student's embedding must be as wide as {theirs}; found {d} and {e}; "
-            "give the student the teacher's width (in arcface_torch: "
+            "build the student with the teacher's width (in arcface_torch: "
             f"config.embedding_size = {e}){more}"
         )

@@ -1,4 +1,4 @@
-"""Attention inside of windows, as in Swin, which prompts join as tokens of every window."""
+"""Attention in windows, as in Swin; prompts are additional tokens of every window."""
 
 from typing import Protocol, cast
 
@@ -11,7 +11,10 @@ from kdhooks import KDHooksError
 
 
 class WindowAttention(Protocol):
-    """What is read of an attention module; its dropout is off, since a teacher is in eval mode."""
+    """The attributes of an attention module that are used here.
+
+    Its dropout is not among them, since a teacher is in eval mode.
+    """
 
     qkv: nn.Linear
     proj: nn.Linear
@@ -24,7 +27,7 @@ _READ = tuple(WindowAttention.__annotations__)
 
 
 def is_windowed(module: nn.Module) -> bool:
-    """Whether this attention has a bias that only fits a window."""
+    """Whether this attention has a position bias, which fits only a window."""
     return hasattr(module, "relative_position_bias_table")
 
 
@@ -33,7 +36,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """((b w) n k), (b t k), (w n n) -> ((b w) n k), (b t k), the mean over the windows.
 
-    Windows lie sample by sample. Between prompts and pixels there is neither bias nor mask.
+    Windows are ordered by sample. Between prompts and pixels there is neither bias nor mask.
     """
     attn = cast(WindowAttention, module)
     b, t, _ = prompts.shape
@@ -55,7 +58,7 @@ def window_attention(
 
 
 def check_windows(module: nn.Module, like: Tensor) -> None:
-    """It has what is read of it, and gives what we compute, where there are no prompts."""
+    """Check that the module has these attributes, and that without prompts its result is ours."""
     missing = [name for name in _READ if not hasattr(module, name)]
     if missing:
         raise KDHooksError(f"its attention has no {', '.join(missing)}")
@@ -65,4 +68,4 @@ def check_windows(module: nn.Module, like: Tensor) -> None:
     windows = torch.randn(2, n, k, generator=generator).to(like)
     found, _ = window_attention(module, windows, windows.new_empty(1, 0, k))
     if not torch.allclose(found, module(windows), rtol=1e-3, atol=1e-4):
-        raise KDHooksError("its attention computes something else than that of a Swin window")
+        raise KDHooksError("its attention does not compute that of a Swin window")

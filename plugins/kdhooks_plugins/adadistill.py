@@ -93,7 +93,7 @@ class AdaptiveCentres(PerClass):
         alpha = alpha.clamp(_LEAST, 1.0)
         moved = alpha[:, None] * own + (1 - alpha)[:, None] * t
         moved = F.normalize(class_sums(moved, labels))
-        # A sample of another rank's class repeats the write of a sample with a class of this rank.
+        # A sample of another rank's class repeats the write of one whose class is here, if any.
         source = torch.where(mine, torch.arange(len(mine), device=mine.device), mine.int().argmax())
         self.centres[index[source]] = torch.where(mine.any(), moved, own)[source].to(self.centres)
         return alpha.mean()

@@ -83,10 +83,7 @@ class MutualRelations(PerClass):
         return loss, {"fcd": fcd, "rad": rad, "active": active}
 
     def _rad(self, s: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean hinge of the relations' excess, and the share of active relations.
-
-        The mean is over the relations of the samples of all ranks, which differ in number.
-        """
+        """Return the mean hinge of the relations' excess, and the share of active relations."""
         excess, valid = self._excess(s, t, labels)
         hinge = excess.abs() if self.two_sided else (excess + self.q.now).relu()
         counts = torch.stack([valid.sum(), ((hinge > 0) & valid).sum()])

@@ -3,8 +3,7 @@
 It compares distances between two samples, and angles at a sample between two others, as in the
 paper, with the weights that its authors use for classification: 25 and 50.
 Differs from the paper: relations include the batches of all ranks, unless global_batch is False.
-The paper's angle is undefined for samples at the same point. Here its cosine is 0, without a
-gradient.
+The paper's angle is undefined for samples at the same point; here it has cosine 0 and no gradient.
 """
 
 import torch
