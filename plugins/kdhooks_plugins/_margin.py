@@ -38,7 +38,7 @@ def margin_softmax(
     """(b e), (b), rows -> loss (), mean cosine at the own class (); ψ(θ) = cos(θ + m) - m2 there.
 
     m, m2: one for all samples, or one for each (b). monotone, straight_through: see `ProxylessKD`.
-    The means are over the samples that have a label: labels below 0 are left out.
+    The means are over the samples of all ranks that have a label; labels below 0 are left out.
     """
     rows = rows.frozen()
     cosine = rows.own(student, labels)
