@@ -24,9 +24,11 @@ from benchmarks.scale_counts import (
     HALF,
     LINE,
     METHODS,
+    ON_MAPS,
     Counts,
     Line,
     Run,
+    count_on_maps,
     difference,
     lines,
     on_ranks,
@@ -46,18 +48,31 @@ def shown(what: str, value: float) -> str:
     return "0" if value == 0 else f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def table(of_ranks: Mapping[int, Mapping[str, Mapping[str, Line]]], classes: int) -> str:
+def table(of_ranks: Mapping[int, Mapping[str, Counts]]) -> str:
     head = ["method"]
-    head += [f"{what}, {UNITS[what]}, {size} ranks" for what in UNITS for size in of_ranks]
+    head += [
+        f"{what}, {UNITS[what]}, {size} rank{'s' * (size > 1)}"
+        for what in UNITS
+        for size in of_ranks
+    ]
     rows = [head]
     for method in next(iter(of_ranks.values())):
-        cells = [
-            shown(what, of_ranks[size][method][what].at(classes))
-            for what in UNITS
-            for size in of_ranks
-        ]
+        cells = [shown(what, of_ranks[size][method][what]) for what in UNITS for size in of_ranks]
         rows.append([method, *cells])
     return markdown(rows, texts=1)
+
+
+def with_classes(
+    of_ranks: Mapping[int, Mapping[str, Mapping[str, Line]]], classes: int
+) -> dict[int, dict[str, Counts]]:
+    """The values of the lines at a number of classes."""
+    return {
+        size: {
+            method: {what: line.at(classes) for what, line in lines.items()}
+            for method, lines in methods.items()
+        }
+        for size, methods in of_ranks.items()
+    }
 
 
 def main() -> None:
@@ -68,13 +83,20 @@ def main() -> None:
     add("--check", action="store_true", help="compare real runs with the lines")
     options = start(parser)
     found = {size: forms(size) for size in options.ranks}
+    on_maps = {size: counts_on_maps(size) for size in options.ranks}
     runs = [Run(method, CHECKED[0]) for method in ROUNDED]
     errors: dict[str, Counts] = dict(zip(ROUNDED, on_ranks(1, runs, difference), strict=True))
     started = starts(CHECKED[1], CHECKED_RANKS)
     checks = check() if options.check else []
-    record = {"lines": found, "float16": errors, "starts": started, "checks": checks}
+    record = {
+        "lines": found,
+        "on_maps": on_maps,
+        "float16": errors,
+        "starts": started,
+        "checks": checks,
+    }
     write(options, "scale", record)
-    text = page(options, found, errors, started, checks)
+    text = page(options, found, on_maps, errors, started, checks)
     (options.out / "scale.md").write_text(text, encoding="utf-8")
 
 
@@ -89,6 +111,11 @@ def forms(size: int) -> dict[str, dict[str, Line]]:
             asked.append((method, tuple(option.items())))
             names.append(f"{method}, {form}")
     return dict(zip(names, lines(size, asked), strict=True))
+
+
+def counts_on_maps(size: int) -> dict[str, Counts]:
+    runs = [Run(method, 0) for method in ON_MAPS]
+    return dict(zip(ON_MAPS, on_ranks(size, runs, count_on_maps), strict=True))
 
 
 def check() -> list[dict[str, Any]]:
@@ -110,6 +137,7 @@ def check() -> list[dict[str, Any]]:
 def page(
     options: argparse.Namespace,
     found: Mapping[int, Mapping[str, Mapping[str, Line]]],
+    on_maps: Mapping[int, Mapping[str, Counts]],
     errors: Mapping[str, Counts],
     started: Mapping[int, Counts],
     checks: Sequence[Mapping[str, Any]],
@@ -122,13 +150,19 @@ def page(
         "rank in a step, if every collective runs as a ring. *Multiplications* are those of the "
         "matrix products in a step. The student's own classifier, which kd and gkd compare, "
         "belongs to the trainer, so its bytes are not included.",
-        "Methods on feature maps are not in the tables, since they keep nothing of classes. The "
-        "same holds for rkd: its angles take 6.4 · 10⁹ multiplications for 128 images and 8 times "
-        "as many for twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is counted "
-        "without its term on the student's filters.",
+        "rkd is not in the tables. Its angles take 6.4 · 10⁹ multiplications for 128 images and 8 "
+        "times as many for twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is "
+        "counted without its term on the student's filters.",
     ]
     for classes in options.classes:
-        parts += [f"## {classes:,} classes", table(found, classes)]
+        parts += [f"## {classes:,} classes", table(with_classes(found, classes))]
+    parts += [
+        "## Methods on feature maps",
+        "These methods keep nothing of classes, so their numbers hold for any number of classes. "
+        "Both sides have the maps of the four stages of an IResNet, with 64 to 512 channels of "
+        "56x56 to 7x7 pixels.",
+        table(on_maps),
+    ]
     lines = [[name, f"{one['loss']:.1e}", f"{one['gradient']:.1e}"] for name, one in errors.items()]
     parts += [
         "## Class rows in float16",

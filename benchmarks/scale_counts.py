@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,6 +55,16 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 PARTS = ("coupleface", "icdface", "proxylesskd", "thkd", "kd")
 TOGETHER = " + ".join(PARTS)
 METHODS[TOGETHER] = [method for name in PARTS for method in METHODS[name]]
+ON_MAPS: dict[str, list[dict[str, Any]]] = {
+    "acsr": [{"name": "acsr"}],
+    "at": [{"name": "at"}],
+    "cakd, without prompts": [{"name": "cakd", "prompts": {"number": 0}}],
+    "fitnet": [{"name": "fitnet"}],
+    "fskd": [{"name": "fskd"}],
+    "reviewkd": [{"name": "reviewkd"}],
+}
+MAPS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of IResNet's stages
+FEW = 8  # images of a count on maps, whose multiplications are in proportion to the images
 HALF = {"table_dtype": "float16"}
 COUNTED = ("held", "saved", "sent", "multiplications")
 LINE = (1600, 3200)  # classes
@@ -79,6 +90,31 @@ class Embeds(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)[:, :DIM] * self.factor
+
+
+class Stages(nn.Module):
+    """(b 3 112 112) -> (b 512), with maps of IResNet's sizes and without a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(channels, side) for channels, side in MAPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = [stage(images) for stage in self.stages]
+        embedding: Tensor = maps[-1].mean((2, 3))
+        return embedding
+
+
+class Stage(nn.Module):
+    """(b 3 h w) -> (b k side side)."""
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.factor, self.side = nn.Parameter(torch.rand(channels, 1, 1) + 0.5), side
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images.mean(1, keepdim=True)
+        return F.adaptive_avg_pool2d(grey, self.side) * self.factor
 
 
 class MadeUpRows(Rows):
@@ -152,22 +188,52 @@ def lesson(run: Run) -> Iterator[Lesson]:
         yield Lesson(kd, student, torch.optim.SGD(groups, lr=1e-3), images, labels)
 
 
+@contextmanager
+def lesson_on_maps(run: Run) -> Iterator[Lesson]:
+    """A lesson of a method on feature maps, with few images."""
+    torch.manual_seed(0)
+    student, teacher = Stages(), Stages()
+    paths = [f"stages.{number}" for number in range(len(MAPS))]
+    with Distiller(
+        student,
+        Teacher(teacher),
+        ON_MAPS[run.method],
+        student_stages=paths,
+        teacher_stages=paths,
+    ) as kd:
+        groups = [{"params": student.parameters()}, *kd.parameter_groups(0.0)]
+        optimizer = torch.optim.SGD(groups, lr=1e-3)
+        yield Lesson(kd, student, optimizer, torch.randn(FEW, 3, 112, 112), torch.arange(FEW))
+
+
 def count(run: Run) -> Counts:
     """The counts of this rank in the second step."""
     with lesson(run) as one:
-        one.step()  # the first one looks at more
-        with sent_bytes() as sent, FlopCounterMode(display=False) as operations:
-            one.step()
-        kd = one.kd
-        tables = [m.tables() for m in kd.modules() if isinstance(m, PerClass)]
-        tensors = *kd.parameters(), *kd.buffers(), *itertools.chain(*tables)
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-        return {
-            "held": sum(held.values()),
-            "saved": sum(tensor.nbytes for tensor in kd.state_dict().values()),
-            "sent": sum(sent),
-            "multiplications": operations.get_total_flops() // 2,
-        }
+        return _counts(one)
+
+
+def count_on_maps(run: Run) -> Counts:
+    """The same for a method on feature maps."""
+    with lesson_on_maps(run) as one:
+        found = dict(_counts(one))
+    found["multiplications"] *= BATCH // FEW
+    return found
+
+
+def _counts(one: Lesson) -> Counts:
+    one.step()  # the first one looks at more
+    with sent_bytes() as sent, FlopCounterMode(display=False) as operations:
+        one.step()
+    kd = one.kd
+    tables = [m.tables() for m in kd.modules() if isinstance(m, PerClass)]
+    tensors = *kd.parameters(), *kd.buffers(), *itertools.chain(*tables)
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return {
+        "held": sum(held.values()),
+        "saved": sum(tensor.nbytes for tensor in kd.state_dict().values()),
+        "sent": sum(sent),
+        "multiplications": operations.get_total_flops() // 2,
+    }
 
 
 def difference(run: Run) -> Counts:

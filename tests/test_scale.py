@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale_counts import BATCH, DIM, Run, count
+from benchmarks.scale_counts import BATCH, DIM, Run, count, count_on_maps
 from tests.ranks import Results, on_two_ranks
 
 CLASSES = (301, 600)
@@ -14,7 +14,8 @@ FLOAT = 4  # bytes
 
 def scenarios() -> dict[str, Results]:
     runs = [Run(method, classes) for method in METHODS for classes in CLASSES]
-    return {f"{run.method} {run.classes}": dict(count(run)) for run in runs}
+    found = {f"{run.method} {run.classes}": dict(count(run)) for run in runs}
+    return {**found, "fitnet": dict(count_on_maps(Run("fitnet", 0)))}
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +47,13 @@ def test_the_traffic_does_not_depend_on_the_classes(ranks: Any, method: str) -> 
     few, many = (ranks[0][f"{method} {classes}"]["sent"] for classes in CLASSES)
     # At least the embeddings of both sides, and a gradient, travel once.
     assert few == many > 3 * FLOAT * BATCH * DIM
+
+
+def test_a_method_on_feature_maps_is_counted(ranks: Any) -> None:
+    """The connector, a convolution of 1x1 pixels and its normalisation, on the last stage."""
+    found, weights, normalised = ranks[0]["fitnet"], 512 * 512, 4 * 512 + 2
+    assert found["held"] == FLOAT * (weights + normalised)
+    # Forward, and the gradients of the map and of the weights.
+    assert found["multiplications"] == 3 * (BATCH * 7 * 7) * weights
+    # Each parameter's gradient goes round a ring of two ranks once.
+    assert found["sent"] >= FLOAT * weights
