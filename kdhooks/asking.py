@@ -303,7 +303,7 @@ def _renamed(stage: Stage, path: str, number: int) -> Stage:
 
 
 def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:
-    """Return a function that probes one more submodule, by a forward of its own."""
+    """Return a function that probes any other submodule; each call runs one forward."""
     if module is None:
         return None
     return lambda path: Stage.of(module, path, observe([path])[path])

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-_MOST = 4  # stages; if there are more, the deepest ones
+_MOST = 4  # the number of stages to return; a longer list keeps its deepest ones
 
 
 def known_stages(model: nn.Module) -> list[str] | None:

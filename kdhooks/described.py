@@ -83,7 +83,7 @@ def as_table(name: str) -> dict[str, Any]:
     info = next(info for info in methods() if info.name == name)
     try:
         found: dict[str, Any] = {"needs": asdict(needs_of(create(name)))}
-    except KDHooksError as error:  # its defaults are not enough to run it
+    except KDHooksError as error:  # it has options without a usable default
         found = {"needs": None, "reason": str(error)}
     return {
         **asdict(info),

@@ -487,7 +487,7 @@ class Distiller(nn.Module):
 
     @property
     def in_epochs(self) -> list[str]:
-        """The terms with a schedule in epochs, and "task_weight" if it has one."""
+        """The names whose schedules count epochs: terms, and "task_weight"."""
         task = ["task_weight"] if self._task_weight.in_epochs else []
         return task + [
             tap.name

@@ -105,7 +105,7 @@ def _check(image: "Image", most: int | None) -> None:
 
 
 def _has_16_bits(image: "Image") -> bool:
-    """Whether a picture is grey with 16 bits, from 0 (black) to 65535."""
+    """Return whether a picture has one channel of 16 bits, in which 0 is black."""
     if image.format == "TIFF":
         tags = getattr(image, "tag_v2", {})
         plain = tags.get(_BITS) == (16,) and tags.get(_PHOTOMETRIC) == 1

@@ -33,8 +33,8 @@ class TeacherRows(PerClass):
         """
         losses: those with a method `prepare` receive the rows once, in `dtype`.
         kept: the dtype in which the rows are stored.
-        taken_by: the student's own classifier, if a host puts these rows there. They are then not
-            stored here as well.
+        taken_by: the student's own classifier, if the host copies these rows into it. They are
+            then not stored here too.
         """
         super().__init__(split, "teacher.classifier")
         own = rows.slice(split.start, split.stop)

@@ -92,7 +92,7 @@ def best_threshold(scores: ArrayLike, same: ArrayLike) -> float:
     best = int(np.argmax(accepted_same - accepted_different))
     above, below = np.append(thresholds, -np.inf)[best : best + 2]
     halfway = above / 2 + below / 2
-    return float(halfway if halfway > below else above)  # none may lie between adjacent floats
+    return float(halfway if halfway > below else above)  # adjacent floats have no number between
 
 
 def equal_error_rate(scores: ArrayLike, same: ArrayLike) -> float:

@@ -79,7 +79,8 @@ def read_pair_sets(
 ) -> list[PairSet]:
     """Read the sets that are specified by the options --data and --pairs of a command.
 
-    data: verification files or folders of them; or, with pairs, one folder or zip of pictures.
+    data: verification files, or folders that contain them; if pairs is given, one folder or zip of
+        pictures.
     folds: the number of folds into which each verification file is cut.
     subject: the start of each error message.
     """

@@ -133,7 +133,8 @@ def needed_nodes(graph: GraphProto, output: str) -> list[NodeProto]:
 class Constants:
     """The values of a graph that do not depend on its image, each computed when it is first read.
 
-    `tell` sets the shape of a value that depends on the image; it is a constant from then on.
+    `tell` sets the shape of a value that depends on the image; from then on, this shape counts as
+    constant.
     """
 
     def __init__(self, model: ModelProto, image: str) -> None:

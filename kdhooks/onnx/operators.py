@@ -98,7 +98,7 @@ def _batch_norm(node: Node) -> nn.Module:
     norm = kind(
         len(node.constant(1)),
         eps=node.attributes.get("epsilon", 1e-5),
-        momentum=1 - node.attributes.get("momentum", 0.9),  # in ONNX, the old value's weight
+        momentum=1 - node.attributes.get("momentum", 0.9),  # ONNX gives the old value's weight
     )
     names = ("weight", "bias", "running_mean", "running_var")
     return _fill(norm, **{name: node.constant(1 + index) for index, name in enumerate(names)})

@@ -15,9 +15,10 @@ Three ranges of pixels are tried: 0..255, -1..1 and 0..1.
   which the quantisation clips, and cover at least an eighth of it.
 - Images of uint8 can only be 0..255.
 
-Unless exactly one range fits, the scale is unknown and must be specified. This is so if the scale
+Unless exactly one range fits, the scale is unknown and must be specified. This happens if the scale
 varies within the image, if an unknown operator scales it, if two values of the image are combined
-(as in normalisation by the image's own statistics), if the image is inverted, and for other ranges.
+(as in normalisation by the image's own statistics), if the image is inverted, or if the graph
+expects any other range.
 
 Channels are RGB by convention. The order is unknown and must be specified if the graph changes it
 (from BGR to RGB, or vice versa), or if the graph expects the third channel to be brighter than the

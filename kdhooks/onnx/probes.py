@@ -163,7 +163,10 @@ def _scaled_by_layer(
 def _scaled_by_product(
     node: NodeProto, known: dict[str, Probes], constants: Constants
 ) -> list[Probes] | None:
-    """Return the outputs of (b h w 3) @ (3 3) if each of them reads one channel."""
+    """Return the outputs of a MatMul (b h w 3) @ (3 3) whose outputs each read one channel.
+
+    None if it is another product.
+    """
     probes, matrix = known.get(node.input[0]), _operand(node, 1, constants)
     if probes is None or matrix is None or matrix.shape != (3, 3) or probes[0].ndim != 4:
         return None

@@ -154,7 +154,7 @@ def arranged(images: Tensor, channels_last: bool, whole_pixels: bool = False) ->
 
 
 def _buffer(x: Tensor) -> tuple[str, int, type, list[int], int]:
-    """Return device, its number, dtype, shape and address, as an IOBinding takes them."""
+    """Return the arguments of an IOBinding: device, its number, dtype, shape and address."""
     return x.device.type, x.device.index or 0, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
 
 

@@ -135,7 +135,7 @@ class TeacherCache:
         """
         keys: Keys = sent.get().numpy()
         self.flush()
-        # Pinned memory from the start, so that the device can fetch it without another copy.
+        # The rows are read into pinned memory, from which the device copies them directly.
         pinned = images.device.type == "cuda"
         rows = torch.empty(len(keys), self._parts.dim, dtype=torch.float16, pin_memory=pinned)
         found, _ = self.look_up(keys, rows.numpy())

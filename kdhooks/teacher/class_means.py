@@ -215,7 +215,10 @@ def _is_whole(found: _Sums) -> bool:
 
 
 def _add(so_far: _Sums, session: TeacherSession, images: Tensor, labels: Tensor, seen: int) -> None:
-    """Add a batch to the sums. seen: images in earlier batches, to number a faulty image."""
+    """Add a batch to the sums.
+
+    seen: the number of images in earlier batches, so that an error can say which image is faulty.
+    """
     unit = F.normalize(session(images).embedding).double().cpu()
     if so_far.flip:
         unit += F.normalize(session(images.flip(-1)).embedding).double().cpu()

@@ -71,7 +71,7 @@ def _weights(count: int) -> Tensor:
 
 
 def probe_images(like: Tensor) -> Tensor:
-    """(2 3 h w) in [-1, 1]: always the same for one shape, on any device."""
+    """(2 3 h w): random images in [-1, 1], which depend only on the shape."""
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(2, *like.shape[1:], generator=generator) * 2 - 1).to(like)
 

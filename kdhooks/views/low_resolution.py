@@ -67,7 +67,10 @@ class Resample(nn.Module):
         return changed.clamp(-1, 1) if overshoots else changed
 
     def _matrices(self, length: int, shorter: int, like: Tensor) -> Tensor:
-        """(n l l), one for each size: both resamplings, applied to the unit vectors."""
+        """(n l l): for each size, the matrix that samples down to it and up again.
+
+        It is found by resampling the identity matrix.
+        """
         # Torch's "nearest" takes the pixel to the upper left, which shifts the face.
         mode, smooth = ("nearest-exact", None) if self.up == "nearest" else (self.up, False)
         found = []

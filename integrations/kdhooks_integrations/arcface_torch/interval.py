@@ -24,7 +24,11 @@ class Interval:
         self._seen: Counter[str] = Counter()
 
     def add(self, metrics: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
-        """metrics: the terms before their weights, and diagnostics; terms: times their weights."""
+        """Add the values of one step.
+
+        metrics: the terms before they are multiplied by their weights, and diagnostics.
+        terms: the terms times their weights.
+        """
         weighted = {f"{name}/weighted": term.detach() for name, term in terms.items()}
         for name, value in {**metrics, **weighted}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()

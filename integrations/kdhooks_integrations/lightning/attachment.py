@@ -60,7 +60,7 @@ class Attachment:
         self._batch: Any = None  # the batch of the current training step
         self._warned = False
         self._unweighted = False  # whether every term of the last step had weight 0
-        self._without: list[nn.Parameter] = []  # loss parameters without a gradient before backward
+        self._without: list[nn.Parameter] = []  # loss parameters whose grad was None
         self._outside = ExitStack()  # entered while the module runs outside its training step
         self.distiller.advise(
             "in Lightning, training_step must call the student itself, in training mode and once "

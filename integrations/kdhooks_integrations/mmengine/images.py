@@ -70,7 +70,7 @@ class Seen:
     def to_recipes(self) -> tuple[Tensor | None, Tensor | None, bool]:
         """Return the conversion to a recipe's images, which are RGB and (pixel - 127.5) / 127.5.
 
-        It is scale and shift (3 1 1), and whether to flip the channels.
+        The result is scale and shift (3 1 1), or None for both, and whether to flip the channels.
         """
         if self.usual:
             return None, None, self.order == "bgr"

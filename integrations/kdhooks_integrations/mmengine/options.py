@@ -1,4 +1,4 @@
-"""The options of `Distill` and `DistillHook`: a recipe's keys, and places in the student."""
+"""The options of `Distill` and `DistillHook`: a recipe's keys, and paths of the student."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -21,7 +21,10 @@ _LIKE = (  # images, labels, indices, classifier
 
 @dataclass(frozen=True)
 class Options:
-    """The recipe, and places in the student; images, labels and indices are forward arguments."""
+    """The recipe, and where the student has its inputs and its classifier.
+
+    The paths of images, labels and indices start at the arguments of the student's forward.
+    """
 
     recipe: Recipe
     images: str  # path of the images

@@ -36,8 +36,8 @@ def Distill(
     """Build the student, and add the methods' losses to its own.
 
     recipe: a TOML file; alternatively, its keys are arguments: teacher, methods, taps, seed, …
-    data_preprocessor: the student's, if its config has none; MMEngine's runners pass that of the
-        config's top level. A student that is already built has its own.
+    data_preprocessor: the student's, if its config has none. MMEngine's runners pass the one from
+        the config's top level. It is ignored if the student is already built.
     The other arguments are those of `Options`.
     """
     options = Options.read(recipe, table, _MIXED)

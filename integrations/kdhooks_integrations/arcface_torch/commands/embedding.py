@@ -121,7 +121,7 @@ def _named(model: Model, shape: tuple[int, int, int]) -> Iterator[None]:
         yield
     except KDHooksError as error:
         raise KDHooksError(f"evaluate: model '{model.name}': {error}") from error
-    except RuntimeError as error:  # because of another input shape, or of too little memory
+    except RuntimeError as error:  # the input shape is wrong, or memory is short
         raise KDHooksError(
             f"evaluate: model '{model.name}' must embed images {shape}; found "
             f"{in_one_line(error)}; specify --recipe with the input_shape of its training, or a "

@@ -56,7 +56,9 @@ def read_batches(
     shape: tuple[int, int, int],
     subject: str = "--data",
 ) -> Iterator[list[Pixels]]:
-    """[(h w 3)], `size` of them at a time, all of this shape. subject: the option, for errors.
+    """Yield batches of pictures [(h w 3)] of the given shape. size: the size of a batch.
+
+    subject: the option, for errors.
 
     All headers are checked first. A picture that cannot be decoded later is skipped, and reported
     after the last batch.

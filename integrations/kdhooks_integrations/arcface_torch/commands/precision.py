@@ -121,10 +121,10 @@ def check_precision(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Kept:
-    """A written form, and its comparison with the float file."""
+    """A file in lower precision that was written, and its comparison with the float file."""
 
-    name: str  # of the file
-    lines: tuple[str, ...]  # the comparison
+    name: str  # the file's name
+    lines: tuple[str, ...]  # the comparison, as text
 
 
 def write_forms(options: argparse.Namespace, chosen: Chosen, folder: Path) -> list[Kept]:

@@ -58,7 +58,7 @@ ASSUMED = "assumed"
 class Settings:
     """The settings, with their names in a config of arcface_torch.
 
-    The defaults are assumed without a config. Except for the batch size, they are those of the
+    Without a config, the defaults are used. Except for the batch size, they are those of the
     trainer's configs/base.py.
     """
 
