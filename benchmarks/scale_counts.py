@@ -71,7 +71,7 @@ LINE = (1600, 3200)  # classes
 
 
 class Run(NamedTuple):
-    """One step to count: of which methods, and with how many classes."""
+    """A step to count: its method, its number of classes, and options."""
 
     method: str
     classes: int
@@ -160,7 +160,10 @@ class Lesson:
 
 @contextmanager
 def lesson(run: Run) -> Iterator[Lesson]:
-    """A lesson whose images have embeddings near the rows of their classes."""
+    """Create a student, its optimizer and distiller, and images.
+
+    The images have embeddings near the class rows of their labels.
+    """
     torch.manual_seed(0)
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     rows, student = MadeUpRows(run.classes), Embeds(torch.rand(DIM) + 0.5)
@@ -207,7 +210,7 @@ def lesson_on_maps(run: Run) -> Iterator[Lesson]:
 
 
 def count(run: Run) -> Counts:
-    """The counts of this rank in the second step."""
+    """Return this rank's counts in the second step."""
     with lesson(run) as one:
         return _counts(one)
 
@@ -237,7 +240,7 @@ def _counts(one: Lesson) -> Counts:
 
 
 def difference(run: Run) -> Counts:
-    """The relative change of the loss and of its gradient by frozen tables in float16."""
+    """Return how much float16 tables change the loss and its gradient, as ratios."""
     found = []
     for options in ((), tuple(HALF.items())):
         with lesson(run._replace(options=options)) as one:
@@ -254,7 +257,7 @@ def difference(run: Run) -> Counts:
 
 @contextmanager
 def sent_bytes() -> Iterator[list[float]]:
-    """Collects the bytes that one rank sends in each collective inside, if it runs as a ring."""
+    """Collect the bytes that a rank sends in each collective call, if these are ring algorithms."""
     found: list[float] = []
     size = dist.get_world_size()
 
@@ -276,7 +279,7 @@ def sent_bytes() -> Iterator[list[float]]:
 
 
 def first_step(run: Run) -> Counts:
-    """From the files of class rows and neighbours to the end of the first step, on this rank."""
+    """Count from reading class rows and neighbours to the end of this rank's first step."""
     folder = Path(run.method)
     coupled = {"name": "coupleface", "neighbours": folder / "neighbours"}
     student, images = Embeds(torch.rand(DIM) + 0.5), torch.randn(BATCH, 3, SIDE, SIDE)
@@ -329,7 +332,7 @@ def starts(classes: int, sizes: Sequence[int]) -> dict[int, Counts]:
 def on_ranks(
     size: int, runs: Sequence[Run], measure: Callable[[Run], Counts] = count
 ) -> list[Counts]:
-    """The counts of rank 0 among `size` ranks, for each run."""
+    """Do each run on `size` ranks; return the counts of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_main, (size, list(runs), measure, folder), nprocs=size)
         found: list[Counts] = torch.load(Path(folder) / "counts.pt")
@@ -371,7 +374,7 @@ class Line(NamedTuple):
 def lines(
     size: int, runs: Sequence[tuple[str, tuple[tuple[str, Any], ...]]]
 ) -> list[dict[str, Line]]:
-    """The four lines of each method with its options."""
+    """Return the four lines of each method with its options."""
     both = [[Run(method, classes, options) for method, options in runs] for classes in LINE]
     first, second = (on_ranks(size, part) for part in both)
     found = []

@@ -1,11 +1,12 @@
-"""What a library around a step costs.
+"""Measure how much time and memory a distillation library adds to a training step.
 
     python -m benchmarks.overhead --threads 1 --out bench-out
 
-The same step by hand, with kdhooks, and with torchdistill and modelopt where they are installed,
-all in one process. They take turns, so that whatever else the machine does meets them alike; ratios
-are of one turn. Writes overhead.json and overhead.png; with --profile, where the time of kdhooks'
-step goes instead, as overhead_profile.json and a trace for each size.
+The same step is written by hand, with kdhooks, and with torchdistill and modelopt if they are
+installed. All run in one process and take turns, so that other work on the machine slows all of
+them alike; a ratio compares times of the same turn. Writes overhead.json and overhead.png. With
+--profile it measures the parts of kdhooks' step instead, and writes overhead_profile.json and a
+trace for each size.
 """
 
 import math
@@ -50,7 +51,7 @@ SIZES = [Size(4, 1, 32, 8), Size(32, 2, 112, 16)]
 
 
 def ways(size: Size) -> tuple[dict[str, Callable[[Pair], Step]], dict[str, str]]:
-    """Those that can be run here, and why the others can't."""
+    """Return the ways that can run here, and for each other way the reason why it can't."""
     found: dict[str, Callable[[Pair], Step]] = {
         "student alone": alone,
         "without hooks": without_hooks,
@@ -73,7 +74,7 @@ def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def measure(size: Size, turns: int, device: torch.device) -> dict[str, Any]:
-    """Each way's counts, bytes and seconds."""
+    """Return each way's counts, bytes and seconds."""
     models = material(size.width, size.blocks, size.pixels)
     images, labels = batch_of(size, device)
     found, left_out = ways(size)
@@ -106,7 +107,10 @@ def repeat(step: Callable[[], None], times: int) -> None:
 
 
 def check_gradient(name: str, found: Pair, wanted: Pair) -> None:
-    """Of one direction; its length is the weights', and modelopt's must sum to 1."""
+    """Check that the gradients of two ways have the same direction.
+
+    Their lengths differ with the weights of the losses, since those of modelopt must sum to 1.
+    """
     directions = []
     for pair in (found, wanted):
         gradients = [p.grad.flatten() for p in pair.trained if p.grad is not None]
@@ -116,7 +120,7 @@ def check_gradient(name: str, found: Pair, wanted: Pair) -> None:
 
 
 def costs(step: Callable[[], None], pair: Pair, images: Tensor) -> dict[str, int]:
-    """Counts and bytes, of a step in its steady state and of an evaluation after it."""
+    """Return the counts and bytes of a step in its steady state, and of an evaluation after it."""
 
     def evaluate() -> None:
         pair.student.eval()

@@ -1,4 +1,4 @@
-"""What a step costs besides time: Python calls, and bytes at its peak and after it."""
+"""Counts the Python calls of a step, and its bytes at the peak and afterwards."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ class Calls(NamedTuple):
 
 
 def calls(work: Work) -> Calls:
-    """As sys.setprofile counts them, in this thread."""
+    """Count the calls in this thread with sys.setprofile."""
     counted = {"call": 0, "c_call": 0}
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -41,7 +41,7 @@ class Bytes(NamedTuple):
 
 
 def tensor_bytes(work: Work) -> Bytes:
-    """In tensors, seen between one operator and the next, on any device.
+    """Return the bytes in tensors, measured between operators, on any device.
 
     So without the models, their gradients and what an operator needs while it runs; but with what
     autograd saves, and no matter who holds it.

@@ -1,4 +1,4 @@
-"""Where the time of kdhooks' step goes, by torch.profiler, and the least that it could take."""
+"""Measures the parts of kdhooks' step with torch.profiler, and estimates its shortest time."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ MAPS_BACKWARD = "autograd::engine::evaluate_function: MseLossBackward0"
 
 
 def parts_of_a_step(pair: Pair, images: Tensor, labels: Tensor, trace: Path) -> dict[str, Any]:
-    """Milliseconds of a step, part by part; its operations and bytes, and what those need."""
+    """Return the milliseconds of each part of a step, and the least that its work would take."""
     device = images.device
     step, kd = distilled(pair, images.shape[-1])
     spans: dict[str, tuple[object, str]] = {
@@ -47,7 +47,7 @@ def _fastest(work: Work, device: torch.device) -> float:
 
 
 def _floor(pair: Pair, images: Tensor) -> dict[str, Any]:
-    """Operations of the models, bytes of the terms, and this machine's pace at either."""
+    """Return the models' operations, the terms' bytes, and this machine's rate of each."""
     device = images.device
     maps = []
     for name, module in pair.student.named_children():

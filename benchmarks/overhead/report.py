@@ -1,4 +1,4 @@
-"""The table and the picture of what was measured."""
+"""The table and the picture of the measurements."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from benchmarks.measuring import Spread, Times, spreads, told
 
 
 def summary(seconds: Mapping[str, Times], name: str) -> dict[str, Spread]:
-    """Medians and quartiles of the seconds, and of the turns' ratios to two other ways."""
+    """Return medians and quartiles of the seconds, and of their ratios to two other ways."""
     own = seconds[name]
     return {
         **spreads("seconds", own),
@@ -19,7 +19,7 @@ def summary(seconds: Mapping[str, Times], name: str) -> dict[str, Spread]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown, one line a way."""
+    """Format a Markdown table with a line for each way."""
     size = found["size"]
     heads = ["", "Python calls", "C calls", "ms", "of the loop by hand", "of the student alone"]
     heads += ["peak, MB", "held, bytes", "after an evaluation"]
@@ -43,7 +43,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def picture(sizes: Sequence[Mapping[str, Any]]) -> Figure:
-    """Calls that each way adds, and for each size its time in that of the loop by hand."""
+    """Draw the calls that each way adds, and its time relative to the hand-written loop."""
     names = [name for name in sizes[0]["rows"] if name not in ("student alone", "without hooks")]
     names.reverse()
     figure = Figure((5 * (1 + len(sizes)), 1.5 + 0.4 * len(names)), layout="constrained")

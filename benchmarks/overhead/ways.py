@@ -22,7 +22,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 class Network(nn.Module):
-    """Four stages of 3x3 convolutions, and an embedding; `tells` it to return its maps too."""
+    """Four stages of 3x3 convolutions, and an embedding; with `tells`, it also returns its maps."""
 
     def __init__(self, width: int, blocks: int, size: int, tells: bool = False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Network(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """(b 3 h w) -> (b d), and the maps (b k h w) of TAPPED where it tells them."""
+        """(b 3 h w) -> (b d), and with `tells` the maps (b k h w) of TAPPED."""
         maps = []
         for name in STAGES:
             images = self.get_submodule(name)(images)
@@ -51,7 +51,7 @@ class Network(nn.Module):
 
 
 def material(width: int, blocks: int, size: int) -> tuple[Network, Network]:
-    """A student, and a teacher of twice its blocks with the statistics of some noise."""
+    """Return a student, and a teacher with twice its blocks and with batch statistics of noise."""
     torch.manual_seed(0)
     student, teacher = Network(width, blocks, size), Network(width, 2 * blocks, size)
     for module in teacher.modules():
@@ -98,7 +98,7 @@ def alone(pair: Pair) -> Step:
 
 
 def telling(pair: Pair) -> Step:
-    """With models that return their maps, and so without hooks: what is counted as no overhead."""
+    """Models that return their maps need no hooks: this is the baseline without overhead."""
     pair.student.tells = pair.teacher.tells = True
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -113,7 +113,7 @@ def telling(pair: Pair) -> Step:
 
 
 def by_hand(pair: Pair) -> Step:
-    """A hook on each module, which puts the output into a dict: no check of anything."""
+    """A hook on each module stores its output in a dict, without any check."""
     seen: dict[tuple[str, str], Tensor] = {}
 
     def keep(side: str, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -152,7 +152,7 @@ class Maps:
 
 
 def distilled(pair: Pair, size: int) -> tuple[Step, Distiller]:
-    """As README.md writes it."""
+    """The loop of README.md."""
     kd = Distiller(
         pair.student,
         Teacher(pair.teacher),

@@ -16,7 +16,10 @@ class _Cosine(nn.modules.loss._Loss):
 
 
 def converted(pair: Pair) -> Step:
-    """Its weights must sum to 1 with the labels' own: a fifth each, so a fifth of the gradient."""
+    """The weights of all losses, that of the labels included, must sum to 1.
+
+    Each loss has a fifth, so the gradient has a fifth of the usual length.
+    """
     criterion = {(name, name): nn.MSELoss() for name in TAPPED}
     config = {
         "teacher_model": pair.teacher,

@@ -15,7 +15,7 @@ from benchmarks.overhead.ways import TAPPED, Pair, Step, cosine_gap, map_gap
 
 
 def by_hooks(pair: Pair) -> Step:
-    """It records and pops; the teacher's forward and the loss stay with the user."""
+    """Uses its hooks to record outputs; the user runs the teacher and computes the losses."""
     managers = [ForwardHookManager(next(pair.head.parameters()).device) for _ in range(2)]
     for manager, model in zip(managers, (pair.student, pair.teacher), strict=True):
         for name in (*TAPPED, "embedding"):
@@ -42,7 +42,10 @@ class _Cosine(nn.Module):
 
 
 def by_box(pair: Pair) -> Step:
-    """Its whole loop body, `forward_process`; the head belongs to the student, as its YAML asks."""
+    """Uses its whole loop body, `forward_process`.
+
+    The head is a part of the student, as its YAML requires.
+    """
     student = nn.Sequential(OrderedDict(network=pair.student, head=pair.head))
     paths = [f"network.{name}" for name in (*TAPPED, "embedding")]
     losses = [*(nn.MSELoss() for _ in TAPPED), _Cosine()]
@@ -80,7 +83,7 @@ def by_box(pair: Pair) -> Step:
 
 
 def _term(loss: nn.Module, student: str, teacher: str | None) -> dict[str, object]:
-    """What a YAML file says of one term; without a teacher's path it is given the labels."""
+    """Return a term as a YAML file describes it; without a teacher's path it gets the labels."""
     target: dict[str, object] = {"uses_label": True}
     if teacher is not None:
         target = {"is_from_teacher": True, "module_path": teacher, "io": "output"}

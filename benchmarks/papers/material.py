@@ -1,4 +1,4 @@
-"""What every student learns from, and the teacher's outputs for it, computed once and kept."""
+"""The images that every student learns from, and the teacher's recorded outputs for them."""
 
 import hashlib
 import json
@@ -30,13 +30,13 @@ SEVERAL = "people with several images"
 
 @dataclass(frozen=True)
 class Images:
-    """Which images of whom, and in which views; see `benchmarks.papers.views`."""
+    """The choice of training images, and of their views; see `benchmarks.papers.views`."""
 
     kinds: tuple[str, ...]
-    single: bool = True  # people of whom there is one image too
+    single: bool = True  # also use people with one image
 
     def views(self, faces: Faces) -> Faces:
-        """(n) -> (m): the first images, MOST at most, of each person, in all views."""
+        """(n) -> (m): the first images of each person, at most MOST, in all views."""
         return drawn(chosen(faces, self.single), self.kinds)
 
     def parts(self, views: Faces) -> dict[str, Tensor]:
@@ -49,7 +49,10 @@ class Images:
 
 
 def chosen(faces: Faces, single: bool) -> Faces:
-    """The first images, MOST at most, of each person; `single`: also of those with one image."""
+    """Return the first images of each person, at most MOST.
+
+    single: keep people with one image too.
+    """
     images: Counter[str] = Counter()
     number = []
     for person in faces.people:
@@ -61,7 +64,7 @@ def chosen(faces: Faces, single: bool) -> Faces:
 
 
 class Outputs:
-    """A teacher's outputs for some images, in a folder: computed if they are not there."""
+    """A teacher's outputs for some images, read from a folder, or computed and stored there."""
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class Outputs:
         stages: Mapping[str, str],
         device: torch.device,
     ) -> None:
-        """images (n 3 h w) uint8; stages: name -> path in the teacher of what is kept besides."""
+        """images: (n 3 h w) uint8. stages: names and paths of the submodules to record."""
         module = teacher.module
         assert module is not None
         key = {
@@ -91,7 +94,10 @@ class Outputs:
     def _record(
         self, images: Tensor, teacher: Teacher, stages: Mapping[str, str], device: torch.device
     ) -> None:
-        """In one pass; features in half precision, whose error their own noise exceeds by far."""
+        """Record everything in one pass.
+
+        Features are stored in float16; its rounding is far smaller than their noise.
+        """
         stored: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
         embedding = []
         chunk = teacher_chunk(device)
@@ -114,7 +120,7 @@ class Outputs:
         np.save(self.folder / "embedding.npy", torch.cat(embedding).numpy())
 
     def maps(self, rows: NDArray[np.int64]) -> dict[str, Maps]:
-        """The recorded features of these images."""
+        """Return the recorded features of these images."""
         return {name: Maps((self.folder / f"{name}.npy").resolve(), rows) for name in self.stages}
 
 
@@ -126,10 +132,10 @@ def lesson(
     network: nn.Module | None = None,
     stages: Sequence[str] = (),
 ) -> Lesson:
-    """All that is not of the people left out.
+    """Return the training material without the people in `left_out`.
 
-    outputs: of each teacher; the recorded features are those of the first. network, stages: the
-    teacher itself and its paths, for rows that run it in every step.
+    outputs: the outputs of each teacher; recorded features are those of the first. network, stages:
+    the teacher itself and its paths, for rows that run it in every step.
     """
     keep = ~np.isin(views.people, list(left_out))
     found = [one.embedding[torch.from_numpy(keep)] for one in outputs]
@@ -151,7 +157,7 @@ def lesson(
 
 
 def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:
-    """Short digests, by which the results of other data or of another teacher are recognised."""
+    """Return short digests that show whether two results have the same data and teacher."""
     assert teacher.module is not None
     text = repr((digest(faces.images), faces.names, pairs.names, pairs.folds.tolist()))
     weights = weights_of(teacher.module)

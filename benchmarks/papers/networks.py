@@ -1,4 +1,4 @@
-"""The networks of the settings: students and teachers that are small enough for a processor."""
+"""The networks of the settings: students and teachers that are small enough for a CPU."""
 
 from functools import partial
 
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """(b n k) -> (b n k): each token looks at all."""
+    """(b n k) -> (b n k): each token attends to all tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read(path: Path) -> list[dict[str, object]]:
-    """The results so far, without an incomplete last line."""
+    """Return the results so far, without an incomplete last line."""
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -29,7 +29,7 @@ def mend(path: Path) -> None:
 
 
 def differences(found: Sequence[Mapping[str, object]], settings: Mapping[str, object]) -> list[str]:
-    """The settings in which records differ from these; one that a record lacks counts as equal."""
+    """Return the settings in which records differ from these; missing ones count as equal."""
     different = []
     for key, value in settings.items():
         others = {str(record[key]) for record in found if record.get(key, value) != value}

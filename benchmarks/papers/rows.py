@@ -1,4 +1,4 @@
-"""The lines of the tables: one small student each, by labels alone or by methods beside them.
+"""The rows of the tables: each is a small student, trained on labels alone or with methods too.
 
 Weights are those that sweeps on the pairs of folds 7 and 8 found best; see docs/results.
 """
@@ -82,7 +82,7 @@ SHORT = (
     Row("eckd + coupleface", [ECKD, COUPLEFACE]),
     Row("proxylesskd + acsr", [PROXYLESSKD, ACSR], labels=0.0),
 )
-# What the choices inside of a method are worth; on the pairs of folds 7 and 8.
+# Rows that compare the choices inside a method, on the pairs of folds 7 and 8.
 SHORT_STUDY = (
     Row("kd, plain scores", [{**KD, "standardize": False}]),
     Row("gkd, plain scores", [{**GKD, "standardize": False}]),
@@ -134,7 +134,7 @@ S = (
 M = (_BASE, Row("fcd", [FCD]), Row("coupleface", [COUPLEFACE]))
 
 
-# What makes the lead of a method hold in a long training; on the pairs of folds 7 and 8.
+# Rows that test why a method stays ahead in a long training, on the pairs of folds 7 and 8.
 _CHANGES: dict[str, dict[str, Any]] = {
     "plain views": {"part": PLAIN},
     "people with several images": {"part": SEVERAL},
@@ -153,7 +153,7 @@ STUDY = (
 
 
 def swept(rows: Sequence[Row], factors: Sequence[float] = SWEPT) -> Iterator[Row]:
-    """Labels alone, and each method that has a weight beside the labels at several multiples."""
+    """Return labels alone, and each method with a weight at several multiples of that weight."""
     for row in rows:
         if row.name == LABELS:
             yield row

@@ -52,7 +52,7 @@ class Course:
         return {**found, "curve": trained.looks}
 
     def entry(self, row: str, seed: int, score: Score) -> Record:
-        """The figures of one student, as a line of the results holds them."""
+        """Return the figures of one student as they are stored in the results."""
         return {
             **self.common,
             "row": row,
@@ -87,11 +87,11 @@ def prepare(device: torch.device, threads: int) -> None:
 def records(
     jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
 ) -> Iterator[Record]:
-    """Each student's record, as soon as the student is tested.
+    """Yield each student's record as soon as the student is tested.
 
     A student that fails does not stop the others: its traceback is printed, and SystemExit is
-    raised after the last one. folder: where several processes read the course from. threads: of
-    all processes together.
+    raised after the last one. folder: the folder of the file from which several processes read the
+    course. threads: the number of threads of all processes together.
     """
     failures = []
     for (row, seed), outcome in _outcomes(jobs, course, folder, processes, threads):
@@ -144,13 +144,13 @@ def in_processes(
 
 
 def _student(file: Path, device: torch.device, threads: int, row: Row, seed: int) -> Record:
-    """One job, in a process that does several."""
+    """Do one job; the process may do several, one after another."""
     return _course(file, device, threads).record(row, seed)
 
 
 @cache
 def _course(file: Path, device: torch.device, threads: int) -> Course:
-    """The course that the parent process stored; each process reads it once."""
+    """Return the course that the parent process stored; each process reads it once."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(device, threads)
     course: Course = torch.load(file, weights_only=False, mmap=True)
@@ -158,7 +158,7 @@ def _course(file: Path, device: torch.device, threads: int) -> Course:
 
 
 def _end_with_parent() -> None:
-    """A process of the pool would otherwise wait for ever after its parent was killed."""
+    """End this process with its parent; it would wait for ever after the parent was killed."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

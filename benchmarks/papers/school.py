@@ -1,4 +1,4 @@
-"""What a setting's students learn from: its teacher, and the teacher's outputs for all images."""
+"""The source of a setting's students: its teacher, and the teacher's outputs for all images."""
 
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ class School:
     def __init__(
         self, setting: Setting, faces: Faces, file: str | None, folder: Path, device: torch.device
     ) -> None:
-        """faces: of all people who are not tested; file: the one of SFace's place, if not SFace."""
+        """faces: of everybody who is not tested. file: the one that replaces SFace, if any."""
         self.setting = setting
         self.sface = _sface(file)
         self._faces, self._folder, self._device = faces, folder, device
@@ -42,7 +42,7 @@ class School:
 
     @cached_property
     def teacher(self) -> Teacher | Teachers:
-        """SFace, or the network that is distilled from it, by FCD alone; or several of these."""
+        """SFace, or the network that was distilled from it by FCD alone, or several of these."""
         return Teachers(self._each) if self.setting.teachers else self._each[0]
 
     @cached_property
@@ -50,7 +50,7 @@ class School:
         return [self._of(setting) for setting in self.setting.teachers or (self.setting,)]
 
     def _of(self, setting: Setting) -> Teacher:
-        """The teacher of that setting, which learns from the images of this one."""
+        """Return the teacher of that setting, trained on the images of this one."""
         taught = setting.taught
         if taught is None:
             return self.sface
@@ -73,7 +73,7 @@ class School:
         return Teacher(network.eval(), channels_last=self._device.type == "cpu")
 
     def lesson(self, left_out: set[str]) -> Lesson:
-        """All that is not of the people left out."""
+        """Return the training material without the people in `left_out`."""
         setting = self.setting
         outputs = [self._outputs(one, recorded=True) for one in self._each]
         return lesson(
@@ -91,7 +91,7 @@ class School:
 
 
 def _sface(file: str | None) -> Teacher:
-    """As a torch module always, since its stages are tapped."""
+    """Load SFace as a torch module, since its stages are tapped."""
     if file is None:
         return teacher_of(None)
     network = to_torch(file)

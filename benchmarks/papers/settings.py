@@ -31,9 +31,9 @@ _SEVERAL = Images(_VIEWS, single=False)
 class Setting:
     """One table of the results.
 
-    recorded: name -> path of what is kept of the teacher besides its embeddings; taught: how the
-    teacher itself is distilled from SFace, if it is not SFace; more_seeds: the rows that get five
-    seeds and not three.
+    recorded: names and paths of the teacher's features that are recorded besides its embeddings.
+    taught: how the teacher itself is distilled from SFace, if it is not SFace.
+    more_seeds: the rows with five seeds, in place of three.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Setting:
     taught: Settings | None = None
     teacher_stages: tuple[str, ...] = ()
     more_seeds: tuple[str, ...] = ()
-    teachers: tuple["Setting", ...] = ()  # whose teachers are this one's, in place of its own
-    study: tuple[Row, ...] = ()  # rows of a sweep alone
-    probes: nn.Module | None = None  # the view of the test's images that students are given
+    teachers: tuple["Setting", ...] = ()  # use the teachers of these settings
+    study: tuple[Row, ...] = ()  # rows that only a sweep has
+    probes: nn.Module | None = None  # the students' view of the test images
 
 
 _LOW = StudentView(low_resolution={"sizes": [14, 20, 28]})

@@ -1,4 +1,4 @@
-"""The fixed images of a table: each face in several views, drawn once by a seed.
+"""The fixed training images of a table: each face in several views, drawn once with a seed.
 
 The teacher's outputs of fixed views are computed once, and every student sees the same images.
 """
@@ -15,9 +15,9 @@ from kdhooks_demo.faces import Faces
 from kdhooks_demo.material import STRONG, View, mild, plain, random_view, viewed
 
 GREY = 0.15  # share of the strong views that lose their colours
-BLURRED = 0.12  # of those that are sampled down to each of SMALL, and up again
+BLURRED = 0.12  # share of those sampled down to each of SMALL, and up again
 SMALL = (28, 56)  # pixels
-COVERED = 0.25  # of those with a rectangle of one grey
+COVERED = 0.25  # share of those with a grey rectangle
 SIDES = (16, 48)  # of that rectangle, in pixels
 
 

@@ -67,7 +67,7 @@ def _check_memory(name: str, classes: int, given: argparse.Namespace) -> None:
 
 
 def _chunks(given: argparse.Namespace, classes: int, tiny: bool) -> Mapping[str, Result]:
-    """Measure only kd, by the size of its chunks."""
+    """Measure kd with chunks of several sizes, without the plain form."""
     given = argparse.Namespace(**{**vars(given), "forms": ["kdhooks"]})
     kind = "cpu" if given.device.type == "cpu" else "cuda, trained"
     found = {}
