@@ -242,7 +242,7 @@ def test_the_anchor_trains_only_the_teacher_side_to_predict_the_teachers_embeddi
         reference.anchor_term(side(first)[0], teacher[1].numpy(), first["anchor.weight"]),
     )
     maps.check_gradients(loss, student, teacher, total, directions=1)
-    with pytest.raises(KDHooksError, match=r"'anchored' reads .* must be \(b 4\); found \(3, 5\)"):
+    with pytest.raises(KDHooksError, match=r"'anchored' takes .* must be \(b 4\); found \(3, 5\)"):
         loss(student, [teacher[0], normal(5, 3, 5)], labels(3))
 
 

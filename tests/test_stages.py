@@ -56,7 +56,7 @@ def test_a_grid_has_only_the_patches() -> None:
     with pytest.raises(KDHooksError, match="returns 13 tokens in training and 16 when probed"):
         grid(x[:, :18])
     with pytest.raises(
-        KDHooksError, match=r"square grid; found 22 of them; name .* as num_prefix_tokens"
+        KDHooksError, match=r"square grid; found 22 of them; name .* set num_prefix_tokens"
     ):
         Grid.of(Stage.of(Tokens(cls_token=1), "blocks.1", torch.zeros(1, 22, 4)), "method")
 
