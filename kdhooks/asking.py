@@ -263,7 +263,7 @@ def probe_teachers(
     images: Tensor,
     points: Points | None = None,
 ) -> Model:
-    """Probe one teacher; or several, each by itself, and join them into one model."""
+    """Probe one teacher; or probe each of several teachers, and join them into one model."""
     if isinstance(teacher, Teacher):
         return probe_teacher(teacher, stages, images, points)
     models: list[Model] = []

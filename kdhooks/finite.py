@@ -61,7 +61,7 @@ def refuse(wrong: Tensor, words: Callable[[], str]) -> Question | None:
 
 
 class Finite:
-    """Asks the questions of each step; the answer is read in the next step.
+    """Collects the questions of each step, and reads their answer in the next step.
 
     With "skip", the host waits for the answer in the same step, since that step continues without
     its terms, on all ranks, if a number is not finite.
@@ -117,7 +117,7 @@ class Finite:
 
 
 class _Answer:
-    """A `Later` whose result is the fault of one step, or "" if all its numbers are finite."""
+    """A `Later` of one step: its result is an error message, or "" if all numbers are finite."""
 
     def __init__(self, step: int, questions: Sequence[Question]) -> None:
         self.step = step

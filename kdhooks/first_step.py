@@ -34,7 +34,10 @@ def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int,
 
 
 def check_teacher(output: TeacherOutput, images: Tensor, who: str = "teacher") -> None:
-    """Check for finite taps, and different embeddings of different images. who: for errors."""
+    """Check that all outputs are finite, and that different images have different embeddings.
+
+    who: the name of the teacher in error messages.
+    """
     named = {"embedding": output.embedding, **output.features}
     for name, tensor in named.items():
         if not torch.isfinite(tensor).all():

@@ -70,7 +70,7 @@ class Replicas(NotCopied):
 
     def __init__(self, module: nn.Module, declared: Sequence[str], sharded: bool) -> None:
         """
-        declared: one line for each term, the same on every rank.
+        declared: one line of text for each term; it must be the same on every rank.
         sharded: whether the student's classifier, and buffers made from it, are split by class.
         """
         refuse_different(declared)

@@ -64,7 +64,7 @@ class TeacherRows(PerClass):
 
 @dataclass(frozen=True)
 class Inherited:
-    """A term that the host's own head computes, on the teacher's rows in place of its own."""
+    """A term that the host's own head computes, with the teacher's rows, not its own."""
 
     name: str
     weight: float

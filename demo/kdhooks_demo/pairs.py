@@ -58,7 +58,8 @@ def split_by_people(faces: Faces, share: float, seed: int) -> Split:
 def make_pairs(faces: Faces, seed: int) -> Pairs:
     """All pairs of one person, at most MOST of them, and as many pairs of two people.
 
-    Where fewer pairs of two people are drawn, there are fewer of one person too.
+    If fewer pairs of two people can be drawn, the number of pairs of one person is reduced to
+    theirs.
     """
     generator = np.random.default_rng(seed)
     groups = [np.flatnonzero(faces.people == person) for person in np.unique(faces.people)]

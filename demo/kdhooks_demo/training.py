@@ -212,7 +212,7 @@ def train(
     All weights are initialised on the processor, so that a seed means the same on every device.
 
     progress: called every few steps with the number of new steps and the last loss.
-    look: called with the student in eval mode, `looks` times at equal distances, and at the end.
+    look: called with the student in eval mode, `looks` times at equal intervals, and at the end.
         Its shares are kept, with `images_seen`, the methods' log of that step, and the `strength`
         and `agreement` of their gradient beside that of the labels' loss.
     """

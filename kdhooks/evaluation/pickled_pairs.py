@@ -27,7 +27,10 @@ class PickledPairs(NamedTuple):
 
 
 def read_pickled_pairs(path: str | Path, subject: str) -> PickledPairs:
-    """Read the pictures and flags of a file. subject: the start of each error message."""
+    """Read the pictures and flags of a file.
+
+    subject: the name of the option, with which each error message starts.
+    """
     path = user_path(path, subject)
     first_bytes(path, subject)
     try:

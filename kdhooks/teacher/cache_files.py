@@ -49,7 +49,7 @@ class Part:
         return np.array(self._keys["key"][known:], np.int64)
 
     def records(self) -> tuple[float, float]:
-        """Return the numbers of keys and of rows in the files; a partial one is a fraction."""
+        """Return the numbers of keys and rows in the files, with fractions for incomplete ones."""
         keys, rows = (path.stat().st_size if path.exists() else 0 for path in self._paths)
         return keys / _KEY.itemsize, rows / (2 * self._rows.shape[1])
 

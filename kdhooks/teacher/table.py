@@ -1,4 +1,4 @@
-"""A recipe's table for a teacher: its source, how it runs, and loading its network."""
+"""A recipe's table for a teacher: reads its source and settings, and loads its network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -88,8 +88,8 @@ def check_method(
     """Check that a method follows all rules; otherwise raise AssertionError with the broken rule.
 
     method: its class, created with the options.
-    student, teacher: functions that create the models, which take images (b 3 32 32), for a method
-        that needs others than a TinyFaceNet on both sides. With `teacher=lambda:
+    student, teacher: functions that create models for images (b 3 32 32). They are needed if the
+        method cannot run on two networks of class TinyFaceNet. With `teacher=lambda:
         tiny_teacher(width=4)` the stages of both sides have the same shapes, so that a loss on
         features is also checked for a student that equals the teacher.
     """

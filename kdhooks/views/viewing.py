@@ -51,7 +51,7 @@ class Viewing:
             self.view.to(images.device)
         version = None if images.is_inference() else images._version
         kind = images.device.type
-        autocast = torch.is_autocast_enabled(kind)  # asking is cheaper than switching it off
+        autocast = torch.is_autocast_enabled(kind)  # entering torch.autocast needlessly is slower
         with torch.no_grad(), torch.autocast(kind, enabled=False) if autocast else nullcontext():
             draws = Draws(self.seed, step, first, images.shape[0], images.device)
             seen: object = self._run(images, draws)

@@ -131,7 +131,8 @@ class Joined:
 def _refuse_ranks_apart(ours: State | None) -> None:
     """Refuse checkpoints of different steps.
 
-    Each rank saves its own checkpoint, so a run that is killed during this leaves some older ones.
+    Each rank saves its own checkpoint. If a run is killed while it saves, some ranks still have
+    their previous one.
     """
     if world() is None:
         return

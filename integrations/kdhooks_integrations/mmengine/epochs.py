@@ -33,7 +33,7 @@ def length(loop: Any) -> int | None:
     except (TypeError, NotImplementedError):  # for example with an IterableDataset
         return None
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    if isinstance(sampler, InfiniteSampler):  # each rank's has the length of the whole data set
+    if isinstance(sampler, InfiniteSampler):  # its length ignores the number of ranks
         batches = math.ceil(batches / sampler.world_size)
     return batches or None
 
@@ -52,4 +52,4 @@ def check_numbers(loop: Any) -> None:
                 "which counts sample_idx from 0; train on one data set, or add your own numbers in "
                 "a transform, and name them as indices = 'data_samples.field'"
             )
-        dataset = getattr(dataset, "dataset", None)  # the inner one, if this one repeats it
+        dataset = getattr(dataset, "dataset", None)  # the data set inside a wrapper, if any

@@ -33,7 +33,7 @@ def read_config(config: str, trainer: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _name(config: str, trainer: Path) -> str:
-    """Return the config's name in the trainer's folder configs, the only one that it reads."""
+    """Return the config's name in the folder `configs`; the trainer reads no other folder."""
     folder = (trainer / "configs").resolve()
     given = Path(config)
     if folder not in ((trainer / given).parent.resolve(), given.parent.resolve()):

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 class Looks(NamedTuple):
-    """The m images of a set as the models see them: first without, then through the view."""
+    """The m images of a set that the models embed: first unchanged ones, then those of the view."""
 
     images: NDArray[np.int64]  # (m): their positions in the set
     sharp: int  # the number of images without the view

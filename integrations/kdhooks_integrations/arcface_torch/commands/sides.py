@@ -12,7 +12,7 @@ _MOST = 8  # images side by side
 
 
 def write_sides(file: Path, given: Tensor, seen: Tensor) -> str:
-    """Write a picture, and return a sentence about it and about the difference.
+    """Write a picture of both sides' images; return a sentence that says how much they differ.
 
     given, seen: (b 3 h w) in [-1, 1], the images of the teacher and of the student.
     """
