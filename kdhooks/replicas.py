@@ -43,7 +43,7 @@ class _Place:
 
     @property
     def silent(self) -> bool:
-        """Whether it may change without a new version, as the statistics of a BatchNorm do."""
+        """Whether its values may change without a new `_version`, as BatchNorm statistics do."""
         return isinstance(self.module, nn.modules.batchnorm._NormBase)
 
     def mark(self) -> _Mark:

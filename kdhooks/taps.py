@@ -72,7 +72,7 @@ class TapPath(NamedTuple):
     """A parsed path such as `path:in[-1]@2`, the last input of the submodule's second call."""
 
     name: str  # of the submodule; "" is the model itself
-    place: int | None = None  # the number in []; None for the only tensor
+    place: int | None = None  # the number in []; None if there is one tensor
     call: int = 0  # the number after @; 0 without one
     inner: bool = False  # whether `:in` asks for the input instead of the output
 

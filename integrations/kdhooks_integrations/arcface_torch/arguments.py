@@ -49,7 +49,7 @@ def check_kinds(
 
 
 def refuse_late(backbone: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """Refuse another kind of schedule, and objects that do not fit together or have run steps."""
+    """Refuse other kinds of schedules, and objects that do not fit together or already ran."""
     if not isinstance(schedule, LRScheduler):
         raise KDHooksError(
             "arcface_torch: schedule must be a torch.optim.lr_scheduler of the optimizer, whose "

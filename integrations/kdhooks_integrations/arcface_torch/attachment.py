@@ -240,7 +240,7 @@ class _Terms(IdleCopy):
 
     def __init__(self, attachment: Attachment, offset: int) -> None:
         self._attachment = attachment
-        self._offset = offset  # of this head's classes among those of all heads
+        self._offset = offset  # the number of classes of the heads before it
 
     def __call__(
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: object

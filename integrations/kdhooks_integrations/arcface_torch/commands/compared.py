@@ -1,6 +1,6 @@
-"""Computes verification figures of each model, and of each two models across.
+"""Computes verification figures of each model, and of each pair of different models.
 
-Across means that one model embeds the first image of each pair, and the other model the second.
+Of two models, one embeds the first image of each image pair, and the other the second.
 """
 
 from collections.abc import Sequence
