@@ -242,7 +242,7 @@ def test_conforms_with_every_option(options: dict[str, Any]) -> None:
         ({"quality": 0.3}, "quality belongs to margin_type 'adaface'; found 'arcface'"),
         ({"m": 0, "geometry": 3.0}, "geometry changes the margin m, which is 0; leave it out"),
         ({"m": 0, "margin_type": "adaface", "quality": 0.3}, "quality changes the margin m"),
-        ({"width": 4}, "as wide as the teacher's; found 4 and 6; give the student"),
+        ({"width": 4}, "as wide as the teacher's; found 4 and 6; build the student"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
