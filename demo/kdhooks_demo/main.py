@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores["teacher"].append(exam.teachers_score)
         lesson = _lesson(split.train, teacher, options, seed)
         print(_described(split, lesson, seed), flush=True)
-        for number in range(seed, seed + options.students):
+        # Each student of each split has a number of its own, which also names its files.
+        first = options.seed + (seed - options.seed) * options.students
+        for number in range(first, first + options.students):
             for row in rows:
                 trained = _train(lesson, row, settings, number)
                 scores[row.name].append(exam.score(trained))
