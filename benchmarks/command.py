@@ -22,19 +22,13 @@ def command(name: str, about: str | None, turns: int) -> argparse.ArgumentParser
     """Create a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     add = parser.add_argument
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     add(
         "--turns",
         type=at_least(1),
         default=turns,
         help="number of measurements of each; default: %(default)s",
     )
-    add(
-        "--device",
-        type=usable_device,
-        default=default,
-        help="cpu, cuda or cuda:N; default: %(default)s",
-    )
+    add_device(parser)
     add(
         "--threads",
         type=at_least(1),
@@ -43,6 +37,15 @@ def command(name: str, about: str | None, turns: int) -> argparse.ArgumentParser
     )
     add("--out", type=Path, default=Path("bench-out"), help="folder for the results")
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N; default: %(default)s",
+    )
 
 
 def start(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -284,9 +284,8 @@ def first_step(run: Run) -> Counts:
     coupled = {"name": "coupleface", "neighbours": folder / "neighbours"}
     student, images = Embeds(torch.rand(DIM) + 0.5), torch.randn(BATCH, 3, SIDE, SIDE)
     labels = torch.arange(BATCH)
-    images.flatten(1)[:, :DIM] += MadeUpRows(BATCH).slice(
-        0, BATCH
-    )  # the file starts with these rows
+    # The files start with these rows.
+    images.flatten(1)[:, :DIM] += MadeUpRows(BATCH).slice(0, BATCH)
     source = folder / "checkpoint_gpu_*.pt"
 
     def train(classifier: Path | Rows) -> None:
@@ -298,10 +297,8 @@ def first_step(run: Run) -> Counts:
 
     start = time.perf_counter()
     train(source)
-    seconds, rows = (
-        time.perf_counter() - start,
-        Rows.open(source),
-    )  # mapped outside of `peak_bytes`, which would count the files
+    seconds = time.perf_counter() - start
+    rows = Rows.open(source)  # mapped outside of `peak_bytes`, which would count the files
     peak = peak_bytes(partial(train, rows), torch.device("cpu"))
     kept = 4 * (DIM + DIM + 100) * run.classes / dist.get_world_size()
     return {"seconds": seconds, "peak": peak / kept}

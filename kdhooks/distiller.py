@@ -435,9 +435,8 @@ class Distiller(nn.Module):
             )
         self.metrics[tap.name] = value.detach()
         for key, note in notes.items():
-            number = (
-                note if note.is_floating_point() else note.float()
-            )  # hosts average it for the log
+            # Hosts average the number for the log.
+            number = note if note.is_floating_point() else note.float()
             self.metrics[f"{tap.name}/{key}"] = number.detach()
         return value
 

@@ -221,9 +221,8 @@ def build(
     """
     recipe = Recipe.read(recipe)
     check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, student=student)
-    first = next(
-        student.parameters(), torch.empty(0)
-    )  # a student without parameters is refused below
+    # A student without parameters is refused below.
+    first = next(student.parameters(), torch.empty(0))
     with undisturbed_generators(recipe.seed, first.device):
         teachers = build_teachers(recipe, network)
     return Distiller(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.command import add_device
 from benchmarks.papers.material import digests
 from benchmarks.papers.probes import ProbeExam
 from benchmarks.papers.report import write
@@ -22,7 +23,7 @@ from benchmarks.papers.running import Course, Job, Record, prepare, records
 from benchmarks.papers.school import School
 from benchmarks.papers.settings import SETTINGS, SHORT, Setting
 from benchmarks.papers.views import KINDS
-from kdhooks.arguments import at_least, factor, make_folder, usable_device
+from kdhooks.arguments import at_least, factor, make_folder
 from kdhooks.errors import KDHooksError, listed, near_miss
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import read_faces
@@ -181,13 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images for a teacher that is trained here; default: the setting's",
     )
     add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add(
-        "--device",
-        type=usable_device,
-        default=default,
-        help="cpu, cuda or cuda:N; default: %(default)s",
-    )
+    add_device(parser)
     add(
         "--processes",
         type=at_least(1),

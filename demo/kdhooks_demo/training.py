@@ -108,9 +108,7 @@ def means_of(embedding: Tensor, labels: Tensor) -> Tensor:
 class Trained:
     student: nn.Module
     seconds: float
-    losses: list[float] = field(
-        default_factory=list
-    )  # the sum of the labels' loss and the terms, in each step
+    losses: list[float] = field(default_factory=list)  # labels' loss plus terms, in each step
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
     looks: list[Mapping[str, Any]] = field(default_factory=list)  # see `train`
 

@@ -102,17 +102,16 @@ def world() -> "dist.ProcessGroup | None":
 # --- set-up ------------------------------------------------------------------------------------
 
 
-def answers(mine: T, group: "dist.ProcessGroup | None" = None) -> list[T]:
+def answers(mine: T) -> list[T]:
     """The answers of all ranks to one question, in rank order; all ranks ask it together.
 
     Raises KDHooksError on every rank if a rank has failed instead, inside of `failing_together`.
     It waits for the ranks, and on a GPU for the device, so it is for the set-up and for saving.
     """
-    group = group or world()
-    if group is None:
+    if world() is None:
         return [mine]
-    found: list[tuple[T, str]] = [(mine, "")] * dist.get_world_size(group)
-    dist.all_gather_object(found, (mine, ""), group)
+    found: list[tuple[T, str]] = [(mine, "")] * dist.get_world_size()
+    dist.all_gather_object(found, (mine, ""))
     for rank, (_, failure) in enumerate(found):
         if failure:
             raise _FailedElsewhere(f"rank {rank} has failed: {failure}")
