@@ -164,8 +164,8 @@ def goals(found: Mapping[str, Result]) -> Sequence[Goal]:
     """Require all configs: a run whose loss is not finite fails and is not among the results."""
     finite = all(math.isfinite(value) for one in found.values() for value in one["losses"].values())
     every = len(_configs())
-    seen = f"in {len(found)} of {every} configs, which were trained to their end"
-    return [Goal("every loss is finite", seen, finite and len(found) == every)]
+    seen = f"{len(found)} of {every} configs ended, {'all' if finite else 'not all'} losses finite"
+    return [Goal("every config ends, with finite losses", seen, finite and len(found) == every)]
 
 
 def picture(found: Mapping[str, Result]) -> Figure | None:
