@@ -149,6 +149,7 @@ STUDY = (
     ),
     Row("fcd, a tenth of the labels' loss", [FCD], labels=0.1),
     Row("fcd, no labels", [FCD], labels=0.0),
+    Row("fcd + coupleface", [FCD, COUPLEFACE]),
 )
 
 
