@@ -150,9 +150,8 @@ def page(
         "rank in a step, if every collective runs as a ring. *Multiplications* are those of the "
         "matrix products in a step. The student's own classifier, which kd and gkd compare, "
         "belongs to the trainer, so its bytes are not included.",
-        "rkd is not in the tables. Its angles take 6.4 · 10⁹ multiplications for 128 images and 8 "
-        "times as many for twice the images, thus 3,300 · 10⁹ for the images of 8 ranks. eckd is "
-        "counted without its term on the student's filters.",
+        "gkd sends histograms of the scores, twice 4,096 bins for each image of all ranks in two "
+        "rounds. eckd is counted without its term on the student's filters.",
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(with_classes(found, classes))]

@@ -39,6 +39,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "fcd": [{"name": "fcd"}],
     "cc": [{"name": "cc"}],
     "sp": [{"name": "sp"}],
+    "rkd": [{"name": "rkd"}],
     "aird": [{"name": "aird"}],
     "eckd": [{"name": "eckd", "exclusivity_weight": 0.0}],
     "ekd": [{"name": "ekd"}],

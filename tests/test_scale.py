@@ -15,6 +15,7 @@ FLOAT = 4  # bytes
 def scenarios() -> dict[str, Results]:
     runs = [Run(method, classes) for method in METHODS for classes in CLASSES]
     found = {f"{run.method} {run.classes}": dict(count(run)) for run in runs}
+    found["rkd"] = dict(count(Run("rkd", BATCH)))
     return {**found, "fitnet": dict(count_on_maps(Run("fitnet", 0)))}
 
 
@@ -47,6 +48,13 @@ def test_the_traffic_does_not_depend_on_the_classes(ranks: Any, method: str) -> 
     few, many = (ranks[0][f"{method} {classes}"]["sent"] for classes in CLASSES)
     # At least the embeddings of both sides, and a gradient, travel once.
     assert few == many > 3 * FLOAT * BATCH * DIM
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_computes_the_angles_at_its_own_samples(ranks: Any, rank: int) -> None:
+    """For both sides, in forward and again in backward; and the gradients of both factors."""
+    angles = BATCH * (2 * BATCH) * (2 * BATCH)
+    assert ranks[rank]["rkd"]["multiplications"] == (4 + 2) * angles * DIM
 
 
 def test_a_method_on_feature_maps_is_counted(ranks: Any) -> None:

@@ -7,12 +7,13 @@ The paper's angle is undefined for samples at the same point; here it has cosine
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdhooks import EmbeddingTap, Options, Scheduled, Varying, Weight, hookimpl, option
-from kdhooks.classes.ranks import gather, world
+from kdhooks.classes.ranks import gather, summed, world
 
 _EPS = 1e-12  # a batch with a smaller mean distance is one point and has no scale
 
@@ -39,9 +40,12 @@ class DistancesAndAngles(nn.Module):
         self, student: Tensor, teacher: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(b d), (b e), (b) -> ()."""
-        teacher = teacher.detach()
-        if self.global_batch:
-            student, teacher = gather(student, world()), gather(teacher, world())
+        teacher, group = teacher.detach(), world() if self.global_batch else None
+        own = slice(0, len(student))  # the anchors of this rank
+        if group is not None:
+            first = dist.get_rank(group) * len(student)
+            own = slice(first, first + len(student))
+        student, teacher = gather(student, group), gather(teacher, group)
         if self.unit_length:
             student, teacher = F.normalize(student), F.normalize(teacher)
         loss, notes = student.new_zeros(()), {}
@@ -49,15 +53,18 @@ class DistancesAndAngles(nn.Module):
             distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
             loss, notes["distance"] = loss + self.distance_weight.now * distance, distance.detach()
         if self.angle_weight.value:
-            angle = self._angles(student, teacher)
+            angle = summed(self._angles(student, teacher, own), group)
             loss, notes["angle"] = loss + self.angle_weight.now * angle, angle.detach()
         return loss, notes
 
-    def _angles(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compute a few anchors at a time, and again in backward, to save memory for b³ angles."""
+    def _angles(self, student: Tensor, teacher: Tensor, own: slice) -> Tensor:
+        """The part of the mean over b³ angles that is at the anchors `own`.
+
+        A few anchors are computed at a time, and again in backward, to save memory.
+        """
         total, b = student.new_zeros(()), len(student)
-        for start in range(0, b, self.anchors):
-            some = slice(start, start + self.anchors)
+        for start in range(own.start, own.stop, self.anchors):
+            some = slice(start, min(start + self.anchors, own.stop))
             part: Tensor = checkpoint(
                 _angle_gap, student, teacher, some, use_reentrant=False, preserve_rng_state=False
             )
