@@ -15,7 +15,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
 
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
@@ -30,8 +32,9 @@ from kdhooks_demo.faces import read_orl
 from kdhooks_demo.main import main
 from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.packages import sface_file
-from kdhooks_demo.pairs import make_pairs
+from kdhooks_demo.pairs import make_pairs, splits_by_people
 from kdhooks_demo.report import Score, gains
+from kdhooks_demo.students import Material
 from kdhooks_demo.training import (
     ArcFaceHead,
     Lesson,
@@ -87,11 +90,39 @@ def test_views_start_with_the_image_and_its_mirror_image() -> None:
 
 def test_blends_are_people_of_their_own() -> None:
     faces = made_faces(people=3, images=2)
-    both = together(faces, blends(faces, 2, seed=0))
+    blended, couples = blends(faces, 2, seed=0)
+    both = together(faces, blended)
     assert len(both) == 6 + 4
     assert both.labels.max() == 4
-    assert len(blends(faces, 100, seed=0)) == 3 * 2, "three couples, two images each"
-    assert len(blends(faces, 0, seed=0)) == 0
+    assert blended.people.tolist() == [f"{one}+{other}" for one, other in couples]
+    every, couples = blends(faces, 100, seed=0)
+    assert len(every) == 3 * 2, "three couples, two images each"
+    assert len({tuple(couple) for couple in couples.tolist()}) == 3
+    none, couples = blends(faces, 0, seed=0)
+    assert len(none) == 0
+    assert couples.shape == (0, 2)
+
+
+def test_a_lesson_shows_nobody_who_is_tested() -> None:
+    faces = made_faces(people=4, images=2)
+    photographs = views(faces, 2, seed=0)
+    blended, couples = blends(faces, 6, seed=0)
+    seen = together(photographs, blended)
+    people = np.concatenate([np.stack([photographs.people] * 2, axis=1), couples])
+    embedding = torch.randn(len(seen), 8, generator=torch.Generator().manual_seed(0))
+    one, other = sorted(set(splits_by_people(faces, 2, seed=0)[1].train.people))
+    ours = Material(seen, people, embedding).lesson((one, other))
+    assert torch.equal(ours.images, seen.images), "the lessons share their images"
+    named = {
+        name: [seen.names[row].split("/")[0] for row in rows] for name, rows in ours.parts.items()
+    }
+    both = [*[one] * 4, *[other] * 4]
+    assert named == {"photographs": both, "known people": [*both, *[f"{one}+{other}"] * 2]}
+    rows = ours.parts["known people"]
+    assert ours.labels[rows].tolist() == [0] * 4 + [2] * 4 + [1] * 2, "a+b is between a and b"
+    assert (ours.labels < 0).sum() == len(seen) - len(rows)
+    means = torch.stack([F.normalize(embedding[ours.labels == c]).sum(dim=0) for c in range(3)])
+    assert_close(F.normalize(ours.rows), F.normalize(means))
 
 
 # --- training --------------------------------------------------------------------------------
@@ -400,13 +431,14 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     data = written(made_faces(people=8), tmp_path / "faces")
     arguments = ["--data", data, "--teacher", tmp_path / "teacher.onnx", "--out", tmp_path / "out"]
     arguments += ["--images-seen", 60, "--views", 2, "--couples", 2, "--threads", 1]
-    arguments += ["--full", "--seed", 0, "--seeds", 1, "--students", 2]
+    arguments += ["--full", "--seed", 0, "--seeds", 2, "--parts", 2]
     try:
         assert main([str(argument) for argument in arguments]) == 0
     finally:
         torch.use_deterministic_algorithms(False)
     printed = capsys.readouterr().out
-    assert "train on 6 people, 24 images (56 with views and blends); test on 2 others" in printed
+    assert printed.count("train on 4 people, 16 images (") == 4
+    assert "seed 1, part 2 of 2: " in printed
     results = (tmp_path / "out" / "results.md").read_text()
     lines, sentences = results.split("\n\n")
     rows = [line.split("|")[1].strip() for line in lines.splitlines()]
@@ -418,13 +450,13 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "coupleface",
         "proxylesskd",
     ]
-    assert lines.splitlines()[3].count("±") >= 3, "two students have a spread"
+    assert lines.splitlines()[3].count("±") >= 3, "two seeds have a spread"
     assert [line.split(" adds ")[0] for line in sentences.splitlines()] == rows[4:]
     assert "Next steps:" in printed
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
-    student = OnnxModel(tmp_path / "out" / "fcd-1.onnx")
+    student = OnnxModel(tmp_path / "out" / "fcd-1-2.onnx")
     assert student.embedding_dim == 128
-    assert set(torch.load(tmp_path / "out" / "fcd-1.pt", weights_only=True)) >= {"stem.0.weight"}
+    assert set(torch.load(tmp_path / "out" / "fcd-1-2.pt", weights_only=True)) >= {"stem.0.weight"}
 
 
 def test_a_gain_is_the_mean_of_the_pairs() -> None:
@@ -434,18 +466,20 @@ def test_a_gain_is_the_mean_of_the_pairs() -> None:
         return Score(pairs, pairs, {0.001: 0.0, 0.01: tar}, ROC(nothing, nothing, nothing), 1.0)
 
     scores = {
-        "teacher": [score(1.0, 1.0)],
-        "labels alone": [score(0.8, 0.5), score(0.7, 0.3)],
-        "fcd": [score(0.9, 0.6), score(0.9, 0.6)],
+        "teacher": [[score(1.0, 1.0)] * 2] * 2,
+        "labels alone": [[score(0.8, 0.4), score(0.8, 0.6)], [score(0.6, 0.2), score(0.8, 0.4)]],
+        "fcd": [[score(0.9, 0.6), score(0.9, 0.6)], [score(0.9, 0.5), score(0.9, 0.7)]],
     }
     (line,) = gains(scores, "labels alone")
     assert line == (
         "fcd adds 20.0 ± 14.1 points of TAR at FAR 0.01 and 15.0 ± 7.1 points of accuracy to "
-        "labels alone (mean ± deviation over 2 pairs of students)"
+        "labels alone (mean ± deviation over 2 seeds, each with 2 pairs of students)"
     )
-    one = {name: row[:1] for name, row in scores.items()}
+    one_seed = {name: row[:1] for name, row in scores.items()}
+    assert gains(one_seed, "labels alone")[0].endswith("labels alone (2 pairs of students)")
+    one = {name: [row[0][:1]] for name, row in scores.items()}
     assert gains(one, "labels alone")[0].endswith(
-        "adds 10.0 points of TAR at FAR 0.01 and 10.0 points of accuracy to labels alone "
+        "adds 20.0 points of TAR at FAR 0.01 and 10.0 points of accuracy to labels alone "
         "(one pair of students)"
     )
 

@@ -14,7 +14,13 @@ from PIL import Image
 
 from kdhooks import KDHooksError
 from kdhooks_demo.faces import read_faces
-from kdhooks_demo.pairs import make_pairs, read_pairs, split_by_pairs, split_by_people
+from kdhooks_demo.pairs import (
+    make_pairs,
+    read_pairs,
+    split_by_pairs,
+    split_by_people,
+    splits_by_people,
+)
 from tests.demo_faces import made_faces, written
 
 # --- reading ---------------------------------------------------------------------------------
@@ -111,6 +117,19 @@ def test_nobody_tested_is_trained_on(seed: int) -> None:
     assert len(set(split.test.people)) == 2
     again = split_by_people(faces, 0.25, seed)
     assert again.pairs.names == split.pairs.names
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_part_of_the_people_is_tested_on_once(seed: int) -> None:
+    faces = made_faces(people=9)
+    alone = np.array([name != "p8" for name in faces.people]) | (np.arange(len(faces)) % 4 == 0)
+    faces = faces.where(alone)  # p8 has one image, so that there is no pair of it
+    splits = splits_by_people(faces, 3, seed)
+    tested = [person for split in splits for person in sorted(set(split.test.people))]
+    assert sorted(tested) == [f"p{number}" for number in range(8)]
+    for split in splits:
+        assert {*split.train.people} == {*faces.people} - {*split.test.people}
+    assert splits_by_people(faces, 3, seed)[1].pairs.names == splits[1].pairs.names
 
 
 def test_pairs_are_balanced_and_true() -> None:
@@ -233,5 +252,7 @@ def test_pairs_of_unknown_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_people_are_refused() -> None:
-    with pytest.raises(KDHooksError, match="found 2 people, 2 of them with two images"):
+    with pytest.raises(KDHooksError, match="found 2 and 0 of 2 people; add faces"):
         split_by_people(made_faces(people=2), 0.5, 0)
+    with pytest.raises(KDHooksError, match="found 2 and 1 of 3 people; add faces"):
+        splits_by_people(made_faces(people=3), 2, 0)[1]

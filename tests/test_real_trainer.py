@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, object]] = {
     "coupleface": {"name": "coupleface", "k": 4},
     "proxylesskd": {"name": "proxylesskd"},
 }
+OTHERS = ("acsr", "aird", "cakd", "cc", "eckd", "ekd", "fitnet", "fskd", "icdface")
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,9 +86,10 @@ def test_weight_zero_is_the_plain_run(
         assert report[what] == plain[what]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains(tmp_path: Path, teacher: Path, plain: dict[str, Any], method: str) -> None:
-    report = run(tmp_path, "--val-every", "2", line=install(teacher, METHODS[method]))
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_a_method_trains(tmp_path: Path, teacher: Path, plain: dict[str, Any], name: str) -> None:
+    method = METHODS.get(name, {"name": name})
+    report = run(tmp_path, "--val-every", "2", line=install(teacher, method))
     assert report["losses"] != plain["losses"]
     assert report["keys"] == plain["keys"]
     assert len(report["losses"]) == 3

@@ -14,7 +14,7 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, unit, verify
 from kdhooks_demo.pairs import Split
 from kdhooks_demo.report import Score
-from kdhooks_demo.training import Trained, embed
+from kdhooks_demo.training import Trained, as_input, embed
 
 FARS = (1e-2, 1e-3)
 TEACHER_CHUNK = 8  # images; larger batches are slower on a processor
@@ -56,7 +56,7 @@ class Exam:
         people = split.test.people
         self._all_same = people[self._all[:, 0]] == people[self._all[:, 1]]
         started = time.perf_counter()
-        with open_session(teacher) as session:
+        with open_session(teacher, like=as_input(self._sharp[:1]).to(device)) as session:
             self._teacher = self._embedded(
                 lambda images: session(images).embedding, self._sharp, teacher_chunk(device)
             )

@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from kdhooks.arguments import at_least, make_folder, share
+from kdhooks.arguments import at_least, make_folder
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
-from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
-from kdhooks_demo.exam import TEACHER_CHUNK, Exam
+from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import Faces, read_faces, read_orl
-from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.packages import sface_file
-from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs, split_by_people
-from kdhooks_demo.report import Score, gains, picture, table
-from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, means_of, train
+from kdhooks_demo.pairs import Split, read_pairs, split_by_pairs, splits_by_people
+from kdhooks_demo.report import TEACHER, Score, gains, picture, table
+from kdhooks_demo.students import PHOTOGRAPHS, Material, Student, material, trained
+from kdhooks_demo.training import Row, Settings
 
 # A loss on labels makes a student memorise so few photographs. Beside a teacher it counts less.
 ROWS = (
     Row("labels alone"),
-    Row("labels, no blends", part="photographs"),
+    Row("labels, no blends", part=PHOTOGRAPHS),
     Row("fcd", ["fcd"], labels=0.3),
     Row("coupleface", [{"name": "coupleface", "k": 20}], labels=0.3),
     Row("proxylesskd", [{"name": "proxylesskd", "scale": 32.0, "m": 0.3}], labels=0.0),
@@ -37,17 +36,16 @@ ROWS = (
 LABELS = ROWS[0].name
 METHODS = [row.name for row in ROWS if row.methods]
 
+BATCH = 30
 SHORT: dict[str, Any] = {
-    "seeds": 1,
-    "students": 3,
-    "images_seen": 6000,
+    "seeds": 2,
+    "images_seen": 2400,
     "baselines": [LABELS],
     "methods": ["fcd"],
 }
 FULL: dict[str, Any] = {
     "seeds": 3,
-    "students": 1,
-    "images_seen": Settings.images_seen,
+    "images_seen": 6000,
     "baselines": [row.name for row in ROWS if not row.methods],
     "methods": METHODS,
 }
@@ -56,7 +54,7 @@ FULL: dict[str, Any] = {
 NEXT = """
 Next steps:
   kdhooks methods          lists the methods; `kdhooks methods fcd` shows the options of one
-  kdhooks demo --full      compares three methods on three splits, which takes half an hour
+  kdhooks demo --full      trains longer, with three methods, which takes about twenty minutes
   kdhooks demo --data DIR  uses your own aligned faces, one folder per person
   README.md                shows the one line that adds a method to your trainer"""
 
@@ -67,24 +65,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     out = make_folder(options.out)
-    teacher = teacher_of(options.teacher)
+    teacher = teacher_of(options.teacher, cache=out / "teacher-cache")
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (*options.baselines, *options.methods)]
-    settings = Settings(images_seen=options.images_seen)
-    scores: dict[str, list[Score]] = {name: [] for name in ("teacher", *(r.name for r in rows))}
-    for seed in range(options.seed, options.seed + options.seeds):
-        split = _split(faces, options, seed)
-        exam = Exam(split, teacher)
-        scores["teacher"].append(exam.teachers_score)
-        lesson = _lesson(split.train, teacher, options, seed)
-        print(_described(split, lesson, seed), flush=True)
-        # Each student of each split has a number of its own, which also names its files.
-        first = options.seed + (seed - options.seed) * options.students
-        for number in range(first, first + options.students):
-            for row in rows:
-                trained = _train(lesson, row, settings, number)
-                scores[row.name].append(exam.score(trained))
-                _export(trained.student, out, row.name, number)
+    seeds = range(options.seed, options.seed + options.seeds)
+    splits = {seed: _splits(faces, options, seed) for seed in seeds}
+    learnt = {
+        person for parts in splits.values() for split in parts for person in split.train.people
+    }
+    faces = faces.where(np.isin(faces.people, sorted(learnt)))
+    seen = material(faces, teacher, options.views, options.couples, options.seed)
+    scores: dict[str, list[list[Score]]] = {
+        name: [[] for _ in splits] for name in (TEACHER, *(row.name for row in rows))
+    }
+    students, tests = [], []
+    for number, (seed, parts) in enumerate(splits.items()):
+        for part, split in enumerate(parts, start=1):
+            print(f"seed {seed}, part {part} of {len(parts)}: {_described(split, seen)}")
+            exam, people = Exam(split, teacher), tuple(sorted(set(split.train.people)))
+            scores[TEACHER][number].append(exam.teachers_score)
+            students += [Student(people, row, seed) for row in rows]
+            tests += [(exam, scores[row.name][number], _stem(row, seed, part)) for row in rows]
+    settings = Settings(images_seen=options.images_seen, batch=BATCH)
+    found = trained(students, seen, settings, options.threads, out)
+    for one, (exam, into, stem) in zip(found, tests, strict=True):
+        into.append(exam.score(one))
+        _export(one.student, out / stem)
     text = "\n".join([table(scores), "", *gains(scores, LABELS)])
     (out / "results.md").write_text(f"{text}\n", encoding="utf-8")
     picture(scores, out / "results.png")
@@ -93,11 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def teacher_of(path: str | None) -> Teacher:
-    """SFace as a torch module, which is faster here. Any other file runs in onnxruntime."""
+def teacher_of(path: str | None, cache: Path | None = None) -> Teacher:
+    """SFace as a torch module, which is faster here. Any other file runs in onnxruntime.
+
+    cache: the folder that keeps the teacher's embeddings for all students, and for another run.
+    """
     network = OnnxModel(Path(os.path.expanduser(path))) if path else to_torch(sface_file())
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
-    return Teacher(network, transform=transform, channels_last=path is None)
+    return Teacher(network, transform=transform, channels_last=path is None, cache=cache)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -117,10 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         help="file of test pairs like LFW's pairs.txt; the last fifth of its folds is used",
     )
     add(
-        "--held-out",
-        type=share,
-        default=0.25,
-        help="share of people to test on, without --pairs; default: %(default)s",
+        "--parts",
+        type=at_least(2),
+        default=4,
+        help="without --pairs: the people are divided into this number of parts, and each part is "
+        "tested on by students that learn from the others; default: %(default)s",
     )
     add(
         "--teacher",
@@ -129,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--full",
         action="store_true",
-        help="longer trainings of all rows on three splits, which take about half an hour",
+        help="longer trainings of all rows with three seeds, which take about twenty minutes",
     )
     add("--methods", nargs="*", choices=METHODS, help=_default("methods"))
     add(
@@ -141,17 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--seeds",
         type=at_least(1),
-        help=f"the number of seeds; each splits the people in its own way; {_default('seeds')}",
-    )
-    add(
-        "--students",
-        type=at_least(1),
-        help="students per row and seed, which differ in their initial weights and in the order "
-        f"of the images; {_default('students')}",
+        help="the number of seeds; a seed divides the people, and draws the students' initial "
+        f"weights and the order of the images; {_default('seeds')}",
     )
     add(
         "--images-seen",
-        type=at_least(Settings.batch),
+        type=at_least(BATCH),
         help=f"images that each student sees over its training; {_default('images_seen')}",
     )
     add(
@@ -163,14 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--couples",
         type=at_least(0),
-        default=240,
+        default=180,
         help="couples of people whose images are blended to new people; default: %(default)s",
     )
     add(
         "--threads",
         type=at_least(1),
         default=torch.get_num_threads(),
-        help="threads of the processor; default: all cores",
+        help="threads of the processor, and students that are trained at the same time; default: "
+        "as many as there are cores",
     )
     add(
         "--out",
@@ -189,48 +195,26 @@ def _default(name: str) -> str:
     return f"default: {short}, with --full {full}"
 
 
-def _split(faces: Faces, options: argparse.Namespace, seed: int) -> Split:
+def _splits(faces: Faces, options: argparse.Namespace, seed: int) -> list[Split]:
     if options.pairs:
-        return split_by_pairs(faces, read_pairs(options.pairs))
-    return split_by_people(faces, options.held_out, seed)
+        return [split_by_pairs(faces, read_pairs(options.pairs))]
+    return splits_by_people(faces, options.parts, seed)
 
 
-def _lesson(faces: Faces, teacher: Teacher, options: argparse.Namespace, seed: int) -> Lesson:
-    """The training images with their views and blends, and the teacher's embeddings of them."""
-    photographs = views(faces, options.views, seed)
-    seen = together(photographs, blends(faces, options.couples, seed))
-    chunks = range(0, len(seen), TEACHER_CHUNK)
-    bar = tqdm(chunks, desc=f"teacher, {len(seen)} images", leave=False)
-    with TeacherSession(teacher) as session:
-        parts = [
-            session(as_input(seen.images[start : start + TEACHER_CHUNK])).embedding for start in bar
-        ]
-    embedding = torch.cat(parts)
-    rows = means_of(embedding, seen.labels)
-    photographed = {"photographs": torch.arange(len(photographs))}
-    return Lesson(seen.images, seen.labels, embedding, rows, photographed)
-
-
-def _described(split: Split, lesson: Lesson, seed: int) -> str:
+def _described(split: Split, seen: Material) -> str:
+    learnt = sorted(set(split.train.people))
     return (
-        f"seed {seed}: train on {len(set(split.train.people))} people, {len(split.train)} images "
-        f"({len(lesson.labels)} with views and blends); test on {len(set(split.test.people))} "
-        f"others, {len(split.pairs.same)} pairs"
+        f"train on {len(learnt)} people, {len(split.train)} images "
+        f"({seen.showing(learnt).sum()} with views and blends); test on "
+        f"{len(set(split.test.people))} others, {len(split.pairs.same)} pairs"
     )
 
 
-def _train(lesson: Lesson, row: Row, settings: Settings, seed: int) -> Trained:
-    with tqdm(total=settings.steps, desc=f"{row.name:17}", leave=False) as bar:
-
-        def progress(steps: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(steps)
-
-        return train(lesson, row, settings, seed, progress)
+def _export(student: nn.Module, stem: Path) -> None:
+    """Write STEM.pt, a state dict, and STEM.onnx, which is compared in onnxruntime."""
+    torch.save(student.state_dict(), stem.with_suffix(".pt"))
+    export_onnx(student, stem.with_suffix(".onnx"))
 
 
-def _export(student: nn.Module, out: Path, name: str, seed: int) -> None:
-    """Write name-seed.pt, a state dict, and name-seed.onnx, which is compared in onnxruntime."""
-    stem = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-    torch.save(student.state_dict(), out / f"{stem}.pt")
-    export_onnx(student, out / f"{stem}.onnx")
+def _stem(row: Row, seed: int, part: int) -> str:
+    return f"{row.name.replace(',', '').replace(' ', '-')}-{seed}-{part}"

@@ -72,27 +72,30 @@ def mild(images: Tensor, generator: np.random.Generator) -> Tensor:
     return random_view(images, generator, MILD)
 
 
-def blends(faces: Faces, couples: int, seed: int) -> Faces:
+def blends(faces: Faces, couples: int, seed: int) -> tuple[Faces, NDArray[np.str_]]:
     """New people: for each of the couples, random views of the means of two people's images.
 
     Each image of one person is paired with another image of the other, while there are any left.
+    Also returns the couple of each image, (m 2).
     """
     generator = np.random.default_rng(seed)
     people = np.unique(faces.people)
     drawn = _couples(len(people), couples, generator)
     rows = {person: np.flatnonzero(faces.people == person) for person in people[np.unique(drawn)]}
-    images, names = [], []
+    images, names, blended = [], [], []
     for one, other in people[drawn]:
         ours, theirs = generator.permutation(rows[one]), generator.permutation(rows[other])
         for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
             images.append((faces.images[a].float() + faces.images[b].float()) / 2)
             names.append(f"{one}+{other}/{number}")
+            blended.append((one, other))
+    of = np.array(blended, dtype=people.dtype).reshape(-1, 2)
     if not images:
-        return Faces(faces.images[:0], ())
-    blended = torch.stack(images)
-    mirrored = torch.from_numpy(generator.random(len(blended)) < 0.5)
-    blended = torch.where(mirrored[:, None, None, None], blended.flip(-1), blended)
-    return Faces(random_view(blended, generator, MILD), tuple(names))
+        return Faces(faces.images[:0], ()), of
+    mean = torch.stack(images)
+    mirrored = torch.from_numpy(generator.random(len(mean)) < 0.5)
+    mean = torch.where(mirrored[:, None, None, None], mean.flip(-1), mean)
+    return Faces(random_view(mean, generator, MILD), tuple(names)), of
 
 
 def together(faces: Faces, others: Faces) -> Faces:

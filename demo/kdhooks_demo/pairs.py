@@ -42,13 +42,33 @@ def split_by_people(faces: Faces, share: float, seed: int) -> Split:
         raise KDHooksError(
             f"faces: the share of people to test on must lie between 0 and 1; found {share}"
         )
-    people, images = np.unique(faces.people, return_counts=True)
-    able = people[images > 1]
+    able = _with_two_images(faces)
     held = np.random.default_rng(seed).permutation(able)[: max(2, round(share * len(able)))]
-    if len(people) - len(held) < 2 or len(held) < 2:
+    return _split(faces, held, seed)
+
+
+def splits_by_people(faces: Faces, parts: int, seed: int) -> list[Split]:
+    """Divide the people with two images or more into parts by the seed; test on each part in turn.
+
+    Everybody else is trained on.
+    """
+    able = np.random.default_rng(seed).permutation(_with_two_images(faces))
+    return [_split(faces, held, seed) for held in np.array_split(able, parts)]
+
+
+def _with_two_images(faces: Faces) -> NDArray[np.str_]:
+    people, images = np.unique(faces.people, return_counts=True)
+    return people[images > 1]
+
+
+def _split(faces: Faces, held: NDArray[np.str_], seed: int) -> Split:
+    """Test on the people in `held`, train on all others."""
+    people = len(set(faces.people))
+    if people - len(held) < 2 or len(held) < 2:
         raise KDHooksError(
-            f"faces: two people with two images or more are held out, and two are trained on; "
-            f"found {len(people)} people, {len(able)} of them with two images"
+            "faces: there must be two people with two images or more to test on, and two people to "
+            f"train on; found {len(held)} and {people - len(held)} of {people} people; add faces, "
+            "or test on another share of the people"
         )
     tested = np.isin(faces.people, held)
     test = faces.where(tested)
