@@ -15,9 +15,11 @@ from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
 from kdhooks.kinds import shown
+from kdhooks.modes import evaluating
+from kdhooks.paths import find
 from kdhooks.points import Points
 from kdhooks.stages import Stage
-from kdhooks.taps import Taps, evaluating, find
+from kdhooks.taps import Taps
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.several import Teachers, numbered
 from kdhooks.teacher.teacher import Teacher

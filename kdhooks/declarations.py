@@ -18,10 +18,10 @@ from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
 from kdhooks.classes.splits import ClassTables
 from kdhooks.errors import KDHooksError, near_miss
+from kdhooks.paths import find
 from kdhooks.points import Points
 from kdhooks.schedules import Scheduled
 from kdhooks.stages import Stage
-from kdhooks.taps import find
 
 Weight: TypeAlias = Scheduled
 """A loss's factor, at least 0: a number, a schedule, or a function from the step to a number."""

@@ -39,9 +39,10 @@ from kdhooks.kinds import Bounds, Option
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
+from kdhooks.paths import unwrap
 from kdhooks.replicas import Replicas, options_of, own_buffers, refuse_different, shown_number
 from kdhooks.schedules import Scheduled, Varying, counts_epochs, number_at
-from kdhooks.taps import StudentTaps, unwrap
+from kdhooks.student_taps import StudentTaps
 from kdhooks.task_weight import TaskWeight
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherOutput

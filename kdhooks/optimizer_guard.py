@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.taps import StudentTaps
+from kdhooks.student_taps import StudentTaps
 
 
 class OptimizerGuard(NotCopied):

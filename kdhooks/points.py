@@ -15,7 +15,7 @@ from torch import nn
 
 from kdhooks.backbones import known_stages
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.taps import children_of, split_path, submodules, without_wrappers
+from kdhooks.paths import children_of, split_path, submodules, without_wrappers
 
 _NAME = re.compile(r"stage\d+|embedding")
 

@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.classes.per_class import PerClass, described_tables, share_digests
 from kdhooks.classes.ranks import answers, before_gathering, gathering_once
@@ -16,7 +17,6 @@ from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import declared_inside, full_name
 from kdhooks.schedules import Schedule
-from kdhooks.taps import Removable
 
 
 class _Mark(NamedTuple):
@@ -90,7 +90,7 @@ class Replicas(NotCopied):
             dist.broadcast(tensor.data, 0)
         self._note()
         loaded = module.register_load_state_dict_post_hook(_NotesLoading(self))
-        self._handles: list[Removable] = [loaded]
+        self._handles: list[RemovableHandle] = [loaded]
         self._module = ref(module)
         self._averaged: dict[int, ref[nn.Parameter]] = {}  # by id
         self._average_gradients()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
-from kdhooks.taps import find
+from kdhooks.paths import find
 
 # The attributes in which mmpretrain's and timm's transformers store how many tokens precede the
 # patch tokens; and attributes that hold these tokens, for transformers without such a number.

@@ -1,103 +1,17 @@
-"""Records the outputs of named modules, and refuses outputs that would train the wrong thing."""
+"""Records the outputs of named modules in one forward; refuses those that were overwritten."""
 
-import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
-from weakref import ref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from kdhooks.errors import KDHooksError, listed, near_miss
+from kdhooks.errors import KDHooksError
+from kdhooks.paths import find, split_path
 
 HALF = (torch.float16, torch.bfloat16)
-# The attributes of DDP, DataParallel, torch.compile and Fabric that hold the wrapped model.
-_WRAPPERS = ("module", "_orig_mod", "_original_module", "_forward_module")
-_SUFFIX = re.compile(r"(.*)(:in|\[-?\d+\]|@[^@:\[]*)")
-
-
-class Removable(Protocol):
-    """What every torch hook registration returns."""
-
-    def remove(self) -> None: ...
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, torch.compile and Fabric, however nested."""
-    while (inner := _wrapped(model)) is not None:
-        model = inner
-    return model
-
-
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    data_parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    children = dict(model.named_children())  # a module with two names appears once
-    names = ("module",) if data_parallel else _WRAPPERS[1:]
-    return next((children[name] for name in names if name in children), None)
-
-
-def find(model: nn.Module, path: str, side: str) -> nn.Module:
-    """Return the submodule at a path, in which wrappers may be left out.
-
-    `path@2`, `path[-1]` and `path:in` name the same submodule as `path`.
-    """
-    path = split_path(path, side).name
-    if path == "":
-        return model
-    known = submodules(model)
-    module = known.get(without_wrappers(path))
-    if module is None:
-        raise KDHooksError(
-            f"{side} has no submodule '{path}'; {near_miss(path, known)}"
-            f"its children are: {listed(children_of(model))}"
-        )
-    return module
-
-
-def submodules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all submodules under each of their paths, in which wrappers are left out."""
-    named = model.named_modules(remove_duplicate=False)
-    return {without_wrappers(name): module for name, module in named if name}
-
-
-def children_of(model: nn.Module) -> list[str]:
-    """Return the names of a model's children, in which wrappers are left out."""
-    return [without_wrappers(name) for name, _ in model.named_children()]
-
-
-class TapPath(NamedTuple):
-    """A parsed path such as `path:in[-1]@2`, the last input of the submodule's second call."""
-
-    name: str  # of the submodule; "" is the model itself
-    place: int | None = None  # the number in []; None if there is one tensor
-    call: int = 0  # the number after @; 0 without one
-    inner: bool = False  # whether `:in` asks for the input instead of the output
-
-
-def split_path(path: str, side: str) -> TapPath:
-    """Parse a path, in which `:in`, [n] and @n may follow in any order, each at most once."""
-    found: dict[str, str] = {}
-    name = path
-    while (match := _SUFFIX.fullmatch(name)) and match[2][0] not in found:
-        name = match[1]
-        found[match[2][0]] = match[2][1:].removesuffix("]")
-    call = found.get("@")
-    if call is not None and not (call.isdecimal() and int(call) > 0):
-        raise KDHooksError(f"{side} tap '{path}' must name a call by its number, as in '{name}@2'")
-    if ":" in found and not name:
-        raise KDHooksError(
-            f"{side} tap '{path}' must name a submodule in front of ':in', since the input of the "
-            "whole network is the images"
-        )
-    place = int(found["["]) if "[" in found else None
-    return TapPath(name, place, int(call or 0), ":" in found)
-
-
-def without_wrappers(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or path
 
 
 class Taps:
@@ -116,9 +30,9 @@ class Taps:
         found = [(path, find(model, path, side)) for path in self._paths]
         self._none_called = dict.fromkeys(self._paths, 0)
         self._calls = dict(self._none_called)  # number of calls in this forward
-        self._handles: list[Removable] = [self._watch(path, module) for path, module in found]
+        self._handles: list[RemovableHandle] = [self._watch(path, module) for path, module in found]
 
-    def _watch(self, path: str, module: nn.Module) -> Removable:
+    def _watch(self, path: str, module: nn.Module) -> RemovableHandle:
         _, place, call, inner = split_path(path, self._side)
         if inner:
             record = partial(self._record_input, path, place, call)
@@ -262,9 +176,6 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
-        return _disarmed()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _disarmed, ()
 
@@ -272,183 +183,3 @@ class Taps:
 def _disarmed() -> Taps:
     """Create the taps of a copy or a pickle of a tapped model, which record nothing."""
     return Taps(nn.Identity(), (), "copy")
-
-
-Entrance: TypeAlias = Callable[
-    [tuple[Any, ...], dict[str, Any], Tensor | None], tuple[tuple[Any, ...], dict[str, Any]] | None
-]
-"""Called with the arguments of a forward and their images; returns other arguments, or None."""
-
-
-class StudentTaps:
-    """Taps of a model in training, which record each forward that has gradients.
-
-    Recording starts and stops with the model's forward, so that neither evaluation nor the
-    recomputation of activation checkpointing is recorded. The records must be taken before the next
-    forward, which is refused otherwise.
-    """
-
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        self.images: Tensor | None = None  # the model's input, until its outputs are taken
-        self.inputs: list[Tensor] = []  # all tensors that the model got
-        self.version = 0  # version of the images when the forward started
-        self.waiting = False  # whether the outputs of a finished forward have not been taken
-        self.paused = False
-        self.on_enter: Callable[[Tensor], object] | None = None  # called with the images
-        self.on_failure: Callable[[], object] | None = None  # called if the forward raises
-        self.wrapper: ref[nn.parallel.DistributedDataParallel] | None = None
-        self.view: Entrance | None = None  # replaces the model's arguments
-        self._taps = Taps(model, paths, "student")
-        self._handles: list[Removable] = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    @property
-    def fired(self) -> bool:
-        """Whether any tap ever ran in training."""
-        return self._taps.fired
-
-    def _enter(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # During a backward pass, it is activation checkpointing that runs the model again.
-        backward = torch._C._current_graph_task_id() != -1
-        if self.paused or not self._handles or not model.training or backward:
-            if backward and self.view is not None and self._handles and model.training:
-                raise KDHooksError(
-                    "the whole student ran again in a backward pass, by activation checkpointing "
-                    "around it, where its view would differ; checkpoint its blocks instead"
-                )
-            return None
-        if not torch.is_grad_enabled():
-            return None
-        if self.waiting:
-            self.discard()
-            raise KDHooksError(
-                "the student ran again in training before kd computed the terms of its last "
-                "forward; call kd(images, labels) once after each forward, call kd.discard() if a "
-                "batch is skipped, or run forwards that should not be distilled inside "
-                "`with kd.paused():`"
-            )
-        images, tensors = None, list[Tensor]()
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                tensors.append(value)
-                # Images are the first tensor (b 3 h w), or else the first floating-point one.
-                better = value.ndim == 4 and (images is None or images.ndim != 4)
-                if better or (images is None and value.is_floating_point()):
-                    images = value
-        if not tensors:
-            images = _images_inside((*args, *kwargs.values()))
-        changed = None if self.view is None else self._viewed(args, kwargs, images)
-        if images is not None:
-            if self.on_enter is not None and images.is_floating_point():
-                self.on_enter(images)
-            self.version = -1 if images.is_inference() else images._version
-        if not self._taps.fired and not torch.compiler.is_compiling():
-            self._note_wrapper()
-        self.images, self.inputs = images, tensors
-        self._taps.open()
-        return changed
-
-    def _viewed(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], images: Tensor | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        view: Any = self.view
-        if torch.compiler.is_compiling():
-            view = torch.compiler.disable(view)  # its step must not become a constant
-        changed: tuple[tuple[Any, ...], dict[str, Any]] | None = view(args, kwargs, images)
-        return changed
-
-    def _note_wrapper(self) -> None:
-        """Remember the DistributedDataParallel whose forward this is, if there is one."""
-        active = nn.parallel.DistributedDataParallel._active_ddp_module
-        self.wrapper = None if active is None else ref(active)
-
-    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if not self._taps.recording:
-            return
-        # Torch calls this without an output when the forward has raised.
-        finished = output is not None or sys.exc_info()[0] is None
-        if not finished:
-            self.images, self.inputs = None, []
-            if self.on_failure is not None:
-                self.on_failure()
-        self.waiting = finished
-        self._taps.close(finished)
-
-    def take(self) -> dict[str, Tensor]:
-        """Return each path's output of the last forward; refuse any that does not require grad."""
-        self.images, self.inputs, self.waiting = None, [], False
-        outputs = self._taps.take()
-        for path, tensor in outputs.items():
-            if not tensor.requires_grad:
-                raise KDHooksError(
-                    f"student tap '{path or 'output'}' carries no gradient, so its loss would "
-                    "train nothing (it lies inside a checkpointed block, or is frozen); "
-                    "tap the checkpointed block itself, or a later module"
-                )
-        return outputs
-
-    def discard(self) -> None:
-        """Drop the last forward."""
-        self.images, self.inputs, self.waiting = None, [], False
-        self._taps.discard()
-
-    def remove(self) -> None:
-        self.on_enter = self.on_failure = self.view = None
-        self.discard()
-        self._taps.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StudentTaps":
-        return _no_student_taps()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_student_taps, ()
-
-
-def _images_inside(value: object) -> Tensor | None:
-    """The first tensor (b 3 h w) in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value if value.ndim == 4 else None
-    inner = value.values() if isinstance(value, dict) else value
-    for one in inner if isinstance(inner, Iterable) and not isinstance(inner, str) else ():
-        if isinstance(one, Tensor | dict | list | tuple):
-            found = _images_inside(one)
-            if found is not None:
-                return found
-    return None
-
-
-def _no_student_taps() -> StudentTaps:
-    taps = StudentTaps(nn.Identity(), ())
-    taps.remove()
-    return taps
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode, then restore the mode of each submodule, and each buffer.
-
-    Observers of quantisation-aware training update their buffers in eval mode, too.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (buffer, buffer.detach().clone())
-        for buffer in model.buffers()
-        if not (buffer.is_meta or isinstance(buffer, nn.UninitializedBuffer))
-    ]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # a version may not show it
-                    buffer.resize_(before.shape).copy_(before)

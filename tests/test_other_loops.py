@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from torch.testing import assert_close
 
 from kdhooks import Distiller, Teacher
-from kdhooks.taps import find, unwrap
+from kdhooks.paths import find, unwrap
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, as_torchrun, here, mine, on_two_ranks
 from tests.test_guards import PROJECTED, SIZE, _parallel, total

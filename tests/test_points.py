@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import kdhooks
 from kdhooks import Distiller, FeatureTap, KDHooksError, Model, Teacher, hookimpl
 from kdhooks.backbones import known_stages
+from kdhooks.paths import unwrap
 from kdhooks.points import Points
-from kdhooks.taps import unwrap
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.small_distiller import SMALL, Method, distil, student
 

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdhooks import KDHooksError
-from kdhooks.taps import StudentTaps, Taps, evaluating, find, unwrap
+from kdhooks.modes import evaluating
+from kdhooks.paths import find, unwrap
+from kdhooks.student_taps import StudentTaps
+from kdhooks.taps import Taps
 from kdhooks.testing import TinyFaceNet
 
 # torch's tracer reads the .grad of every tensor that is an attribute

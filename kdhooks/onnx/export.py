@@ -8,9 +8,9 @@ from torch import nn
 
 from kdhooks.drafts import drafts
 from kdhooks.errors import KDHooksError
+from kdhooks.modes import evaluating
 from kdhooks.onnx.graphs import require
 from kdhooks.onnx.session import OnnxModel
-from kdhooks.taps import evaluating
 
 _ALIKE = 1e-3  # relative to the embedding's length; float32 rounding causes about 1e-6
 

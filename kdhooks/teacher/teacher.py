@@ -14,7 +14,7 @@ from kdhooks.classes.rows import Rows
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.kinds import Option, shown
 from kdhooks.options import check_arguments
-from kdhooks.taps import unwrap
+from kdhooks.paths import unwrap
 from kdhooks.teacher.cache import CachedEmbeddings, CacheOptions
 from kdhooks.teacher.checkpoints import refuse_untrained
 from kdhooks.teacher.embedding_table import EmbeddingTable

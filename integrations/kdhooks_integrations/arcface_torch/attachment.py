@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.classes.ranks import world
 from kdhooks.copies import IdleCopy
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
-from kdhooks.taps import Removable
 from kdhooks.teacher_rows import Inherited
 from kdhooks_integrations.arcface_torch.arguments import (
     check_kinds,
@@ -63,7 +63,7 @@ class Attachment:
         self._images: Tensor | None = None  # images of the batch that some heads have not seen yet
         self._labels: list[Tensor] = []  # labels of this batch from the heads that have run so far
         self._losses: list[Tensor] = []  # losses of these heads
-        self._handles: list[Removable] = []
+        self._handles: list[RemovableHandle] = []
         self._interval = Interval()
         self._start: int | None = None  # the schedule's last_epoch at the first batch
         self._warned = False

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe
-from kdhooks.taps import Removable
 from kdhooks_integrations.arcface_torch.attachment import Attachment, attach
 from kdhooks_integrations.arcface_torch.saving import SafeTorch
 
@@ -28,7 +28,7 @@ class Installation:
         self._recipe = recipe
         self._backbone: nn.Module | None = None
         self._heads: list[nn.Module] = []
-        self._guards: list[Removable] = []
+        self._guards: list[RemovableHandle] = []
         self.attachment: Attachment | None = None
         wrapped: dict[str, Any] = {"get_model": self._get_model}
         for name in HEADS:

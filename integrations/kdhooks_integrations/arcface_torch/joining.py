@@ -12,11 +12,11 @@ from weakref import WeakSet
 import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.classes.ranks import world
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
-from kdhooks.taps import Removable
 from kdhooks_integrations.groups import Dressed, Groups, State, consecutive, merged, numbered
 
 log = logging.getLogger("kdhooks")
@@ -50,7 +50,7 @@ class Joined:
             optimizer.add_param_group({**options, **group})
             optimizer.param_groups.insert(place, optimizer.param_groups.pop())
         self.steps = 0  # steps that the optimizer took; a GradScaler skips some
-        self._handles: list[Removable] = [
+        self._handles: list[RemovableHandle] = [
             optimizer.register_state_dict_post_hook(self._take_out),
             optimizer.register_load_state_dict_pre_hook(self._put_in),
             optimizer.register_step_post_hook(self._count_step),

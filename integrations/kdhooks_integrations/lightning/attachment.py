@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.copies import IdleCopy
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe, build
-from kdhooks.taps import Removable
 from kdhooks_integrations.lightning.batches import Place, images_in, labels_in
 from kdhooks_integrations.lightning.models import classifier_rows, find_student
 
@@ -75,7 +75,7 @@ class Attachment:
             Replaced(module, "training_step", self._step),
             Replaced(module, "manual_backward", self._backward),
         ]
-        self._handles: list[Removable] = []
+        self._handles: list[RemovableHandle] = []
         if student is module:
             # DistributedDataParallel runs the training step inside the module's own forward.
             self._handles = [

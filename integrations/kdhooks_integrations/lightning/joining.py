@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
-from kdhooks.taps import Removable
 from kdhooks_integrations.groups import Dressed, Groups, State, consecutive, merged, numbered
 
 KEY = "kdhooks"
@@ -51,7 +51,7 @@ class Joined:
         self._add(distiller, groups[self._like])
         self._ours = [place for place, group in enumerate(groups) if self._is_ours(group)]
         self._added = len(groups) - count
-        self._handles: list[Removable] = [
+        self._handles: list[RemovableHandle] = [
             self.optimizer.register_state_dict_post_hook(self._leave_out),
             self.optimizer.register_load_state_dict_pre_hook(self._put_in),
         ]

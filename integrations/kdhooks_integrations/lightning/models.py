@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from kdhooks.classes.shards import ClassShard
 from kdhooks.errors import KDHooksError, in_one_line, listed, near_miss
 from kdhooks.generators import undisturbed_generators
+from kdhooks.modes import evaluating
+from kdhooks.paths import find, split_path, submodules
 from kdhooks.recipe import Recipe
-from kdhooks.taps import evaluating, find, split_path, submodules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

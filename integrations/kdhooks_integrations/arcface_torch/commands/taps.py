@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from kdhooks.arguments import at_least
 from kdhooks.backbones import known_stages
 from kdhooks.errors import KDHooksError
+from kdhooks.modes import evaluating
 from kdhooks.points import Points
-from kdhooks.taps import evaluating
 from kdhooks_integrations.arcface_torch.commands.networks import (
     add_network,
     add_trainer,
