@@ -1,30 +1,23 @@
-"""Collects the declarations of the methods, after probing the models that they are made for."""
+"""Collects the declarations of the methods for two models."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import TypeAlias
 
 import pluggy
-import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
+from kdhooks.classes.splits import ClassTables
 from kdhooks.declarations import Model, Tap
 from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
 from kdhooks.kinds import shown
-from kdhooks.modes import evaluating
-from kdhooks.paths import find
 from kdhooks.points import Points
-from kdhooks.stages import Stage
-from kdhooks.taps import Taps
-from kdhooks.teacher.session import TeacherSession
-from kdhooks.teacher.several import Teachers, numbered
+from kdhooks.probing import probe_student, probe_teachers
+from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 
-Observe: TypeAlias = Callable[[Sequence[str]], Mapping[str, Tensor]]
 _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
 
 
@@ -81,19 +74,44 @@ class Declarations:
     def _hooks_of(self, plugin: object) -> list[str]:
         return [caller.name for caller in self._manager.get_hookcallers(plugin) or ()]
 
-    def points(self, model: nn.Module | None, embedding: str) -> Points | None:
+    def student(
+        self,
+        module: nn.Module,
+        embedding: str,
+        stages: Sequence[str] | None,
+        images: Tensor,
+        run: Callable[[Tensor], object] | None,
+    ) -> Model:
+        """Probe the student on images (b 3 h w), at the stages that are named or known."""
+        points = self._points(module, embedding)
+        named = _chosen_stages(points, stages, "student")
+        return probe_student(module, embedding, named, images, run, points)
+
+    def teacher(
+        self,
+        teacher: Teacher | Teachers,
+        stages: Sequence[str] | None,
+        images: Tensor,
+        tables: ClassTables,
+    ) -> Model:
+        """Probe the teachers on images (b 3 h w), at the stages that are named or known."""
+        points = self._points_of(teacher)
+        named = _chosen_stages(points, stages, "teacher")
+        return replace(probe_teachers(teacher, named, images, points), tables=tables)
+
+    def _points(self, model: nn.Module | None, embedding: str) -> Points | None:
         """Return the names of a model's submodules; plugins may know the backbone's stages."""
         if model is None:
             return None
         return Points.of(model, self._manager.hook.model_stages(model=model), embedding)
 
-    def points_of(self, teacher: Teacher | Teachers) -> Points | None:
+    def _points_of(self, teacher: Teacher | Teachers) -> Points | None:
         """Return the teacher's names; those of several teachers start with a teacher's number."""
         if isinstance(teacher, Teacher):
-            return self.points(teacher.module, teacher.embedding)
+            return self._points(teacher.module, teacher.embedding)
         names = {"embedding": ""}
         for number, one in enumerate(teacher.members):
-            if (points := self.points(one.module, one.embedding)) is not None:
+            if (points := self._points(one.module, one.embedding)) is not None:
                 names |= {
                     f"{number}.{name}": f"{number}.{path}" if path else str(number)
                     for name, path in points.names.items()
@@ -174,172 +192,10 @@ class Declarations:
         return found
 
 
-def chosen_stages(points: Points | None, paths: Sequence[str] | None, side: str) -> tuple[str, ...]:
+def _chosen_stages(
+    points: Points | None, paths: Sequence[str] | None, side: str
+) -> tuple[str, ...]:
     """Return the stages at the given paths, names and patterns; by default, the known stages."""
     if points is None:
         return tuple(paths or ())
     return points.stages if paths is None else points.several(paths, side)
-
-
-@contextmanager
-def _runs(side: str, images: Tensor) -> Iterator[None]:
-    """Name the model and the setting to change if the first forward raises any other error."""
-    try:
-        yield
-    except (KDHooksError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        size = ", or teacher.input.size to the size that the teacher takes"
-        raise KDHooksError(
-            f"the {side} must run on images of the shape {tuple(images.shape[1:])}; found "
-            f"{type(error).__name__}: {error}; set input_shape to the shape of the training images"
-            f"{size if side == 'teacher' else ''}"
-        ) from error
-
-
-def probe_student(
-    module: nn.Module,
-    embedding: str,
-    stages: Sequence[str],
-    images: Tensor,
-    run: Callable[[Tensor], object] | None = None,
-    points: Points | None = None,
-) -> Model:
-    """Probe the student by forwards in eval mode without gradients, which leave it unchanged."""
-
-    def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
-        taps = Taps(module, [embedding, *paths], "student")
-        try:
-            with evaluating(module), torch.no_grad(), taps, _runs("student", images):
-                (run or module)(images)
-            return taps.take()
-        finally:
-            taps.remove()
-
-    outputs, probed = _probed(module, stages, "student", observe)
-    found = outputs[embedding]
-    if found.ndim != 2:
-        raise KDHooksError(
-            f"student embedding '{embedding or 'output'}' must be (b d); found shape "
-            f"{tuple(found.shape)}; name the submodule that returns it as taps.student.embedding"
-        )
-    return Model(module, found.shape[1], probed, probe=_prober(module, observe), points=points)
-
-
-def probe_teacher(
-    teacher: Teacher, stages: Sequence[str], images: Tensor, points: Points | None = None
-) -> Model:
-    """Probe one teacher, in a session of its own."""
-
-    def observe(paths: Sequence[str]) -> Mapping[str, Tensor]:
-        with TeacherSession(teacher, paths) as session, _runs("teacher", images):
-            output = session(images)
-        return {**output.features, teacher.embedding: output.embedding}
-
-    probed: tuple[Stage, ...] = ()
-    if teacher.stored is not None and not stages:  # it holds none of random images
-        teacher.stored.check_shape(tuple(images.shape[1:]))
-        dim = teacher.stored.dim
-    else:
-        outputs, probed = _probed(teacher.module, stages, "teacher", observe)
-        dim = outputs[teacher.embedding].shape[1]
-    rows = teacher.classifier
-    if rows is not None and rows.dim != dim == rows.total:
-        raise KDHooksError(
-            f"teacher classifier must have the shape (c e), one row per class; found {rows.total} "
-            f"rows of width {rows.dim}, but the embedding is {dim} wide: it is transposed; save "
-            "its transpose, weight.T"
-        )
-    if rows is not None and rows.dim != dim:
-        raise KDHooksError(
-            f"teacher classifier has rows of width {rows.dim}, but the teacher's embedding is "
-            f"{dim} wide; use the classifier that was trained with this teacher"
-        )
-    prober = _prober(teacher.module, observe)
-    return Model(teacher.module, dim, probed, rows, probe=prober, points=points)
-
-
-def probe_teachers(
-    teacher: Teacher | Teachers,
-    stages: Sequence[str],
-    images: Tensor,
-    points: Points | None = None,
-) -> Model:
-    """Probe one teacher; or probe each of several teachers, and join them into one model."""
-    if isinstance(teacher, Teacher):
-        return probe_teacher(teacher, stages, images, points)
-    models: list[Model] = []
-    found: dict[str, Stage] = {}
-    for number, paths in enumerate(teacher.split(stages)):
-        with numbered(number):
-            models.append(probe_teacher(teacher.members[number], list(paths), images))
-        known = zip(models[number].stages, paths.values(), strict=False)  # a function has none
-        found.update({path: _renamed(stage, path, number) for stage, path in known})
-    dim = sum(model.embedding_dim for model in models)
-
-    def probe(path: str) -> Stage:
-        if path == "":
-            return Stage("", (dim,))
-        number, inner = teacher.place(path)
-        with numbered(number):
-            return _renamed(models[number].stage(inner, "teacher"), path, number)
-
-    return Model(
-        teacher.module,
-        dim,
-        tuple(found[path] for path in stages if path in found),
-        teacher.classifier,
-        without_rows="".join(f" for teacher {number}" for number in teacher.without_rows),
-        joins=len(models),
-        probe=probe,
-        points=points,
-    )
-
-
-def _renamed(stage: Stage, path: str, number: int) -> Stage:
-    """Return a stage of one of several teachers under the path that starts with its number."""
-    fault = stage.probed
-    if isinstance(fault, KDHooksError):
-        fault = KDHooksError(f"teacher {number}: {fault}")
-    return replace(stage, path=path, probed=fault)
-
-
-def _prober(module: nn.Module | None, observe: Observe) -> Callable[[str], Stage] | None:
-    """Return a function that probes any other submodule; each call runs one forward."""
-    if module is None:
-        return None
-    return lambda path: Stage.of(module, path, observe([path])[path])
-
-
-def _probed(
-    module: nn.Module | None,
-    paths: Sequence[str],
-    side: str,
-    observe: Observe,
-) -> tuple[Mapping[str, Tensor], tuple[Stage, ...]]:
-    """Return the outputs of a forward, and the stages.
-
-    A stage that cannot be tapped keeps its error, which is raised only if a method taps it.
-    observe: runs a forward, and returns the outputs at the paths and the embedding.
-    """
-    if module is None:
-        return observe(paths), ()
-    for path in paths:
-        find(module, path, side)
-    faults: dict[str, KDHooksError] = {}
-    try:
-        outputs = observe(paths)
-    except KDHooksError:
-        outputs = observe([])  # a fault of the embedding is raised now
-        for path in paths:
-            try:
-                outputs = {**observe([path]), **outputs}
-            except KDHooksError as error:
-                faults[path] = KDHooksError(
-                    f"{error}; stages are named, shallow to deep, as taps.{side}.stages in the "
-                    f"recipe, or {side}_stages="
-                )
-    return outputs, tuple(
-        Stage(path, faults[path]) if path in faults else Stage.of(module, path, outputs[path])
-        for path in paths
-    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdhooks.asking import Declarations, probe_student, probe_teacher
+from kdhooks.asking import Declarations
 from kdhooks.classes.shards import ClassShard
 from kdhooks.declarations import Model, Tap
 from kdhooks.discovery import create, load, methods
@@ -18,6 +18,7 @@ from kdhooks.generators import undisturbed_generators
 from kdhooks.hookspecs import HOOKS
 from kdhooks.kinds import Option, alternatives, described
 from kdhooks.options import REQUIRED, opened
+from kdhooks.probing import probe_student, probe_teacher
 from kdhooks.schedules import Schedule
 from kdhooks.testing import TinyFaceNet, tiny_teacher
 

@@ -8,22 +8,26 @@ tap's loss on both.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdhooks.asking import Declarations, chosen_stages, probe_student, probe_teachers
+from kdhooks.asking import Declarations
 from kdhooks.classes.per_class import is_split, whole_tables
 from kdhooks.classes.ranks import answers, failing_together, world
-from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
 from kdhooks.classes.splits import ClassTables
-from kdhooks.declarations import ParameterTap, Step, Tap, check_weight
+from kdhooks.declarations import Step, Tap
 from kdhooks.errors import KDHooksError
 from kdhooks.finite import Finite, Question, of_embedding, of_terms
-from kdhooks.first_step import check_class_order, check_shapes, check_teacher, check_terms
+from kdhooks.first_step import (
+    check_class_order,
+    check_shapes,
+    check_teacher,
+    check_terms,
+    tapped_shapes,
+)
 from kdhooks.generators import undisturbed_generators
 from kdhooks.guards import (
     Untouched,
@@ -40,8 +44,8 @@ from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
 from kdhooks.paths import unwrap
-from kdhooks.replicas import Replicas, options_of, own_buffers, refuse_different, shown_number
-from kdhooks.schedules import Scheduled, Varying, counts_epochs, number_at
+from kdhooks.replicas import Replicas, own_buffers, refuse_different
+from kdhooks.schedules import Scheduled
 from kdhooks.student_taps import StudentTaps
 from kdhooks.task_weight import TaskWeight
 from kdhooks.teacher.fingerprints import weights_of
@@ -49,7 +53,17 @@ from kdhooks.teacher.session import TeacherOutput
 from kdhooks.teacher.sessions import open_session
 from kdhooks.teacher.several import Teachers, listed_teachers, one_or_several
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.teacher_rows import Inherited, TeacherRows, left_to_host, number_of_classes
+from kdhooks.teacher_rows import Inherited, check_classes, left_to_host, rows_for
+from kdhooks.terms import (
+    described,
+    named_in_epochs,
+    shown_number,
+    tapped_parameters,
+    value_of,
+    varying_numbers,
+    weight_at,
+    zeros,
+)
 from kdhooks.views.entrance import Around, Entrance
 from kdhooks.views.viewing import Viewing
 
@@ -67,7 +81,9 @@ _ARGUMENTS = {
     "labels": Option(bool, True),
     "task_weight": Option(Scheduled, 1.0, bounds=Bounds(least=0)),
     "log_teacher_accuracy": Option(int, 100, bounds=Bounds(least=0)),
+    "steps_per_epoch": Option(int | None, None, bounds=Bounds(least=1)),
     "seed": Option(int, 0, bounds=Bounds(least=0, most=2**63 - 1)),
+    "nonfinite": Option(Literal["raise", "skip"], "raise"),
     "sharded": Option(bool, True),
     "learnt_whole": Option(bool, False),
     "table_dtype": Option(Literal["float32", "float16"], "float32"),
@@ -150,112 +166,68 @@ class Distiller(nn.Module):
             coupleface's prototypes.
         """
         super().__init__()
-        given = check_arguments(
-            "Distiller",
-            _ARGUMENTS,
-            student=student,
-            student_embedding=student_embedding,
-            run_student=run_student,
-            student_stages=student_stages,
-            teacher_stages=teacher_stages,
-            head=head,
-            host_head=host_head,
-            input_shape=input_shape,
-            student_view=student_view,
-            plugins=plugins,
-            labels=labels,
-            task_weight=task_weight,
-            log_teacher_accuracy=log_teacher_accuracy,
-            seed=seed,
-            sharded=sharded,
-            learnt_whole=learnt_whole,
-            table_dtype=table_dtype,
-        )
+        given = check_arguments("Distiller", _ARGUMENTS, locals())
         student = unwrap(student)
-        # This check comes before one_or_several, since a new Teacher freezes its module.
-        for one in listed_teachers(teacher):
-            check_models(student, one.module if isinstance(one, Teacher) else one)
-        taught_by = one_or_several(teacher)
-        if steps_per_epoch is not None and not (
-            type(steps_per_epoch) is int and steps_per_epoch > 0
-        ):
-            raise KDHooksError(
-                f"steps_per_epoch must be a whole number, at least 1; found {steps_per_epoch!r}"
-            )
+        taught_by = _taught_by(teacher, student)
+        first = next(student.parameters())
+
+        # The state of the run.
         self.step = 0  # number of steps taken, which schedules count
         self.steps_per_epoch = steps_per_epoch  # a host may set it before the first step
         self.accumulation = 1  # forwards per optimizer step, if the host sums their gradients
         self.metrics: dict[str, Tensor] = {}  # values of the last step, detached
-        self.inherited: Inherited | None = None  # the term that the host's head computes
         self._embedding = student_embedding
         self._head = head
+        self._dtype = torch.promote_types(first.dtype, torch.float32)
         self._first_step_over = False
-        self._replicas: Replicas | None = None  # if there are several ranks
         self._finite = Finite(nonfinite)
-        first = next(student.parameters())
+
+        # The declarations of the methods, for both models as they are probed on random images.
         with undisturbed_generators(seed, first.device):
             # Drawn on the CPU, so that a seed creates the same losses on every device.
             images = (torch.rand(2, *input_shape, dtype=first.dtype) * 2 - 1).to(first.device)
             asked = Declarations(methods, plugins)
             self.student_view = asked.student_view(student_view)
             self._entrance = self._entrance_for(images, seed)
-            points = asked.points(student, student_embedding)
-            stages = chosen_stages(points, student_stages, "student")
-            ours = probe_student(student, student_embedding, stages, images, run_student, points)
-            points = asked.points_of(taught_by)
-            stages = chosen_stages(points, teacher_stages, "teacher")
-            theirs = probe_teachers(taught_by, stages, images, points)
-            tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
-            theirs, self._tables = replace(theirs, tables=tables), tables
+            ours = asked.student(student, student_embedding, student_stages, images, run_student)
+            self._tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
+            theirs = asked.teacher(taught_by, teacher_stages, images, self._tables)
             if world() is not None:  # before a method asks the other ranks
-                refuse_different([*asked.described(), *tables.described()])
+                refuse_different([*asked.described(), *self._tables.described()])
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
             self.adapter = asked.teacher_adapter(theirs)
-        tapped = {path for tap in self.taps for path in tap.student_paths}
-        known = (*ours.stages, *ours.probed.values())
-        self._stages = {stage.path: stage.shape for stage in known if stage.path in tapped}
-        self.teacher_rows: TeacherRows | None = None  # if a term needs them
-        shares_rows = any(tap.needs_classifier for tap in self.taps)
-        classes = number_of_classes(theirs.classifier, head) if labels or shares_rows else 0
+
+        # The losses, and the class rows that they or the host's head need.
+        rows = theirs.classifier
+        if labels or any(tap.needs_classifier for tap in self.taps):
+            check_classes(rows, head)
+        self.inherited: Inherited | None = None  # the term that the host's head computes
         if host_head is not None:
-            self.inherited, self.taps = left_to_host(
-                self.taps, theirs.classifier, tables.beside_head
-            )
-        self._task_weight = TaskWeight(given["task_weight"], self.inherited)
+            self.inherited, self.taps = left_to_host(self.taps, rows, self._tables.beside_head)
         self.losses = nn.ModuleDict({tap.name: tap.loss for tap in self.taps})
-        numbers = [inner for inner in self.losses.modules() if isinstance(inner, Varying)]
-        self._varying = [number for number in numbers if number.changes]
+        self._task_weight = TaskWeight(given["task_weight"], self.inherited)
+        self.teacher_rows = rows_for(self.taps, rows, self._tables, self._dtype, self.inherited)
+
+        # The needs of each step.
+        self._varying = varying_numbers(self.losses)
+        self._stages = tapped_shapes(self.taps, ours)
+        self._own = tapped_parameters(self.taps, ours)
         self._needs_teacher = any(tap.needs_teacher for tap in self.taps)
         self._needs_labels = [tap.name for tap in self.taps if tap.needs_labels]
         self._ignores_labels = not labels
-        self._classes = classes if self._needs_labels else 0  # 0: labels are not compared with it
-        self._dtype = torch.promote_types(first.dtype, torch.float32)
-        if theirs.classifier is not None and any(tap.needs_classifier for tap in self.taps):
-            self.teacher_rows = self._rows(theirs.classifier, tables)
+        # The number of classes that labels are compared with; 0 if they are not.
+        self._classes = rows.total if rows is not None and self._needs_labels else 0
         measured = labels and self.teacher_rows is not None and self._needs_teacher
         self._measured = log_teacher_accuracy if measured else 0  # interval in steps; 0: never
+
+        # The connection to both models, which `remove` ends.
         self.to(first.device)
         self._convert_losses()
-        parameter_taps = [tap for tap in self.taps if isinstance(tap, ParameterTap)]
-        self._own = {tap.name: tap.of(ours) for tap in parameter_taps}
         # DistributedDataParallel reads this attribute: it must not synchronise these buffers.
         self._ddp_params_and_buffers_to_ignore = sorted(own_buffers(self))
         self._connect(student, taught_by, images)
-
-    def _rows(self, rows: Rows, tables: ClassTables) -> TeacherRows:
-        """Create the table of this rank's rows of the teacher's classifier."""
-        head = tables.head
-        learnt = any(hasattr(loss, "prepare") for loss in self.losses.values())
-        compared = self.inherited is not None or any(tap.needs_head for tap in self.taps)
-        if head is not None and (compared or head.group is not None):
-            split = tables.beside_head(rows.total)
-        else:
-            split = tables.split(rows.total, learnt=learnt)
-        kept = self._dtype if tables.frozen == torch.float32 else tables.frozen
-        taken_by = head if self.inherited is not None and kept == self._dtype else None
-        return TeacherRows(rows, split, self.losses.values(), self._dtype, kept, taken_by)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -281,8 +253,8 @@ class Distiller(nn.Module):
                 "copied student, and load the state dict of the original"
             )
         try:
-            step, questions = self._inputs(images, labels, teacher_images, indices)
-            return self._terms(step, questions)
+            inputs, questions = self._inputs(images, labels, teacher_images, indices)
+            return self._terms(inputs, questions)
         except BaseException:
             self._session.drop_ahead()
             raise
@@ -300,7 +272,7 @@ class Distiller(nn.Module):
         device are read in the next step.
         """
         # `take` drops these.
-        seen, inputs, version = self._student.images, self._student.inputs, self._student.version
+        seen, given, version = self._student.images, self._student.inputs, self._student.version
         features = self._student.take()
         self._finite.check()
         theirs = images if teacher_images is None else teacher_images
@@ -309,7 +281,7 @@ class Distiller(nn.Module):
             labels = None
         labels = checked_labels(labels, images, self._needs_labels)
         questions: list[Question] = []
-        if question := check_same_images(seen, inputs, version, images):
+        if question := check_same_images(seen, given, version, images):
             questions.append(question)
         if (
             labels is not None
@@ -327,7 +299,7 @@ class Distiller(nn.Module):
             self._student.on_failure = self._session.drop_ahead
         if teacher is not None and not teacher.finite:
             questions.append(of_embedding(teacher.embedding, labels))
-        step = Step(
+        inputs = Step(
             student=features[self._embedding],
             student_features=features,
             teacher=teacher.embedding if teacher else None,
@@ -337,7 +309,7 @@ class Distiller(nn.Module):
             classifier=None if self.teacher_rows is None else self.teacher_rows.shard(),
             head=self._head,
         )
-        return step, questions
+        return inputs, questions
 
     def _teach(
         self, images: Tensor, labels: Tensor | None, indices: Tensor | None
@@ -377,86 +349,72 @@ class Distiller(nn.Module):
         if any(p.dtype != self._dtype for p in self.losses.parameters()):
             self.losses.to(self._dtype)
 
-    def _terms(self, step: Step, questions: list[Question]) -> dict[str, Tensor]:
+    def _terms(self, inputs: Step, questions: list[Question]) -> dict[str, Tensor]:
         """Return each term's loss, times its weight."""
         number = self.step + 1
         if self._finite.skips:
-            tapped = [*step.teacher_features.values(), *step.student_features.values()]
+            tapped = [*inputs.teacher_features.values(), *inputs.student_features.values()]
             if not self._finite.usable(number, tapped, questions):
-                return self._nothing(step)
+                return self._skipped(inputs)
             questions = []
         if self._replicas is None:
-            weighted = self._losses(step)
+            weighted = self._losses(inputs)
         else:
-            with self._replicas.one_step(len(step.student)):
-                weighted = self._losses(step)
+            with self._replicas.one_step(len(inputs.student)):
+                weighted = self._losses(inputs)
         values = {name: self.metrics[name] for name in weighted}
         if not self._first_step_over:
             check_terms(values)
             self._first_step_over = True
         if not self._finite.note(number, [of_terms(values), *questions]):
-            return self._nothing(step)
+            return self._skipped(inputs)
         self.step = number
         if self._guard.noting:
             self._guard.note(weighted)
         return weighted
 
-    def _losses(self, step: Step) -> dict[str, Tensor]:
-        shared = [*step.student_features.values(), *step.teacher_features.values()]
-        shared += [tensor for tensor in (step.teacher, step.labels) if tensor is not None]
+    def _losses(self, inputs: Step) -> dict[str, Tensor]:
+        """Compute every tap's loss, times its weight, and `metrics`."""
+        shared = [*inputs.student_features.values(), *inputs.teacher_features.values()]
+        shared += [tensor for tensor in (inputs.teacher, inputs.labels) if tensor is not None]
         untouched = Untouched(shared)
         weighted: dict[str, Tensor] = {}
         for number in self._varying:
             number.move(self.step, self.steps_per_epoch)
-        kind = step.student.device.type
+        kind = inputs.student.device.type
         autocast = torch.is_autocast_enabled(kind)  # cheaper than switching it off
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
-                weighted[tap.name] = self._value(tap, loss, step) * self.weight(tap)
+                value, notes = value_of(tap, loss, inputs)
+                self.metrics[tap.name] = value.detach()
+                for key, note in notes.items():
+                    # Hosts average the number for the log.
+                    number = note if note.is_floating_point() else note.float()
+                    self.metrics[f"{tap.name}/{key}"] = number.detach()
+                weighted[tap.name] = value * self.weight(tap)
                 untouched.check(tap.name)
             if self._measured:
                 self.metrics.pop(_ACCURACY, None)  # the value of an earlier step
                 if self.step % self._measured == 0:
-                    self._measure_teacher(step)
+                    self._measure_teacher(inputs)
         return weighted
 
-    def _measure_teacher(self, step: Step) -> None:
-        if self.teacher_rows is None or step.teacher is None or step.labels is None:
+    def _measure_teacher(self, inputs: Step) -> None:
+        if self.teacher_rows is None or inputs.teacher is None or inputs.labels is None:
             return
-        self.metrics[_ACCURACY] = self.teacher_rows.accuracy(step.teacher, step.labels)
+        self.metrics[_ACCURACY] = self.teacher_rows.accuracy(inputs.teacher, inputs.labels)
 
-    def _value(self, tap: Tap, loss: nn.Module, step: Step) -> Tensor:
-        result = loss(*tap.arguments(step))
-        value: Tensor = result[0] if isinstance(result, tuple) else result
-        notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
-        if value.ndim or not value.requires_grad:
-            raise KDHooksError(
-                f"{tap.name}: a loss must be a scalar with a gradient; found shape "
-                f"{tuple(value.shape)}, requires_grad {value.requires_grad}"
-            )
-        self.metrics[tap.name] = value.detach()
-        for key, note in notes.items():
-            # Hosts average the number for the log.
-            number = note if note.is_floating_point() else note.float()
-            self.metrics[f"{tap.name}/{key}"] = number.detach()
-        return value
-
-    def _nothing(self, step: Step) -> dict[str, Tensor]:
-        """Return a zero with zero gradients for each term of a step that is skipped."""
+    def _skipped(self, inputs: Step) -> dict[str, Tensor]:
+        """Count a step that continues without its terms, and return a zero for each of them."""
         self.step += 1
         self.metrics.clear()
-        # `tensor * 0` would be nan if the tensor is infinite.
-        finite = [tensor.nan_to_num(0, 0, 0) for tensor in step.student_features.values()]
-        zero = torch.stack([tensor.sum() * 0 for tensor in finite]).sum()
-        return {tap.name: zero for tap in self.taps}
+        return zeros(self.taps, inputs.student_features)
 
     def weight(self, tap: Tap) -> float:
         """Return a term's factor in the current step."""
         factor = tap.weight
         if callable(factor):
-            factor = number_at(factor, self.step, self.steps_per_epoch)
-            check_weight(f"{tap.name}, step {self.step}", factor)
-            factor = float(factor)
+            factor = weight_at(tap.name, factor, self.step, self.steps_per_epoch)
         return factor / self.accumulation if tap.per_optimizer_step else factor
 
     # --- between the steps -------------------------------------------------------------------
@@ -489,12 +447,7 @@ class Distiller(nn.Module):
     def in_epochs(self) -> list[str]:
         """The names whose schedules count epochs: terms, and "task_weight"."""
         task = ["task_weight"] if self._task_weight.in_epochs else []
-        return task + [
-            tap.name
-            for tap, loss in zip(self.taps, self.losses.values(), strict=True)
-            if counts_epochs(tap.weight)
-            or any(counts_epochs(n.value) for n in loss.modules() if isinstance(n, Varying))
-        ]
+        return task + named_in_epochs(self.taps, self.losses)
 
     @property
     def fired(self) -> bool:
@@ -551,10 +504,8 @@ class Distiller(nn.Module):
             self._guard = OptimizerGuard(student, self, self._student, rows)
             self._guard.more = self._task_weight.check_asked
             undo.callback(self._guard.remove)
-            if (
-                world() is not None
-            ):  # otherwise the first step creates them, if there are ranks by then
-                self._replicas = self._new_replicas()
+            # Without ranks yet, the first step creates them, if there are some by then.
+            self._replicas = None if world() is None else self._new_replicas()
             undo.pop_all()
 
     def _entrance_for(self, images: Tensor, seed: int) -> Entrance | None:
@@ -566,12 +517,7 @@ class Distiller(nn.Module):
         return Entrance(viewing, lambda: (self.step, self.accumulation))
 
     def _new_replicas(self) -> Replicas:
-        declared = [
-            f"{type(tap).__name__} {tap.name} {type(tap.loss).__qualname__} "
-            f"{tap.student_paths} {tap.teacher_paths} "
-            f"{shown_number(tap.weight)} {options_of(tap.loss)}"
-            for tap in self.taps
-        ]
+        declared = described(self.taps)
         declared.append(f"task_weight {shown_number(self._task_weight.value)}")
         declared.append(f"teacher/accuracy every {self._measured} steps")
         for who, teacher in self._session.named:
@@ -621,3 +567,10 @@ class Distiller(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)
+
+
+def _taught_by(teacher: object, student: nn.Module) -> Teacher | Teachers:
+    """Return the teachers, which must not be the student."""
+    for one in listed_teachers(teacher):  # before a new Teacher freezes its module
+        check_models(student, one.module if isinstance(one, Teacher) else one)
+    return one_or_several(teacher)

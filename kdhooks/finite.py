@@ -68,8 +68,6 @@ class Finite:
     """
 
     def __init__(self, nonfinite: Literal["raise", "skip"]) -> None:
-        if nonfinite not in ("raise", "skip"):
-            raise KDHooksError(f"nonfinite must be 'raise' or 'skip'; found {nonfinite!r}")
         self.skips = nonfinite == "skip"
         self.skipped = 0  # number of steps that continued without their terms
         self._last: _Answer | None = None

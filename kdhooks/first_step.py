@@ -1,7 +1,7 @@
 """Checks that run in the first step only, because each of them waits for the device."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 from kdhooks.classes.ranks import first_largest
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.splits import ClassSplit
+from kdhooks.declarations import Model, Tap
 from kdhooks.errors import KDHooksError
 from kdhooks.guards import out_of_range
 from kdhooks.teacher.session import TeacherOutput
@@ -19,6 +20,13 @@ log = logging.getLogger("kdhooks")
 _SAME = 0.9999  # above this mean cosine, embeddings of different images count as the same
 _TOP1 = 0.5  # a right class order reaches about 0.95 or more, a wrong one about 1/classes
 _USUAL = 0.9  # below it, the rows may be of another epoch, or another run on the same data
+
+
+def tapped_shapes(taps: Sequence[Tap], student: Model) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tapped stage of the student, by its path, as it was probed."""
+    tapped = {path for tap in taps for path in tap.student_paths}
+    known = (*student.stages, *student.probed.values())
+    return {stage.path: stage.shape for stage in known if stage.path in tapped}
 
 
 def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int, ...]]) -> None:

@@ -225,11 +225,15 @@ def _checked_option(subject: str, name: str, declared: Option, value: object) ->
 
 
 def check_arguments(
-    subject: str, declared: Mapping[str, Option], /, **found: object
+    subject: str, declared: Mapping[str, Option], found: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Check the arguments of a function as options, and return them in the form options store."""
+    """Check the arguments of a function as options, and return them in the form options store.
+
+    found: the arguments by name, such as the function's `locals()`; others are left out.
+    """
     return {
-        name: _checked_option(subject, name, declared[name], value) for name, value in found.items()
+        name: _checked_option(subject, name, option, found[name])
+        for name, option in declared.items()
     }
 
 

@@ -1,31 +1,25 @@
 """The recipe, a checked description of a distillation for any host; `build` makes a Distiller."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
-from kdhooks.discovery import create, load
+from kdhooks.discovery import create
 from kdhooks.distiller import Distiller
 from kdhooks.errors import KDHooksError
 from kdhooks.generators import undisturbed_generators
-from kdhooks.kinds import Option, alternatives, shown
-from kdhooks.onnx.files import read_recognition_file
-from kdhooks.onnx.session import OnnxModel, insightface_model
-from kdhooks.onnx.to_torch import to_torch
-from kdhooks.options import REQUIRED, Options, check_arguments, declared_options, option, read
+from kdhooks.kinds import Option, shown
+from kdhooks.options import REQUIRED, Options, check_arguments, option, read
+from kdhooks.recipe_files import read_recipe_file
 from kdhooks.schedules import Scheduled
-from kdhooks.teacher.cache import CachedEmbeddings
 from kdhooks.teacher.embedding_table import EmbeddingTable
-from kdhooks.teacher.input_transform import InputTransform
+from kdhooks.teacher.from_table import build_from_table
 from kdhooks.teacher.several import numbered
-from kdhooks.teacher.table import Channels, NetworkFactory, TeacherTable, with_module
+from kdhooks.teacher.table import NetworkFactory, TeacherTable
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import user_path
 from kdhooks.views.student_view import StudentView, ViewTable
@@ -33,7 +27,6 @@ from kdhooks.views.student_view import StudentView, ViewTable
 _UNNAMED = {  # JSON Schema of a teacher's table that does not specify the embedding
     "not": {"type": "object", "anyOf": [{"required": ["embedding"]}, {"required": ["embeddings"]}]}
 }
-_DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class SideTaps(Options, subject="recipe: taps"):
@@ -163,8 +156,7 @@ class Recipe(Options):
         if isinstance(source, Recipe):
             return source
         if isinstance(source, str | Path):
-            path = user_path(source, "recipe")
-            source = _in_folder(_read_toml(path), path.parent)
+            source = read_recipe_file(user_path(source, "recipe"), cls)
         if isinstance(source, Mapping):
             source = {**source, **_teachers_as_tables(source)}
         return read(cls, source, subject)
@@ -220,7 +212,7 @@ def build(
     The other arguments are those of `Distiller`.
     """
     recipe = Recipe.read(recipe)
-    check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, student=student)
+    check_arguments("build", {"student": Option(nn.Module, REQUIRED)}, locals())
     # A student without parameters is refused below.
     first = next(student.parameters(), torch.empty(0))
     with undisturbed_generators(recipe.seed, first.device):
@@ -282,127 +274,5 @@ def build_teachers(
     return made
 
 
-def build_from_table(
-    table: TeacherTable, embedding: str | None = None, network: NetworkFactory | None = None
-) -> Teacher:
-    """Create one teacher. embedding: the submodule named in `taps`, if the table names none."""
-    spec = with_module(table, network)
-    transform = InputTransform()
-    model: Any
-    if spec.module is not None:
-        model = spec.module
-    elif spec.embeddings is not None:
-        made = EmbeddingTable if spec.embeddings.is_file() else CachedEmbeddings
-        return Teacher(made(spec.embeddings), classifier=spec.classifier)
-    elif spec.config is not None:
-        raise KDHooksError(
-            f"recipe: teacher.config is a config file of MMEngine, and this trainer can't read "
-            f"'{spec.config}'; pass the module itself as teacher"
-        )
-    else:
-        path = spec.onnx or insightface_model(
-            str(spec.insightface), spec.root or "~/.insightface", spec.output
-        )
-        given = spec.input
-        # The file takes one mean and one std; those of each channel go to the transform below.
-        said = given.mean is not None and given.std is not None
-        file = read_recognition_file(
-            path,
-            (_average(given.mean), _average(given.std)) if said else None,
-            order=given.order,
-            size=given.size,
-            output=spec.output,
-        )
-        for key, wanted in {"mean": 0, "std": 1}.items() if file.whole_pixels else ():
-            if (found := getattr(given, key)) is not None and {*np.ravel(found)} != {wanted}:
-                raise KDHooksError(
-                    f"recipe: teacher.input.{key} must be {wanted} or left out, since "
-                    f"'{file.path}' takes uint8 images; found {found}"
-                )
-        opened = (to_torch if spec.convert else OnnxModel)(file)
-        transform = InputTransform(size=opened.size, mean=opened.mean, std=opened.std)
-        model = opened
-    changes = spec.input.given()
-    stored = isinstance(model, CachedEmbeddings | EmbeddingTable)
-    return Teacher(
-        model,
-        transform=None if stored and not changes else replace(transform, **changes),
-        classifier=spec.classifier,
-        embedding=spec.embedding or embedding or "",
-        dtype=_DTYPES[spec.dtype],
-        channels_last=spec.channels_last,
-        compile=spec.compile,
-        side_stream=spec.side_stream,
-        micro_batch=spec.micro_batch,
-        cache=spec.cache,
-    )
-
-
 def _as_module(view: ViewTable | nn.Module | None) -> nn.Module | None:
     return StudentView.of(view) if isinstance(view, ViewTable) else view
-
-
-def _average(numbers: Channels | None) -> float:
-    assert numbers is not None
-    return sum(numbers) / len(numbers) if isinstance(numbers, tuple) else numbers
-
-
-def _in_folder(table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Resolve all relative paths of a recipe against the folder, also in the methods' options."""
-    table = _paths_in_folder(Recipe, table, folder, "recipe: ")
-    methods = table.get("methods")
-    if not isinstance(methods, list):
-        return table
-    return {**table, "methods": [_method_in_folder(method, folder) for method in methods]}
-
-
-def _method_in_folder(method: object, folder: Path) -> object:
-    name = method.get("name") if isinstance(method, Mapping) else None
-    if not isinstance(method, Mapping) or not isinstance(name, str):
-        return method
-    return _paths_in_folder(load(name), method, folder, f"{name}: ")
-
-
-def _paths_in_folder(
-    made: type, table: Mapping[str, Any], folder: Path, start: str
-) -> Mapping[str, Any]:
-    """Resolve the relative paths of one table. start: what precedes option names in errors."""
-    placed = dict(table)
-    for name, declared in declared_options(made).items():
-        value, kinds = table.get(name), alternatives(declared.kind)
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Options)), None)
-        if isinstance(value, Mapping):
-            if inner is not None:
-                placed[name] = _paths_in_folder(inner, value, folder, f"{start}{name}.")
-        elif isinstance(value, list) and inner is not None:  # a list of tables, such as [[teacher]]
-            placed[name] = [
-                _paths_in_folder(inner, one, folder, f"{start}{name}[{place}].")
-                if isinstance(one, Mapping)
-                else one
-                for place, one in enumerate(value)
-            ]
-        elif isinstance(value, str) and value.strip() and Path in kinds and str not in kinds:
-            placed[name] = str(folder / user_path(value, f"{start}{name}"))
-    return placed
-
-
-def _read_toml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        there = "is a folder" if path.is_dir() else "is not a regular file"
-        start = "" if path.is_absolute() else f" from '{Path.cwd()}'"
-        what = there if path.exists() else f"does not exist{start}"
-        raise KDHooksError(f"recipe must be a TOML file; '{path}' {what}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise KDHooksError(f"recipe: '{path}' can't be read: {error.strerror}") from error
-    try:
-        return tomllib.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise KDHooksError(
-            f"recipe: '{path}' must be UTF-8 text; found byte 0x{content[error.start]:02x} in "
-            f"line {line}; save the file with UTF-8 encoding"
-        ) from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of 5000 digits
-        raise KDHooksError(f"recipe: '{path}' is not TOML: {error}") from error

@@ -16,7 +16,6 @@ from kdhooks.classes.ranks import answers, before_gathering, gathering_once
 from kdhooks.copies import IdleCopy, NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.names import declared_inside, full_name
-from kdhooks.schedules import Schedule
 
 
 class _Mark(NamedTuple):
@@ -199,24 +198,6 @@ class _NotesLoading(IdleCopy):
 def own_buffers(module: nn.Module) -> set[str]:
     """Return the names of all buffers of which each rank keeps its own values."""
     return declared_inside(module, "buffers_by_rank")
-
-
-def options_of(loss: nn.Module) -> str:
-    """List the numbers and strings that a loss and its submodules hold, as its options set them."""
-    return ", ".join(
-        f"{full_name(prefix, name)}={shown_number(value)}"
-        for prefix, inner in loss.named_modules()
-        for name, value in vars(inner).items()
-        if isinstance(value, bool | int | float | str | Schedule)
-        and not name.startswith("_")
-        and name != "training"
-    )
-
-
-def shown_number(value: object) -> str:
-    """Format a number or a schedule to compare ranks; a function cannot be compared."""
-    function = callable(value) and not isinstance(value, Schedule)
-    return "by a function" if function else str(value)
 
 
 def refuse_different(declared: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """The factor of the trainer's own loss."""
 
-from kdhooks.declarations import check_weight
 from kdhooks.errors import KDHooksError
-from kdhooks.schedules import Schedule, Scheduled, counts_epochs, number_at
+from kdhooks.schedules import Schedule, Scheduled, counts_epochs
 from kdhooks.teacher_rows import Inherited
+from kdhooks.terms import weight_at
 
 
 class TaskWeight:
@@ -29,9 +29,7 @@ class TaskWeight:
         self.asked = True
         if not callable(self.value):
             return self.value
-        factor = number_at(self.value, step, steps_per_epoch)
-        check_weight(f"task_weight, step {step}", factor)
-        return float(factor)
+        return weight_at("task_weight", self.value, step, steps_per_epoch)
 
     def check_asked(self) -> None:
         """Refuse a factor other than 1 that the loop has never read."""

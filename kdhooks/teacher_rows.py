@@ -11,7 +11,7 @@ from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.ranks import gather
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.shards import ClassShard
-from kdhooks.classes.splits import ClassSplit
+from kdhooks.classes.splits import ClassSplit, ClassTables
 from kdhooks.declarations import InheritedClassifier, Tap
 from kdhooks.errors import KDHooksError
 
@@ -62,6 +62,32 @@ class TeacherRows(PerClass):
         return hits.sum() / (labels >= 0).sum().clamp(min=1)
 
 
+def rows_for(
+    taps: Sequence[Tap],
+    rows: Rows | None,
+    tables: ClassTables,
+    dtype: torch.dtype,
+    inherited: "Inherited | None",
+) -> TeacherRows | None:
+    """Return this rank's rows for the losses of these taps; None if no loss needs them.
+
+    dtype: that of the losses. inherited: the term that the host's head computes with the rows.
+    """
+    if rows is None or not any(tap.needs_classifier for tap in taps):
+        return None
+    losses = [tap.loss for tap in taps]
+    head = tables.head
+    compared = inherited is not None or any(tap.needs_head for tap in taps)
+    if head is not None and (compared or head.group is not None):
+        split = tables.beside_head(rows.total)
+    else:
+        learnt = any(hasattr(loss, "prepare") for loss in losses)
+        split = tables.split(rows.total, learnt=learnt)
+    kept = dtype if tables.frozen == torch.float32 else tables.frozen
+    taken_by = head if inherited is not None and kept == dtype else None
+    return TeacherRows(rows, split, losses, dtype, kept, taken_by)
+
+
 @dataclass(frozen=True)
 class Inherited:
     """A term that the host's own head computes, with the teacher's rows, not its own."""
@@ -71,16 +97,13 @@ class Inherited:
     rows: Callable[[], Tensor]  # reads this rank's rows (c e) of the teacher's classifier
 
 
-def number_of_classes(rows: Rows | None, head: ClassShard | None) -> int:
-    """Return the number of the teacher's classes, which must be the trainer's; 0 if unknown."""
-    if rows is None:
-        return 0
-    if head is not None and head.total != rows.total:
+def check_classes(rows: Rows | None, head: ClassShard | None) -> None:
+    """Refuse a teacher with another number of classes than the trainer's head."""
+    if rows is not None and head is not None and head.total != rows.total:
         raise KDHooksError(
             f"teacher classifier has {rows.total} classes, the trainer {head.total}; they must "
             "be the same classes in the same order"
         )
-    return rows.total
 
 
 def left_to_host(

@@ -166,7 +166,9 @@ def test_skipped_terms_do_not_change_a_bank(method: object) -> None:
 
 
 def test_nonfinite_must_be_raise_or_skip() -> None:
-    with pytest.raises(KDHooksError, match="nonfinite must be 'raise' or 'skip'; found 'pass'"):
+    with pytest.raises(
+        KDHooksError, match="nonfinite must be one of 'raise', 'skip'; found 'pass'"
+    ):
         distil("fcd", nonfinite="pass")
 
 

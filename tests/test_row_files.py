@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks import KDHooksError, Teacher, build
-from kdhooks.asking import probe_teacher
 from kdhooks.classes.rows import Rows
 from kdhooks.first_step import check_class_order
+from kdhooks.probing import probe_teacher
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.maps import normal

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdhooks.classes.rows import Rows
 from kdhooks.errors import KDHooksError, listed
-from kdhooks.kinds import Option, shown
+from kdhooks.kinds import Bounds, Option, shown
 from kdhooks.options import check_arguments
 from kdhooks.paths import unwrap
 from kdhooks.teacher.cache import CachedEmbeddings, CacheOptions
@@ -22,16 +22,16 @@ from kdhooks.teacher.input_transform import InputTransform
 
 log = logging.getLogger("kdhooks")
 
-_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile; both use CUDA graphs
-
-
 _ARGUMENTS = {
     "run": Option(Callable | None, None),
     "transform": Option(Callable | None, None),
     "embedding": Option(str, ""),
     "dtype": Option(torch.dtype | None, None),
     "channels_last": Option(bool, False),
+    # Both modes of torch.compile use CUDA graphs.
+    "compile": Option(bool | Literal["reduce-overhead", "max-autotune"], False),
     "side_stream": Option(bool, False),
+    "micro_batch": Option(int | None, None, bounds=Bounds(least=1)),
 }
 
 
@@ -74,17 +74,7 @@ class Teacher:
             session halves it automatically.
         cache: a folder that stores embeddings, so that each view is embedded only once.
         """
-        _check_compile(compile)
-        check_arguments(
-            "Teacher",
-            _ARGUMENTS,
-            run=run,
-            transform=transform,
-            embedding=embedding,
-            dtype=dtype,
-            channels_last=channels_last,
-            side_stream=side_stream,
-        )
+        check_arguments("Teacher", _ARGUMENTS, locals())
         if cache is not None and not isinstance(cache, CacheOptions):
             cache = CacheOptions.read(
                 {"path": cache} if isinstance(cache, str | Path) else cache, "teacher.cache"
@@ -97,10 +87,6 @@ class Teacher:
             raise KDHooksError(
                 f"teacher: side_stream and compile = {compile!r} exclude each other, since CUDA "
                 "graphs of two streams would share their memory; use compile = true"
-            )
-        if micro_batch is not None and not (type(micro_batch) is int and micro_batch >= 1):
-            raise KDHooksError(
-                f"teacher: micro_batch must be a whole number, at least 1; found {micro_batch!r}"
             )
         if isinstance(model, torch.export.ExportedProgram):
             model = model.module()
@@ -193,10 +179,3 @@ def set_eval(module: nn.Module) -> None:
     """Switch to eval mode. A torch.export program keeps the mode in which it was exported."""
     with suppress(NotImplementedError):
         module.eval()
-
-
-def _check_compile(found: object) -> None:
-    if not isinstance(found, bool) and found not in _MODES:
-        raise KDHooksError(
-            f"teacher.compile must be true, false or one of {listed(_MODES)}; found {found!r}"
-        )

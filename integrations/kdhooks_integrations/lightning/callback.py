@@ -60,15 +60,7 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
         prog_bar: whether the progress bar shows the terms, too.
         """
         super().__init__()
-        given = check_arguments(
-            "lightning: Distill",
-            _ARGUMENTS,
-            student=student,
-            images=images,
-            labels=labels,
-            classifier=classifier,
-            prog_bar=prog_bar,
-        )
+        given = check_arguments("lightning: Distill", _ARGUMENTS, locals())
         checked = Recipe.read(recipe)
         checked.refuse_tables("lightning")
         self._settings = Settings(checked, **given)

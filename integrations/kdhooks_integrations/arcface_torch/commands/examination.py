@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
-from kdhooks.asking import probe_student
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.first_step import check_class_order, check_teacher
+from kdhooks.probing import probe_student
 from kdhooks.recipe import Recipe, build_teachers
 from kdhooks.teacher.session import TeacherOutput
 from kdhooks.teacher.sessions import open_session

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdhooks.errors import KDHooksError, listed, near_miss
-from kdhooks.recipe import Recipe, build_from_table, build_teachers
+from kdhooks.recipe import Recipe, build_teachers
+from kdhooks.teacher.from_table import build_from_table
 from kdhooks.teacher.several import Teachers, one_or_several
 from kdhooks.teacher.table import TeacherTable
 from kdhooks.teacher.teacher import Teacher
