@@ -2,16 +2,17 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
 from kdhooks.described import as_table, as_text
 from kdhooks.discovery import methods
 from kdhooks.errors import KDHooksError
+from kdhooks.exit_status import exit_status
 from kdhooks.schema import recipe_schema
 
 _DEMO_EXTRA = ("PIL", "matplotlib", "onnx", "onnxruntime", "tqdm")
@@ -29,18 +30,11 @@ _TOOLS = {  # command -> its module, and its line in --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. The exit status is 2 if the caller can fix the error."""
+    """Run one command. The exit status is 2 if the caller can fix the error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv[:1])  # the rest belongs to the command
     command: Callable[[list[str]], int] = arguments.command
-    try:
-        return command(list(argv[1:]))
-    except KDHooksError as error:
-        print(f"kdhooks: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_status(partial(command, list(argv[1:])))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +110,7 @@ def _demo(rest: list[str]) -> int:
         if (error.name or "").split(".")[0] not in _DEMO_EXTRA:
             raise
         raise KDHooksError(
-            f"demo needs the package {error.name}; pip install 'kdhooks[demo]'"
+            f"demo needs the package {error.name}; run pip install '.[demo]' in a clone of kdhooks"
         ) from error
     status: int = demo.main(rest)
     return status

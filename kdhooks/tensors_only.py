@@ -9,6 +9,7 @@ import argparse
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.errors import KDHooksError
+from kdhooks.exit_status import exit_status
 from kdhooks.tensor_files import check_target, first_bytes, named_tensors, write_tensors
 
 _SUBJECT = "tensors_only"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. The exit status is 2 if the caller can fix the error."""
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kdhooks.tensors_only",
         description=__doc__,
@@ -33,12 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("new", type=Path, help="the file to write, with a suffix such as .pt")
     options = parser.parse_args(argv)
-    try:
-        convert(options.old, options.new)
-    except KDHooksError as error:
-        print(f"kdhooks: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial(convert, options.old, options.new))
 
 
 def convert(old: Path, new: Path) -> None:

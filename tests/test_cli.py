@@ -215,7 +215,8 @@ def test_demo_without_its_extra_names_it(
     lacking(monkeypatch, package)
     assert main(["demo"]) == 2
     said = capsys.readouterr().err
-    assert said == f"kdhooks: demo needs the package {package}; pip install 'kdhooks[demo]'\n"
+    way_out = "run pip install '.[demo]' in a clone of kdhooks"
+    assert said == f"kdhooks: demo needs the package {package}; {way_out}\n"
 
 
 def test_an_import_error_of_our_own_is_not_taken_for_a_missing_extra(
@@ -233,6 +234,20 @@ def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.setattr("kdhooks.cli.import_module", missing)
+
+
+def test_ctrl_c_ends_a_command_with_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "kdhooks", "run", str(script), "--compat"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.endswith("\nkdhooks: interrupted\n")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_help_lists_every_command(capsys: Captured) -> None:

@@ -362,5 +362,5 @@ def test_a_missing_package_is_named_with_the_file(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert_refused(
-        file, r"need the package onnx, which is not installed; pip install kdhooks\[onnx\]"
+        file, r"need the package onnx, which is not installed; run pip install '\.\[onnx\]' in a "
     )

@@ -226,9 +226,8 @@ def test_models_of_integers_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_onnxruntime_names_its_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        KDHooksError, match=r"the package onnxruntime, which is not installed; pip install kdhooks"
-    ):
+    words = r"the package onnxruntime, which is not installed; run pip install '\.\[onnx\]' in a "
+    with pytest.raises(KDHooksError, match=words):
         OnnxModel(file)
 
 

@@ -29,8 +29,8 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise KDHooksError(
-            f"ONNX files need the package {module.split('.')[0]}, which is not installed; "
-            f"pip install kdhooks[onnx]"
+            f"ONNX files need the package {module.split('.')[0]}, which is not installed; run "
+            "pip install '.[onnx]' in a clone of kdhooks"
         ) from error
 
 
