@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, FeatureTap, hookimpl, methods
+from kdhooks import EmbeddingTap, FeatureTap, KDHooksError, hookimpl, methods
 from kdhooks.discovery import load
 from kdhooks.testing import check_method, tiny_teacher
 
@@ -239,6 +239,32 @@ class _Sum(_Mean):
         return (student - teacher.detach()).square().sum()
 
 
+class _Variance(_Mean):
+    """Divides by the variance over the batch, which a single sample does not have."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        gaps = (student - teacher.detach()).square().mean(dim=1)
+        variance = (gaps - gaps.mean()).square().sum() / (len(gaps) - 1)
+        return gaps.mean() / (1 + variance)
+
+
+class _OtherSample(_Mean):
+    """Needs two samples, and does not say so."""
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return super().forward(student, teacher, labels) + 0 * student[1].sum()
+
+
+class _RefusesOne(_Mean):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        if len(student) < 2:
+            raise KDHooksError("mean: a batch must have at least two samples; found one")
+        return super().forward(student, teacher, labels)
+
+
 class _Root(_Mean):
     """Has no finite gradient at 0."""
 
@@ -286,6 +312,10 @@ def test_a_sound_method_conforms() -> None:
     check_method(_Method)
 
 
+def test_a_method_may_refuse_a_batch_of_one_sample() -> None:
+    check_method(_Method, loss=_RefusesOne)
+
+
 @pytest.mark.parametrize(
     ("loss", "rule"),
     [
@@ -314,6 +344,8 @@ def test_a_sound_method_conforms() -> None:
         (_LastClass, "counts a label of -1 as no class, not as class 5"),
         (_FirstClass, "counts a label of -1 as no class, not as class 0"),
         (_Sum, r"takes the mean over the batch and not the sum; .* 2.00 times"),
+        (_Variance, "stays finite on a batch of one sample"),
+        (_OtherSample, "accepts a batch of one sample, or raises KDHooksError; found IndexError"),
         (_Root, "has a finite value and gradient if the student equals the teacher"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdhooks.declarations import ParameterTap
+from kdhooks.errors import KDHooksError
 from kdhooks.testing.loss_calls import Arguments, Case, call, differentiate, mapped, tensors
 
 _PARTS = (
@@ -31,7 +32,8 @@ def check_loss(case: Case) -> None:
     rules: list[Callable[[Case], None]]
     rules = [_contract, _inputs_unchanged, _repeatable, _gradients, _precision, _resume]
     if not isinstance(case.tap, ParameterTap):
-        rules += [_order, _batch_size, _labels_left_out, _unknown_classes, _equal_sides]
+        rules += [_order, _batch_size, _one_sample]
+        rules += [_labels_left_out, _unknown_classes, _equal_sides]
     for rule in rules:
         rule(case)
 
@@ -137,6 +139,22 @@ def _batch_size(case: Case) -> None:
         "takes the mean over the batch and not the sum; found a gradient that is "
         f"{twice / once:.2f} times as large if the batch is repeated",
     )
+
+
+def _one_sample(case: Case) -> None:
+    """Check a batch of one sample, as the last batch of an epoch may be.
+
+    A loss that cannot compute it, as one with a batch norm, may refuse it by a KDHooksError.
+    """
+    loss = case.warmed_loss(_STEPS)
+    try:
+        value, gradients = differentiate(loss, case.with_batch(lambda x: x[:1]))
+    except KDHooksError:
+        return
+    except Exception as error:
+        rule = f"{case.tap.name}: a method accepts a batch of one sample, or raises KDHooksError"
+        raise AssertionError(f"{rule}; found {error!r}") from error
+    case.require(_finite([value, *gradients]), "stays finite on a batch of one sample")
 
 
 def _labels_left_out(case: Case) -> None:
