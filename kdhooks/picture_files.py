@@ -61,17 +61,11 @@ class PictureFiles:
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
         """Raise an error if a picture's header is unusable, or states another width and height."""
 
-        def header(name: str) -> None:
+        def header(name: str) -> tuple[int, int]:
             with self._open(name) as file:
-                found = read_size(file, self._turn)
-            # A picture may be stored rotated by 90 degrees; `pixels` turns it upright.
-            if sorted(found) != sorted(size):
-                raise Unreadable(wrong_size(found, size))
+                return read_size(file, self._turn)
 
-        faults = dict(self._faults)
-        for _ in read_all(names, header, faults):
-            pass
-        refuse(self._subject, self.source, faults, len(names))
+        check_sizes(self._subject, self.source, names, header, size, self._faults)
 
     def pixels(self, name: str) -> Pixels:
         """Return the pixels of a picture; raise Unreadable if it cannot be decoded."""
@@ -180,6 +174,31 @@ def read_all(
                     faults[name] = str(found)
                 else:
                     yield name, found
+
+
+def check_sizes(
+    subject: str,
+    source: Path,
+    names: Sequence[str],
+    read: Callable[[str], tuple[int, int]],
+    size: tuple[int, int],
+    faults: Mapping[str, str] | None = None,
+) -> None:
+    """Raise one error for all pictures whose header is unusable, or states another size.
+
+    read: returns the width and height of a picture. faults: those that are known already.
+    """
+
+    def header(name: str) -> None:
+        found = read(name)
+        # A picture may be stored rotated by 90 degrees; decoding turns it upright.
+        if sorted(found) != sorted(size):
+            raise Unreadable(wrong_size(found, size))
+
+    every = dict(faults or {})
+    for _ in read_all(names, header, every):
+        pass
+    refuse(subject, source, every, len(names))
 
 
 def refuse(subject: str, source: Path, faults: Mapping[str, str], total: int) -> None:

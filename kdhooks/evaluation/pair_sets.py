@@ -13,8 +13,8 @@ from kdhooks.errors import KDHooksError
 from kdhooks.evaluation.named_pictures import named_pictures
 from kdhooks.evaluation.pairs import read_pairs_file
 from kdhooks.evaluation.pickled_pairs import read_pickled_pairs
-from kdhooks.picture_files import SUFFIXES, PictureFiles, read_all, refuse, wrong_size
-from kdhooks.pictures import Pixels, Unreadable, decode, read_size
+from kdhooks.picture_files import SUFFIXES, PictureFiles, check_sizes
+from kdhooks.pictures import Pixels, decode, read_size
 from kdhooks.tensor_files import user_path
 from kdhooks.verification import fold_accuracies
 
@@ -60,15 +60,10 @@ class EncodedPictures:
         self.source, self._subject, self._contents = source, subject, contents
 
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
-        def header(name: str) -> None:
-            found = read_size(io.BytesIO(self._contents[int(name)]))
-            if sorted(found) != sorted(size):
-                raise Unreadable(wrong_size(found, size))
+        def header(name: str) -> tuple[int, int]:
+            return read_size(io.BytesIO(self._contents[int(name)]))
 
-        faults: dict[str, str] = {}
-        for _ in read_all(names, header, faults):
-            pass
-        refuse(self._subject, self.source, faults, len(names))
+        check_sizes(self._subject, self.source, names, header, size)
 
     def pixels(self, name: str) -> Pixels:
         return decode(self._contents[int(name)])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from kdhooks.errors import KDHooksError
-from kdhooks.picture_files import read_all, refuse, wrong_size
+from kdhooks.picture_files import check_sizes
 from kdhooks.pictures import Pixels, Unreadable, decode, read_size
 
 _MAGIC = 0xCED7230A
@@ -154,16 +154,11 @@ class Records:
     def check(self, names: Sequence[str], size: tuple[int, int]) -> None:
         """Check some headers, spread over the whole file, which would take long to read."""
 
-        def header(name: str) -> None:
-            found = read_size(io.BytesIO(self._content(name)[1]))
-            if sorted(found) != sorted(size):
-                raise Unreadable(wrong_size(found, size))
+        def header(name: str) -> tuple[int, int]:
+            return read_size(io.BytesIO(self._content(name)[1]))
 
-        faults: dict[str, str] = {}
         some = names[:: -(-len(names) // _LOOKED_AT) or 1]
-        for _ in read_all(some, header, faults):
-            pass
-        refuse("--data", self.source, faults, len(some))
+        check_sizes("--data", self.source, some, header, size)
 
     def _content(self, name: str) -> tuple[Header, bytes]:
         try:

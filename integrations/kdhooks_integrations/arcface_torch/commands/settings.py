@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdhooks.errors import KDHooksError
+from kdhooks.factories import is_factory_name
 
 _LARGEST = 2**63
 """Settings must be smaller than this, since torch refuses larger whole numbers."""
@@ -76,14 +77,9 @@ class Settings:
     lr: float = 0.1
     weight_decay: float = 5e-4
 
-    @property
-    def is_factory(self) -> bool:
-        """Whether the network is created by a factory of the user and not by get_model."""
-        return ":" in self.network
-
     def asked(self, name: str) -> Any:
         """Return a value to create the network with; for a factory, only from the command line."""
-        if self.is_factory and not self.sources[name].startswith("--"):
+        if is_factory_name(self.network) and not self.sources[name].startswith("--"):
             return None
         return getattr(self, name)
 
@@ -135,6 +131,6 @@ def settle(written: Mapping[str, Any], config: str | None, given: Mapping[str, o
         )
     if "margin_list" in values:
         values["margin_list"] = tuple(map(float, values["margin_list"]))
-    if ":" in values["network"]:
+    if is_factory_name(values["network"]):
         values.setdefault("embedding_size", None)
     return Settings(sources=sources, **values)
