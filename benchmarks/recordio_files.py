@@ -1,18 +1,15 @@
 """Writes made-up faces to train.rec, train.idx and verification files, as mxnet's tools do."""
 
-import io
 import pickle
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+
+from kdhooks.pictures import Pixels, encode
 
 MAGIC = struct.pack("<I", 0xCED7230A)
-Pixels: TypeAlias = NDArray[np.uint8]
 
 
 def people(classes: int, each: int, seed: int = 0) -> list[tuple[Pixels, int]]:
@@ -28,12 +25,6 @@ def crowd(classes: int, each: int, seed: int = 0) -> Iterator[tuple[Pixels, int]
         noisy = patterns[index % classes] + generator.integers(-30, 30, (7, 7, 3))
         pixels = np.kron(noisy, np.ones((16, 16, 1))).astype(np.uint8)
         yield pixels, index % classes
-
-
-def png(pixels: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def record(content: bytes) -> bytes:
@@ -57,7 +48,7 @@ def labelled(label: float | Sequence[float], number: int, content: bytes) -> byt
 def write_records(folder: Path, samples: Iterable[tuple[Pixels, int]]) -> None:
     """Write records like InsightFace's: record 0 holds the end of the images; labels are pairs."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [(png(pixels), who) for pixels, who in samples]
+    pictures = [(encode(pixels), who) for pixels, who in samples]
     offset, lines = 0, []
     with (folder / "train.rec").open("wb") as file:
         entries = [labelled([len(pictures) + 1.0, len(pictures) + 1.0], 0, b"")]
@@ -76,6 +67,6 @@ def write_pairs(path: Path, classes: int, pairs: int) -> None:
     images, same = [], []
     for index in range(pairs):
         other = index % 2
-        images += [png(pictures[0][index]), png(pictures[other][-1 - index])]
+        images += [encode(pictures[0][index]), encode(pictures[other][-1 - index])]
         same.append(not other)
     path.write_bytes(pickle.dumps((images, same)))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gloo import gloo_group
 from benchmarks.measuring import peak_bytes
 from kdhooks import Distiller, Teacher
 from kdhooks.classes.per_class import PerClass
@@ -340,23 +341,14 @@ def on_ranks(
 def _main(
     rank: int, size: int, runs: Sequence[Run], measure: Callable[[Run], Counts], folder: str
 ) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(minutes=30),
-    )
-    found = []
-    for run in runs:
-        found.append(measure(run))
+    with gloo_group(rank, size, folder, timedelta(minutes=30)):
+        found = []
+        for run in runs:
+            found.append(measure(run))
+            if rank == 0:
+                print(f"{size} ranks, {run.classes:,} classes, {run.method}", flush=True)
         if rank == 0:
-            print(f"{size} ranks, {run.classes:,} classes, {run.method}", flush=True)
-    if rank == 0:
-        torch.save(found, Path(folder) / "counts.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+            torch.save(found, Path(folder) / "counts.pt")
 
 
 class Line(NamedTuple):

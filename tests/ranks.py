@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.gloo import gloo_group
+
 Results = dict[str, Any]  # tensors by name, and dicts of them
 Scenarios = Callable[[], dict[str, Results]]
 
@@ -73,16 +75,5 @@ def on_ranks(size: int, scenarios: Scenarios, folder: Path) -> list[dict[str, Re
 
 def _run(rank: int, size: int, scenarios: Scenarios, folder: str) -> None:
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=120),
-    )
-    try:
+    with gloo_group(rank, size, folder, timedelta(seconds=120)):
         torch.save(scenarios(), f"{folder}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()

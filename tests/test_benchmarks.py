@@ -188,7 +188,7 @@ def test_the_overhead_of_every_available_way_is_measured() -> None:
     assert 0 < rows["by hand"]["extra_python_calls"] < rows["kdhooks"]["extra_python_calls"]
     assert rows["student alone"]["clock_of_student_alone"]["median"] == 1
     assert set(found["left_out"]) <= {"torchdistill", "modelopt"}
-    assert "| kdhooks |" in overhead_table(found)
+    assert "| kdhooks " in overhead_table(found)
 
 
 def test_a_way_that_computes_another_gradient_is_noticed() -> None:

@@ -15,9 +15,10 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from benchmarks.recordio_files import people, png, write_records
+from benchmarks.recordio_files import people, write_records
 from kdhooks import KDHooksError
 from kdhooks.cli import main
+from kdhooks.pictures import encode
 from kdhooks.recipe import Recipe, build_teacher, build_teachers
 from kdhooks.teacher.cache_files import Parts
 from kdhooks.teacher.fingerprints import HEADER
@@ -58,8 +59,8 @@ def write_pictures(folder: Path) -> None:
         for index, (pixels, who) in enumerate(pictures):
             name = f"person{who}/{index:03}.png"
             (folder / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "folders" / name).write_bytes(png(pixels))
-            archive.writestr(name, png(pixels))
+            (folder / "folders" / name).write_bytes(encode(pixels))
+            archive.writestr(name, encode(pixels))
 
 
 def cache(*argv: str, status: int = 0) -> None:
@@ -269,7 +270,7 @@ def test_a_wrong_command_is_refused_with_a_fix(
 ) -> None:
     for name in ("empty", "small"):
         Path(name).mkdir()
-    Path("small/a.png").write_bytes(png(people(1, 1)[0][0][:50]))
+    Path("small/a.png").write_bytes(encode(people(1, 1)[0][0][:50]))
     Path("bare.toml").write_text(RECIPE.replace('cache = "cache"\n', ""))
     cache(*argv, status=2)
     assert said in capsys.readouterr().err

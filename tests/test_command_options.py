@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, png
+from benchmarks.recordio_files import people
 from kdhooks.cli import main
+from kdhooks.pictures import encode
 from kdhooks_integrations.arcface_torch.commands import cache, doctor, export, taps
 from kdhooks_integrations.arcface_torch.commands.evaluate_options import evaluate_parser
 from kdhooks_integrations.arcface_torch.commands.parsing import print_json
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for index, (pixels, who) in enumerate(people(CLASSES, 1)):
         person = Path("faces", f"person{who}")
         person.mkdir(parents=True)
-        (person / f"{index}.png").write_bytes(png(pixels))
+        (person / f"{index}.png").write_bytes(encode(pixels))
     with imports_undone():
         yield tmp_path
 

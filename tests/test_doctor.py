@@ -10,10 +10,10 @@ from torch import nn
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, png, write_records
+from benchmarks.recordio_files import people, write_records
 from kdhooks import EmbeddingTap, KDHooksError, StudentView, hookimpl, viewed
 from kdhooks.cli import main
-from kdhooks.pictures import decode
+from kdhooks.pictures import decode, encode
 from kdhooks_integrations.arcface_torch.commands.cost import held, kept_for_backward
 from kdhooks_integrations.arcface_torch.commands.faces import read_batch
 from kdhooks_integrations.arcface_torch.commands.trial import Trial
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, (pixels, who) in enumerate(people(CLASSES, 4)):
         person = folder / "folders" / f"person{who}"
         person.mkdir(parents=True, exist_ok=True)
-        (person / f"{index:03}.png").write_bytes(png(pixels))
+        (person / f"{index:03}.png").write_bytes(encode(pixels))
     return folder
 
 
@@ -261,7 +261,7 @@ def test_images_equal_the_trainers(folder: Path) -> None:
 def write_people(folder: Path) -> Path:
     for name in ("a/1.png", "b/deep/2.png", "c/.hidden", "top.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(people(1, 1)[0][0]))
+        (folder / name).write_bytes(encode(people(1, 1)[0][0]))
     return folder
 
 
@@ -271,7 +271,7 @@ def test_labels_count_folders_as_the_trainer_does(
     data = write_people(tmp_path)
     with pytest.raises(KDHooksError, match="must have pictures; found none in 'c', 1 of 3"):
         read_batch(str(data), 2, None, SHAPE)
-    (data / "c/3.png").write_bytes(png(people(1, 1)[0][0]))
+    (data / "c/3.png").write_bytes(encode(people(1, 1)[0][0]))
     assert read_batch(str(data), 3, None, SHAPE)[1].tolist() == [0, 1, 2]
     assert "repeats some" not in caplog.text
     assert read_batch(str(data), 6, None, SHAPE)[1].tolist() == [0, 0, 1, 1, 2, 2]
@@ -286,7 +286,7 @@ def test_labels_count_folders_as_the_trainer_does(
             "'a/1.png' can't be read as",
         ),
         (
-            lambda data: (data / "a/1.png").write_bytes(png(people(1, 1)[0][0][:9])),
+            lambda data: (data / "a/1.png").write_bytes(encode(people(1, 1)[0][0][:9])),
             "is 112x9",
         ),
         (lambda data: (data / "train.idx").write_text("0\t0\n"), "found only train.idx in"),
@@ -294,14 +294,14 @@ def test_labels_count_folders_as_the_trainer_does(
 )
 def test_wrong_data_is_named(break_it: Callable[[Path], object], said: str, tmp_path: Path) -> None:
     data = write_people(tmp_path)
-    (data / "c/3.png").write_bytes(png(people(1, 1)[0][0]))
+    (data / "c/3.png").write_bytes(encode(people(1, 1)[0][0]))
     break_it(data)
     with pytest.raises(KDHooksError, match=re.escape(said)):
         read_batch(str(data), 3, None, SHAPE)
 
 
 def test_a_folder_without_people_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "top.png").write_bytes(png(people(1, 1)[0][0]))
+    (tmp_path / "top.png").write_bytes(encode(people(1, 1)[0][0]))
     with pytest.raises(KDHooksError, match="or one folder for each person; found neither in"):
         read_batch(str(tmp_path), 2, None, SHAPE)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, png, write_pairs
+from benchmarks.recordio_files import people, write_pairs
 from kdhooks import StudentView, Teacher, viewed
 from kdhooks.cli import main
 from kdhooks.evaluation.pair_sets import PairSet, read_pair_file
 from kdhooks.onnx.export import export_onnx
+from kdhooks.pictures import encode
 from kdhooks.verification import flip_summed, pair_scores, unit, verify
 from kdhooks.views.viewing import Viewing
 from kdhooks_integrations.arcface_torch.commands import results
@@ -196,7 +197,7 @@ def test_pictures_with_pairs_are_those_of_a_verification_file(capsys: Captured) 
     with zipfile.ZipFile("faces.zip", "w") as archive:
         for person, pictures in enumerate(of):
             for number, pixels in enumerate(pictures, 1):
-                archive.writestr(f"top/p{person}/p{person}_{number:04d}.png", png(pixels))
+                archive.writestr(f"top/p{person}/p{person}_{number:04d}.png", encode(pixels))
     options = ("tiny=model.pt", "--network", "tiny")
     one = evaluated(capsys, *options, "--data", "faces.zip", "--pairs", "two.txt")["sets"][0]
     assert (one["pairs"], one["folds"], one["images"]) == (24, 2, 16)
@@ -207,7 +208,7 @@ def test_pictures_with_pairs_are_those_of_a_verification_file(capsys: Captured) 
             (words[0], words[1]),
             (words[-2] if len(words) == 4 else words[0], words[-1]),
         )
-        encoded += [png(of[int(who[1])][int(number) - 1]) for who, number in (first, second)]
+        encoded += [encode(of[int(who[1])][int(number) - 1]) for who, number in (first, second)]
         same.append(len(words) == 3)
     Path("two.bin").write_bytes(pickle.dumps((encoded, same), 2))
     two = evaluated(capsys, *options, "--data", "two.bin", "--folds", "2")["sets"][0]

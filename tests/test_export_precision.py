@@ -18,13 +18,14 @@ pytest.importorskip("PIL")
 
 import onnx
 
-from benchmarks.recordio_files import people, png
+from benchmarks.recordio_files import people
 from kdhooks import KDHooksError
 from kdhooks.cli import main
 from kdhooks.onnx import export as onnx_export
 from kdhooks.onnx.export import export_onnx
 from kdhooks.onnx.lower_precision import write_float16, write_int8
 from kdhooks.onnx.session import OnnxModel
+from kdhooks.pictures import encode
 from kdhooks_integrations.arcface_torch.commands import checked_faces, export, precision
 from tests.test_export import detector
 from tests.trainer_folder import CLASSES, faces, imports_undone, settled, write_trainer
@@ -46,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         person = Path("faces", f"p{who}")
         person.mkdir(parents=True, exist_ok=True)
         path = person / f"p{who}_{len(list(person.iterdir())):04d}.png"
-        path.write_bytes(png(pixels))
+        path.write_bytes(encode(pixels))
     Path("pairs.txt").write_text(PAIRS)
     with imports_undone():
         yield write_trainer(tmp_path)
@@ -219,10 +220,10 @@ def test_wrong_options_are_refused(
     small, other = np.zeros((16, 16, 3), np.uint8), next(iter(people(1, 1)))[0]
     for name, pixels in (("one/a", other), ("small/a", small), ("small/b", small)):
         Path(name).parent.mkdir(exist_ok=True)
-        Path(f"{name}.png").write_bytes(png(pixels))
+        Path(f"{name}.png").write_bytes(encode(pixels))
     for name in ("others/x/1", "others/x/2", "bad/a", "bad/b"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{name}.png").write_bytes(png(other))
+        Path(f"{name}.png").write_bytes(encode(other))
     cut = Path("bad/a.png").read_bytes()
     Path("bad/a.png").write_bytes(cut[: len(cut) // 2])
     Path("known").mkdir()
@@ -240,7 +241,7 @@ def test_a_file_that_loses_the_embeddings_is_refused_and_nothing_is_written(
     grey = Path("grey")
     grey.mkdir()
     for name in "ab":
-        (grey / f"{name}.png").write_bytes(png(np.full((112, 112, 3), 127, np.uint8)))
+        (grey / f"{name}.png").write_bytes(encode(np.full((112, 112, 3), 127, np.uint8)))
     argv = [*EXPORT, "--int8", "--calibrate", "grey", "--data", "faces"]
     assert main(argv) == 2
     said = capsys.readouterr().err

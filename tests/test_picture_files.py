@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import png
 from kdhooks import KDHooksError
 from kdhooks.picture_files import PictureFiles, read_all
+from kdhooks.pictures import encode
 
-PICTURE = png(np.zeros((4, 6, 3), np.uint8))
+PICTURE = encode(np.zeros((4, 6, 3), np.uint8))
 SIZE = (6, 4)
 JUNK = (".DS_Store", "Thumbs.db", "desktop.ini", "a/._1.png", "__MACOSX/a/1.png", ".git/x.png")
 
@@ -72,7 +72,7 @@ def test_all_faults_are_reported_together(made: Callable[..., Path]) -> None:
     write(folder, "a/1.png", "a/2.png")
     write(folder, "b/empty.png", content=b"")
     write(folder, "b/text.jpg", content=b"hello")
-    write(folder, "c/large.png", content=png(np.zeros((4, 7, 3), np.uint8)))
+    write(folder, "c/large.png", content=encode(np.zeros((4, 7, 3), np.uint8)))
     write(folder, *(f"d/{number}.jpg" for number in range(4)), content=b"hello")
     if source != folder:
         with zipfile.ZipFile(source, "w") as archive:

@@ -18,7 +18,8 @@ import torch
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, png, write_pairs, write_records
+from benchmarks.recordio_files import people, write_pairs, write_records
+from kdhooks.pictures import encode
 
 NEEDED = ("easydict", "scipy", "sklearn", "torchvision", "tensorboard", "onnx", "onnxruntime")
 
@@ -207,7 +208,7 @@ def test_evaluate_prints_the_figures_that_the_trainer_prints(trainer: Path, coun
     for place in range(count):
         patterns = generator.integers(60, 200, (2, 7, 7, 3))
         noisy = patterns[[0, place % 2]] + generator.integers(-60, 55, (2, 7, 7, 3))
-        pictures += [png(np.kron(one, np.ones((16, 16, 1))).astype(np.uint8)) for one in noisy]
+        pictures += [encode(np.kron(one, np.ones((16, 16, 1))).astype(np.uint8)) for one in noisy]
         same.append(place % 2 == 0)
     (trainer / "hard.bin").write_bytes(pickle.dumps((pictures, same)))
     theirs = python(trainer, "-c", VERIFIED)

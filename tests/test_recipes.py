@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import people, png
+from benchmarks.recordio_files import people
 from kdhooks.cli import main
 from kdhooks.discovery import load
+from kdhooks.pictures import encode
 from tests.standin import backbones
 from tests.trainer_folder import imports_undone, write_config, write_trainer
 from tests.transformers import Block
@@ -86,7 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "backbones.py").write_text("from tests.test_recipes import get_model\n")
     for pixels, who in people(CLASSES, 1):
         (tmp_path / "faces" / f"{who:04}").mkdir(parents=True)
-        (tmp_path / "faces" / f"{who:04}" / "0.png").write_bytes(png(pixels))
+        (tmp_path / "faces" / f"{who:04}" / "0.png").write_bytes(encode(pixels))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with imports_undone():

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from benchmarks.recordio_files import MAGIC, labelled, people, png, record, write_records
+from benchmarks.recordio_files import MAGIC, labelled, people, record, write_records
 from kdhooks import KDHooksError
-from kdhooks.pictures import Unreadable
+from kdhooks.pictures import Unreadable, encode
 from kdhooks_integrations.arcface_torch.commands.recordio import (
     MXIndexedRecordIO,
     Records,
@@ -48,7 +48,7 @@ def test_pictures_and_labels_have_their_keys_as_names(tmp_path: Path) -> None:
 
 
 def test_without_a_header_record_every_key_is_a_picture(tmp_path: Path) -> None:
-    picture = png(people(1, 1)[0][0])
+    picture = encode(people(1, 1)[0][0])
     write(tmp_path, [labelled(label, 0, picture) for label in (2.0, 5.0)])
     records = Records(tmp_path)
     assert [(name, records.label(name)) for name in records.names] == [("0", 2), ("1", 5)]
@@ -131,14 +131,14 @@ def test_a_record_without_a_whole_header_is_refused(content: bytes) -> None:
 
 @pytest.mark.parametrize("end", [float("nan"), float("inf"), 1e30, 0.0, 1.0, 2.5, 4.0])
 def test_a_header_record_with_another_end_is_refused(end: float, tmp_path: Path) -> None:
-    picture = labelled([0.0, 0.0], 1, png(people(1, 1)[0][0]))
+    picture = labelled([0.0, 0.0], 1, encode(people(1, 1)[0][0]))
     write(tmp_path, [labelled([end, end], 0, b""), picture, picture])
     with pytest.raises(KDHooksError, match=f"found the end {end:g} and 3 keys".replace("+", ".")):
         Records(tmp_path)
 
 
 def test_a_header_record_needs_all_keys(tmp_path: Path) -> None:
-    picture = labelled([0.0, 0.0], 1, png(people(1, 1)[0][0]))
+    picture = labelled([0.0, 0.0], 1, encode(people(1, 1)[0][0]))
     write(tmp_path, [labelled([3.0, 3.0], 0, b""), picture, picture], keys=[0, 1, 5])
     with pytest.raises(
         KDHooksError, match="its index must have all keys before it; found the end 3 and 3"
@@ -148,7 +148,7 @@ def test_a_header_record_needs_all_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf")])
 def test_a_label_that_is_no_class_number_is_refused(label: float, tmp_path: Path) -> None:
-    write(tmp_path, [labelled(label, 0, png(people(1, 1)[0][0]))])
+    write(tmp_path, [labelled(label, 0, encode(people(1, 1)[0][0]))])
     with pytest.raises(Unreadable, match=f"has the label {label:g}, which must be a class number"):
         Records(tmp_path).label("0")
 
@@ -158,13 +158,16 @@ def test_a_label_that_is_no_class_number_is_refused(label: float, tmp_path: Path
     [
         (lambda content: labelled(0.0, 0, b"no picture"), "'1' can't be read as an image of the"),
         (lambda content: b"short", "'1' is no record: a record of 5 bytes has no complete header"),
-        (lambda content: labelled(0.0, 0, png(people(1, 1)[0][0][:9])), "'1' is 112x9 (width x h"),
+        (
+            lambda content: labelled(0.0, 0, encode(people(1, 1)[0][0][:9])),
+            "'1' is 112x9 (width x h",
+        ),
     ],
 )
 def test_records_that_are_no_pictures_are_found_before_a_pass(
     damage: Callable[[bytes], bytes], said: str, tmp_path: Path
 ) -> None:
-    good = labelled(0.0, 0, png(people(1, 1)[0][0]))
+    good = labelled(0.0, 0, encode(people(1, 1)[0][0]))
     write(tmp_path, [good, damage(good), good])
     records = Records(tmp_path)
     with pytest.raises(KDHooksError, match="found 1 faults among 3 pictures") as caught:

@@ -39,7 +39,7 @@ def run_part(
     module: str,
     options: Options,
     deadline: float,
-    only: Sequence[str] | None = None,
+    only: Sequence[str] | None,
 ) -> None:
     """Run the cases that are not yet recorded as done, in processes of their own.
 

@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.gpu.part import Options, Part, Table
 from benchmarks.gpu.process import load
 from benchmarks.gpu.records import Record
+from kdhooks.evaluation.tables import markdown
 
 HEAD = """# Results on {device}
 
@@ -89,10 +90,3 @@ def _made(record: Record) -> Iterator[str]:
         seconds = sum(entry["seconds"] for entry in entries)
         at = min(entry["made"]["at"] for entry in entries)
         yield f"- `{command}`: {len(entries)} cases, {seconds:.0f} s; {at}; {card}; torch {version}"
-
-
-def markdown(table: Table) -> str:
-    """Format a table; its first row has the headings, its first column text, the others figures."""
-    head, *rows = table
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *rows])

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import Spread, Times, spreads, told
+from kdhooks.evaluation.tables import markdown
 
 
 def summary(seconds: Mapping[str, Times], name: str) -> dict[str, Spread]:
@@ -23,7 +24,7 @@ def table(found: Mapping[str, Any]) -> str:
     size = found["size"]
     heads = ["", "Python calls", "C calls", "ms", "of the loop by hand", "of the student alone"]
     heads += ["peak, MB", "held, bytes", "after an evaluation"]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = [heads]
     for name, row in found["rows"].items():
         lines.append(
             [
@@ -38,8 +39,7 @@ def table(found: Mapping[str, Any]) -> str:
                 f"{row['held_bytes_after_evaluation']}",
             ]
         )
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{size}\n\n{rows}"
+    return f"{size}\n\n{markdown(lines)}"
 
 
 def picture(sizes: Sequence[Mapping[str, Any]]) -> Figure:

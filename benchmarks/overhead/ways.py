@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.networks import settle
 from kdhooks import Distiller, FeatureTap, Teacher, hookimpl
 
 CLASSES, DIM = 1000, 512
@@ -54,11 +55,7 @@ def material(width: int, blocks: int, size: int) -> tuple[Network, Network]:
     """Return a student, and a teacher with twice its blocks and with batch statistics of noise."""
     torch.manual_seed(0)
     student, teacher = Network(width, blocks, size), Network(width, 2 * blocks, size)
-    for module in teacher.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        teacher(torch.rand(16, 3, size, size) * 2 - 1)
+    settle(teacher, torch.rand(16, 3, size, size) * 2 - 1)
     return student, teacher
 
 
