@@ -41,7 +41,7 @@ def check_shapes(features: Mapping[str, Tensor], probed: Mapping[str, tuple[int,
             )
 
 
-def check_teacher(output: TeacherOutput, images: Tensor, who: str = "teacher") -> None:
+def check_teacher(output: TeacherOutput, images: Tensor, who: str) -> None:
     """Check that all outputs are finite, and that different images have different embeddings.
 
     who: the name of the teacher in error messages.

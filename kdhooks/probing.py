@@ -105,7 +105,7 @@ def probe_teachers(
     teacher: Teacher | Teachers,
     stages: Sequence[str],
     images: Tensor,
-    points: Points | None = None,
+    points: Points | None,
 ) -> Model:
     """Probe one teacher; or probe each of several teachers, and join them into one model."""
     if isinstance(teacher, Teacher):

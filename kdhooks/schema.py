@@ -73,7 +73,7 @@ def _of_class(made: type, bounds: Bounds | None = None) -> Schema:
     }
 
 
-def _of_option(option: Option, bounds: Bounds | None = None) -> Schema | None:
+def _of_option(option: Option, bounds: Bounds | None) -> Schema | None:
     """Return the schema of an option; None if TOML cannot express its type."""
     found = [_of_kind(kind, bounds or option.bounds) for kind in alternatives(option.kind)]
     known = [schema for schema in found if schema is not None]

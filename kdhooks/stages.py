@@ -33,7 +33,7 @@ class Stage:
     def of(module: nn.Module, path: str, output: Tensor) -> "Stage":
         """Create the stage of the submodule at a path, from its output (b …)."""
         shape = tuple(output.shape[1:])
-        return Stage(path, shape, _prefix(module, path, *shape) if len(shape) == 2 else 0)
+        return Stage(path, shape, _prefix(module, path, shape[0]) if len(shape) == 2 else 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class Stage:
         return self.shape[0] if len(self.shape) == 3 else self.shape[-1]
 
 
-def _prefix(module: nn.Module, path: str, n: int, k: int) -> int:
+def _prefix(module: nn.Module, path: str, n: int) -> int:
     """Return how many of n tokens precede the patch tokens, by attributes of the modules above."""
     names = path.split(".")
     for end in reversed(range(len(names))):

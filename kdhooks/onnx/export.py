@@ -15,15 +15,15 @@ from kdhooks.onnx.session import OnnxModel
 _ALIKE = 1e-3  # relative to the embedding's length; float32 rounding causes about 1e-6
 
 
-def export_onnx(network: nn.Module, path: Path, size: tuple[int, int] = (112, 112)) -> float:
-    """Write the network as (b 3 h w) -> (b d), with any b, for RGB images (pixel - 127.5) / 127.5.
+def export_onnx(network: nn.Module, path: Path) -> float:
+    """Write the network as (b 3 112 112) -> (b d), for RGB images (pixel - 127.5) / 127.5.
 
     Returns the largest relative difference between an image's embeddings by torch and by
     onnxruntime. If they disagree, or if anything else fails, the folder stays unchanged.
     """
     require("onnx")
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(4, 3, *size, generator=generator) * 2 - 1
+    images = torch.rand(4, 3, 112, 112, generator=generator) * 2 - 1
     with evaluating(network), torch.no_grad():
         expected = _embeddings(network, images)
         try:

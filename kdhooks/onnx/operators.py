@@ -33,8 +33,8 @@ class Elementwise(nn.Module):
     def __init__(
         self,
         function: Callable[[Tensor, Tensor], Tensor],
-        left: Tensor | None = None,
-        right: Tensor | None = None,
+        left: Tensor | None,
+        right: Tensor | None,
     ) -> None:
         super().__init__()
         self.function = function

@@ -16,8 +16,6 @@ from kdhooks.teacher.teacher import Teacher
 class TeacherSessions(NotCopied):
     """One `TeacherSession` for each teacher; it is used like a single session."""
 
-    adapter = None
-
     def __init__(
         self, teacher: Teachers, taps: Sequence[str] = (), like: Tensor | None = None
     ) -> None:

@@ -180,7 +180,7 @@ class TeacherTable(Options, subject="recipe: teacher"):
 
 
 def with_module(
-    spec: TeacherTable, network: NetworkFactory | None = None, preferred: str = ""
+    spec: TeacherTable, network: NetworkFactory | None, preferred: str = ""
 ) -> TeacherTable:
     """Build and load the network of a teacher's table; class rows may be in the same file.
 

@@ -125,7 +125,7 @@ def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, st
         return None, ""
     rows, owner = known[name], student.get_submodule(name.rpartition(".")[0])
     if path:
-        _check_rows(path, rows, owner, f"classifier = '{path}'")
+        _check_rows(rows, owner, f"classifier = '{path}'")
     elif rows.ndim != 2 or getattr(owner, "k", 1) != 1:
         return None, ""
     doubt = ""
@@ -138,7 +138,7 @@ def own_classifier(student: nn.Module, path: str) -> tuple[ClassShard | None, st
     return ClassShard(rows, 0, len(rows)), doubt
 
 
-def _check_rows(path: str, rows: Tensor, owner: nn.Module, what: str) -> None:
+def _check_rows(rows: Tensor, owner: nn.Module, what: str) -> None:
     if rows.ndim != 2:
         raise KDHooksError(f"mmengine: {what} must be rows (c d); found shape {tuple(rows.shape)}")
     if getattr(owner, "k", 1) != 1:  # mmpretrain's NormProduct
@@ -204,7 +204,7 @@ def _rows_of(teacher: nn.Module, given: Path) -> Tensor | None:
     name = given.name
     if name in known:
         owner = teacher.get_submodule(name.rpartition(".")[0])
-        _check_rows(name, known[name], owner, f"teacher.classifier = '{name}'")
+        _check_rows(known[name], owner, f"teacher.classifier = '{name}'")
         return known[name].detach()
     if hint := near_miss(name, known):
         raise KDHooksError(

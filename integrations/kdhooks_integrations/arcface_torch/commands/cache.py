@@ -45,6 +45,7 @@ from kdhooks_integrations.arcface_torch.commands.pictures import Pictures
 from kdhooks_integrations.arcface_torch.networks import teacher_factories
 
 _SAMPLE = 100  # pictures
+_AT_ONCE = 65536  # records
 
 
 def main(argv: Sequence[str]) -> int:
@@ -146,10 +147,10 @@ def verify(options: argparse.Namespace) -> int:
     return 1 if damaged or lost else 0
 
 
-def _damaged(parts: Parts, number: int, count: int, chunk: int = 65536) -> int:
+def _damaged(parts: Parts, number: int, count: int) -> int:
     rows = (
-        np.arange(start, min(start + chunk, count), dtype=np.int64)
-        for start in range(0, count, chunk)
+        np.arange(start, min(start + _AT_ONCE, count), dtype=np.int64)
+        for start in range(0, count, _AT_ONCE)
     )
     return sum(int((~parts[number].take(some)[1]).sum()) for some in rows)
 
