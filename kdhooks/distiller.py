@@ -181,6 +181,7 @@ class Distiller(nn.Module):
         self._dtype = torch.promote_types(first.dtype, torch.float32)
         self._first_step_over = False
         self._finite = Finite(nonfinite)
+        self._replicas: Replicas | None = None  # if there are several ranks
 
         # The declarations of the methods, for both models as they are probed on random images.
         with undisturbed_generators(seed, first.device):
@@ -385,12 +386,8 @@ class Distiller(nn.Module):
         autocast = torch.is_autocast_enabled(kind)  # cheaper than switching it off
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
-                value, notes = value_of(tap, loss, inputs)
-                self.metrics[tap.name] = value.detach()
-                for key, note in notes.items():
-                    # Hosts average the number for the log.
-                    number = note if note.is_floating_point() else note.float()
-                    self.metrics[f"{tap.name}/{key}"] = number.detach()
+                value, logged = value_of(tap, loss, inputs)
+                self.metrics.update(logged)
                 weighted[tap.name] = value * self.weight(tap)
                 untouched.check(tap.name)
             if self._measured:
@@ -504,8 +501,8 @@ class Distiller(nn.Module):
             self._guard = OptimizerGuard(student, self, self._student, rows)
             self._guard.more = self._task_weight.check_asked
             undo.callback(self._guard.remove)
-            # Without ranks yet, the first step creates them, if there are some by then.
-            self._replicas = None if world() is None else self._new_replicas()
+            if world() is not None:  # else the first step creates them, if there are ranks by then
+                self._replicas = self._new_replicas()
             undo.pop_all()
 
     def _entrance_for(self, images: Tensor, seed: int) -> Entrance | None:

@@ -12,7 +12,7 @@ from kdhooks.schedules import Schedule, Varying, counts_epochs, number_at
 
 
 def value_of(tap: Tap, loss: nn.Module, inputs: Step) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the value () of a tap's loss, and the numbers () that it notes for the log."""
+    """Return the value () of a tap's loss, and the numbers () for the log, by name."""
     result = loss(*tap.arguments(inputs))
     value: Tensor = result[0] if isinstance(result, tuple) else result
     notes: dict[str, Tensor] = result[1] if isinstance(result, tuple) else {}
@@ -21,7 +21,12 @@ def value_of(tap: Tap, loss: nn.Module, inputs: Step) -> tuple[Tensor, dict[str,
             f"{tap.name}: a loss must be a scalar with a gradient; found shape "
             f"{tuple(value.shape)}, requires_grad {value.requires_grad}"
         )
-    return value, notes
+    logged = {tap.name: value.detach()}
+    for key, note in notes.items():
+        # Hosts average the number for the log.
+        number = note if note.is_floating_point() else note.float()
+        logged[f"{tap.name}/{key}"] = number.detach()
+    return value, logged
 
 
 def weight_at(
