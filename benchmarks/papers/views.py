@@ -48,7 +48,7 @@ _VIEWS: dict[str, View] = {"plain": plain, "mirror": plain, "mild": mild, "stron
 KINDS = tuple(_VIEWS)
 
 
-def drawn(faces: Faces, kinds: Sequence[str], seed: int = 0) -> Faces:
+def drawn(faces: Faces, kinds: Sequence[str]) -> Faces:
     """(n) -> (n v): the views of each face one after another; a person keeps their name.
 
     kinds: of KINDS. A mild view is turned, scaled, shifted and lit; a strong one is so by more, and
@@ -59,4 +59,4 @@ def drawn(faces: Faces, kinds: Sequence[str], seed: int = 0) -> Faces:
         for number, kind in enumerate(kinds)
     ]
     made = [(_VIEWS[kind], flag) for kind, flag in zip(kinds, mirrored, strict=True)]
-    return viewed(faces, made, seed)
+    return viewed(faces, made, seed=0)

@@ -36,14 +36,10 @@ class OnnxModel:
         self,
         source: str | Path | RecognitionFile,
         mean_std: tuple[float, float] | None = None,
-        device_id: int | None = None,
-        threads: int | None = None,
     ) -> None:
         """
         source: a path, or a file that `read_recognition_file` has read.
         mean_std: overrides the scale that is derived from the file; for a path only.
-        device_id: CUDA device, by default torch's current device.
-        threads: for one run on the CPU, by default as many as torch uses.
         """
         if not isinstance(source, RecognitionFile):
             source = read_recognition_file(source, mean_std)
@@ -54,13 +50,12 @@ class OnnxModel:
         self.std = file.std
         self.sha256 = file.sha256
         self._file = file
-        if device_id is None:
-            device_id = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
         with naming(file.path):
-            self._session = _open_session(file, device_id, threads or torch.get_num_threads())
+            self._session = _open_session(file, current)
             self.provider: str = self._session.get_providers()[0]
             on_cuda = self.provider == _CUDA and torch.cuda.is_available()
-            self._device = torch.device("cuda", device_id) if on_cuda else torch.device("cpu")
+            self._device = torch.device("cuda", current) if on_cuda else torch.device("cpu")
             takes, gives = self._session.get_inputs()[0].type, self._session.get_outputs()[0].type
             if takes not in _TAKES or gives not in _GIVES:
                 raise KDHooksError(
@@ -158,11 +153,11 @@ def _buffer(x: Tensor) -> tuple[str, int, type, list[int], int]:
     return x.device.type, x.device.index or 0, _NUMPY[x.dtype], list(x.shape), x.data_ptr()
 
 
-def _open_session(file: RecognitionFile, device_id: int, threads: int) -> Any:
-    """Open an onnxruntime.InferenceSession, on CUDA if onnxruntime supports it."""
+def _open_session(file: RecognitionFile, device_id: int) -> Any:
+    """Open an onnxruntime.InferenceSession, on this CUDA device if onnxruntime supports it."""
     ort = require("onnxruntime")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     # Between two runs the trainer needs the cores; by default the idle threads would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not any(node.op_type == "QuantizeLinear" for node in file.model.graph.node):

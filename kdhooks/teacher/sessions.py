@@ -16,9 +16,7 @@ from kdhooks.teacher.teacher import Teacher
 class TeacherSessions(NotCopied):
     """One `TeacherSession` for each teacher; it is used like a single session."""
 
-    def __init__(
-        self, teacher: Teachers, taps: Sequence[str] = (), like: Tensor | None = None
-    ) -> None:
+    def __init__(self, teacher: Teachers, taps: Sequence[str], like: Tensor | None) -> None:
         """taps: paths that start with a teacher's number; "" is the joined embedding."""
         self.teacher = teacher
         self.named = [(f"teacher {n}", one) for n, one in enumerate(teacher.members)]
