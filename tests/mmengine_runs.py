@@ -17,7 +17,8 @@ from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks.testing import TinyFaceNet, tiny_batch
+from tests.small_distiller import teacher_network
 
 RUNNERS: dict[str, Any] = {"Runner": Runner, "FlexibleRunner": FlexibleRunner}
 DOORS = ("model", "hook")
@@ -131,9 +132,7 @@ class Tutorial(BaseModel):  # type: ignore[misc]
 
 def Taught() -> nn.Module:
     """Return a teacher with BatchNorm statistics."""
-    module = tiny_teacher().module
-    assert module is not None
-    return module
+    return teacher_network()
 
 
 MODELS.register_module("Taught", module=Taught)  # pyright: ignore[reportArgumentType]

@@ -27,6 +27,13 @@ class Method:
         return self.tap
 
 
+def teacher_network() -> nn.Module:
+    """Return the network of the tiny teacher, with the same weights in each call."""
+    module = tiny_teacher().module
+    assert module is not None
+    return module
+
+
 def student() -> TinyFaceNet:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

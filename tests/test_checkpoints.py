@@ -16,21 +16,16 @@ from torch.testing import assert_close
 from kdhooks import KDHooksError
 from kdhooks.teacher.checkpoints import load_checkpoint, load_strictly
 from kdhooks.tensors_only import main as tensors_only
-from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from kdhooks.testing import TinyFaceNet, tiny_batch
+from tests.small_distiller import teacher_network
 
 State = dict[str, Tensor]
 Log = pytest.LogCaptureFixture
 
 
-def trained() -> nn.Module:
-    module = tiny_teacher().module
-    assert module is not None
-    return module
-
-
 def state_of(prefix: str = "", seed: int | None = None) -> State:
     """Return the weights of the tiny teacher or, with a seed, those of another one."""
-    state = trained().state_dict()
+    state = teacher_network().state_dict()
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         state = {
@@ -46,7 +41,7 @@ def loaded(path: Path, weights: str = "") -> nn.Module:
 
 def assert_is_the_teacher(module: nn.Module) -> None:
     images = tiny_batch()[0]
-    assert_close(module(images), trained()(images), rtol=0, atol=0)
+    assert_close(module(images), teacher_network()(images), rtol=0, atol=0)
 
 
 WRAPPERS: list[Callable[[Any], object]] = [
@@ -224,7 +219,7 @@ def test_objects_beside_the_tensors_are_refused_until_they_are_left_out(
 
 
 def test_a_whole_module_becomes_its_state_dict(tmp_path: Path) -> None:
-    torch.save(trained(), tmp_path / "old.pt")
+    torch.save(teacher_network(), tmp_path / "old.pt")
     with pytest.raises(KDHooksError, match=r"holds other objects than tensors.*tensors_only"):
         load_checkpoint(tmp_path / "old.pt")
     assert tensors_only([str(tmp_path / "old.pt"), str(tmp_path / "new.pt")]) == 0

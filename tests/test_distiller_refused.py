@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kdhooks import ClassShard, Distiller, KDHooksError, Teacher
 from kdhooks.testing import tiny_batch, tiny_teacher
-from tests.small_distiller import SMALL, Gap, Method, distil, student
+from tests.small_distiller import SMALL, Gap, Method, distil, student, teacher_network
 
 
 def test_a_call_without_a_students_forward_is_refused() -> None:
@@ -232,8 +232,7 @@ def test_labels_that_no_term_needs_may_be_of_other_classes() -> None:
 
 
 def test_classifier_and_embedding_must_be_of_one_network() -> None:
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     teacher = Teacher(module, classifier=torch.randn(6, 20))
     with pytest.raises(
         KDHooksError, match="rows of width 20, but the teacher's embedding is 12 wide"

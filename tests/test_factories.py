@@ -10,7 +10,8 @@ import torch
 from kdhooks import KDHooksError, build
 from kdhooks.factories import factory_named, made_by
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks.testing import TinyFaceNet, tiny_teacher
+from kdhooks.testing import TinyFaceNet
+from tests.small_distiller import teacher_network
 
 SOURCE = """
 from torch import nn
@@ -51,8 +52,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["some_nets:teacher", "some_nets:Inner.make"])
 def test_a_plain_recipe_makes_its_teacher(name: str, tmp_path: Path) -> None:
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     torch.save({"net": module.state_dict()}, tmp_path / "model.pt")
     spec = {"network": name, "checkpoint": tmp_path / "model.pt"}
     recipe = {"teacher": spec, "methods": ["fcd"], "input_shape": [3, 32, 32]}

@@ -17,6 +17,7 @@ from kdhooks_plugins.fitnet import FitNet
 from tests import maps
 from tests.maps import Shape, features, labels, model, normal, seeded, weights
 from tests.references import fitnet as reference
+from tests.small_distiller import teacher_network
 
 DISTANCES, CONNECTORS = get_args(Distance), get_args(Connector)
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -267,8 +268,7 @@ def test_the_embedding_is_the_output() -> None:
 
 
 def test_a_teacher_that_is_a_function_teaches_by_its_embedding() -> None:
-    network = tiny_teacher().module
-    assert network is not None
+    network = teacher_network()
     student, kd = distil(
         Teacher(lambda images: network(images)),
         student=["", "layer4"],

@@ -30,6 +30,7 @@ from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.kd import KD
 from kdhooks_plugins.thkd import THKD
 from tests.second_device import in_a_process, needs_cuda
+from tests.small_distiller import teacher_network
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 needs_compiler = pytest.mark.skipif(
@@ -62,13 +63,6 @@ def own_process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def network() -> nn.Module:
-    """Return the tiny teacher's network, with the same weights in each call."""
-    module = tiny_teacher().module
-    assert module is not None
-    return module
-
-
 def batches(device: str, count: int) -> list[Tensor]:
     """Return the same images in different orders, so that mixed-up batches are noticed."""
     images, _ = tiny_batch()
@@ -99,13 +93,13 @@ def taught(teacher: Teacher, device: str, tapped: bool = True) -> Outputs:
 
 def compiled(device: str, mode: bool | str, clones: bool = True) -> Outputs:
     torch._dynamo.reset()
-    teacher = Teacher(network(), compile=mode)
+    teacher = Teacher(teacher_network(), compile=mode)
     teacher.overwrites_output = teacher.overwrites_output and clones
     return taught(teacher, device, tapped=clones)  # a tap would split the CUDA graph
 
 
 def eager(device: str, tapped: bool = True) -> Outputs:
-    return taught(Teacher(network()), device, tapped)
+    return taught(Teacher(teacher_network()), device, tapped)
 
 
 @needs_compiler
@@ -139,7 +133,7 @@ def late(images: Tensor) -> Tensor:
 
 
 def beside(device: str, joins: bool = True) -> Outputs:
-    teacher = Teacher(network(), transform=late, side_stream=True)
+    teacher = Teacher(teacher_network(), transform=late, side_stream=True)
     session = TeacherSession(teacher, ["layer2"])
     given = batches(device, 4)
     session(given[0])  # `run_ahead` does nothing until the teacher is on the device
@@ -168,7 +162,7 @@ def distilled(device: str, side_stream: bool) -> list[Tensor]:
     """
     torch.manual_seed(0)
     student = TinyFaceNet().to(device).train()
-    teacher = Teacher(network(), transform=late, side_stream=side_stream)
+    teacher = Teacher(teacher_network(), transform=late, side_stream=side_stream)
     seen: list[Tensor] = []
 
     def note(loss: nn.Module, given: tuple[Any, ...]) -> None:

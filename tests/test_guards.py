@@ -22,6 +22,7 @@ from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, here, mine, on_two_ranks
 from tests.second_device import NAME, Device, in_a_process, python_devices
+from tests.small_distiller import teacher_network
 
 PROJECTED = {"name": "fcd", "weight": 8.0, "projector": True}
 SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
@@ -246,8 +247,7 @@ def hooks(*models: nn.Module) -> int:
 
 def test_a_constructor_that_raises_leaves_no_hook(tmp_path: Path) -> None:
     student = TinyFaceNet().train()
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     cached = Teacher(module, cache=CacheOptions(path=tmp_path))
     stages: dict[str, Any] = {"student_stages": ["layer1"], "teacher_stages": ["layer1"]}
     with pytest.raises(KDHooksError, match=r"teacher\.cache stores embeddings only"):

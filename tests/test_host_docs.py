@@ -18,8 +18,9 @@ from torch.testing import assert_close
 
 from kdhooks import Distiller
 from kdhooks.recipe import Recipe
-from kdhooks.testing import tiny_batch, tiny_teacher
+from kdhooks.testing import tiny_batch
 from tests.ranks import Results, as_torchrun, here, mine, on_two_ranks
+from tests.small_distiller import teacher_network
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = [
@@ -47,8 +48,7 @@ class Student(nn.Module):
 
 def small() -> nn.Module:
     """Return the tiny teacher, for images of any size."""
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), module)
 
 

@@ -31,6 +31,7 @@ from tests.lightning_runs import (
     recipe,
     weights,
 )
+from tests.small_distiller import teacher_network
 
 pytestmark = [
     # Lightning warns of loaders without workers, steps without a logger and the like.
@@ -378,8 +379,7 @@ def test_other_images_for_the_teacher() -> None:
             return super().training_step((images + 1.0, labels), batch_idx)
 
     seen: list[Any] = []
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     table = {**recipe(), "teacher": module}
     data = loader(wrap=lambda pair: {"clean": pair[0], "who": pair[1]})

@@ -19,8 +19,8 @@ from mmengine.registry import DATASETS, MODELS
 from torch.utils.data import ConcatDataset, Dataset
 
 from kdhooks import KDHooksError
-from kdhooks.testing import tiny_teacher
 from tests.mmengine_runs import QUIET, both, distilled, each_door, same, samples, train
+from tests.small_distiller import teacher_network
 
 pytestmark = QUIET
 METHODS = [{"name": "fcd", "weight": 8.0, "projector": True}]
@@ -42,8 +42,7 @@ DATASETS.register_module("Parts", module=Parts)  # pyright: ignore[reportArgumen
 
 def rows() -> torch.Tensor:
     """(24 12): the teacher's embeddings of all samples."""
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     pixels = torch.stack([sample["inputs"] for sample in samples("sample")])
     with torch.no_grad():
         found: torch.Tensor = module((pixels - 127.5) / 127.5)

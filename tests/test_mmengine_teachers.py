@@ -17,18 +17,18 @@ from mmengine.registry import MODELS
 from kdhooks import KDHooksError
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.testing import TinyFaceNet, tiny_teacher
+from kdhooks.testing import TinyFaceNet
 from kdhooks_integrations.mmengine.images import Seen
 from kdhooks_integrations.mmengine.models import with_teacher
 from tests.mmengine_runs import QUIET, Recogniser, distilled, same, trained_teacher
+from tests.small_distiller import teacher_network
 
 pytestmark = QUIET
 NETWORK = {"type": "Recogniser", "width": 6}
 
 
 def state(plus: float = 0.0) -> dict[str, Tensor]:
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     model = Recogniser(width=6, seed=2)
     model.backbone.load_state_dict(module.state_dict())
     return {key: value + plus for key, value in model.state_dict().items()}

@@ -25,6 +25,7 @@ from kdhooks.replicas import own_buffers
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import FCD
 from tests.ranks import Results, group, here, mine, on_two_ranks
+from tests.small_distiller import teacher_network
 
 SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
 STAGES: dict[str, Any] = {
@@ -63,8 +64,7 @@ def _of_classes(
 ) -> str:
     """The error of a run with class rows of its own, or of saving after its first step."""
     table = torch.eye(12)[:classes] if rows is None else rows
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     teacher = Teacher(module, classifier=table)
     try:
         kd = Distiller(student(), teacher, list(methods), **{**SIZE, **options})
@@ -112,8 +112,7 @@ def _class_scenarios() -> dict[str, Any]:
 
 def _other_teachers() -> str:
     """Return the error of ranks whose teachers have different weights."""
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     with torch.no_grad():
         next(module.parameters()).mul_(1 + here()[0])
     try:

@@ -14,12 +14,12 @@ from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.cakd import CAKD
 from kdhooks_plugins.coupleface import CoupleFace
+from tests.small_distiller import teacher_network
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     torch.save(module.state_dict(), tmp_path / "model.pt")
     return tmp_path / "model.pt"
 
@@ -255,8 +255,7 @@ def test_a_teachers_keys_are_checked(spec: dict[str, object], match: str) -> Non
 def from_onnx(folder: Path, **spec: object) -> tuple[nn.Module, Teacher]:
     """Return a network, and a teacher built from its ONNX file."""
     pytest.importorskip("onnxruntime")
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     export(module, tiny_batch()[0], folder / "teacher.onnx")
     teacher = {"onnx": folder / "teacher.onnx", **spec}
     return module, build_teacher(Recipe.read({"teacher": teacher, "methods": ["fcd"]}))

@@ -16,6 +16,7 @@ from kdhooks.probing import probe_teacher
 from kdhooks.recipe import Recipe, build_teacher
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.maps import normal
+from tests.small_distiller import teacher_network
 
 Log = pytest.LogCaptureFixture
 Content = dict[str, Any]
@@ -28,7 +29,7 @@ def shards(folder: Path, count: int = 3, **changes: Callable[[int], Any]) -> str
         content: Content = {
             "epoch": 3,
             "global_step": 70,
-            "state_dict_backbone": dict(network().state_dict()),
+            "state_dict_backbone": dict(teacher_network().state_dict()),
             "state_dict_softmax_fc": {"weight": rows[2 * rank : 2 * rank + 2].clone()},
         }
         content |= {key: change(rank) for key, change in changes.items()}
@@ -36,14 +37,8 @@ def shards(folder: Path, count: int = 3, **changes: Callable[[int], Any]) -> str
     return str(folder / "checkpoint_gpu_*.pt")
 
 
-def network() -> nn.Module:
-    module = tiny_teacher().module
-    assert module is not None
-    return module
-
-
 def other_weights(rank: int) -> dict[str, Tensor]:
-    state = {key: value.clone() for key, value in network().state_dict().items()}
+    state = {key: value.clone() for key, value in teacher_network().state_dict().items()}
     if rank == 2:
         state["fc.weight"] += 0.01
     return state
@@ -51,7 +46,7 @@ def other_weights(rank: int) -> dict[str, Tensor]:
 
 def own_statistics(rank: int) -> dict[str, Tensor]:
     """With DistributedDataParallel(broadcast_buffers=False), each rank has its own statistics."""
-    state = {key: value.clone() for key, value in network().state_dict().items()}
+    state = {key: value.clone() for key, value in teacher_network().state_dict().items()}
     state["features.running_mean"] += rank
     return {f"module.{key}": value for key, value in state.items()}
 
@@ -121,9 +116,9 @@ def test_rows_of_another_backbone_than_the_teacher_cause_a_warning(
     tmp_path: Path, caplog: Log
 ) -> None:
     pattern = shards(tmp_path, state_dict_backbone=own_statistics)
-    Teacher(network(), classifier=pattern)
+    Teacher(teacher_network(), classifier=pattern)
     assert not caplog.text
-    changed = network()
+    changed = teacher_network()
     with torch.no_grad():
         changed.get_parameter("fc.weight").add_(0.01)
     Teacher(changed, classifier=pattern)
@@ -184,10 +179,10 @@ def test_rows_come_only_from_tensors_and_paths(source: Any) -> None:
 
 
 def test_a_transposed_classifier_is_refused_as_transposed() -> None:
-    teacher = Teacher(network(), classifier=normal(1, 12, 6))
+    teacher = Teacher(teacher_network(), classifier=normal(1, 12, 6))
     with pytest.raises(KDHooksError, match=r"found 12 rows of width 6.* it is transposed; save"):
         probe_teacher(teacher, (), torch.zeros(2, 3, 32, 32))
-    teacher = Teacher(network(), classifier=normal(1, 11, 6))
+    teacher = Teacher(teacher_network(), classifier=normal(1, 11, 6))
     with pytest.raises(KDHooksError, match="use the classifier that was trained with this teacher"):
         probe_teacher(teacher, (), torch.zeros(2, 3, 32, 32))
 
@@ -236,7 +231,7 @@ class WithHead(TinyFaceNet):
 
 def with_head() -> nn.Module:
     module = WithHead()
-    module.load_state_dict({**network().state_dict(), "head.weight": tiny_rows()})
+    module.load_state_dict({**teacher_network().state_dict(), "head.weight": tiny_rows()})
     return module
 
 
@@ -267,7 +262,7 @@ def recipe(folder: Path, classifier: str, **teacher: Any) -> Path:
      ("module.", "module.head.norm_product.weight")],
 )  # fmt: skip
 def test_rows_are_found_in_the_teachers_checkpoint(prefix: str, name: str, tmp_path: Path) -> None:
-    state = {f"backbone.{key}": value for key, value in network().state_dict().items()}
+    state = {f"backbone.{key}": value for key, value in teacher_network().state_dict().items()}
     state["head.norm_product.weight"] = tiny_rows()
     content = {"state_dict": {f"{prefix}{key}": value for key, value in state.items()}}
     torch.save(content, tmp_path / "model.pt")
@@ -277,7 +272,9 @@ def test_rows_are_found_in_the_teachers_checkpoint(prefix: str, name: str, tmp_p
 
 
 def test_a_file_takes_precedence_over_a_weight_of_that_name(tmp_path: Path) -> None:
-    torch.save({**network().state_dict(), "kdhooks.rows": tiny_rows()}, tmp_path / "model.pt")
+    torch.save(
+        {**teacher_network().state_dict(), "kdhooks.rows": tiny_rows()}, tmp_path / "model.pt"
+    )
     path = recipe(tmp_path, "kdhooks.rows")
     found = build_teacher(Recipe.read(path)).classifier
     assert found is not None
@@ -304,7 +301,7 @@ def test_an_unknown_name_lists_files_and_weights(tmp_path: Path) -> None:
         "or a weight of the teacher, as one of fc.weight, head.weight",
     ):
         assert text in str(error.value)
-    torch.save({"model": network().state_dict()}, tmp_path / "model.pt")
+    torch.save({"model": teacher_network().state_dict()}, tmp_path / "model.pt")
     torch.save(tiny_rows(), tmp_path / "rows.pt")
     with pytest.raises(KDHooksError, match=r"no file matches '.*rws\.pt'.* mean 'rows\.pt'"):
         build_teacher(Recipe.read(recipe(tmp_path, "rws.pt")))
@@ -312,7 +309,7 @@ def test_an_unknown_name_lists_files_and_weights(tmp_path: Path) -> None:
 
 def test_a_name_that_several_weights_have_is_refused(tmp_path: Path) -> None:
     heads = {"a": {"head.weight": tiny_rows()}, "b": {"head.weight": tiny_rows() + 1}}
-    torch.save({"model": network().state_dict(), **heads}, tmp_path / "model.pt")
+    torch.save({"model": teacher_network().state_dict(), **heads}, tmp_path / "model.pt")
     with pytest.raises(
         KDHooksError, match=r"named 'head\.weight', like a\.head\.weight, b\.head\.wei"
     ):
@@ -325,7 +322,7 @@ def test_a_name_that_several_weights_have_is_refused(tmp_path: Path) -> None:
 def test_a_weight_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KDHooksError, match=r"'fc\.bias' has shape \(12,\)"):
         Teacher(with_head(), classifier="fc.bias")
-    torch.save(network().state_dict(), tmp_path / "model.pt")
+    torch.save(teacher_network().state_dict(), tmp_path / "model.pt")
     with pytest.raises(KDHooksError, match=r"holds no rows; .* it has the matrices fc\.weight: if"):
         build_teacher(Recipe.read(recipe(tmp_path, "model.pt")))
 
@@ -334,7 +331,7 @@ def test_a_weight_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_can_choose_among_sets_of_weights(tmp_path: Path) -> None:
-    state = network().state_dict()
+    state = teacher_network().state_dict()
     other = {key: value + 1 for key, value in state.items()}
     torch.save({"model": other, "ema": state}, tmp_path / "model.pt")
     torch.save(tiny_rows(), tmp_path / "rows.pt")
@@ -343,7 +340,7 @@ def test_a_recipe_can_choose_among_sets_of_weights(tmp_path: Path) -> None:
     found = build_teacher(Recipe.read(recipe(tmp_path, "rows.pt", weights="ema"))).module
     assert found is not None
     images = tiny_batch()[0]
-    torch.testing.assert_close(found(images), network()(images))
+    torch.testing.assert_close(found(images), teacher_network()(images))
 
 
 @pytest.mark.parametrize(

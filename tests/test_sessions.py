@@ -13,6 +13,7 @@ from kdhooks import Distiller, EmbeddingTap, KDHooksError, Model, Teacher, hooki
 from kdhooks.teacher.cache import CacheOptions
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
+from tests.small_distiller import Gap, teacher_network
 
 SIZE: dict[str, Any] = {"input_shape": (3, 32, 32)}
 PROJECTED = {"name": "fcd", "projector": True}
@@ -20,12 +21,6 @@ STAGES: dict[str, Any] = {
     "student_stages": ["layer1", "layer3"],
     "teacher_stages": ["layer1", "layer3"],
 }
-
-
-def module() -> nn.Module:
-    found = tiny_teacher().module
-    assert found is not None
-    return found
 
 
 def student() -> TinyFaceNet:
@@ -55,12 +50,6 @@ class Shift(nn.Module):
         return embedding + self.by
 
 
-class Gap(nn.Module):
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """(b d), (b e), (b) -> ()."""
-        return (student - teacher).square().mean()
-
-
 class Shifted:
     @hookimpl
     def embedding_tap(self) -> EmbeddingTap:
@@ -83,8 +72,8 @@ class Shifted:
 )
 def test_a_second_run_changes_nothing_for_the_first(first: list[Any], second: list[Any]) -> None:
     alone, other = student(), student()
-    expected = terms(Distiller(alone, Teacher(module()), first, **STAGES, **SIZE), alone)
-    teacher, net = Teacher(module()), student()
+    expected = terms(Distiller(alone, Teacher(teacher_network()), first, **STAGES, **SIZE), alone)
+    teacher, net = Teacher(teacher_network()), student()
     before = dict(vars(teacher))
     kd = Distiller(net, teacher, first, **STAGES, **SIZE)
     one_more = Distiller(other, teacher, second, **STAGES, **SIZE)
@@ -99,7 +88,7 @@ def test_a_second_run_changes_nothing_for_the_first(first: list[Any], second: li
 
 
 def test_closing_one_leaves_the_hooks_and_the_cache_of_the_other(tmp_path: Path) -> None:
-    teacher = Teacher(module(), cache=CacheOptions(path=tmp_path))
+    teacher = Teacher(teacher_network(), cache=CacheOptions(path=tmp_path))
     first, second = student(), student()
     one = Distiller(first, teacher, ["fcd"], **SIZE)
     two = Distiller(second, teacher, ["fcd"], **SIZE)
@@ -113,7 +102,7 @@ def test_closing_one_leaves_the_hooks_and_the_cache_of_the_other(tmp_path: Path)
 
 
 def test_a_probe_leaves_no_hook_on_the_teacher() -> None:
-    network = module()
+    network = teacher_network()
     kd = Distiller(student(), Teacher(network), ["fcd"], **STAGES, **SIZE)
     assert not any(m._forward_hooks for m in network.modules())
     kd.remove()
@@ -123,7 +112,7 @@ def test_a_probe_leaves_no_hook_on_the_teacher() -> None:
 
 
 def test_a_student_that_is_its_own_teacher_is_refused() -> None:
-    net = module().requires_grad_().train()
+    net = teacher_network().requires_grad_().train()
     with pytest.raises(KDHooksError, match=r"must have parameters of their own.*copy\.deepcopy"):
         Distiller(net, net, ["fcd"], **SIZE)
     assert net.training
@@ -131,7 +120,7 @@ def test_a_student_that_is_its_own_teacher_is_refused() -> None:
 
 
 def test_a_method_of_a_module_is_refused_as_a_teacher() -> None:
-    awake = module().train()
+    awake = teacher_network().train()
     with pytest.raises(
         KDHooksError, match="must not be a method of a module, since the module would not"
     ):
@@ -140,7 +129,7 @@ def test_a_method_of_a_module_is_refused_as_a_teacher() -> None:
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_a_function_may_return_a_buffer_that_it_overwrites(micro_batch: int | None) -> None:
-    network, buffer = module().eval(), torch.zeros(64, 12)
+    network, buffer = teacher_network().eval(), torch.zeros(64, 12)
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -155,7 +144,7 @@ def test_a_function_may_return_a_buffer_that_it_overwrites(micro_batch: int | No
 
 
 def test_a_student_that_another_run_froze_is_refused() -> None:
-    peer = module().train()
+    peer = teacher_network().train()
     Teacher(peer)
     with pytest.raises(KDHooksError, match="must train at least one parameter; found all of them"):
         Distiller(peer, tiny_teacher(), ["fcd"], **SIZE)
@@ -172,7 +161,7 @@ FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def test_models_of_any_floating_point_format_train(
     ours: torch.dtype, theirs: torch.dtype, method: object
 ) -> None:
-    network, (images, labels) = module().to(theirs), tiny_batch()
+    network, (images, labels) = teacher_network().to(theirs), tiny_batch()
     classifier = tiny_teacher().classifier
     net = student().to(ours)
     kd = Distiller(net, Teacher(network, classifier=classifier), [method], **STAGES, **SIZE)
@@ -240,9 +229,9 @@ def test_an_exported_or_traced_model_can_teach_its_embedding(
     form: Callable[[nn.Module], Any],
 ) -> None:
     images, _ = tiny_batch()
-    teacher = Teacher(form(module()))
+    teacher = Teacher(form(teacher_network()))
     with TeacherSession(teacher) as session:
-        assert_close(session(images).embedding, module()(images).detach())
+        assert_close(session(images).embedding, teacher_network()(images).detach())
     assert teacher.module is not None
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
     net = student()
@@ -252,14 +241,14 @@ def test_an_exported_or_traced_model_can_teach_its_embedding(
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_submodules_of_an_exported_model_cannot_be_tapped() -> None:
     with pytest.raises(KDHooksError, match=r"'layer1'.* recorded nothing: a compiled, scripted"):
-        Distiller(student(), Teacher(exported(module())), ["at"], **STAGES, **SIZE)
+        Distiller(student(), Teacher(exported(teacher_network())), ["at"], **STAGES, **SIZE)
 
 
 def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
     class Keyed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = module()
+            self.inner = teacher_network()
 
         def forward(self, images: Tensor, keypoints: Tensor) -> tuple[Tensor, None]:
             return self.inner(images) + keypoints.mean(), None
@@ -271,7 +260,7 @@ def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
     images, _ = tiny_batch()
     with TeacherSession(Teacher(Keyed(), run=run), ["inner.layer1"]) as session:
         output = session(images)
-    assert_close(output.embedding, module()(images).detach() + 1)
+    assert_close(output.embedding, teacher_network()(images).detach() + 1)
     assert list(output.features) == ["inner.layer1"]
 
 

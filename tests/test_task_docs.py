@@ -12,8 +12,8 @@ from torch import nn
 
 from kdhooks.recipe import Recipe
 from kdhooks.schedules import number_at
-from kdhooks.testing import tiny_batch, tiny_teacher
-from tests.small_distiller import student
+from kdhooks.testing import tiny_batch
+from tests.small_distiller import student, teacher_network
 
 TEXT = (Path(__file__).parents[1] / "docs" / "teachers-and-views.md").read_text(encoding="utf-8")
 BLOCKS: dict[str, str] = dict(
@@ -43,8 +43,7 @@ def scope() -> dict[str, Any]:
     images, labels = tiny_batch()
     images = F.interpolate(images, 112)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(32), student())
-    module = tiny_teacher().module
-    assert module is not None
+    module = teacher_network()
     teacher = nn.Sequential(nn.AdaptiveAvgPool2d(32), module)
     head = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
     return {

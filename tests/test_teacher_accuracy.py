@@ -15,15 +15,9 @@ from kdhooks.classes.rows import Rows
 from kdhooks.testing import tiny_batch, tiny_teacher
 from tests.maps import normal
 from tests.ranks import Results, group, here, mine, on_two_ranks
-from tests.small_distiller import SMALL, distil, student
+from tests.small_distiller import SMALL, distil, student, teacher_network
 
 KEY = "teacher/accuracy"
-
-
-def known() -> nn.Module:
-    module = tiny_teacher().module
-    assert module is not None
-    return module
 
 
 def measured(
@@ -45,7 +39,7 @@ def expected(labels: Tensor) -> float:
     teacher, (images, _) = tiny_teacher(), tiny_batch()
     assert teacher.classifier is not None
     with torch.no_grad():
-        embedding = known()(images)
+        embedding = teacher_network()(images)
     unit = nn.functional.normalize(embedding)
     nearest = (unit @ nn.functional.normalize(teacher.classifier.slice(0, 6)).T).argmax(dim=1)
     return float((nearest == labels)[labels >= 0].float().mean())
@@ -110,7 +104,7 @@ def test_it_changes_no_term_and_no_gradient() -> None:
 
 def test_a_recipe_has_the_option() -> None:
     recipe: dict[str, Any] = {
-        "teacher": {"module": known(), "classifier": tiny_teacher().classifier},
+        "teacher": {"module": teacher_network(), "classifier": tiny_teacher().classifier},
         "methods": ["margindistillation"],
         "input_shape": list(SMALL),
         "log_teacher_accuracy": 0,
@@ -150,7 +144,7 @@ def _over_ranks() -> dict[str, Results]:
     x[0] = rows[1]
     start, stop = (0, 7) if size == 1 else ((0, 4), (4, 7))[rank]
     shard = ClassShard(rows[start:stop], start, 7, group())
-    net, teacher = student(), Teacher(known(), classifier=tiny_teacher().classifier)
+    net, teacher = student(), Teacher(teacher_network(), classifier=tiny_teacher().classifier)
     bounds = (0, 6) if size == 1 else ((0, 3), (3, 6))[rank]
     head = nn.Parameter(torch.randn(bounds[1] - bounds[0], 12))
     kd = distil(
