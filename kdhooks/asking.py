@@ -13,6 +13,7 @@ from kdhooks.discovery import create
 from kdhooks.errors import KDHooksError
 from kdhooks.hookspecs import Specs
 from kdhooks.kinds import shown
+from kdhooks.options import Options
 from kdhooks.points import Points
 from kdhooks.probing import probe_student, probe_teachers
 from kdhooks.teacher.several import Teachers
@@ -56,7 +57,15 @@ class Declarations:
 
     def described(self) -> list[str]:
         """One line for each method, the same on ranks with the same methods."""
-        return [f"the method {type(method).__name__}" for method in self._methods]
+        return [
+            f"the method {type(method).__name__}"
+            + (
+                f" with {method.described()}"
+                if isinstance(method, Options) and method.given()
+                else ""
+            )
+            for method in self._methods
+        ]
 
     def _register(self, plugin: object) -> None:
         who = type(plugin).__name__

@@ -193,15 +193,16 @@ class Distiller(nn.Module):
             ours = asked.student(student, student_embedding, student_stages, images, run_student)
             self._tables = ClassTables(head, sharded, learnt_whole, _DTYPES[table_dtype])
             theirs = asked.teacher(taught_by, teacher_stages, images, self._tables)
+            rows = theirs.classifier
             if world() is not None:  # before a method asks the other ranks
-                refuse_different([*asked.described(), *self._tables.described()])
+                described = [] if rows is None else [f"teacher.classifier: {rows.described()}"]
+                refuse_different([*asked.described(), *self._tables.described(), *described])
             self.taps = asked.taps(ours, theirs, head)
             if not labels:
                 refuse_labelled([tap.name for tap in self.taps if tap.needs_labels])
             self.adapter = asked.teacher_adapter(theirs)
 
         # The losses, and the class rows that they or the host's head need.
-        rows = theirs.classifier
         if labels or any(tap.needs_classifier for tap in self.taps):
             check_classes(rows, head)
         self.inherited: Inherited | None = None  # the term that the host's head computes

@@ -112,6 +112,14 @@ class Options(Table):
             name: getattr(self, name) for name in declared_options(type(self)) if self.has(name)
         }
 
+    def described(self) -> str:
+        """The options that differ from their defaults; the same text on ranks with the same ones.
+
+        It shows numbers and strings. Paths may differ between machines, and functions can't be
+        compared.
+        """
+        return ", ".join(f"{name} = {_described(value)}" for name, value in self.given().items())
+
     @classmethod
     def from_table(cls, table: Mapping[str, object]) -> Self:
         return read(cls, table, "")
@@ -235,6 +243,17 @@ def check_arguments(
         name: _checked_option(subject, name, option, found[name])
         for name, option in declared.items()
     }
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Options):
+        return f"({value.described()})"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, Bounded):
+        return "a function"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 def _is_function(value: object) -> TypeGuard[Callable[[int], float]]:

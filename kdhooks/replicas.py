@@ -209,7 +209,8 @@ def refuse_different(declared: Sequence[str]) -> None:
             theirs = listed(line for line in lines if line not in of_ranks[0])
             raise KDHooksError(
                 "all ranks must declare the same terms in the same order; only rank 0 has: "
-                f"{ours}; only rank {rank} has: {theirs}; start every rank with the same recipe"
+                f"{ours}; only rank {rank} has: {theirs}; start every rank with the same recipe "
+                "and the same files"
             )
 
 

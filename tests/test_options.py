@@ -255,6 +255,16 @@ def test_lists_and_tables_become_objects() -> None:
     assert not sample.has("flag")
 
 
+def test_options_are_described_for_the_comparison_of_ranks() -> None:
+    assert Sample().described() == ""
+    sample = Sample.read({"inner": {"step": 2}, "angle": {"value": 1.0, "warmup": 4}, "rows": "r"})
+    assert sample.described() == (
+        f"angle = (value = 1.0, initial = 0.0, warmup = 4), rows = a {type(Path()).__name__}, "
+        "inner = (step = 2)"
+    )
+    assert Sample(angle=lambda step: 1.0).described() == "angle = a function"
+
+
 def test_options_of_inner_tables_have_dotted_names() -> None:
     assert [name for name in opened(Sample) if "." in name] == ["inner.share", "inner.step"]
 

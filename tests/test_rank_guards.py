@@ -14,13 +14,16 @@ from torch.testing import assert_close
 
 from kdhooks import (
     ClassShard,
+    ClassSplit,
     Distiller,
     EmbeddingTap,
     KDHooksError,
     Model,
+    PerClass,
     Teacher,
     hookimpl,
 )
+from kdhooks.classes.per_class import share_digests
 from kdhooks.replicas import own_buffers
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from kdhooks_plugins.fcd import FCD
@@ -81,6 +84,17 @@ def _of_classes(
     return ""
 
 
+def _other_totals() -> str:
+    """The error of a table whose ranks disagree only on the number of all classes."""
+    rank, _ = here()
+    loss = PerClass(ClassSplit(3 * rank, 3 * rank + 3, 6 + rank, group()), "table")
+    try:
+        share_digests(loss)
+    except KDHooksError as error:
+        return str(error)
+    return ""
+
+
 def _lost() -> None:
     raise KDHooksError("step 1: coupleface not finite")
 
@@ -93,6 +107,10 @@ def _class_scenarios() -> dict[str, Any]:
     weight = nn.Parameter(torch.randn(3, 12))
     double = ClassShard(weight, 0, 6, group())
     empty = ClassShard(weight[: 1 - rank], rank, 1, group())
+    rows = (1 + rank) * torch.eye(12)[:6]
+    many = torch.arange(3600.0).reshape(300, 12)
+    many[1] += rank  # one of the rows that ranks do not compare at the start
+    coupleface = [{"name": "coupleface", "prototypes": p} for p in (None, rows, torch.eye(12)[:6])]
     errors = {
         "one has tables": _of_classes("thkd" if rank else "fcd"),
         "one more table": _of_classes("thkd", *["coupleface"][rank:]),
@@ -100,7 +118,13 @@ def _class_scenarios() -> dict[str, Any]:
         "one is split": _of_classes("thkd", sharded=bool(rank)),
         "other precision": _of_classes("thkd", table_dtype=("float16", "float32")[rank]),
         "other classes": _of_classes("icdface", classes=6 - rank),
-        "other rows": _of_classes("thkd", rows=(1 + rank) * torch.eye(12)[:6], sharded=False),
+        "other rows": _of_classes("thkd", rows=rows),
+        "other rows for a host": _of_classes("proxylesskd", rows=rows, host_head="margin"),
+        "other whole rows": _of_classes("thkd", rows=many, sharded=False),
+        "other prototypes": _of_classes(coupleface[1]),
+        "one has prototypes": _of_classes(coupleface[2 * rank]),
+        "other neighbours": _of_classes({"name": "coupleface", "k": 2 + rank}),
+        "other totals": _other_totals(),
         "spoilt rows": _of_classes("thkd", rows=spoilt),
         "wrong argument": _of_classes("thkd", seed=-rank),
         "doubled classes": _of_classes("thkd", head=double),
@@ -153,6 +177,27 @@ class _Frozen:
         tap = FCD(projector=True).embedding_tap(student, teacher)
         tap.loss.requires_grad_(False)
         return tap
+
+
+class _Distance(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b e), (b) -> ()."""
+        return self.number * (student - teacher).square().mean()
+
+
+class _Numbered:
+    """A method whose number is not an option."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @hookimpl
+    def embedding_tap(self) -> EmbeddingTap:
+        return EmbeddingTap("numbered", _Distance(self.number))
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -298,6 +343,7 @@ def _scenarios() -> dict[str, Any]:
         "one option": {
             "error": _different(*({"name": "rkd", "angle_weight": a} for a in (1.0, 2.0)))
         },
+        "one number": {"error": _different(_Numbered(1), _Numbered(2))},
         "teachers": {"error": _other_teachers()},
         "frozen": {"losses": _changed("frozen")},
         "assigned": {"losses": _changed("assigned")},
@@ -337,7 +383,8 @@ def test_ranks_with_different_weights_are_refused(ranks: Ranks) -> None:
 
 def test_ranks_with_other_options_or_teachers_are_refused(ranks: Ranks) -> None:
     for rank in ranks:
-        assert "all ranks must declare the same terms" in rank["one option"]["error"]
+        assert "the method RKD with angle_weight = 1.0; only" in rank["one option"]["error"]
+        assert "only rank 0 has: EmbeddingTap numbered" in rank["one number"]["error"]
         assert "only rank 0 has: a teacher with weights of" in rank["teachers"]["error"]
 
 
@@ -346,11 +393,17 @@ def test_ranks_with_other_options_or_teachers_are_refused(ranks: Ranks) -> None:
     [
         ("one has tables", "only rank 0 has: the method FCD; only rank 1 has: the method THKD"),
         ("one more table", "only rank 0 has: the method CoupleFace; only rank 1 has: none"),
-        ("other tables", "bank_momentum=0.0"),
+        ("other tables", "only rank 0 has: the method CoupleFace with relations = 'bank'"),
         ("one is split", "only rank 0 has: class tables with sharded = False"),
         ("other precision", "rows in torch.float16; only rank 1 has: class tables with"),
-        ("other classes", "found 0 to 2 of 6, 3 to 4 of 5, by rank"),
-        ("other rows", "only rank 0 has: teacher.classifier: 6 classes, rows with the digest"),
+        ("other classes", "only rank 1 has: teacher.classifier: 5 class rows of width 12"),
+        ("other rows", "teacher.classifier: 6 class rows of width 12, 6 of them with the digest"),
+        ("other rows for a host", "only rank 0 has: teacher.classifier: 6 class rows of width"),
+        ("other whole rows", "only rank 0 has: teacher.classifier: 300 classes, rows with the dig"),
+        ("other prototypes", "prototypes = a Tensor, prototypes: 6 class rows of width 12, 6 of"),
+        ("one has prototypes", "only rank 0 has: the method CoupleFace; only rank 1 has: the meth"),
+        ("other neighbours", "the method CoupleFace with k = 2; only rank 1 has: the method Coupl"),
+        ("other totals", "table: the ranks must share the same classes, each rank at least one"),
         ("spoilt rows", "that of class 5 in the tensor given is not finite"),
         ("wrong argument", "Distiller: seed must be at least 0"),
         ("doubled classes", "each class must be on one rank; found 0 to 2 of 6, 0 to 2 of 6"),

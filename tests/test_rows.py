@@ -105,6 +105,16 @@ def test_a_slice_is_a_copy() -> None:
     assert matrix.all()
 
 
+def test_rows_are_described_by_a_few_rows_of_all_classes(tmp_path: Path) -> None:
+    rows = saved(tmp_path, 500, 499)
+    found = Rows.open(tmp_path / "checkpoint_gpu_*.pt").described()
+    assert found.startswith("999 class rows of width 3, 250 of them with the digest ")
+    assert Rows.open(rows).described() == found
+    end = torch.cat([rows[:-9], rows[-9:] + 1])
+    for other in (rows.flip(0), rows[:-1], rows[:, :2], rows.half(), end):
+        assert Rows.open(other).described() != found
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 65536])
 def test_chunks_cover_all_rows_at_unit_length(size: int) -> None:
     matrix = normal(1, 7, 3).float()

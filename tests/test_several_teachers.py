@@ -29,6 +29,7 @@ from kdhooks.teacher.sessions import open_session
 from kdhooks.teacher.several import Teachers, one_or_several
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.cache_samples import Counting
+from tests.maps import normal
 from tests.small_distiller import SMALL, Method, student
 
 SIZE: dict[str, Any] = {"input_shape": SMALL}
@@ -255,6 +256,14 @@ def test_only_rows_of_a_shard_are_read() -> None:
     assert (rows.total, rows.dim, rows.slice(3, 6).shape) == (9, 9, (3, 9))
     assert rows.slice(6, 6).shape == (0, 9)
     assert asked == [(3, 6), (3, 6), (6, 6), (6, 6)]
+
+
+def test_joined_rows_are_described_as_they_were_read() -> None:
+    """The digest of rows after rounding would depend on the processor."""
+    one, two = (Rows.open(normal(seed, 9, 4)) for seed in (1, 2))
+    assert JoinedRows([one, two]).described() == (
+        f"teacher 0's {one.described()} and teacher 1's {two.described()}"
+    )
 
 
 def test_the_teachers_run_ahead_of_the_student() -> None:

@@ -38,6 +38,12 @@ class JoinedRows(Rows):
                     "class means of the training set with kdhooks.class_means for each of them"
                 )
 
+    def described(self) -> str:
+        """Those of each teacher, since rounding in the joined rows depends on the processor."""
+        return " and ".join(
+            f"teacher {number}'s {rows.described()}" for number, rows in enumerate(self._of_each)
+        )
+
     def slice(self, start: int, stop: int) -> Tensor:
         """(stop-start e) in float32, a copy."""
         return joined([rows.slice(start, stop) for rows in self._of_each])

@@ -1,6 +1,7 @@
 """The classifier rows of a teacher, read from tensors or files."""
 
 import glob
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ log = logging.getLogger("kdhooks")
 
 _SUBJECT = "teacher classifier"
 _CHUNK = 8192  # rows to read at a time
+_COMPARED = 256  # rows, at most, that ranks compare
 _LATER_SHARD = re.compile(r"checkpoint_gpu_[1-9]\d*\.pt")
 
 
@@ -86,6 +88,21 @@ class Rows:
                 found[first - start : last - start] = read
             offset += len(part)
         return found
+
+    def described(self) -> str:
+        """A line that is the same on ranks with the same rows.
+
+        It holds a digest of a few rows, spread evenly over all classes, so that each rank can read
+        them from its own files.
+        """
+        numbers = range(0, self.total, -(-self.total // _COMPARED))
+        hashed = hashlib.blake2b(digest_size=8)
+        for number in numbers:
+            hashed.update(self.slice(number, number + 1).numpy().data)
+        return (
+            f"{self.total} class rows of width {self.dim}, {len(numbers)} of them with the digest "
+            f"{hashed.hexdigest()}"
+        )
 
     def chunks(self, size: int = _CHUNK) -> Iterator[tuple[int, Tensor]]:
         """(offset, (<=size e)) over all rows, at unit length."""

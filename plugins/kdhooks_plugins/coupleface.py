@@ -190,6 +190,13 @@ class CoupleFace(Options):
                 "bank_momentum", f"belongs to relations 'bank'; found '{self.relations}'"
             )
 
+    def described(self) -> str:
+        """Also the prototypes, of which each rank reads only its own classes."""
+        options = super().described()
+        if self.prototypes is None:
+            return options
+        return f"{options}, prototypes: {Rows.open(self.prototypes).described()}"
+
     @hookimpl
     def embedding_tap(self, student: Model, teacher: Model) -> EmbeddingTap:
         projector = projection("coupleface", student, teacher, self.projector)
