@@ -44,6 +44,24 @@ def other_weights(rank: int) -> dict[str, Tensor]:
     return state
 
 
+def other_shapes(rank: int) -> dict[str, Tensor]:
+    state = dict(network().state_dict())
+    if rank == 2:
+        state["fc.bias"] = torch.cat([state["fc.bias"], state["fc.bias"]])
+    return state
+
+
+def other_names(rank: int) -> dict[str, Tensor]:
+    return {**network().state_dict(), **({"fc.scale": torch.ones(1)} if rank == 2 else {})}
+
+
+def compiled(rank: int) -> dict[str, Tensor]:
+    """Only the later ranks compiled their backbone; each one stored a number of its own."""
+    prefix = "_orig_mod." if rank else ""
+    state = {f"{prefix}{key}": value for key, value in network().state_dict().items()}
+    return {**state, "kdhooks.number": torch.tensor(rank)}
+
+
 def own_statistics(rank: int) -> dict[str, Tensor]:
     """With DistributedDataParallel(broadcast_buffers=False), each rank has its own statistics."""
     state = {key: value.clone() for key, value in teacher_network().state_dict().items()}
@@ -59,6 +77,7 @@ def own_statistics(rank: int) -> dict[str, Tensor]:
     [
         {},
         {"state_dict_backbone": own_statistics},
+        {"state_dict_backbone": compiled},
         {"global_step": lambda rank: torch.tensor([70, 71])},
     ],
 )
@@ -75,6 +94,8 @@ def test_shards_of_one_run_are_read(changes: Content, tmp_path: Path) -> None:
         ({"global_step": lambda rank: torch.tensor(70) if rank else 70}, "their global_step dif"),
         ({"epoch": lambda rank: rank}, "their epoch differs: checkpoint_gpu_0.pt 0, check"),
         ({"state_dict_backbone": other_weights}, "checkpoint_gpu_2.pt' hold different backbones"),
+        ({"state_dict_backbone": other_shapes}, "checkpoint_gpu_2.pt' hold different backbones"),
+        ({"state_dict_backbone": other_names}, "checkpoint_gpu_2.pt' hold different backbones"),
         (
             {"state_dict_softmax_fc": lambda rank: {"weight": torch.ones(2, 12) + rank // 2}},
             "_0.pt, .*_1.pt hold the same rows; copy the missing shard again",
@@ -317,6 +338,14 @@ def test_a_name_that_several_weights_have_is_refused(tmp_path: Path) -> None:
     found = build_teacher(Recipe.read(recipe(tmp_path, "b.head.weight"))).classifier
     assert found is not None
     assert torch.equal(found.slice(0, 6), tiny_rows() + 1)
+
+
+def test_a_name_of_several_equal_weights_is_accepted(tmp_path: Path) -> None:
+    heads = {key: {"head.weight": tiny_rows()} for key in ("student", "ema")}
+    torch.save({"model": network().state_dict(), **heads}, tmp_path / "model.pt")
+    found = build_teacher(Recipe.read(recipe(tmp_path, "head.weight"))).classifier
+    assert found is not None
+    assert torch.equal(found.slice(0, 6), tiny_rows())
 
 
 def test_a_weight_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
