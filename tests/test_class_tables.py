@@ -301,6 +301,16 @@ def test_other_classes_are_refused() -> None:
         kd.load_state_dict(state)
 
 
+@pytest.mark.parametrize("entry", ["centres", "_extra_state"])
+def test_a_state_without_a_table_or_its_classes_is_refused_by_torch(entry: str) -> None:
+    name = f"losses.adadistill.{entry}"
+    with distiller(Student(), METHODS["adadistill"]) as kd:
+        state = {key: value for key, value in kd.state_dict().items() if key != name}
+        with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+            kd.load_state_dict(state)
+        kd.load_state_dict(state, strict=False)
+
+
 def test_frozen_rows_in_float16_stay_so_and_change_the_losses_little() -> None:
     for name in ("static", "proxylesskd", "thkd", "adadistill"):
         student, precise = Student(), outcome(METHODS[name])
