@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from kdhooks import ClassShard, ClassSplit, KDHooksError, Model, Wanted
 from kdhooks.classes.per_class import share_digests, whole_tables
-from kdhooks.classes.ranks import gather, world
+from kdhooks.classes.ranks import gather, gathering_once, world
 from kdhooks.classes.relations import relations
 from kdhooks.classes.rows import Rows
 from kdhooks.declarations import Step
@@ -237,16 +237,34 @@ def _run_bank(options: dict[str, Any]) -> Results:
     return {"state": {**loss.state_dict(), **whole_tables(loss)}}
 
 
+def _gathered_once(x: Tensor) -> Results:
+    """Gather tensors that must not share one gathering, although their losses are in one step."""
+    with gathering_once():
+        several = [gather(mine(x) + number, group()) for number in range(3)]  # with one id in turn
+        part = mine(x).requires_grad_()
+        with torch.no_grad():
+            constant = gather(part, group()).clone()
+        trained = gather(part, group())
+        if trained is not part:
+            trained.detach().zero_()
+        again = gather(part, group())
+    found = {"several": several, "constant": constant, "again": again.detach()}
+    return {**found, "trained": trained.requires_grad}
+
+
 def _run_primitives() -> Results:
     shard = _shard()
     rank, size = here()
     values = normal(25, _B, _CLASSES).split(_SPLIT if size == 2 else (_CLASSES,), dim=1)[rank]
     amount = normal(26, _B)
+    transposed = normal(29, _B, 3).T / size  # in memory, ranks may have other strides
     return {
         "gathered": shard.gather(mine(amount)),
+        "gathered_once": _gathered_once(amount),
         "gathered_labels": shard.gather(mine(_LABELS)),
         "gathered_transposed": shard.gather(mine(normal(28, _B, 3)).T.contiguous().T),
         "sum": shard.sum(values.sum(dim=1)),
+        "sum_transposed": shard.sum(transposed if rank else transposed.contiguous()),
         "logsumexp": shard.logsumexp((1e4 * values).logsumexp(dim=1)),
         "own": shard.own(normal(27, _B, 6), _MISSING),
         "part": {
@@ -309,7 +327,17 @@ def test_both_ranks_keep_the_bank_of_one_process(
 
 
 @pytest.mark.parametrize(
-    "key", ["gathered", "gathered_labels", "gathered_transposed", "sum", "logsumexp", "own"]
+    "key",
+    [
+        "gathered",
+        "gathered_labels",
+        "gathered_once",
+        "gathered_transposed",
+        "sum",
+        "sum_transposed",
+        "logsumexp",
+        "own",
+    ],
 )
 def test_reduced_results_are_the_same_on_all_ranks(
     key: str, ranks: list[dict[str, Results]], alone: dict[str, Results]
