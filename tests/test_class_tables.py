@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from benchmarks.measuring import peak_bytes
-from kdhooks import Distiller, KDHooksError, Teacher
+from kdhooks import ClassShard, Distiller, KDHooksError, Teacher
 from kdhooks.classes.per_class import PerClass, digest, is_split
 from kdhooks.classes.rows import Rows
 from kdhooks.classes.splits import ClassSplit, ClassTables
@@ -182,6 +182,15 @@ def scenarios(folder: str) -> dict[str, Results]:
     found["copied"] = copied()
     sizes = [ClassSplit.even(total, group()) for total in (2, 7)]
     found["sizes"] = {"of 2 and 7": [len(split) for split in sizes]}
+    rank, _ = here()
+    heads = {
+        "whole": ClassShard(rows(), 0, CLASSES),
+        "of other classes": ClassShard(rows()[:1], rank, RANKS, group()),
+        "split": ClassShard(rows()[: 4 if rank == 3 else 1], rank, CLASSES, group()),
+    }
+    found["beside"] = {name: len(ClassTables(h).split(CLASSES)) for name, h in heads.items()}
+    with distiller(Student(), METHODS["static"]) as kd:
+        torch.save(kd.state_dict(), f"{folder}/frozen_{rank}.pt")
     found["learnt whole"] = outcome(METHODS["bank"], learnt_whole=True)
     found["frozen, learnt whole"] = outcome(METHODS["static"], learnt_whole=True)
     return found
@@ -237,6 +246,12 @@ def test_the_first_ranks_have_one_class_more_and_no_rank_has_none(ranks: Any) ->
     assert sizes == [2, 2, 2, 1]
 
 
+def test_tables_follow_a_split_head_of_the_same_classes(ranks: Any) -> None:
+    found = {name: [of_rank["beside"][name] for of_rank in ranks[0]] for name in ("whole", "split")}
+    assert found == {"whole": [2, 2, 2, 1], "split": [1, 1, 1, 4]}
+    assert [of_rank["beside"]["of other classes"] for of_rank in ranks[0]] == [2, 2, 2, 1]
+
+
 def test_a_host_that_saves_one_rank_keeps_learnt_tables_whole(ranks: Any) -> None:
     found, _ = ranks
     for of_rank in found:
@@ -261,6 +276,14 @@ def test_the_whole_state_is_loaded_by_any_number_of_ranks(ranks: Any) -> None:
     with distiller(Student(), METHODS["adadistill"]) as kd:
         kd.load_state_dict(torch.load(folder / "whole.pt", weights_only=True))
         assert kd.step == STEPS * ACCUMULATED
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_state_of_frozen_tables_is_loaded_by_any_number_of_ranks(ranks: Any, rank: int) -> None:
+    """Each rank's state holds the digest of all classes."""
+    _, folder = ranks
+    with distiller(Student(), METHODS["static"]) as kd:
+        kd.load_state_dict(torch.load(folder / f"frozen_{rank}.pt", weights_only=True))
 
 
 def test_a_part_of_the_state_is_refused_by_another_number_of_ranks(ranks: Any) -> None:
