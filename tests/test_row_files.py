@@ -45,20 +45,20 @@ def other_weights(rank: int) -> dict[str, Tensor]:
 
 
 def other_shapes(rank: int) -> dict[str, Tensor]:
-    state = dict(network().state_dict())
+    state = dict(teacher_network().state_dict())
     if rank == 2:
         state["fc.bias"] = torch.cat([state["fc.bias"], state["fc.bias"]])
     return state
 
 
 def other_names(rank: int) -> dict[str, Tensor]:
-    return {**network().state_dict(), **({"fc.scale": torch.ones(1)} if rank == 2 else {})}
+    return {**teacher_network().state_dict(), **({"fc.scale": torch.ones(1)} if rank == 2 else {})}
 
 
 def compiled(rank: int) -> dict[str, Tensor]:
     """Only the later ranks compiled their backbone; each one stored a number of its own."""
     prefix = "_orig_mod." if rank else ""
-    state = {f"{prefix}{key}": value for key, value in network().state_dict().items()}
+    state = {f"{prefix}{key}": value for key, value in teacher_network().state_dict().items()}
     return {**state, "kdhooks.number": torch.tensor(rank)}
 
 
@@ -342,7 +342,7 @@ def test_a_name_that_several_weights_have_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_of_several_equal_weights_is_accepted(tmp_path: Path) -> None:
     heads = {key: {"head.weight": tiny_rows()} for key in ("student", "ema")}
-    torch.save({"model": network().state_dict(), **heads}, tmp_path / "model.pt")
+    torch.save({"model": teacher_network().state_dict(), **heads}, tmp_path / "model.pt")
     found = build_teacher(Recipe.read(recipe(tmp_path, "head.weight"))).classifier
     assert found is not None
     assert torch.equal(found.slice(0, 6), tiny_rows())
