@@ -75,6 +75,27 @@ def with_classes(
     }
 
 
+def slopes(of_ranks: Mapping[int, Mapping[str, Mapping[str, Line]]]) -> str:
+    """The growth with the number of classes, for the methods that grow."""
+    units = {"held": ("bytes", 1), "saved": ("bytes", 1), "multiplications": ("10³", 1e3)}
+    rows = [["method"]]
+    rows[0] += [
+        f"{what}, {unit}, {size} rank{'s' * (size > 1)}"
+        for what, (unit, _) in units.items()
+        for size in of_ranks
+    ]
+    for method in next(iter(of_ranks.values())):
+        lines = [
+            (of_ranks[size][method][what].slope, scale)
+            for what, (_, scale) in units.items()
+            for size in of_ranks
+        ]
+        if any(slope for slope, _ in lines):
+            values = (slope / scale for slope, scale in lines)
+            rows.append([method, *(f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values)])
+    return markdown(rows, texts=1)
+
+
 def main() -> None:
     parser = command("scale", __doc__, turns=1)
     add = parser.add_argument
@@ -155,6 +176,12 @@ def page(
     ]
     for classes in options.classes:
         parts += [f"## {classes:,} classes", table(with_classes(found, classes))]
+    parts += [
+        "## One more class",
+        "The slope of the lines: the number of bytes and of thousands of multiplications that one "
+        "more class adds on a rank. The traffic does not depend on the number of classes.",
+        slopes(found),
+    ]
     parts += [
         "## Methods on feature maps",
         "These methods keep nothing of classes, so their numbers hold for any number of classes. "
