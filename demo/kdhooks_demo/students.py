@@ -22,8 +22,7 @@ from kdhooks_demo.faces import Faces
 from kdhooks_demo.material import blends, together, views
 from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, means_of, train
 
-PHOTOGRAPHS = "photographs"  # the names of parts of a lesson
-_KNOWN = "known people"
+_KNOWN = "known people"  # the name of the part of a lesson
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,16 @@ class Material:
         return known
 
     def lesson(self, people: Sequence[str]) -> Lesson:
-        """A lesson with parts that show nobody but these people.
+        """A lesson with a part that shows nobody but these people.
 
         It shares the images and embeddings of everybody, so that they are in memory only once.
         """
         kept = self.showing(people)
-        alone = self.people[:, 0] == self.people[:, 1]
         labels = torch.full((len(self.seen),), -1)
         rows = torch.from_numpy(np.flatnonzero(kept))
         labels[rows] = self.seen.where(kept).labels
         means = means_of(self.embedding[rows], labels[rows])
-        parts = {_KNOWN: rows, PHOTOGRAPHS: torch.from_numpy(np.flatnonzero(kept & alone))}
-        return Lesson(self.seen.images, labels, self.embedding, means, parts)
+        return Lesson(self.seen.images, labels, self.embedding, means, {_KNOWN: rows})
 
 
 def material(faces: Faces, teacher: Teacher, count: int, couples: int, seed: int) -> Material:
@@ -102,8 +99,7 @@ def trained(
 
 def _train(file: Path, settings: Settings, student: Student) -> Trained:
     people, row, seed = student
-    row = replace(row, part=row.part or _KNOWN)
-    return train(_read(file).lesson(people), row, settings, seed)
+    return train(_read(file).lesson(people), replace(row, part=_KNOWN), settings, seed)
 
 
 @cache
