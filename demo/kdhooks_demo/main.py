@@ -4,7 +4,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,33 +35,26 @@ LABELS = ROWS[0].name
 METHODS = [row.name for row in ROWS if row.methods]
 
 BATCH = 30
-SHORT: dict[str, Any] = {
-    "seeds": 2,
-    "methods": ["fcd"],
-}
-FULL: dict[str, Any] = {
-    "seeds": 3,
-    "methods": METHODS,
-}
-"""What the options mean if they are not given, without `--full` and with it."""
+SHORT = ["fcd"]  # the methods without `--full`
 
 NEXT = """
 Next steps:
   kdhooks methods          lists the methods; `kdhooks methods fcd` shows the options of one
-  kdhooks demo --full      compares three methods with three seeds, in about ten minutes
+  kdhooks demo --full      compares three methods, in about five minutes
   kdhooks demo --data DIR  uses your own aligned faces, one folder per person
   README.md                shows the one line that adds a method to your trainer"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the students, test them, and write the results; returns the exit status."""
-    options = _options(argv)
+    options = _parser().parse_args(argv)
+    methods = options.methods or (METHODS if options.full else SHORT)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     out = make_folder(options.out)
     teacher = teacher_of(options.teacher, cache=out / "teacher-cache")
     faces = read_faces(options.data) if options.data else read_orl()
-    rows = [row for row in ROWS if row.name in (LABELS, *options.methods)]
+    rows = [row for row in ROWS if row.name in (LABELS, *methods)]
     seeds = range(options.seed, options.seed + options.seeds)
     splits = {seed: _splits(faces, options, seed) for seed in seeds}
     learnt = {
@@ -104,14 +96,6 @@ def teacher_of(path: str | None, cache: Path | None = None) -> Teacher:
     return Teacher(network, transform=transform, channels_last=path is None, cache=cache)
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = _parser().parse_args(argv)
-    for name, value in (FULL if options.full else SHORT).items():
-        if getattr(options, name, None) is None:
-            setattr(options, name, value)
-    return options
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdhooks demo", description=__doc__)
     add = parser.add_argument
@@ -134,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--full",
         action="store_true",
-        help="train all rows with three seeds, which takes about ten minutes",
+        help="compare all methods, which takes about five minutes",
     )
-    add("--methods", nargs="*", choices=METHODS, help=_default("methods"))
+    add("--methods", nargs="+", choices=METHODS, help="default: fcd, or all with --full")
     add(
         "--seed",
         type=at_least(0),
@@ -146,8 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--seeds",
         type=at_least(1),
+        default=3,
         help="the number of seeds; a seed divides the people, and draws the students' initial "
-        f"weights and the order of the images; {_default('seeds')}",
+        "weights and the order of the images; default: %(default)s",
     )
     add(
         "--images-seen",
@@ -180,15 +165,6 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the table, the picture and the students; default: %(default)s",
     )
     return parser
-
-
-def _default(name: str) -> str:
-    """How `--help` shows the two defaults of an option."""
-    short, full = (
-        " ".join(value) if isinstance(value, list) else str(value)
-        for value in (SHORT[name], FULL[name])
-    )
-    return f"default: {short}, with --full {full}"
 
 
 def _splits(faces: Faces, options: argparse.Namespace, seed: int) -> list[Split]:
