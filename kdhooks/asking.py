@@ -57,15 +57,11 @@ class Declarations:
 
     def described(self) -> list[str]:
         """One line for each method, the same on ranks with the same methods."""
-        return [
-            f"the method {type(method).__name__}"
-            + (
-                f" with {method.described()}"
-                if isinstance(method, Options) and method.given()
-                else ""
-            )
-            for method in self._methods
-        ]
+        lines = []
+        for method in self._methods:
+            options = method.described() if isinstance(method, Options) else ""
+            lines.append(f"the method {type(method).__name__}{options and f' with {options}'}")
+        return lines
 
     def _register(self, plugin: object) -> None:
         who = type(plugin).__name__
