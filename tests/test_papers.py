@@ -1,6 +1,9 @@
 """benchmarks.papers: its material, its runs and its tables."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,9 +39,10 @@ from benchmarks.papers.running import Course, in_processes, records
 from benchmarks.papers.settings import SETTINGS, SHORT
 from benchmarks.papers.views import KINDS, drawn
 from kdhooks.recipe import Recipe
+from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import Faces
 from kdhooks_demo.material import views
-from kdhooks_demo.training import Row
+from kdhooks_demo.training import Lesson, Row, Settings, Training
 from tests.demo_faces import made_faces
 
 
@@ -198,15 +202,19 @@ def test_a_row_may_learn_from_fewer_people_or_plain_views() -> None:
 
 
 def students(
-    material: Path, out: Path, processes: int, images_seen: int = 40
+    material: Path,
+    out: Path,
+    processes: int,
+    images_seen: int = 40,
+    rows: Sequence[str] = ("acsr", LABELS, "fcd"),
 ) -> list[dict[str, object]]:
-    """Return the results of three rows on the made-up faces, without their seconds."""
+    """Return the results of these rows on the made-up faces, without their seconds."""
     arguments = f"--images-seen {images_seen} --batch 20 --seeds 1 --device cpu".split()
     arguments += ["--setting", SHORT]
     arguments += ["--threads", f"{processes}"]
     arguments += ["--data", f"{material / 'faces'}", "--pairs", f"{material / 'pairs.txt'}"]
     arguments += ["--teacher", f"{material / 'teacher.onnx'}", "--work", f"{material / 'work'}"]
-    arguments += ["--out", f"{out}", "--processes", f"{processes}", "--rows", "acsr", LABELS, "fcd"]
+    arguments += ["--out", f"{out}", "--processes", f"{processes}", "--rows", *rows]
     threads = torch.get_num_threads()
     try:
         main(arguments)
@@ -240,6 +248,67 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
 
 
+def interrupted_at(look: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the students' next training end with KeyboardInterrupt at this point of its curve."""
+    calls = count(1)
+    glance = Exam.glance
+
+    def stopped(exam: Exam, student: torch.nn.Module) -> dict[str, float]:
+        if next(calls) == look:
+            raise KeyboardInterrupt
+        return glance(exam, student)
+
+    monkeypatch.setattr(Exam, "glance", stopped)
+
+
+@pytest.mark.parametrize("row", ["icdface", "eckd", "adadistill"])
+def test_an_interrupted_student_continues_near_the_step_where_it_ended(
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bank, with parameters of its own, and with rows that follow the student."""
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    alone = students(tmp_path, tmp_path / "alone", 1, images_seen=300, rows=[row])
+    interrupted_at(7, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        students(tmp_path, tmp_path / "two", 1, images_seen=300, rows=[row])
+    assert len(list((tmp_path / "work").glob("student-*.pt"))) == 1
+    steps = []
+    step = Training.step
+
+    def counted(self: Training, rows: torch.Tensor, compare: bool) -> dict[str, Any]:
+        steps.append(rows)
+        return step(self, rows, compare)
+
+    monkeypatch.setattr(Training, "step", counted)
+    assert students(tmp_path, tmp_path / "two", 1, images_seen=300, rows=[row]) == alone
+    assert len(steps) == 6, "the state of step 9 of 15 was the last one"
+    assert not list((tmp_path / "work").glob("student-*.pt"))
+
+
+def test_an_unfinished_student_is_not_continued_with_other_images_or_options() -> None:
+    def file(course: Course, row: Row, seed: int) -> str:
+        return course.unfinished(row, seed).name
+
+    lesson = Lesson(torch.zeros(2, 3, 8, 8), torch.arange(2), torch.eye(2), torch.eye(2), {})
+    course = Course(lesson, cast(Exam, None), Settings(), {"setting": "A"}, Path())
+    row = Row("fcd", [{"name": "fcd", "weight": 1.0}])
+    others = [
+        (replace(course, lesson=replace(lesson, labels=torch.tensor([1, 0]))), row, 0),
+        (replace(course, lesson=replace(lesson, embedding=2 * torch.eye(2))), row, 0),
+        (replace(course, settings=Settings(batch=30)), row, 0),
+        (replace(course, common={"setting": "B"}), row, 0),
+        (replace(course, looks=5), row, 0),
+        (course, replace(row, labels=0.1), 0),
+        (course, Row("fcd", [{"name": "fcd", "weight": 2.0}]), 0),
+        (course, row, 1),
+    ]
+    names = {file(course, row, 0), *(file(*other) for other in others)}
+    assert len(names) == 1 + len(others)
+    assert file(replace(course), replace(row), 0) == file(course, row, 0)
+
+
 @pytest.mark.parametrize("name", ["D", "S"])
 def test_a_teacher_sees_at_least_one_batch(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -270,6 +339,18 @@ def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Pat
     ]
 
 
+def interrupting(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Return a step that raises KeyboardInterrupt when it is called again."""
+    calls = count(1)
+
+    def stopped(training: Training, rows: torch.Tensor, compare: bool) -> dict[str, Any]:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return step(training, rows, compare)
+
+    return stopped
+
+
 def test_a_teacher_is_trained_once_and_loaded_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,8 +360,16 @@ def test_a_teacher_is_trained_once_and_loaded_afterwards(
     options = "--setting D --rows teacher --teacher-images 120 --device cpu --threads 1 --data "
     options += f"{tmp_path / 'faces'} --pairs {tmp_path / 'pairs.txt'} --work {tmp_path / 'work'} "
     options += f"--teacher {tmp_path / 'teacher.onnx'} --out {tmp_path}"
+    step = Training.step
     try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "step", interrupting(step))
+            with pytest.raises(KeyboardInterrupt):
+                main(f"{options}/one".split())
+        (begun,) = (tmp_path / "work").glob("teacher-*.begun.pt")
+        assert len(torch.load(begun, weights_only=True)["losses"]) == 1
         main(f"{options}/one".split())
+        assert not begun.exists()
         monkeypatch.setattr(school, "train", None)
         main(f"{options}/two".split())
     finally:
@@ -363,11 +452,9 @@ class Failing:
         return {"row": row.name, "seed": seed}
 
 
-def test_a_student_that_fails_does_not_stop_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_that_fails_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [(Row(name), 0) for name in (LABELS, "sp", "fcd")]
-    found = records(jobs, cast(Course, Failing()), tmp_path, processes=1, threads=1)
+    found = records(jobs, cast(Course, Failing()), processes=1, threads=1)
     assert [next(found)["row"], next(found)["row"]] == [LABELS, "sp"]
     with pytest.raises(SystemExit, match=r"1 of 3 students failed: fcd 0: ValueError"):
         next(found)

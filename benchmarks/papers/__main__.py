@@ -1,8 +1,9 @@
 """`python -m benchmarks.papers --setting A --data lfw112.zip --pairs pairs.txt`.
 
 Trains the students of one setting on the people of LFW's folds 1 to 8 and tests them on the pairs
-of folds 9 and 10. Writes each result immediately, so that an interrupted run continues with the
-students that are missing. With `--rows teacher` it only trains the setting's teacher, and tests it.
+of folds 9 and 10. Writes each result immediately, and the state of each training ten times, so that
+an interrupted command continues near the step where it ended. With `--rows teacher` it only trains
+the setting's teacher, and tests it.
 """
 
 import argparse
@@ -213,13 +214,20 @@ def _course(school: School, split: Split, common: Record, options: argparse.Name
         if view is None
         else ProbeExam(split, school.teacher, options.device, view)
     )
-    return Course(lesson.to(options.device), exam, school.setting.students, common, LOOKS)
+    return Course(
+        lesson.to(options.device),
+        exam,
+        school.setting.students,
+        common,
+        Path(options.work),
+        LOOKS,
+    )
 
 
 def _train(left: list[Job], course: Course, options: argparse.Namespace, results: Path) -> None:
     if options.device.type == "cuda":
         torch.cuda.empty_cache()  # the teacher's memory, for the processes of the students
-    found = records(left, course, Path(options.work), options.processes, options.threads)
+    found = records(left, course, options.processes, options.threads)
     for record in tqdm(found, desc="students", total=len(left)):
         append(results, record)
         tqdm.write("{row} {seed}: {accuracy:.4f} {tar2:.4f} {seconds:.0f} s".format_map(record))

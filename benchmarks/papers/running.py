@@ -1,5 +1,6 @@
 """Trains and tests the students of a table, one after another or several at the same time."""
 
+import hashlib
 import os
 import platform
 import tempfile
@@ -10,7 +11,7 @@ from concurrent import futures
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from benchmarks.papers.material import digest
 from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.report import Score
@@ -39,17 +41,35 @@ class Course:
     exam: Exam
     settings: Settings
     common: Record  # the entries in which all records of a setting must agree
+    folder: Path  # for unfinished students, and for the file from which processes read the course
     looks: int = 0  # points of a student's curve
 
     def record(self, row: Row, seed: int) -> Record:
-        """Train one student and test it."""
+        """Train one student, or continue its training, and test it."""
         trained = train(
-            self.lesson, row, self.settings, seed, look=self.exam.glance, looks=self.looks
+            self.lesson,
+            row,
+            self.settings,
+            seed,
+            look=self.exam.glance,
+            looks=self.looks,
+            kept=self.unfinished(row, seed),
         )
         found = self.entry(row.name, seed, self.exam.score(trained))
         if isinstance(self.exam, ProbeExam):
             found |= self.exam.more(trained.student)
         return {**found, "curve": trained.looks}
+
+    def unfinished(self, row: Row, seed: int) -> Path:
+        """Return the file for the student's state; its name depends on all that the state does."""
+        inputs = (row, seed, self.settings, self.common, self.looks, self._digests)
+        name = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
+        return self.folder / f"student-{name}.pt"
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        """The digests of the lesson's labels and embeddings."""
+        return [digest(part.cpu()) for part in (self.lesson.labels, self.lesson.embedding)]
 
     def entry(self, row: str, seed: int, score: Score) -> Record:
         """Return the figures of one student as they are stored in the results."""
@@ -84,17 +104,14 @@ def prepare(device: torch.device, threads: int) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def records(
-    jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
-) -> Iterator[Record]:
+def records(jobs: Sequence[Job], course: Course, processes: int, threads: int) -> Iterator[Record]:
     """Yield each student's record as soon as the student is tested.
 
     A student that fails does not stop the others: its traceback is printed, and SystemExit is
-    raised after the last one. folder: the folder of the file from which several processes read the
-    course. threads: the number of threads of all processes together.
+    raised after the last one. threads: the number of threads of all processes together.
     """
     failures = []
-    for (row, seed), outcome in _outcomes(jobs, course, folder, processes, threads):
+    for (row, seed), outcome in _outcomes(jobs, course, processes, threads):
         try:
             yield outcome()
         except Exception as error:
@@ -105,13 +122,13 @@ def records(
 
 
 def _outcomes(
-    jobs: Sequence[Job], course: Course, folder: Path, processes: int, threads: int
+    jobs: Sequence[Job], course: Course, processes: int, threads: int
 ) -> Iterator[Outcome]:
     if processes == 1:
         yield from (((row, seed), partial(course.record, row, seed)) for row, seed in jobs)
         return
     device = course.lesson.images.device
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".pt") as file:
+    with tempfile.NamedTemporaryFile(dir=course.folder, suffix=".pt") as file:
         torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file.name)
         student = partial(_student, Path(file.name), device, max(1, threads // processes))
         yield from in_processes(student, jobs, min(processes, len(jobs)))

@@ -68,7 +68,9 @@ class School:
                 def progress(steps: int, loss: float) -> None:
                     bar.update(steps)
 
-                network = train(course.to(self._device), row, taught, SEED, progress).student.cpu()
+                begun = file.with_suffix(".begun.pt")
+                trained = train(course.to(self._device), row, taught, SEED, progress, kept=begun)
+                network = trained.student.cpu()
             torch.save(network.state_dict(), file)
         return Teacher(network.eval(), channels_last=self._device.type == "cpu")
 

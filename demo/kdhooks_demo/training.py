@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
+from kdhooks.drafts import drafts
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.views.viewing import viewed
@@ -22,6 +23,7 @@ from kdhooks_demo.network import STAGES, SmallFaceNet
 
 CHUNK = 128
 PROGRESS = 10  # steps between two reports, since a report waits for the device
+SAVES = 10  # of the state of a training
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def train(
     progress: Callable[[int, float], None] | None = None,
     look: Callable[[nn.Module], Mapping[str, float]] | None = None,
     looks: int = 0,
+    kept: Path | None = None,
 ) -> Trained:
     """Train one student on the device of the lesson's images.
 
@@ -213,80 +216,162 @@ def train(
     look: called with the student in eval mode, `looks` times at equal intervals, and at the end.
         Its shares are kept, with `images_seen`, the methods' log of that step, and the `strength`
         and `agreement` of their gradient beside that of the labels' loss.
+    kept: a file for the state, which is written SAVES times. If it exists, the training continues
+        from it. A training that ends removes it.
     """
-    torch.manual_seed(seed)
     settings = replace(settings, **row.changes)
-    device = lesson.images.device
-    student = settings.student(lesson.embedding.shape[1]).train()
-    student.to(memory_format=_layout(device))  # type: ignore[call-overload]
-    head = ArcFaceHead(lesson.embedding.shape[1], len(lesson.rows), settings.margin, settings.scale)
-    remembered = [Remembered(part, lesson.maps) for part in _parts(lesson.embedding, lesson, row)]
-    kd = None
-    if row.methods:
-        kd = _distiller(student, head, remembered, lesson, row, settings).to(device)
-        for one in remembered:
-            one.keep({path for tap in kd.taps for path in tap.teacher_paths})
-    student.to(device)
-    head.to(device)  # the weight stays the same Parameter, which the methods' shard holds too
-    groups: list[dict[str, object]] = [{"params": [*student.parameters(), *head.parameters()]}]
-    groups += kd.parameter_groups(settings.weight_decay) if kd else []
-    optimizer = _optimizer(groups, settings)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        settings.lr,
-        total_steps=settings.steps,
-        pct_start=0.1
-        if settings.steps != 10
-        else 0.2,  # OneCycleLR divides by pct_start · steps - 1
-        cycle_momentum=False,
-    )
-    losses: list[Tensor] = []  # on the device, so that no step waits for it
-    cosines: list[Tensor] = []
-    found: list[Mapping[str, Any]] = []
-    started = time.perf_counter()
-    looking = 0.0  # seconds
+    training = Training(lesson, row, settings, seed)
+    if kept is not None and kept.is_file():
+        training.load_state_dict(torch.load(kept, map_location=training.device, weights_only=True))
+    reported = 0
+    started = time.perf_counter() - training.seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
-    for rows in _batches(part, settings.batch, settings.steps, seed, device):
-        for one in remembered:
+    batches = _batches(part, settings.batch, settings.steps, seed, training.device)
+    for rows in batches[len(training.losses) :]:
+        done = len(training.losses) + 1
+        due = look is not None and _due(done, looks, settings.steps)
+        seen = training.step(rows, compare=due)
+        if progress and (done % PROGRESS == 0 or done == settings.steps):
+            progress(done - reported, float(training.losses[-1]))
+            reported = done
+        if look and due:
+            paused = time.perf_counter()
+            training.looks.append({**seen, **look(training.student.eval())})
+            training.student.train()
+            started += time.perf_counter() - paused
+        if kept is not None and _due(done, SAVES, settings.steps):
+            training.seconds = time.perf_counter() - started
+            with drafts(kept.parent) as draft:
+                torch.save(training.state_dict(), draft / kept.name)
+    trained = training.ended()
+    # Everything was read, so the device has finished.
+    trained.seconds = time.perf_counter() - started
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    return trained
+
+
+def _due(done: int, times: int, steps: int) -> bool:
+    """Whether one of the `times` equal parts of the training ends with this step."""
+    return (done - 1) * times // steps < done * times // steps
+
+
+class Training:
+    """A student and everything else that a step changes."""
+
+    def __init__(self, lesson: Lesson, row: Row, settings: Settings, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._lesson, self._row, self._settings, self._seed = lesson, row, settings, seed
+        self.device = lesson.images.device
+        dim = lesson.embedding.shape[1]
+        self.student = settings.student(dim).train()
+        self.student.to(memory_format=_layout(self.device))  # type: ignore[call-overload]
+        self._head = ArcFaceHead(dim, len(lesson.rows), settings.margin, settings.scale)
+        self._remembered = [
+            Remembered(part, lesson.maps) for part in _parts(lesson.embedding, lesson, row)
+        ]
+        self._kd = None
+        if row.methods:
+            self._kd = _distiller(
+                self.student, self._head, self._remembered, lesson, row, settings
+            ).to(self.device)
+            paths = {path for tap in self._kd.taps for path in tap.teacher_paths}
+            for one in self._remembered:
+                one.keep(paths)
+        self.student.to(self.device)
+        # The weight stays the same Parameter, which the methods' shard holds too.
+        self._head.to(self.device)
+        groups: list[dict[str, object]] = [
+            {"params": [*self.student.parameters(), *self._head.parameters()]}
+        ]
+        groups += self._kd.parameter_groups(settings.weight_decay) if self._kd else []
+        self._optimizer = _optimizer(groups, settings)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer,
+            settings.lr,
+            total_steps=settings.steps,
+            pct_start=0.1
+            if settings.steps != 10
+            else 0.2,  # OneCycleLR divides by pct_start · steps - 1
+            cycle_momentum=False,
+        )
+        self.losses: list[Tensor] = []  # on the device, so that no step waits for it
+        self.looks: list[Mapping[str, Any]] = []
+        self.seconds = 0.0  # until the state was last written
+        self._cosines: list[Tensor] = []
+
+    def step(self, rows: Tensor, compare: bool) -> dict[str, Any]:
+        """Train on these images, and return the number of images seen.
+
+        compare: also return the methods' log, and their gradient beside that of the labels' loss.
+        """
+        lesson = self._lesson
+        for one in self._remembered:
             one.rows = rows
         sharp, labels = as_input(lesson.images[rows]), lesson.labels[rows]
         images = sharp
-        if settings.view is not None:
-            images = viewed(settings.view, sharp, seed=seed, step=len(losses))
-        embedding = student(images)
-        task = head(embedding, labels) * row.labels
-        terms = kd(images, labels, teacher_images=sharp) if kd else {}
+        if self._settings.view is not None:
+            images = viewed(self._settings.view, sharp, seed=self._seed, step=len(self.losses))
+        embedding = self.student(images)
+        task = self._head(embedding, labels) * self._row.labels
+        terms = self._kd(images, labels, teacher_images=sharp) if self._kd else {}
         loss = torch.stack([task, *terms.values()]).sum()
-        done = len(losses) + 1
-        due = look and (done - 1) * looks // settings.steps < done * looks // settings.steps
-        seen: dict[str, Any] = {"images_seen": done * settings.batch}
-        if due and kd:
-            if row.labels:
-                seen |= _compared(task, loss - task, student)
-            seen["logged"] = {name: float(value) for name, value in kd.metrics.items()}
-        optimizer.zero_grad()
+        seen: dict[str, Any] = {"images_seen": (len(self.losses) + 1) * self._settings.batch}
+        if compare and self._kd:
+            if self._row.labels:
+                seen |= _compared(task, loss - task, self.student)
+            seen["logged"] = {name: float(value) for name, value in self._kd.metrics.items()}
+        self._optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self._optimizer.step()
+        self._schedule.step()
         cosine = F.cosine_similarity(embedding.detach(), lesson.embedding[rows]).mean()
-        losses.append(loss.detach())
-        cosines.append(cosine)
-        new = len(losses) % PROGRESS or PROGRESS
-        if progress and (new == PROGRESS or len(losses) == settings.steps):
-            progress(new, float(losses[-1]))
-        if look and due:
-            paused = time.perf_counter()
-            found.append({**seen, **look(student.eval())})
-            student.train()
-            looking += time.perf_counter() - paused
-    trained = Trained(student, 0.0, _numbers(losses), _numbers(cosines), found)
-    # Everything was read, so the device has finished.
-    trained.seconds = time.perf_counter() - started - looking
-    if kd:
-        kd.remove()
-    student.eval()
-    return trained
+        self.losses.append(loss.detach())
+        self._cosines.append(cosine)
+        return seen
+
+    def ended(self) -> Trained:
+        """Return the student in eval mode, without hooks."""
+        losses, cosines = _numbers(self.losses), _numbers(self._cosines)
+        if self._kd:
+            self._kd.remove()
+        return Trained(self.student.eval(), 0.0, losses, cosines, self.looks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next steps depend on, besides the constructor's arguments."""
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "losses": _numbers(self.losses),
+            "cosines": _numbers(self._cosines),
+            "looks": self.looks,
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+            "random_on_device": _device_random(self.device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.losses = list(torch.tensor(state["losses"], device=self.device))
+        self._cosines = list(torch.tensor(state["cosines"], device=self.device))
+        self.looks, self.seconds = list(state["looks"]), state["seconds"]
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_on_device"].cpu(), self.device)
+
+    def _stateful(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "student": self.student,
+            "head": self._head,
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+        }
+        return {**parts, "methods": self._kd} if self._kd else parts
+
+
+def _device_random(device: torch.device) -> Tensor | None:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def _distiller(
