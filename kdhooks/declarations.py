@@ -36,6 +36,7 @@ class Model:
     stages: tuple[Stage, ...] = ()
     classifier: Rows | None = None  # the teacher's rows (c e); None on the student's side
     without_rows: str = ""  # for errors: the teachers without rows, if others have them
+    embedding: str = ""  # path of the submodule that returns the embedding; "": the output
     joins: int = 1  # number of teachers; with several, a path starts with a teacher's number
     probe: Callable[[str], Stage] | None = field(default=None, repr=False, compare=False)
     probed: dict[str, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -65,7 +65,8 @@ def probe_student(
             f"student embedding '{embedding or 'output'}' must be (b d); found shape "
             f"{tuple(found.shape)}; name the submodule that returns it as taps.student.embedding"
         )
-    return Model(module, found.shape[1], probed, probe=_prober(module, observe), points=points)
+    prober = _prober(module, observe)
+    return Model(module, found.shape[1], probed, embedding=embedding, probe=prober, points=points)
 
 
 def probe_teacher(
@@ -98,7 +99,15 @@ def probe_teacher(
             f"{dim} wide; use the classifier that was trained with this teacher"
         )
     prober = _prober(teacher.module, observe)
-    return Model(teacher.module, dim, probed, rows, probe=prober, points=points)
+    return Model(
+        teacher.module,
+        dim,
+        probed,
+        rows,
+        embedding=teacher.embedding,
+        probe=prober,
+        points=points,
+    )
 
 
 def probe_teachers(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks import EmbeddingTap, FeatureTap, KDHooksError, hookimpl, methods
+from kdhooks import EmbeddingTap, FeatureTap, KDHooksError, Teacher, hookimpl, methods
 from kdhooks.discovery import load
 from kdhooks.testing import check_method, tiny_teacher
 
@@ -21,6 +21,31 @@ def test_installed_method_conforms(name: str) -> None:
 @pytest.mark.parametrize("name", ["acsr", "at", "cakd", "fitnet", "fskd", "reviewkd"])
 def test_installed_method_conforms_with_equal_stages(name: str) -> None:
     check_method(load(name), teacher=partial(tiny_teacher, width=4))
+
+
+class _Scoring(nn.Module):
+    """A network that returns class scores; its embedding is what `net` returns."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.net(images)[:, :5]
+        return scores
+
+
+def _scoring_teacher() -> Teacher:
+    teacher = tiny_teacher()
+    assert teacher.module is not None
+    return Teacher(_Scoring(teacher.module), embedding="net", classifier=teacher.classifier)
+
+
+@pytest.mark.parametrize("name", [info.name for info in methods()])
+def test_installed_method_conforms_if_the_teacher_returns_class_scores(name: str) -> None:
+    """As mmpretrain's classifiers do: the embedding is the output of a submodule."""
+    stages = [f"net.layer{number}" for number in range(1, 5)]
+    check_method(load(name), teacher=_scoring_teacher, teacher_stages=stages)
 
 
 class _Mean(nn.Module):

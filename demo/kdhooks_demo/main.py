@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     out = make_folder(options.out)
-    teacher = teacher_of(options.teacher, cache=out / "teacher-cache")
+    cached = out / "teacher-cache" / (Path(options.teacher).stem if options.teacher else "sface")
+    teacher = teacher_of(options.teacher, cache=cached)
     faces = read_faces(options.data) if options.data else read_orl()
     rows = [row for row in ROWS if row.name in (LABELS, *methods)]
     seeds = range(options.seed, options.seed + options.seeds)

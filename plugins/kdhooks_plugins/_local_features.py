@@ -91,13 +91,6 @@ class LocalFeatures(nn.Module):
     def _distance_to_anchor(self, y: Tensor, embedding: Tensor) -> Tensor:
         """(b l d), (b e) -> (): 1 - cos of the anchor's output and the teacher's embedding."""
         assert self.anchor is not None
-        width = self.anchor.out_features
-        if embedding.shape[1:] != (width,):
-            raise KDHooksError(
-                "cakd: matching.teacher_side 'anchored' takes the teacher's embedding from its "
-                f"output, which must be (b {width}); found {tuple(embedding.shape)}; set "
-                "matching.teacher_side = 'fixed'"
-            )
         return 1 - F.cosine_similarity(self.anchor(y.flatten(1)), embedding.detach()).mean()
 
     def _refuse_collapse(self, variance: Tensor) -> None:

@@ -118,7 +118,7 @@ class CAKD(Options):
             loss,
             self.weight,
             student=(ours.path,),
-            teacher=(theirs.path,) if anchor is None else (theirs.path, ""),
+            teacher=(theirs.path,) if anchor is None else (theirs.path, teacher.embedding),
             needs_labels=False,
         )
 
