@@ -188,7 +188,7 @@ def _foreign(path: Path, head: bytes, whole: bool) -> str:
     if path.suffix.lower() == ".onnx" or (head[0] == 8 and b"pytorch" in head[:32]):
         return 'is an ONNX file; name it as teacher.onnx, as in teacher = { onnx = "…" }'
     if _is_text(head):
-        return "is a text file; name one that torch.save wrote"
+        return "is a text file; name a file of tensors, such as one that torch.save wrote"
     return ""
 
 

@@ -74,7 +74,10 @@ class Wordy(Recogniser):
         ({"recipe": "kd.toml"}, "from a file or from keys; found 'kd.toml' and teacher, methods"),
         ({"teacher": {"module": {"typ": "Taught"}}}, r"teacher.module must be a model's config"),
         ({"teacher": {"module": {"type": "Tought"}}}, r"teacher.module: Tought is not in the"),
-        ({"teacher": {"network": "r50", "checkpoint": __file__}}, "is a text file; name one that"),
+        (
+            {"teacher": {"network": "r50", "checkpoint": __file__}},
+            "is a text file; name a file of tensors",
+        ),
         ({"labels": "gt.label"}, "labels = 'gt.label': the student's forward has no argument 'gt'"),
         ({"images": "imgs"}, "no argument 'imgs'; its arguments are: inputs, labels, mode"),
         ({"classifier": "head.wight"}, "no such parameter; did you mean 'head.weight'"),

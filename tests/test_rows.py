@@ -186,7 +186,7 @@ def test_widths_of_two_runs_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.pt").write_text("not a tensor")
-    with pytest.raises(KDHooksError, match=r"notes\.pt' is a text file; name one"):
+    with pytest.raises(KDHooksError, match=r"notes\.pt' is a text file; name a file of tensors"):
         Rows.open(tmp_path / "notes.pt")
 
 

@@ -44,7 +44,7 @@ def test_files_of_old_and_new_torch_are_read(legacy: bool, mmap: bool, tmp_path:
     ("content", "said"),
     [
         (b"", r"m\.pt' is empty; copy or download it again"),
-        (b"just some words\n", r"m\.pt' is a text file; name one that torch\.save wrote"),
+        (b"just some words\n", r"m\.pt' is a text file; name a file of tensors"),
         ("Größe,Höhe\n".encode(), r"m\.pt' is a text file"),
         (codecs.BOM_UTF8 + PAGE, r"m\.pt' is a web page"),
         (PAGE, r"m\.pt' is a web page, probably from a failed download"),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
-from kdhooks.drafts import drafts
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.tensor_files import write_tensors
 from kdhooks.views.viewing import viewed
 from kdhooks_demo.network import STAGES, SmallFaceNet
 
@@ -241,8 +241,7 @@ def train(
             started += time.perf_counter() - paused
         if kept is not None and _due(done, SAVES, settings.steps):
             training.seconds = time.perf_counter() - started
-            with drafts(kept.parent) as draft:
-                torch.save(training.state_dict(), draft / kept.name)
+            write_tensors(training.state_dict(), kept, "state of a student")
     trained = training.ended()
     # Everything was read, so the device has finished.
     trained.seconds = time.perf_counter() - started
