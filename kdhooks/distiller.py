@@ -66,6 +66,7 @@ from kdhooks.terms import (
 )
 from kdhooks.views.entrance import Around, Entrance
 from kdhooks.views.viewing import Viewing
+from kdhooks.zero_gradients import drop_zero_gradients
 
 _ARGUMENTS = {
     "student": Option(nn.Module, REQUIRED),
@@ -383,18 +384,24 @@ class Distiller(nn.Module):
         weighted: dict[str, Tensor] = {}
         for number in self._varying:
             number.move(self.step, self.steps_per_epoch)
+        idle = bool(self.taps)  # whether every weight is 0
         kind = inputs.student.device.type
         autocast = torch.is_autocast_enabled(kind)  # cheaper than switching it off
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             for tap, loss in zip(self.taps, self.losses.values(), strict=True):
                 value, logged = value_of(tap, loss, inputs)
                 self.metrics.update(logged)
-                weighted[tap.name] = value * self.weight(tap)
+                weight = self.weight(tap)
+                idle = idle and weight == 0
+                weighted[tap.name] = value * weight
                 untouched.check(tap.name)
             if self._measured:
                 self.metrics.pop(_ACCURACY, None)  # the value of an earlier step
                 if self.step % self._measured == 0:
                     self._measure_teacher(inputs)
+        if idle:
+            following = self.step + 1
+            drop_zero_gradients(weighted, self.parameters(), lambda: self.step == following)
         return weighted
 
     def _measure_teacher(self, inputs: Step) -> None:

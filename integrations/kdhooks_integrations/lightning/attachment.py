@@ -59,8 +59,6 @@ class Attachment:
         self._module, self._settings = module, settings
         self._batch: Any = None  # the batch of the current training step
         self._warned = False
-        self._unweighted = False  # whether every term of the last step had weight 0
-        self._without: list[nn.Parameter] = []  # loss parameters whose grad was None
         self._outside = ExitStack()  # entered while the module runs outside its training step
         self.distiller.advise(
             "in Lightning, training_step must call the student itself, in training mode and once "
@@ -129,20 +127,9 @@ class Attachment:
             theirs = images_in(self._batch, settings.images)
         factor = distiller.task_weight
         task = loss if factor == 1 else loss * factor
-        self._unweighted = all(distiller.weight(tap) == 0 for tap in distiller.taps)
         terms = distiller(images, labels, teacher_images=theirs)
         self._log(terms, len(images))
         return sum(terms.values(), start=task)
-
-    def before_backward(self) -> None:
-        if self._unweighted:
-            self._without = [p for p in self.distiller.parameters() if p.grad is None]
-
-    def after_backward(self) -> None:
-        """Remove zero gradients: an additional one can change the rounding of the clipped norm."""
-        for parameter in self._without:
-            parameter.grad = None
-        self._without = []
 
     def _undistilled(self) -> None:
         if not self.distiller.fired:

@@ -133,16 +133,6 @@ class Distill(Callback):  # type: ignore[misc]  # lightning may not be installed
                 "unit = 'epoch', or set limit_train_batches of the Trainer"
             )
 
-    def on_before_backward(
-        self, trainer: "Trainer", pl_module: "LightningModule", loss: torch.Tensor
-    ) -> None:
-        if self._attachment is not None:
-            self._attachment.before_backward()
-
-    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if self._attachment is not None:
-            self._attachment.after_backward()
-
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Check that the numbers of the last step were finite."""
         if self.distiller is not None:
