@@ -68,6 +68,14 @@ def test_another_width(one: Trainer, teacher: dict[str, str]) -> None:
     assert "projector = true" in message
 
 
+def test_the_advice_for_another_width_works(one: Trainer, teacher: dict[str, str]) -> None:
+    message = refused(one, teacher, "proxylesskd", embedding_size=24)
+    assert message.endswith("or set projector = true and head = 'own'")
+    advised = {"name": "proxylesskd", "projector": True, "head": "own"}
+    (report,) = one.run(install(teacher, advised), embedding_size=24, sample_rate=1.0)
+    assert len(report["losses"]) == 3
+
+
 @pytest.mark.parametrize(
     ("changed", "found"),
     [

@@ -125,7 +125,7 @@ class ProxylessKD(Options):
     def classifier_share(self, student: Model, teacher: Model) -> ClassifierShare:
         d, e = student.embedding_dim, teacher.embedding_dim
         if not self.projector:
-            more = ", or set projector = true"
+            more = ", or set projector = true and head = 'own'"
             need_teachers_width("proxylesskd", student, teacher, more=more)
         m = self.m
         if m is None:
