@@ -16,7 +16,7 @@ from kdhooks.kinds import shown
 from kdhooks.options import Options
 from kdhooks.points import Points
 from kdhooks.probing import probe_student, probe_teachers
-from kdhooks.teacher.several import Teachers
+from kdhooks.teacher.several import Teachers, inside
 from kdhooks.teacher.teacher import Teacher
 
 _COLLECTED = ("embedding_tap", "feature_tap", "classifier_share", "parameter_tap")
@@ -116,11 +116,11 @@ class Declarations:
             return self._points(teacher.module, teacher.embedding)
         names = {"embedding": ""}
         for number, one in enumerate(teacher.members):
-            if (points := self._points(one.module, one.embedding)) is not None:
-                names |= {
-                    f"{number}.{name}": f"{number}.{path}" if path else str(number)
-                    for name, path in points.names.items()
-                }
+            points = self._points(one.module, one.embedding)
+            names |= {
+                f"{number}.{name}": inside(number, path)
+                for name, path in (points.names if points else {"embedding": ""}).items()
+            }
         return Points(teacher.module, (), names)  # unknown which teacher's stages to pair
 
     def taps(self, student: Model, teacher: Model, head: ClassShard | None) -> tuple[Tap, ...]:

@@ -45,11 +45,15 @@ class Model:
 
     def path(self, name: str, owner: str) -> str:
         """Return the path of the one submodule that a path, a name or a pattern stands for."""
-        return name if self.points is None else self.points.one(name, owner)
+        if self.points is None:  # it has no submodules, only an embedding
+            return self.embedding if name == "embedding" else name
+        return self.points.one(name, owner)
 
     def paths(self, names: Sequence[str], owner: str) -> tuple[str, ...]:
         """Return the paths of all submodules that paths, names and patterns stand for."""
-        return tuple(names) if self.points is None else self.points.several(names, owner)
+        if self.points is None:
+            return tuple(self.path(name, owner) for name in names)
+        return self.points.several(names, owner)
 
     def stage(self, path: str, owner: str) -> Stage:
         """Return any submodule as a `Stage`; a forward probes it unless it was probed before.
@@ -61,6 +65,8 @@ class Model:
         for stage in (*self.stages, *self.probed.values()):
             if stage.path == path:
                 return stage
+        if path == self.embedding:
+            return Stage(path, (self.embedding_dim,))
         if self.module is None or self.probe is None:
             raise KDHooksError(
                 f"{owner} has no submodule '{path}': it is no torch module, and only its "

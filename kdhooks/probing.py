@@ -80,7 +80,7 @@ def probe_teacher(
         return {**output.features, teacher.embedding: output.embedding}
 
     probed: tuple[Stage, ...] = ()
-    if teacher.stored is not None and not stages:  # it holds none of random images
+    if teacher.stored is not None and not any(stages):  # it holds none of random images
         teacher.stored.check_shape(tuple(images.shape[1:]))
         dim = teacher.stored.dim
     else:
@@ -129,8 +129,6 @@ def probe_teachers(
     dim = sum(model.embedding_dim for model in models)
 
     def probe(path: str) -> Stage:
-        if path == "":
-            return Stage("", (dim,))
         number, inner = teacher.place(path)
         with numbered(number):
             return _renamed(models[number].stage(inner, "teacher"), path, number)

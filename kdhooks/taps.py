@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._script import RecursiveScriptModule
 from torch.utils.hooks import RemovableHandle
 
 from kdhooks.errors import KDHooksError
@@ -28,6 +29,12 @@ class Taps:
         self.fired = False
         self._paths = list(dict.fromkeys(paths))
         found = [(path, find(model, path, side)) for path in self._paths]
+        for path, module in found:
+            if isinstance(module, RecursiveScriptModule):
+                raise KDHooksError(
+                    f"{side} tap '{path or 'output'}' must be a plain module; found a scripted "
+                    "one, which calls no hooks; pass the plain module"
+                )
         self._none_called = dict.fromkeys(self._paths, 0)
         self._calls = dict(self._none_called)  # number of calls in this forward
         self._handles: list[RemovableHandle] = [self._watch(path, module) for path, module in found]

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_installed_method_conforms_if_the_teacher_returns_class_scores(name: str
     """As mmpretrain's classifiers do: the embedding is the output of a submodule."""
     stages = [f"net.layer{number}" for number in range(1, 5)]
     check_method(load(name), teacher=_scoring_teacher, teacher_stages=stages)
+
+
+class _Described(_Scoring):
+    """A network that returns its embedding in a dict."""
+
+    def forward(self, images: Tensor) -> Any:
+        return {"embedding": self.net(images)}
+
+
+def _described_teacher() -> Teacher:
+    teacher = tiny_teacher()
+    assert teacher.module is not None
+    return Teacher(
+        _Described(teacher.module),
+        run=lambda model, images: model(images)["embedding"],
+        classifier=teacher.classifier,
+    )
+
+
+@pytest.mark.parametrize("name", [info.name for info in methods()])
+def test_installed_method_conforms_if_a_function_runs_the_teacher(name: str) -> None:
+    """The embedding is what that function returns, which no submodule does."""
+    stages = [f"net.layer{number}" for number in range(1, 5)]
+    check_method(load(name), teacher=_described_teacher, teacher_stages=stages)
 
 
 class _Mean(nn.Module):

@@ -267,12 +267,13 @@ def test_the_embedding_is_the_output() -> None:
     assert_close(found, (embedding - theirs).square().mean())
 
 
-def test_a_teacher_that_is_a_function_teaches_by_its_embedding() -> None:
+@pytest.mark.parametrize("name", ["", "embedding"])
+def test_a_teacher_that_is_a_function_teaches_by_its_embedding(name: str) -> None:
     network = teacher_network()
     student, kd = distil(
         Teacher(lambda images: network(images)),
         student=["", "layer4"],
-        teacher=["", ""],
+        teacher=["", name],
         connector="linear",
         stages={"teacher_stages": None},
     )

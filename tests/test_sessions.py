@@ -1,5 +1,6 @@
 """A Teacher is a configuration that several runs can share; each run has its own session."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdhooks import Distiller, EmbeddingTap, KDHooksError, Model, Teacher, hookimpl
+from kdhooks.taps import Taps
 from kdhooks.teacher.cache import CacheOptions
+from kdhooks.teacher.embedding_table import EmbeddingTable
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.small_distiller import Gap, teacher_network
@@ -262,6 +265,108 @@ def test_a_model_that_takes_more_than_images_is_run_by_a_function() -> None:
         output = session(images)
     assert_close(output.embedding, teacher_network()(images).detach() + 1)
     assert list(output.features) == ["inner.layer1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("path", ["layer1", ""])
+def test_a_loaded_script_cannot_be_tapped(tmp_path: Path, path: str, side: str) -> None:
+    torch.jit.save(traced(teacher_network()), tmp_path / "scripted.pt")
+    loaded = torch.jit.load(tmp_path / "scripted.pt")
+    with pytest.raises(KDHooksError, match=rf"^{side} tap .* scripted one, .* the plain module"):
+        Taps(loaded, [path], side)
+
+
+# --- taps of the embedding -----------------------------------------------------------------------
+
+
+def as_function(network: nn.Module) -> Teacher:
+    return Teacher(lambda images: network(images))
+
+
+def in_a_dict(network: nn.Module) -> Teacher:
+    class Described(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"embedding": network(images)}
+
+    return Teacher(Described(), run=lambda model, images: model(images)["embedding"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def as_script(network: nn.Module) -> Teacher:
+    file = io.BytesIO()
+    torch.jit.save(traced(network), file)
+    return Teacher(torch.jit.load(io.BytesIO(file.getvalue())))
+
+
+def by_index(network: nn.Module) -> Teacher:
+    with torch.no_grad():
+        return Teacher(EmbeddingTable(network(tiny_batch()[0])))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", [as_function, in_a_dict, as_script, by_index])
+def test_a_tap_at_the_path_of_the_embedding_is_the_embedding(
+    form: Callable[[nn.Module], Teacher],
+) -> None:
+    images, _ = tiny_batch()
+    wanted = teacher_network()(images).detach()
+    with TeacherSession(form(teacher_network()), [""]) as session:
+        output = session(images, torch.arange(len(images)))
+    assert_close(output.embedding, wanted)
+    assert torch.equal(output.features[""], output.embedding)
+
+
+def test_a_tap_at_the_embedding_sees_what_the_function_has_made_of_the_output() -> None:
+    def flipped(model: nn.Module, images: Tensor) -> Tensor:
+        embedding: Tensor = model(images) + model(images.flip(3))
+        return embedding
+
+    images, _ = tiny_batch()
+    network = teacher_network()
+    with TeacherSession(Teacher(teacher_network(), run=flipped), [""]) as session:
+        found = session(images).features[""]
+    assert_close(found, (network(images) + network(images.flip(3))).detach())
+
+
+@pytest.mark.parametrize("embedding", ["", "features"])
+def test_a_cache_serves_a_tap_at_the_embedding(tmp_path: Path, embedding: str) -> None:
+    images, labels = tiny_batch()
+    spec = {"name": "fitnet", "student": "embedding", "teacher": "embedding"}
+    values = []
+    for cache in (None, tmp_path, tmp_path):
+        net = student()
+        teacher = Teacher(teacher_network(), embedding=embedding, cache=cache)
+        with Distiller(net, teacher, [spec], **SIZE) as kd:
+            net(images)
+            values.append(kd(images, labels)["fitnet"].detach())
+            hits = [one.hits for one in kd._session.caches]
+    assert hits == [len(images)]
+    assert_close(values[1], values[0], rtol=1e-3, atol=0)  # a cache rounds embeddings
+    assert torch.equal(values[1], values[2])
+
+
+def test_a_teacher_with_a_function_of_its_own_cannot_be_adapted() -> None:
+    """The adapter would call the module, and train on another embedding than all other terms."""
+    teacher = Teacher(teacher_network(), run=lambda model, images: model(images) * 2)
+    with pytest.raises(
+        KDHooksError, match=r"^Shift adapts .* leaves out the argument run; .*holds"
+    ):
+        Distiller(student(), teacher, [Shifted()], **SIZE)
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = teacher_network()
+
+        def forward(self, images: Tensor) -> Tensor:
+            embedding: Tensor = self.net(images) * 2
+            return embedding
+
+    images, _ = tiny_batch()
+    with TeacherSession(Teacher(Doubled()), adapter=Shift()) as session:
+        found = session(images).embedding
+    assert_close(found, teacher_network()(images) * 2)
 
 
 # --- running ahead -------------------------------------------------------------------------------

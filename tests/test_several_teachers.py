@@ -393,6 +393,33 @@ def test_fitnet_reads_the_joined_embedding() -> None:
     assert found[0]["fitnet"].isfinite()
 
 
+class WithLength(TinyFaceNet):
+    """As AdaFace's networks, it returns the embedding and its length."""
+
+    def forward(self, images: Tensor) -> Any:
+        embedding = super().forward(images)
+        return embedding, embedding.norm(dim=1, keepdim=True)
+
+
+def test_each_teacher_has_a_name_for_its_embedding() -> None:
+    """Whether it is the output, a submodule's, one of several outputs, or a function's."""
+    plain, with_length = network(4), network(3, dim=7)
+    with_length.__class__ = WithLength
+    members = [
+        network(1),
+        Teacher(network(2, dim=20), embedding="fc"),
+        Teacher(with_length, embedding="[0]"),
+        lambda images: plain(images.double()),  # a function gets float32
+    ]
+    found = tapped(*(f"{number}.embedding" for number in range(4)), "3", teachers=members)
+    wanted = [outputs(network(1), ""), outputs(network(2, dim=20), "fc")]
+    wanted += [
+        outputs(network(3, dim=7), ""),
+        *[plain(images_and_labels()[0].float().double()).detach()] * 2,
+    ]
+    assert_close(found, wanted)
+
+
 def test_a_function_cannot_be_tapped() -> None:
     with pytest.raises(KDHooksError, match=r"teacher 1: teacher has no submodules.*to_torch"):
         trained(

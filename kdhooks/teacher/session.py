@@ -69,20 +69,22 @@ class TeacherSession(NotCopied):
         like: Tensor | None = None,
     ) -> None:
         """
-        taps: paths of the teacher's submodules whose outputs each call returns.
+        taps: paths of the teacher's submodules whose outputs each call returns. The path of the
+            teacher's embedding stands for the embedding, wherever it comes from.
         adapter: called as (the teacher's module, images) -> (b e), with gradients.
         like: images (b 3 h w) of the trainer's shape, which are needed to open the teacher's cache.
         """
         self.teacher, self.adapter = teacher, adapter
         self.named = [("teacher", teacher)]
         self.cache: TeacherCache | None = None
-        self._tapped = tuple(taps)
+        self._tapped = tuple(path for path in taps if path != teacher.embedding)
+        self._taps_embedding = teacher.embedding in taps
         self._micro_batch = teacher.micro_batch
         self._stream: SideStream | None = None
         self._ahead: _Ahead | None = None
         self._unused = 0
         self._device: torch.device | None = None
-        paths = [*taps, *([teacher.embedding] if teacher.embedding else [])]
+        paths = [*self._tapped, *([teacher.embedding] if teacher.embedding else [])]
         if paths and teacher.module is None:
             if teacher.stored is not None:
                 raise KDHooksError(
@@ -92,6 +94,13 @@ class TeacherSession(NotCopied):
             raise KDHooksError(
                 f"teacher has no submodules to tap ({', '.join(paths)}): it is a function or an "
                 "ONNX session; kdhooks.onnx.to_torch turns an ONNX file into a module"
+            )
+        if adapter is not None and teacher.run is not None:
+            raise KDHooksError(
+                f"{type(adapter).__name__} adapts the teacher by calling its module, which leaves "
+                "out the argument run; found a Teacher with run=…; give Teacher a module that "
+                "holds the model and whose forward does what run does, or switch the adaptation "
+                "off (in cakd: prompts = { number = 0 })"
             )
         self._taps = Taps(teacher.module or nn.Identity(), paths, "teacher")
         self._table = teacher.stored if isinstance(teacher.stored, EmbeddingTable) else None
@@ -106,13 +115,17 @@ class TeacherSession(NotCopied):
 
     def __call__(self, images: Tensor, indices: Tensor | None = None) -> TeacherOutput:
         """(b 3 h w), the trainer's images; (b), their indices in the training set, for a table."""
-        if self._table is not None:
-            return TeacherOutput(self._table(images, indices), {})
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.images is images and ahead.version == images._version:
+        if self._table is not None:
+            output = TeacherOutput(self._table(images, indices), {})
+        elif ahead is not None and ahead.images is images and ahead.version == images._version:
             self._unused -= 1
-            return ahead.output.get()
-        return self._forward(images) if self.cache is None else _LookedUp(self, images).get()
+            output = ahead.output.get()
+        else:
+            output = self._forward(images) if self.cache is None else _LookedUp(self, images).get()
+        if self._taps_embedding:
+            output.features[self.teacher.embedding] = output.embedding
+        return output
 
     @property
     def by_index(self) -> bool:

@@ -57,6 +57,11 @@ class Teachers:
         return int(found[1]), found[2]
 
 
+def inside(number: int, path: str) -> str:
+    """Join a teacher's number and a path in it; `[0]` is one of several tensors of its output."""
+    return f"{number}{path}" if path[:1] in ("", "[", "@") else f"{number}.{path}"
+
+
 @contextmanager
 def numbered(number: int) -> Iterator[None]:
     """Name the teacher in errors."""

@@ -130,6 +130,7 @@ class Teacher:
         forward: Any = self.module or model
         if compile and self.module is not None:
             forward = torch.compile(self.module, mode=None if compile is True else compile)
+        self.run = run
         self.forward: Callable[[Tensor], object] = partial(run, forward) if run else forward
         # A later call may reuse the memory of the output.
         self.overwrites_output = isinstance(compile, str) or self.module is None

@@ -8,7 +8,6 @@ Ours: the other distances and connectors, and `center`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,11 @@ from kdhooks import (
     Model,
     Options,
     Scheduled,
-    Stage,
     Weight,
     hookimpl,
     option,
 )
-from kdhooks.declarations import Step, check_name
+from kdhooks.declarations import check_name
 from kdhooks_plugins._hints import Connector, Distance, Features, Hint, connect
 
 
@@ -42,19 +40,6 @@ class Hints(nn.Module):
         terms = [pair(s, t) for pair, s, t in zip(self.pairs, student, teacher, strict=True)]
         notes = {f"pair{k}": term.detach() for k, term in enumerate(terms, start=1)}
         return torch.stack(terms).sum(), notes
-
-
-@dataclass(frozen=True)
-class TeacherFunctionTap(FeatureTap):
-    """The tap of a teacher without submodules, whose only output is its embedding."""
-
-    @property
-    def teacher_paths(self) -> tuple[str, ...]:
-        return ()
-
-    def arguments(self, step: Step) -> tuple[object, ...]:
-        ours = [step.student_features[path] for path in self.student]
-        return ours, [step.teacher for _ in self.teacher], step.labels
 
 
 class FitNet(Options):
@@ -123,12 +108,11 @@ class FitNet(Options):
         pairs = [
             self._pair(
                 Features.of(student.stage(path, f"{self.term}: student"), f"{self.term}: student"),
-                Features.of(self._target(teacher, other), f"{self.term}: teacher"),
+                Features.of(teacher.stage(other, f"{self.term}: teacher"), f"{self.term}: teacher"),
             )
             for path, other in zip(ours, theirs, strict=True)
         ]
-        kind = TeacherFunctionTap if teacher.module is None and not any(theirs) else FeatureTap
-        return kind(
+        return FeatureTap(
             self.term, Hints(pairs), self.weight, student=ours, teacher=theirs, needs_labels=False
         )
 
@@ -146,11 +130,6 @@ class FitNet(Options):
         if not given:
             raise self.refused(side, "must name at least one submodule; found []")
         return model.paths(given, f"{self.term}: {side}")
-
-    def _target(self, teacher: Model, path: str) -> Stage:
-        if path == "" and teacher.module is None:
-            return Stage("", (teacher.embedding_dim,))
-        return teacher.stage(path, f"{self.term}: teacher")
 
     def _pair(self, ours: Features, theirs: Features) -> Hint:
         if self.connector == "none" and ours.channels != theirs.channels:
