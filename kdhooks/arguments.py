@@ -73,13 +73,13 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create the folder for the results of a command, and its parents."""
-    folder = user_path(path, "--out")
+def make_folder(path: str | Path, option: str = "--out") -> Path:
+    """Create the folder that this option of a command names, and its parents."""
+    folder = user_path(path, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KDHooksError(
-            f"--out must be a writable folder; '{path}' can't be created ({error.strerror})"
+            f"{option} must be a writable folder; '{path}' can't be created ({error.strerror})"
         ) from error
     return folder

@@ -5,6 +5,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import pytest
@@ -14,11 +15,13 @@ pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
 import torch
+from torch.testing import assert_close
 
 from benchmarks.papers import school
-from benchmarks.papers.__main__ import main
+from benchmarks.papers.__main__ import _teachers_images, main
+from benchmarks.papers.locks import lock_of, locked
 from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
-from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, chosen
+from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, Outputs, chosen
 from benchmarks.papers.report import (
     END,
     START,
@@ -38,6 +41,7 @@ from benchmarks.papers.rows import LABELS, TEACHER, swept
 from benchmarks.papers.running import Course, in_processes, records
 from benchmarks.papers.settings import SETTINGS, SHORT
 from benchmarks.papers.views import KINDS, drawn
+from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import Faces
@@ -287,6 +291,90 @@ def test_an_interrupted_student_continues_near_the_step_where_it_ended(
     assert not list((tmp_path / "work").glob("student-*.pt"))
 
 
+def damaged(path: Path, how: str) -> None:
+    """Cut the file off, or replace it by a file of other tensors."""
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        torch.save({"weight": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize("how", ["cut off", "of other tensors"])
+def test_a_student_with_a_damaged_state_starts_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    alone = students(tmp_path, tmp_path / "alone", 1, images_seen=100, rows=["fcd"])
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"])
+    (state,) = (tmp_path / "work").glob("student-*.pt")
+    damaged(state, how)
+    assert students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"]) == alone
+    assert f"'{state}' is not used; the training starts again" in capsys.readouterr().out
+
+
+def test_a_student_that_another_command_trains_is_trained_without_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    alone = students(tmp_path, tmp_path / "alone", 1, images_seen=100, rows=["fcd"])
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"])
+    (state,) = (tmp_path / "work").glob("student-*.pt")
+    content = state.read_bytes()
+    capsys.readouterr()
+    with locked(lock_of(state)):
+        assert students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"]) == alone
+        assert state.read_bytes() == content
+    assert "fcd 0: another command trains this student too" in capsys.readouterr().out
+
+
+def test_the_files_of_killed_commands_are_removed(tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces")
+    write_pairs(tmp_path / "pairs.txt")
+    write_teacher(tmp_path / "teacher.onnx")
+    (tmp_path / "work").mkdir()
+    left = tmp_path / "work" / "course-1.pt"
+    left.touch()
+    students(tmp_path, tmp_path / "out", 2, images_seen=20, rows=["fcd"])
+    assert [path.is_dir() for path in (tmp_path / "work").iterdir()] == [True]
+
+
+def test_two_commands_record_a_teacher_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If both recorded, one would empty the files that the other already trains with."""
+    write_teacher(tmp_path / "teacher.onnx")
+    teacher = school._sface(str(tmp_path / "teacher.onnx"))
+    images = torch.randint(256, (9, 3, 112, 112), dtype=torch.uint8)
+    stages = {"maps7": SETTINGS["B"].recorded["maps7"]}
+    recorded = []
+    record = Outputs._record
+
+    def counted(*arguments: Any) -> None:
+        recorded.append(arguments)
+        record(*arguments)
+
+    monkeypatch.setattr(Outputs, "_record", counted)
+    commands = [
+        Thread(target=Outputs, args=(tmp_path, images, teacher, stages, torch.device("cpu")))
+        for _ in range(2)
+    ]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join(timeout=60)
+    assert len(recorded) == 1
+
+
 def test_an_unfinished_student_is_not_continued_with_other_images_or_options() -> None:
     def file(course: Course, row: Row, seed: int) -> str:
         return course.unfinished(row, seed).name
@@ -317,6 +405,12 @@ def test_a_teacher_sees_at_least_one_batch(
     with pytest.raises(SystemExit):
         main(options.split())
     assert "--teacher-images must be at least a batch; found 20 and 60" in capsys.readouterr().err
+
+
+def test_results_name_the_images_of_the_teachers_that_are_trained() -> None:
+    assert _teachers_images(SETTINGS["A"]) == {}
+    assert _teachers_images(SETTINGS["D"]) == {"teacher_images": "150000"}
+    assert _teachers_images(SETTINGS["S"]) == {"teacher_images": "150000"}
 
 
 @pytest.mark.slow
@@ -351,9 +445,11 @@ def interrupting(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str,
     return stopped
 
 
+@pytest.mark.parametrize("how", ["cut off", "of other tensors"])
 def test_a_teacher_is_trained_once_and_loaded_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """If the file of its weights is damaged, it is trained again."""
     write_faces(tmp_path / "faces")
     write_pairs(tmp_path / "pairs.txt")
     write_teacher(tmp_path / "teacher.onnx")
@@ -370,8 +466,17 @@ def test_a_teacher_is_trained_once_and_loaded_afterwards(
         assert len(torch.load(begun, weights_only=True)["losses"]) == 1
         main(f"{options}/one".split())
         assert not begun.exists()
+        (kept,) = (tmp_path / "work").glob("teacher-D-120-*.pt")
+        weights = torch.load(kept, weights_only=True)
+        damaged(kept, how)
+        main(f"{options}/again".split())
+        assert f"'{kept}' is not used; the teacher is trained again" in capsys.readouterr().out
+        assert_close(torch.load(kept, weights_only=True), weights, rtol=0, atol=0)
         monkeypatch.setattr(school, "train", None)
         main(f"{options}/two".split())
+        with pytest.raises(SystemExit):
+            main(f"{options}/one --teacher-images 60".split())
+        assert "teacher_images (120 there, 60 here)" in capsys.readouterr().err
     finally:
         torch.use_deterministic_algorithms(False)
     (one,), (two,) = (read(tmp_path / name / "papers.jsonl") for name in ("one", "two"))
@@ -408,6 +513,13 @@ def test_an_incomplete_last_line_is_dropped(
     assert results.read_text() == '{"row": "kd"}\n'
 
 
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    results = tmp_path / "lfw.jsonl"
+    results.write_text('{"row": "kd"}\n{"row": "fc\n{"row": "at"}\n')
+    with pytest.raises(KDHooksError, match=r"lfw\.jsonl:2 must be a result.*delete the line"):
+        read(results)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -417,7 +529,8 @@ def test_an_incomplete_last_line_is_dropped(
         ("--processes 0", "--processes: must be a whole number, at least 1; found 0"),
         ("--processes -1", "--processes: must be a whole number, at least 1; found -1"),
         ("--images-seen 0", "--images-seen: must be"),
-        ("--batch 0", "--batch: must be"),
+        ("--batch 1", "--batch: must be a whole number, at least 2; found 1"),
+        ("--work /dev/null/no", "--work must be a writable folder"),
         ("--seeds 0", "--seeds: must be"),
         ("--threads 0", "--threads: must be"),
         ("--images-seen 20", "--images-seen must be at least a batch; found 20 and 30"),
@@ -430,6 +543,14 @@ def test_an_incomplete_last_line_is_dropped(
             "--device: must be a device of this machine",
         ),
         ("--device cuda:99", "--device: must be a device of"),
+        (
+            "--setting A --sweep --images-seen 100",
+            "--images-seen must be at least a batch; found 100 and 120",
+        ),
+        (
+            "--setting A --sweep --views mild strong",
+            "--views: rows on plain views need one of plain, mirror; found mild, strong",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(

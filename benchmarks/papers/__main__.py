@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import add_device
-from benchmarks.papers.material import digests
+from benchmarks.papers.material import PLAIN, PLAIN_KINDS, digests
 from benchmarks.papers.probes import ProbeExam
 from benchmarks.papers.report import write
 from benchmarks.papers.results import append, differences, mend, read
@@ -50,18 +50,20 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     names = [TEACHER, *dict.fromkeys(_method(row) for row in setting.rows)]
     _check_rows(parser, options.rows or (), names)
     prepare(options.device, options.threads)
+    work = make_folder(options.work, "--work")
     results = make_folder(options.out) / _file(options)
     mend(results)
     faces, pairs = read_faces(options.data), read_pairs(options.pairs)
     split = split_by_pairs(faces, pairs)
-    school = School(setting, split.train, options.teacher, Path(options.work), options.device)
-    common = {
+    school = School(setting, split.train, options.teacher, work, options.device)
+    common: Record = {
         "setting": setting.name,
         "images_seen": setting.students.images_seen,
         "batch": setting.students.batch,
         "views": " ".join(setting.images.kinds),
         "device": options.device.type,
         **digests(faces, pairs, school.sface),
+        **_teachers_images(setting),
     }
     found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
     if different := differences(found, common):
@@ -72,7 +74,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     done = {(record["row"], record["seed"]) for record in found}
     left = [job for job in _jobs(setting, options) if (job[0].name, job[1]) not in done]
     if left or (TEACHER, 0) not in done:
-        course = _course(school, split, common, options)
+        course = _course(school, split, common, options, work)
         if (TEACHER, 0) not in done:
             append(results, course.entry(TEACHER, 0, course.exam.teachers_score))
         _train(left, course, options, results)
@@ -104,17 +106,24 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
     )
     counts = [("images-seen", students), ("teacher-images", taught)]
     counts += [("teacher-images", one.taught) for one in teachers]
+    rows = setting.rows
+    if options.sweep:
+        rows = (*swept(setting.rows, options.factors), *setting.study)
+    wanted = [row for row in rows if not options.rows or _method(row) in options.rows]
+    counts += [("images-seen", replace(students, **row.changes)) for row in wanted if row.changes]
     for option, found in counts:
         if found and found.images_seen < found.batch:
             parser.error(
                 f"--{option} must be at least a batch; found {found.images_seen} and {found.batch}"
             )
-    rows = setting.rows
-    if options.sweep:
-        rows = (*swept(setting.rows, options.factors), *setting.study)
     images = setting.images
     if options.views:
         images = replace(images, kinds=tuple(options.views))
+    if any(row.part == PLAIN for row in wanted) and not set(images.kinds) & set(PLAIN_KINDS):
+        parser.error(
+            f"--views: rows on {PLAIN} need one of {listed(PLAIN_KINDS)}; found "
+            f"{listed(images.kinds)}"
+        )
     return replace(
         setting, images=images, students=students, taught=taught, rows=rows, teachers=teachers
     )
@@ -124,6 +133,12 @@ def _taught(setting: Setting, images_seen: int | None) -> Settings | None:
     """Return how the setting's teacher is trained, if it is; images_seen overrides its images."""
     taught = setting.taught
     return replace(taught, images_seen=images_seen) if taught and images_seen else taught
+
+
+def _teachers_images(setting: Setting) -> Record:
+    """Return the number of images for the teachers that are trained here, each number once."""
+    trained = [one.taught.images_seen for one in (setting, *setting.teachers) if one.taught]
+    return {"teacher_images": " ".join(map(str, dict.fromkeys(trained)))} if trained else {}
 
 
 def _check_rows(
@@ -175,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         help="students of each row; default: 3, and 5 for the setting's own papers",
     )
     add("--images-seen", type=at_least(1), help="images for each student; default: the setting's")
-    add("--batch", type=at_least(1), help="batch size of the students; default: the setting's")
+    add("--batch", type=at_least(2), help="batch size of the students; default: the setting's")
     add("--views", nargs="+", choices=KINDS, help="of each photograph; default: plain mirror mild")
     add(
         "--teacher-images",
@@ -201,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _course(school: School, split: Split, common: Record, options: argparse.Namespace) -> Course:
+def _course(
+    school: School, split: Split, common: Record, options: argparse.Namespace, work: Path
+) -> Course:
     left_out: set[str] = set()
     if options.sweep:
         split = split_by_pairs(split.train, read_pairs(options.pairs, fifth=4))
@@ -219,7 +236,7 @@ def _course(school: School, split: Split, common: Record, options: argparse.Name
         exam,
         school.setting.students,
         common,
-        Path(options.work),
+        work,
         LOOKS,
     )
 

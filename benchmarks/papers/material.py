@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.papers.locks import lock_of, locked
 from benchmarks.papers.views import drawn
 from kdhooks.classes.joined import joined
 from kdhooks.evaluation.pairs import Pairs
@@ -25,6 +26,7 @@ from kdhooks_demo.training import Lesson, Maps, as_input, means_of
 
 MOST = 20  # images of a person
 PLAIN = "plain views"  # the names of parts of a lesson
+PLAIN_KINDS = ("plain", "mirror")
 SEVERAL = "people with several images"
 
 
@@ -44,7 +46,7 @@ class Images:
         kinds = np.tile(self.kinds, len(views) // len(self.kinds))
         images = Counter(views.people)
         several = np.array([images[person] > len(self.kinds) for person in views.people])
-        flags = {PLAIN: np.isin(kinds, ("plain", "mirror")), SEVERAL: several}
+        flags = {PLAIN: np.isin(kinds, PLAIN_KINDS), SEVERAL: several}
         return {name: torch.from_numpy(np.flatnonzero(flag)) for name, flag in flags.items()}
 
 
@@ -85,10 +87,12 @@ class Outputs:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = folder / name
         self.stages = tuple(stages)
-        if not (self.folder / "key.json").is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._record(images, teacher, stages, device)
-            (self.folder / "key.json").write_text(json.dumps(key))
+        complete = self.folder / "key.json"
+        with locked(lock_of(self.folder)):
+            if not complete.is_file():
+                self.folder.mkdir(exist_ok=True)
+                self._record(images, teacher, stages, device)
+                complete.write_text(json.dumps(key))
         self.embedding = torch.from_numpy(np.load(self.folder / "embedding.npy"))
 
     def _record(

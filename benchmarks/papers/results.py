@@ -5,13 +5,26 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kdhooks.errors import KDHooksError
+
 
 def read(path: Path) -> list[dict[str, object]]:
     """Return the results so far, without an incomplete last line."""
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [_record(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _record(line: bytes, place: str) -> dict[str, object]:
+    try:
+        found: dict[str, object] = json.loads(line)
+    except ValueError as error:
+        raise KDHooksError(
+            f"{place} must be a result, as one JSON object; found {line[:40]!r}; delete the line, "
+            "and its student is trained again"
+        ) from error
+    return found
 
 
 def append(path: Path, record: Mapping[str, object]) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,12 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeAlias
+from uuid import uuid4
 
 import numpy as np
 import torch
 
+from benchmarks.papers.locks import lock_of, locked, remove_abandoned
 from benchmarks.papers.material import digest
 from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
@@ -45,16 +46,23 @@ class Course:
     looks: int = 0  # points of a student's curve
 
     def record(self, row: Row, seed: int) -> Record:
-        """Train one student, or continue its training, and test it."""
-        trained = train(
-            self.lesson,
-            row,
-            self.settings,
-            seed,
-            look=self.exam.glance,
-            looks=self.looks,
-            kept=self.unfinished(row, seed),
-        )
+        """Train one student, or continue its training, and test it.
+
+        If another command trains the same student in the same folder, nothing is kept of this one.
+        """
+        kept = self.unfinished(row, seed)
+        with locked(lock_of(kept), wait=False) as free:
+            if not free:
+                print(f"{row.name} {seed}: another command trains this student too", flush=True)
+            trained = train(
+                self.lesson,
+                row,
+                self.settings,
+                seed,
+                look=self.exam.glance,
+                looks=self.looks,
+                kept=kept if free else None,
+            )
         found = self.entry(row.name, seed, self.exam.score(trained))
         if isinstance(self.exam, ProbeExam):
             found |= self.exam.more(trained.student)
@@ -128,9 +136,13 @@ def _outcomes(
         yield from (((row, seed), partial(course.record, row, seed)) for row, seed in jobs)
         return
     device = course.lesson.images.device
-    with tempfile.NamedTemporaryFile(dir=course.folder, suffix=".pt") as file:
-        torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file.name)
-        student = partial(_student, Path(file.name), device, max(1, threads // processes))
+    remove_abandoned(course.folder, "course-*.pt")
+    with ExitStack() as stack:
+        file = course.folder / f"course-{uuid4().hex[:12]}.pt"
+        stack.enter_context(locked(lock_of(file)))
+        stack.callback(file.unlink, missing_ok=True)
+        torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file)
+        student = partial(_student, file, device, max(1, threads // processes))
         yield from in_processes(student, jobs, min(processes, len(jobs)))
 
 

@@ -1,11 +1,15 @@
 """The source of a setting's students: its teacher, and the teacher's outputs for all images."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from benchmarks.papers.locks import lock_of, locked
 from benchmarks.papers.material import Outputs, lesson
 from benchmarks.papers.rows import TEACHER
 from benchmarks.papers.settings import Setting
@@ -13,9 +17,10 @@ from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
+from kdhooks.tensor_files import read_tensors, write_tensors
 from kdhooks_demo.faces import Faces
 from kdhooks_demo.main import teacher_of
-from kdhooks_demo.training import Lesson, Row, train
+from kdhooks_demo.training import Lesson, Row, Settings, train
 
 SEED = 0  # of the teachers that are trained here
 FCD = {"name": "fcd", "weight": 32.0}
@@ -58,21 +63,24 @@ class School:
         network = taught.student(outputs.embedding.shape[1])
         name = f"teacher-{setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
         file = self._folder / name
-        if file.is_file():
-            network.load_state_dict(torch.load(file, weights_only=True))
-        else:
-            course = lesson(self.setting.images, self._views, [outputs], set())
-            row = Row(TEACHER, [FCD], labels=0.0)
-            with tqdm(total=taught.steps, desc=f"teacher of setting {setting.name}") as bar:
-
-                def progress(steps: int, loss: float) -> None:
-                    bar.update(steps)
-
-                begun = file.with_suffix(".begun.pt")
-                trained = train(course.to(self._device), row, taught, SEED, progress, kept=begun)
-                network = trained.student.cpu()
-            torch.save(network.state_dict(), file)
+        with locked(lock_of(file)):
+            if not _loaded(network, file):
+                network = self._taught(taught, outputs, setting.name, file)
+                write_tensors(network.state_dict(), file, "teacher")
         return Teacher(network.eval(), channels_last=self._device.type == "cpu")
+
+    def _taught(self, taught: Settings, outputs: Outputs, name: str, file: Path) -> nn.Module:
+        """Train a teacher, or continue its training. file: the one for its weights at the end."""
+        course = lesson(self.setting.images, self._views, [outputs], set())
+        row = Row(TEACHER, [FCD], labels=0.0)
+        with tqdm(total=taught.steps, desc=f"teacher of setting {name}") as bar:
+
+            def progress(steps: int, loss: float) -> None:
+                bar.update(steps)
+
+            begun = file.with_suffix(".begun.pt")
+            trained = train(course.to(self._device), row, taught, SEED, progress, kept=begun)
+        return trained.student.cpu()
 
     def lesson(self, left_out: set[str]) -> Lesson:
         """Return the training material without the people in `left_out`."""
@@ -90,6 +98,18 @@ class School:
     def _outputs(self, teacher: Teacher, recorded: bool) -> Outputs:
         stages = self.setting.recorded if recorded else {}
         return Outputs(self._folder, self._views.images, teacher, stages, self._device)
+
+
+def _loaded(network: nn.Module, file: Path) -> bool:
+    """Load the weights of a teacher that was trained before, if there are any."""
+    if not file.is_file():
+        return False
+    try:
+        network.load_state_dict(cast(Mapping[str, Any], read_tensors(file, "teacher")))
+    except Exception as error:  # torch raises several kinds for files of other contents
+        print(f"{error}\n'{file}' is not used; the teacher is trained again", flush=True)
+        return False
+    return True
 
 
 def _sface(file: str | None) -> Teacher:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
 from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.tensor_files import write_tensors
+from kdhooks.tensor_files import read_tensors, write_tensors
 from kdhooks.views.viewing import viewed
 from kdhooks_demo.network import STAGES, SmallFaceNet
 
@@ -217,12 +217,17 @@ def train(
         Its shares are kept, with `images_seen`, the methods' log of that step, and the `strength`
         and `agreement` of their gradient beside that of the labels' loss.
     kept: a file for the state, which is written SAVES times. If it exists, the training continues
-        from it. A training that ends removes it.
+        from it, unless it can't be read. A training that ends removes it.
     """
     settings = replace(settings, **row.changes)
     training = Training(lesson, row, settings, seed)
     if kept is not None and kept.is_file():
-        training.load_state_dict(torch.load(kept, map_location=training.device, weights_only=True))
+        try:
+            training.load_state_dict(cast(dict[str, Any], read_tensors(kept, "state of a student")))
+        except Exception as error:  # torch raises several kinds for files of other contents
+            print(f"{error}\n'{kept}' is not used; the training starts again", flush=True)
+            training.remove_hooks()
+            training = Training(lesson, row, settings, seed)
     reported = 0
     started = time.perf_counter() - training.seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
@@ -333,9 +338,12 @@ class Training:
     def ended(self) -> Trained:
         """Return the student in eval mode, without hooks."""
         losses, cosines = _numbers(self.losses), _numbers(self._cosines)
+        self.remove_hooks()
+        return Trained(self.student.eval(), 0.0, losses, cosines, self.looks)
+
+    def remove_hooks(self) -> None:
         if self._kd:
             self._kd.remove()
-        return Trained(self.student.eval(), 0.0, losses, cosines, self.looks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next steps depend on, besides the constructor's arguments."""
