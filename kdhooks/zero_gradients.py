@@ -20,7 +20,8 @@ def drop_zero_gradients(
     holds: called after that pass; False if it may have created other gradients too.
     """
     without = [p for p in parameters if p.requires_grad and p.grad is None]
-    if not without or torch.compiler.is_compiling():
+    term = next((term for term in terms.values() if term.requires_grad), None)
+    if not without or term is None or torch.compiler.is_compiling():
         return
 
     def drop() -> None:
@@ -33,7 +34,7 @@ def drop_zero_gradients(
         # another one queues runs after all of those that the pass itself has queued.
         _after_backward(lambda: _after_backward(drop))
 
-    next(iter(terms.values())).register_hook(at_the_end)
+    term.register_hook(at_the_end)
 
 
 def _after_backward(function: Callable[[], object]) -> None:

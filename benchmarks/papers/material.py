@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.papers.locks import lock_of, locked
+from benchmarks.papers.locks import locked
 from benchmarks.papers.views import drawn
 from kdhooks.classes.joined import joined
 from kdhooks.evaluation.pairs import Pairs
@@ -88,7 +88,7 @@ class Outputs:
         self.folder = folder / name
         self.stages = tuple(stages)
         complete = self.folder / "key.json"
-        with locked(lock_of(self.folder)):
+        with locked(self.folder):
             if not complete.is_file():
                 self.folder.mkdir(exist_ok=True)
                 self._record(images, teacher, stages, device)

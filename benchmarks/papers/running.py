@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from benchmarks.papers.locks import lock_of, locked, remove_abandoned
+from benchmarks.papers.locks import locked, remove_abandoned
 from benchmarks.papers.material import digest
 from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
@@ -51,7 +51,7 @@ class Course:
         If another command trains the same student in the same folder, nothing is kept of this one.
         """
         kept = self.unfinished(row, seed)
-        with locked(lock_of(kept), wait=False) as free:
+        with locked(kept, wait=False) as free:
             if not free:
                 print(f"{row.name} {seed}: another command trains this student too", flush=True)
             trained = train(
@@ -139,7 +139,7 @@ def _outcomes(
     remove_abandoned(course.folder, "course-*.pt")
     with ExitStack() as stack:
         file = course.folder / f"course-{uuid4().hex[:12]}.pt"
-        stack.enter_context(locked(lock_of(file)))
+        stack.enter_context(locked(file))
         stack.callback(file.unlink, missing_ok=True)
         torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file)
         student = partial(_student, file, device, max(1, threads // processes))

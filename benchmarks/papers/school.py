@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.papers.locks import lock_of, locked
+from benchmarks.papers.locks import locked
 from benchmarks.papers.material import Outputs, lesson
 from benchmarks.papers.rows import TEACHER
 from benchmarks.papers.settings import Setting
@@ -63,7 +63,7 @@ class School:
         network = taught.student(outputs.embedding.shape[1])
         name = f"teacher-{setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
         file = self._folder / name
-        with locked(lock_of(file)):
+        with locked(file):
             if not _loaded(network, file):
                 network = self._taught(taught, outputs, setting.name, file)
                 write_tensors(network.state_dict(), file, "teacher")
