@@ -246,6 +246,13 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     with pytest.raises(SystemExit):
         students(tmp_path, tmp_path / "killed", 1, images_seen=60)
     assert "images_seen (40 there, 60 here)" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    changed = (tmp_path / "killed" / "lfw.jsonl").read_text().replace("512.0", "8.0")
+    (tmp_path / "other" / "lfw.jsonl").write_text(changed)
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path / "other", 1)
+    weights = "{'name': 'fcd', 'weight': 8.0}] there, [{'name': 'fcd', 'weight': 512.0}] here)"
+    assert weights in capsys.readouterr().err
     (tmp_path / "faces" / "p0" / "p0_0001.png").rename(tmp_path / "faces" / "p0" / "p0_0099.png")
     with pytest.raises(SystemExit):
         students(tmp_path, tmp_path / "killed", 1)

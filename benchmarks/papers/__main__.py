@@ -20,7 +20,7 @@ from benchmarks.papers.probes import ProbeExam
 from benchmarks.papers.report import write
 from benchmarks.papers.results import append, differences, mend, read
 from benchmarks.papers.rows import SWEPT, TEACHER, swept
-from benchmarks.papers.running import Course, Job, Record, prepare, records
+from benchmarks.papers.running import Course, Job, Record, prepare, records, taught_by
 from benchmarks.papers.school import School
 from benchmarks.papers.settings import SETTINGS, SHORT, Setting
 from benchmarks.papers.views import KINDS
@@ -66,7 +66,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         **_teachers_images(setting),
     }
     found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
-    if different := differences(found, common):
+    different = differences(found, common)
+    for row in setting.rows:
+        same_name = [record for record in found if record["row"] == row.name]
+        different += [f"{row.name}: {one}" for one in differences(same_name, taught_by(row))]
+    if different:
         parser.error(
             f"'{results}' holds results of other settings: {'; '.join(different)}; use the "
             "settings of that file, or specify another folder with --out"

@@ -63,7 +63,7 @@ class Course:
                 looks=self.looks,
                 kept=kept if free else None,
             )
-        found = self.entry(row.name, seed, self.exam.score(trained))
+        found = self.entry(row.name, seed, self.exam.score(trained)) | taught_by(row)
         if isinstance(self.exam, ProbeExam):
             found |= self.exam.more(trained.student)
         return {**found, "curve": trained.looks}
@@ -95,6 +95,11 @@ class Course:
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "card": _name(self.lesson.images.device),
         }
+
+
+def taught_by(row: Row) -> Record:
+    """Return what teaches a student: the entries in which all records of a row must agree."""
+    return {"methods": list(row.methods), "labels_share": row.labels}
 
 
 def prepare(device: torch.device, threads: int) -> None:
