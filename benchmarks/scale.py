@@ -13,7 +13,8 @@ Writes scale.json and scale.md.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from benchmarks.command import command, start, write
@@ -49,17 +50,16 @@ def shown(what: str, value: float) -> str:
 
 
 def table(of_ranks: Mapping[int, Mapping[str, Counts]]) -> str:
-    head = ["method"]
-    head += [
-        f"{what}, {UNITS[what]}, {size} rank{'s' * (size > 1)}"
-        for what in UNITS
-        for size in of_ranks
-    ]
-    rows = [head]
+    rows = [_head(UNITS, of_ranks)]
     for method in next(iter(of_ranks.values())):
         cells = [shown(what, of_ranks[size][method][what]) for what in UNITS for size in of_ranks]
         rows.append([method, *cells])
     return markdown(rows, texts=1)
+
+
+def _head(units: Mapping[str, str], sizes: Iterable[int]) -> list[str]:
+    columns = product(units.items(), sizes)
+    return ["method", *(f"{what}, {unit}, {n} rank{'s' * (n > 1)}" for (what, unit), n in columns)]
 
 
 def with_classes(
@@ -77,21 +77,16 @@ def with_classes(
 
 def slopes(of_ranks: Mapping[int, Mapping[str, Mapping[str, Line]]]) -> str:
     """The growth with the number of classes, for the methods that grow."""
-    units = {"held": ("bytes", 1), "saved": ("bytes", 1), "multiplications": ("10³", 1e3)}
-    rows = [["method"]]
-    rows[0] += [
-        f"{what}, {unit}, {size} rank{'s' * (size > 1)}"
-        for what, (unit, _) in units.items()
-        for size in of_ranks
-    ]
+    units = {"held": "bytes", "saved": "bytes", "multiplications": "10³"}
+    scales = {"bytes": 1, "10³": 1e3}
+    rows = [_head(units, of_ranks)]
     for method in next(iter(of_ranks.values())):
-        lines = [
-            (of_ranks[size][method][what].slope, scale)
-            for what, (_, scale) in units.items()
+        values = [
+            of_ranks[size][method][what].slope / scales[unit]
+            for what, unit in units.items()
             for size in of_ranks
         ]
-        if any(slope for slope, _ in lines):
-            values = (slope / scale for slope, scale in lines)
+        if any(values):
             rows.append([method, *(f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values)])
     return markdown(rows, texts=1)
 

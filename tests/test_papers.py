@@ -1,6 +1,6 @@
 """benchmarks.papers: its material, its runs and its tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import count
@@ -205,6 +205,13 @@ def test_a_row_may_learn_from_fewer_people_or_plain_views() -> None:
     assert [seen.names[row] for row in parts[PLAIN][:3]] == ["one/0#0", "one/0#1", "two/0#0"]
 
 
+def write_material(folder: Path) -> None:
+    """Write made-up faces, pairs and a teacher."""
+    write_faces(folder / "faces")
+    write_pairs(folder / "pairs.txt")
+    write_teacher(folder / "teacher.onnx")
+
+
 def students(
     material: Path,
     out: Path,
@@ -232,9 +239,7 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`students` omits TAR at FAR 0.001, which is nan on so few pairs."""
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     alone = students(tmp_path, tmp_path / "alone", 1)
     assert [record["row"] for record in alone] == ["teacher", "acsr", LABELS, "fcd"]
     (tmp_path / "killed").mkdir()
@@ -259,17 +264,27 @@ def test_a_killed_run_continues_in_two_processes_with_the_same_results(
     assert "lfw.jsonl' holds results of other settings: data (" in capsys.readouterr().err
 
 
-def interrupted_at(look: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the students' next training end with KeyboardInterrupt at this point of its curve."""
+def interrupted_at(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Let trainings end with KeyboardInterrupt in place of this step."""
     calls = count(1)
-    glance = Exam.glance
+    step = Training.step
 
-    def stopped(exam: Exam, student: torch.nn.Module) -> dict[str, float]:
-        if next(calls) == look:
+    def stopped(training: Training, rows: torch.Tensor, compare: bool) -> dict[str, Any]:
+        if next(calls) == number:
             raise KeyboardInterrupt
-        return glance(exam, student)
+        return step(training, rows, compare)
 
-    monkeypatch.setattr(Exam, "glance", stopped)
+    patch.setattr(Training, "step", stopped)
+
+
+def unfinished(material: Path, number: int, images_seen: int, row: str) -> Path:
+    """Train a student for the folder `two` until this step; return the file of its state."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted_at(number, patch)
+        with pytest.raises(KeyboardInterrupt):
+            students(material, material / "two", 1, images_seen, [row])
+    (state,) = (material / "work").glob("student-*.pt")
+    return state
 
 
 @pytest.mark.parametrize("row", ["icdface", "eckd", "adadistill"])
@@ -277,14 +292,9 @@ def test_an_interrupted_student_continues_near_the_step_where_it_ended(
     row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a bank, with parameters of its own, and with rows that follow the student."""
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     alone = students(tmp_path, tmp_path / "alone", 1, images_seen=300, rows=[row])
-    interrupted_at(7, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        students(tmp_path, tmp_path / "two", 1, images_seen=300, rows=[row])
-    assert len(list((tmp_path / "work").glob("student-*.pt"))) == 1
+    unfinished(tmp_path, 11, images_seen=300, row=row)
     steps = []
     step = Training.step
 
@@ -308,34 +318,22 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut off", "of other tensors"])
 def test_a_student_with_a_damaged_state_starts_again(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     alone = students(tmp_path, tmp_path / "alone", 1, images_seen=100, rows=["fcd"])
-    with monkeypatch.context() as patch:
-        interrupted_at(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"])
-    (state,) = (tmp_path / "work").glob("student-*.pt")
+    state = unfinished(tmp_path, 3, images_seen=100, row="fcd")
     damaged(state, how)
     assert students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"]) == alone
     assert f"'{state}' is not used; the training starts again" in capsys.readouterr().out
 
 
 def test_a_student_that_another_command_trains_is_trained_without_its_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     alone = students(tmp_path, tmp_path / "alone", 1, images_seen=100, rows=["fcd"])
-    with monkeypatch.context() as patch:
-        interrupted_at(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            students(tmp_path, tmp_path / "two", 1, images_seen=100, rows=["fcd"])
-    (state,) = (tmp_path / "work").glob("student-*.pt")
+    state = unfinished(tmp_path, 3, images_seen=100, row="fcd")
     content = state.read_bytes()
     capsys.readouterr()
     with locked(state):
@@ -345,9 +343,7 @@ def test_a_student_that_another_command_trains_is_trained_without_its_state(
 
 
 def test_the_files_of_killed_commands_are_removed(tmp_path: Path) -> None:
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     (tmp_path / "work").mkdir()
     left = tmp_path / "work" / "course-1.pt"
     left.touch()
@@ -423,9 +419,7 @@ def test_results_name_the_images_of_the_teachers_that_are_trained() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "A"])  # A has SHORT's rows
 def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Path) -> None:
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     options = f"--setting {name} --images-seen 40 --batch 20 --seeds 1 --teacher-images 60"
     options += f" --device cpu --threads 1 --data {tmp_path / 'faces'} --work {tmp_path / 'work'}"
     options += f" --pairs {tmp_path / 'pairs.txt'} --teacher {tmp_path / 'teacher.onnx'}"
@@ -440,33 +434,18 @@ def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Pat
     ]
 
 
-def interrupting(step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return a step that raises KeyboardInterrupt when it is called again."""
-    calls = count(1)
-
-    def stopped(training: Training, rows: torch.Tensor, compare: bool) -> dict[str, Any]:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return step(training, rows, compare)
-
-    return stopped
-
-
 @pytest.mark.parametrize("how", ["cut off", "of other tensors"])
 def test_a_teacher_is_trained_once_and_loaded_afterwards(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If the file of its weights is damaged, it is trained again."""
-    write_faces(tmp_path / "faces")
-    write_pairs(tmp_path / "pairs.txt")
-    write_teacher(tmp_path / "teacher.onnx")
+    write_material(tmp_path)
     options = "--setting D --rows teacher --teacher-images 120 --device cpu --threads 1 --data "
     options += f"{tmp_path / 'faces'} --pairs {tmp_path / 'pairs.txt'} --work {tmp_path / 'work'} "
     options += f"--teacher {tmp_path / 'teacher.onnx'} --out {tmp_path}"
-    step = Training.step
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Training, "step", interrupting(step))
+            interrupted_at(2, patch)
             with pytest.raises(KeyboardInterrupt):
                 main(f"{options}/one".split())
         (begun,) = (tmp_path / "work").glob("teacher-*.begun.pt")

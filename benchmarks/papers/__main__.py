@@ -78,7 +78,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     done = {(record["row"], record["seed"]) for record in found}
     left = [job for job in _jobs(setting, options) if (job[0].name, job[1]) not in done]
     if left or (TEACHER, 0) not in done:
-        course = _course(school, split, common, options, work)
+        course = _course(school, split, common, options)
         if (TEACHER, 0) not in done:
             append(results, course.entry(TEACHER, 0, course.exam.teachers_score))
         _train(left, course, options, results)
@@ -220,9 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _course(
-    school: School, split: Split, common: Record, options: argparse.Namespace, work: Path
-) -> Course:
+def _course(school: School, split: Split, common: Record, options: argparse.Namespace) -> Course:
     left_out: set[str] = set()
     if options.sweep:
         split = split_by_pairs(split.train, read_pairs(options.pairs, fifth=4))
@@ -240,7 +238,7 @@ def _course(
         exam,
         school.setting.students,
         common,
-        work,
+        school.folder,
         LOOKS,
     )
 

@@ -142,13 +142,14 @@ def _outcomes(
         return
     device = course.lesson.images.device
     remove_abandoned(course.folder, "course-*.pt")
-    with ExitStack() as stack:
-        file = course.folder / f"course-{uuid4().hex[:12]}.pt"
-        stack.enter_context(locked(file))
-        stack.callback(file.unlink, missing_ok=True)
-        torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file)
-        student = partial(_student, file, device, max(1, threads // processes))
-        yield from in_processes(student, jobs, min(processes, len(jobs)))
+    file = course.folder / f"course-{uuid4().hex[:12]}.pt"
+    with locked(file):
+        try:
+            torch.save(replace(course, lesson=course.lesson.to(torch.device("cpu"))), file)
+            student = partial(_student, file, device, max(1, threads // processes))
+            yield from in_processes(student, jobs, min(processes, len(jobs)))
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def in_processes(

@@ -1,9 +1,7 @@
 """The source of a setting's students: its teacher, and the teacher's outputs for all images."""
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,12 +15,13 @@ from kdhooks.onnx.to_torch import to_torch
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
-from kdhooks.tensor_files import read_tensors, write_tensors
+from kdhooks.tensor_files import write_tensors
 from kdhooks_demo.faces import Faces
 from kdhooks_demo.main import teacher_of
-from kdhooks_demo.training import Lesson, Row, Settings, train
+from kdhooks_demo.training import Lesson, Row, Settings, loaded, train
 
 SEED = 0  # of the teachers that are trained here
+AGAIN = "the teacher is trained again"
 FCD = {"name": "fcd", "weight": 32.0}
 
 
@@ -39,7 +38,8 @@ class School:
         """faces: of everybody who is not tested. file: the one that replaces SFace, if any."""
         self.setting = setting
         self.sface = _sface(file)
-        self._faces, self._folder, self._device = faces, folder, device
+        self.folder = folder
+        self._faces, self._device = faces, device
 
     @cached_property
     def _views(self) -> Faces:
@@ -62,9 +62,9 @@ class School:
         outputs = self._outputs(self.sface, recorded=False)
         network = taught.student(outputs.embedding.shape[1])
         name = f"teacher-{setting.name}-{taught.images_seen}-{outputs.folder.name}.pt"
-        file = self._folder / name
+        file = self.folder / name
         with locked(file):
-            if not _loaded(network, file):
+            if not file.is_file() or not loaded(network, file, "teacher", AGAIN):
                 network = self._taught(taught, outputs, setting.name, file)
                 write_tensors(network.state_dict(), file, "teacher")
         return Teacher(network.eval(), channels_last=self._device.type == "cpu")
@@ -97,19 +97,7 @@ class School:
 
     def _outputs(self, teacher: Teacher, recorded: bool) -> Outputs:
         stages = self.setting.recorded if recorded else {}
-        return Outputs(self._folder, self._views.images, teacher, stages, self._device)
-
-
-def _loaded(network: nn.Module, file: Path) -> bool:
-    """Load the weights of a teacher that was trained before, if there are any."""
-    if not file.is_file():
-        return False
-    try:
-        network.load_state_dict(cast(Mapping[str, Any], read_tensors(file, "teacher")))
-    except Exception as error:  # torch raises several kinds for files of other contents
-        print(f"{error}\n'{file}' is not used; the teacher is trained again", flush=True)
-        return False
-    return True
+        return Outputs(self.folder, self._views.images, teacher, stages, self._device)
 
 
 def _sface(file: str | None) -> Teacher:

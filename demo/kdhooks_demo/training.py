@@ -221,13 +221,10 @@ def train(
     """
     settings = replace(settings, **row.changes)
     training = Training(lesson, row, settings, seed)
-    if kept is not None and kept.is_file():
-        try:
-            training.load_state_dict(cast(dict[str, Any], read_tensors(kept, "state of a student")))
-        except Exception as error:  # torch raises several kinds for files of other contents
-            print(f"{error}\n'{kept}' is not used; the training starts again", flush=True)
-            training.remove_hooks()
-            training = Training(lesson, row, settings, seed)
+    again = "the training starts again"
+    if kept and kept.is_file() and not loaded(training, kept, "state of a student", again):
+        training.remove_hooks()
+        training = Training(lesson, row, settings, seed)
     reported = 0
     started = time.perf_counter() - training.seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
@@ -253,6 +250,19 @@ def train(
     if kept is not None:
         kept.unlink(missing_ok=True)
     return trained
+
+
+def loaded(into: "nn.Module | Training", file: Path, subject: str, otherwise: str) -> bool:
+    """Load the state in a file, and return whether that was possible; `into` may have changed.
+
+    otherwise: printed with the reason if it was not.
+    """
+    try:
+        into.load_state_dict(cast(Mapping[str, Any], read_tensors(file, subject)))
+    except Exception as error:  # torch raises several kinds for files of other contents
+        print(f"{error}\n'{file}' is not used; {otherwise}", flush=True)
+        return False
+    return True
 
 
 def _due(done: int, times: int, steps: int) -> bool:
