@@ -45,8 +45,9 @@ from kdhooks.errors import KDHooksError
 from kdhooks.recipe import Recipe
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.faces import Faces
+from kdhooks_demo.lesson import Lesson
 from kdhooks_demo.material import views
-from kdhooks_demo.training import Lesson, Row, Settings, Training
+from kdhooks_demo.training import Row, Settings, Training
 from tests.demo_faces import made_faces
 
 
@@ -434,6 +435,32 @@ def test_every_row_of_a_setting_trains_on_made_up_faces(name: str, tmp_path: Pat
     ]
 
 
+def test_a_teacher_with_other_stages_is_refused_until_they_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_material(tmp_path)
+    write_teacher(tmp_path / "teacher.onnx", ("shallow", "middle", "deep"))
+    options = "--setting B --rows fitnet --images-seen 20 --batch 20 --seeds 1 --device cpu"
+    options += f" --threads 1 --data {tmp_path / 'faces'} --pairs {tmp_path / 'pairs.txt'}"
+    options += f" --teacher {tmp_path / 'teacher.onnx'} --work {tmp_path / 'work'}"
+    options += f" --out {tmp_path}"
+    with pytest.raises(SystemExit):
+        main(options.split())
+    assert "has no submodule 'conv_6_relu'" in (refusal := capsys.readouterr().err)
+    assert "name 3 stages of this teacher with --teacher-stages" in refusal
+    assert not list((tmp_path / "work").glob("*/*.npy")), "the teacher has not run"
+    named = f"{options} --teacher-stages shallow middle deep"
+    try:
+        main(named.split())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = read(tmp_path / "papers.jsonl")
+    assert [record["row"] for record in found] == [TEACHER, "fitnet"]
+    with pytest.raises(SystemExit):
+        main(named.replace("shallow middle", "middle shallow").split())
+    assert "stages (shallow middle deep there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["cut off", "of other tensors"])
 def test_a_teacher_is_trained_once_and_loaded_afterwards(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -529,6 +556,11 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
             "--device: must be a device of this machine",
         ),
         ("--device cuda:99", "--device: must be a device of"),
+        (
+            "--teacher-stages a",
+            "--teacher-stages: setting short records 2 stages of the teacher; found a",
+        ),
+        ("--setting A --teacher-stages a", "setting A records 0 stages"),
         (
             "--setting A --sweep --images-seen 100",
             "--images-seen must be at least a batch; found 100 and 120",

@@ -7,7 +7,7 @@ the setting's teacher, and tests it.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         "device": options.device.type,
         **digests(faces, pairs, school.sface),
         **_teachers_images(setting),
+        **_stages(setting),
     }
     found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
     different = differences(found, common)
@@ -129,8 +130,28 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
             f"{listed(images.kinds)}"
         )
     return replace(
-        setting, images=images, students=students, taught=taught, rows=rows, teachers=teachers
+        setting,
+        images=images,
+        students=students,
+        taught=taught,
+        rows=rows,
+        teachers=teachers,
+        recorded=_recorded(parser, setting, options.teacher_stages),
     )
+
+
+def _recorded(
+    parser: argparse.ArgumentParser, setting: Setting, paths: Sequence[str] | None
+) -> Mapping[str, str]:
+    """Return the paths of the teacher's features that are recorded: SFace's, or those given."""
+    if paths is None:
+        return setting.recorded
+    if len(paths) != len(setting.recorded):
+        parser.error(
+            f"--teacher-stages: setting {setting.name} records {len(setting.recorded)} stages of "
+            f"the teacher; found {listed(paths)}"
+        )
+    return dict(zip(setting.recorded, paths, strict=True))
 
 
 def _taught(setting: Setting, images_seen: int | None) -> Settings | None:
@@ -143,6 +164,11 @@ def _teachers_images(setting: Setting) -> Record:
     """Return the number of images for the teachers that are trained here, each number once."""
     trained = [one.taught.images_seen for one in (setting, *setting.teachers) if one.taught]
     return {"teacher_images": " ".join(map(str, dict.fromkeys(trained)))} if trained else {}
+
+
+def _stages(setting: Setting) -> Record:
+    """Return the paths of the teacher's features that are recorded, if any."""
+    return {"stages": " ".join(setting.recorded.values())} if setting.recorded else {}
 
 
 def _check_rows(
@@ -201,7 +227,14 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least(1),
         help="images for a teacher that is trained here; default: the setting's",
     )
-    add("--teacher", help="ONNX file with stages named as in SFace, which is the default")
+    add("--teacher", help="ONNX file; default: SFace")
+    add(
+        "--teacher-stages",
+        nargs="+",
+        metavar="PATH",
+        help="the teacher's submodules whose features are recorded in settings B and short, from "
+        "shallow to deep; default: those of SFace",
+    )
     add_device(parser)
     add(
         "--processes",

@@ -1,5 +1,6 @@
 """Small made-up faces, pairs and a teacher, to try the benchmark without real ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,14 @@ def write_pairs(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_teacher(path: Path) -> None:
-    """Write a network of random weights as ONNX; its stages have the names and sizes of SFace's."""
+SFACE_STAGES = tuple(SETTINGS["B"].recorded.values())
+
+
+def write_teacher(path: Path, stages: Sequence[str] = SFACE_STAGES) -> None:
+    """Write a network of random weights as ONNX; its stages have the sizes of SFace's.
+
+    stages: their three names, from shallow to deep.
+    """
     import onnx
     from onnx import helper, numpy_helper
 
@@ -51,7 +58,7 @@ def write_teacher(path: Path) -> None:
         )
         for name, shape in shapes.items()
     ]
-    first, second, third = SETTINGS["B"].recorded.values()
+    first, second, third = stages
     nodes = [
         helper.make_node("Conv", ["data", "w0"], ["x0"], "conv0", strides=[4, 4]),
         helper.make_node("Relu", ["x0"], ["x1"], first),

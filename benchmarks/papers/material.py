@@ -20,9 +20,10 @@ from kdhooks.evaluation.pairs import Pairs
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.embedding import as_input
 from kdhooks_demo.exam import teacher_chunk
 from kdhooks_demo.faces import Faces
-from kdhooks_demo.training import Lesson, Maps, as_input, means_of
+from kdhooks_demo.lesson import Lesson, Maps, means_of
 
 MOST = 20  # images of a person
 PLAIN = "plain views"  # the names of parts of a lesson

@@ -7,9 +7,9 @@ from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import pair_scores, tar_at_far, verify
 from kdhooks.views.viewing import viewed
+from kdhooks_demo.embedding import CHUNK, as_input
 from kdhooks_demo.exam import FARS, Exam
 from kdhooks_demo.pairs import Split
-from kdhooks_demo.training import CHUNK, as_input
 from kdhooks_plugins.batch_norm import adapted_batch_norm
 
 SHARE = 0.5  # the share of the test's statistics in adapted batch norms

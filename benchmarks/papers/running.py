@@ -24,8 +24,9 @@ from benchmarks.papers.locks import locked, remove_abandoned
 from benchmarks.papers.material import digest
 from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
+from kdhooks_demo.lesson import Lesson
 from kdhooks_demo.report import Score
-from kdhooks_demo.training import Lesson, Row, Settings, train
+from kdhooks_demo.training import Row, Settings, train
 
 Record: TypeAlias = dict[str, object]
 Job: TypeAlias = tuple[Row, int]

@@ -11,14 +11,17 @@ from benchmarks.papers.locks import locked
 from benchmarks.papers.material import Outputs, lesson
 from benchmarks.papers.rows import TEACHER
 from benchmarks.papers.settings import Setting
+from kdhooks.errors import KDHooksError
 from kdhooks.onnx.to_torch import to_torch
+from kdhooks.paths import find
 from kdhooks.teacher.input_transform import InputTransform
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import write_tensors
 from kdhooks_demo.faces import Faces
+from kdhooks_demo.lesson import Lesson
 from kdhooks_demo.main import teacher_of
-from kdhooks_demo.training import Lesson, Row, Settings, loaded, train
+from kdhooks_demo.training import Row, Settings, loaded, train
 
 SEED = 0  # of the teachers that are trained here
 AGAIN = "the teacher is trained again"
@@ -35,9 +38,13 @@ class School:
     def __init__(
         self, setting: Setting, faces: Faces, file: str | None, folder: Path, device: torch.device
     ) -> None:
-        """faces: of everybody who is not tested. file: the one that replaces SFace, if any."""
+        """faces: of everybody who is not tested. file: the one that replaces SFace, if any.
+
+        KDHooksError: the teacher lacks a stage that the setting records.
+        """
         self.setting = setting
         self.sface = _sface(file)
+        _check_stages(self.sface, setting)
         self.folder = folder
         self._faces, self._device = faces, device
 
@@ -107,3 +114,16 @@ def _sface(file: str | None) -> Teacher:
     network = to_torch(file)
     transform = InputTransform(size=network.size, mean=network.mean, std=network.std)
     return Teacher(network, transform=transform, channels_last=True)
+
+
+def _check_stages(teacher: Teacher, setting: Setting) -> None:
+    """Refuse a teacher that lacks a stage, before it embeds thousands of images."""
+    assert teacher.module is not None
+    for path in setting.recorded.values():
+        try:
+            find(teacher.module, path, "teacher")
+        except KDHooksError as error:
+            raise KDHooksError(
+                f"setting {setting.name} records features of the teacher, but the {error}; name "
+                f"{len(setting.recorded)} stages of this teacher with --teacher-stages"
+            ) from error

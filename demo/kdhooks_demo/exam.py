@@ -12,9 +12,10 @@ from kdhooks.teacher.sessions import open_session
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.verification import Floats, flip_summed, pair_scores, roc, tar_at_far, unit, verify
+from kdhooks_demo.embedding import as_input, embed
 from kdhooks_demo.pairs import Split
 from kdhooks_demo.report import Score
-from kdhooks_demo.training import Trained, as_input, embed
+from kdhooks_demo.training import Trained
 
 FARS = (1e-2, 1e-3)
 TEACHER_CHUNK = 8  # images; larger batches are slower on a processor

@@ -1,5 +1,12 @@
-"""A small face network in the style of MobileFaceNet (Chen et al., CCBR 2018, arXiv:1804.07573)."""
+"""A small face network in the style of MobileFaceNet, and the head that trains it on labels.
 
+MobileFaceNet: Chen et al., CCBR 2018, arXiv:1804.07573.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = ("stage1", "stage2", "stage4")  # the ends of 28x28, 14x14 and 7x7
@@ -75,3 +82,27 @@ def convolution(
         nn.BatchNorm2d(out_channels),
     ]
     return nn.Sequential(*layers, nn.ReLU()) if activate else nn.Sequential(*layers)
+
+
+class ArcFaceHead(nn.Module):
+    """ArcFace, Deng et al., CVPR 2019, arXiv:1801.07698: the student's own classifier."""
+
+    def __init__(self, dim: int, classes: int, margin: float, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(classes, dim))
+        self.margin, self.scale = margin, scale
+
+    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        """(b d), (b) -> (), in the precision of the weight.
+
+        Autocast is off: half precision rounds small angles to 0, and CUDA's autocast would return
+        arccosines in another precision than the cosines.
+        """
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = embedding.to(self.weight.dtype)
+            cosine = F.normalize(embedding) @ F.normalize(self.weight).T
+            own = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
+            turned = torch.cos(torch.acos(own) + self.margin)
+            line = own - self.margin * math.sin(math.pi - self.margin)
+            own = torch.where(own > math.cos(math.pi - self.margin), turned, line)
+            return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], own), labels)

@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.teacher import Teacher
+from kdhooks_demo.embedding import as_input
 from kdhooks_demo.exam import TEACHER_CHUNK
 from kdhooks_demo.faces import Faces
+from kdhooks_demo.lesson import Lesson, means_of
 from kdhooks_demo.material import blends, together, views
-from kdhooks_demo.training import Lesson, Row, Settings, Trained, as_input, means_of, train
+from kdhooks_demo.training import Row, Settings, Trained, train
 
 _KNOWN = "known people"  # the name of the part of a lesson
 

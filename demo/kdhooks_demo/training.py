@@ -7,36 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
-from kdhooks.teacher.class_means import class_means
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import read_tensors, write_tensors
 from kdhooks.views.viewing import viewed
-from kdhooks_demo.network import STAGES, SmallFaceNet
+from kdhooks_demo.embedding import as_input, layout
+from kdhooks_demo.lesson import Lesson, Remembered
+from kdhooks_demo.network import STAGES, ArcFaceHead, SmallFaceNet
 
-CHUNK = 128
 PROGRESS = 10  # steps between two reports, since a report waits for the device
 SAVES = 10  # of the state of a training
-
-
-@dataclass(frozen=True)
-class Maps:
-    """A teacher's features at one stage, of n images: rows (n) of a file's (m k h w)."""
-
-    file: Path  # .npy, float16
-    rows: NDArray[np.int64]
-
-    def opened(self) -> NDArray[np.float16]:
-        """(m k h w), which is read from the file when it is indexed."""
-        stored: NDArray[np.float16] = np.load(self.file, mmap_mode="r")
-        return stored
 
 
 @dataclass(frozen=True)
@@ -76,36 +61,6 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the table's settings, by name
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """The material of all students. The teacher has embedded every image once."""
-
-    images: Tensor  # (n 3 112 112) uint8
-    labels: Tensor  # (n)
-    embedding: Tensor  # (n e), the teacher's
-    rows: Tensor  # (c e), the class means of these
-    parts: Mapping[str, Tensor]  # name -> rows of the n, for a Row with fewer images
-    maps: Mapping[str, Maps] = field(default_factory=dict)
-    teacher: nn.Module | None = None  # for rows whose teacher is live
-    teacher_stages: Sequence[str] = ()  # stages of that network, or those that were recorded
-    teachers: int = 1  # their embeddings and rows of equal widths are concatenated
-
-    def to(self, device: torch.device) -> "Lesson":
-        """Copy everything that a step reads to the device of the training.
-
-        The class means stay on the processor: each method takes its own copy of them.
-        """
-        images, labels = self.images.to(device), self.labels.to(device)
-        return replace(self, images=images, labels=labels, embedding=self.embedding.to(device))
-
-
-def means_of(embedding: Tensor, labels: Tensor) -> Tensor:
-    """(n e), (n) -> (c e): the class means of recorded embeddings of a teacher."""
-    known = Teacher(lambda images: embedding)  # it ignores the images
-    batches = [(torch.zeros(len(labels), 3, 1, 1), labels)]
-    return class_means(known, batches, int(labels.max()) + 1, flip=False)
-
-
 @dataclass
 class Trained:
     student: nn.Module
@@ -113,89 +68,6 @@ class Trained:
     losses: list[float] = field(default_factory=list)  # labels' loss plus terms, in each step
     cosines: list[float] = field(default_factory=list)  # of student to teacher, batch mean
     looks: list[Mapping[str, Any]] = field(default_factory=list)  # see `train`
-
-
-class Remembered(nn.Module):
-    """A teacher whose outputs are recorded. `rows` are the numbers of the images of the next call.
-
-    The rows lie on the device of the embeddings, and the outputs on that of the images.
-    """
-
-    def __init__(self, embedding: Tensor, maps: Mapping[str, Maps]) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.rows = torch.arange(2, device=embedding.device)
-        self.stages = nn.ModuleDict({name: RememberedStage(stage) for name, stage in maps.items()})
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(b 3 h w) -> (b e)."""
-        for stage in self.stages.values():
-            stage(self.rows, images.device)
-        return self.embedding[self.rows].to(images.device)
-
-    def keep(self, paths: set[str]) -> None:
-        """Drop the stages that no method taps; load the others onto a GPU with enough memory."""
-        for name, stage in list(self.stages.items()):
-            if f"stages.{name}" not in paths:
-                del self.stages[name]
-            elif isinstance(stage, RememberedStage) and _fits(stage.size, self.embedding.device):
-                stage.load(self.embedding.device)
-
-
-class RememberedStage(nn.Module):
-    def __init__(self, maps: Maps) -> None:
-        super().__init__()
-        self._stored, self._rows = maps.opened(), maps.rows
-        self._loaded: Tensor | None = None  # (n k h w) float16
-
-    @property
-    def size(self) -> int:
-        """The size of all features, in bytes."""
-        return len(self._rows) * int(self._stored[0].nbytes)
-
-    def load(self, device: torch.device) -> None:
-        """Load all features into the memory of the device."""
-        shape = (len(self._rows), *self._stored.shape[1:])
-        self._loaded = torch.empty(shape, dtype=torch.float16, device=device)
-        for start in range(0, len(self._rows), CHUNK):
-            some = torch.from_numpy(self._stored[self._rows[start : start + CHUNK]])
-            self._loaded[start : start + len(some)] = some.to(device)
-
-    def forward(self, rows: Tensor, device: torch.device) -> Tensor:
-        """(b) -> (b k h w)."""
-        if self._loaded is not None:
-            return self._loaded[rows].to(device).float()
-        found = torch.from_numpy(self._stored[self._rows[rows.cpu().numpy()]])
-        return found.to(device).float()
-
-
-def _fits(size: int, device: torch.device) -> bool:
-    """Whether the bytes fit into half of a GPU's free memory. Otherwise the files are read."""
-    return device.type == "cuda" and 2 * size <= torch.cuda.mem_get_info(device)[0]
-
-
-class ArcFaceHead(nn.Module):
-    """ArcFace, Deng et al., CVPR 2019, arXiv:1801.07698: the student's own classifier."""
-
-    def __init__(self, dim: int, classes: int, margin: float, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(0.01 * torch.randn(classes, dim))
-        self.margin, self.scale = margin, scale
-
-    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """(b d), (b) -> (), in the precision of the weight.
-
-        Autocast is off: half precision rounds small angles to 0, and CUDA's autocast would return
-        arccosines in another precision than the cosines.
-        """
-        with torch.autocast(embedding.device.type, enabled=False):
-            embedding = embedding.to(self.weight.dtype)
-            cosine = F.normalize(embedding) @ F.normalize(self.weight).T
-            own = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
-            turned = torch.cos(torch.acos(own) + self.margin)
-            line = own - self.margin * math.sin(math.pi - self.margin)
-            own = torch.where(own > math.cos(math.pi - self.margin), turned, line)
-            return F.cross_entropy(self.scale * cosine.scatter(1, labels[:, None], own), labels)
 
 
 def train(
@@ -279,7 +151,7 @@ class Training:
         self.device = lesson.images.device
         dim = lesson.embedding.shape[1]
         self.student = settings.student(dim).train()
-        self.student.to(memory_format=_layout(self.device))  # type: ignore[call-overload]
+        self.student.to(memory_format=layout(self.device))  # type: ignore[call-overload]
         self._head = ArcFaceHead(dim, len(lesson.rows), settings.margin, settings.scale)
         self._remembered = [
             Remembered(part, lesson.maps) for part in _parts(lesson.embedding, lesson, row)
@@ -461,29 +333,3 @@ def _batches(rows: Tensor, batch: int, steps: int, seed: int, device: torch.devi
     rounds = math.ceil(steps * batch / len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
     return list(rows[order[: steps * batch]].to(device).split(batch))
-
-
-def as_input(images: Tensor) -> Tensor:
-    """(b 3 h w) uint8 -> (b 3 h w) in [-1, 1], as the trainers scale images."""
-    return ((images.float() - 127.5) / 127.5).contiguous(memory_format=_layout(images.device))
-
-
-def _layout(device: torch.device) -> torch.memory_format:
-    """Channels last, which is faster on a processor.
-
-    It is slower on a GPU: cuDNN's grouped convolutions in float32 are slow there, and PyTorch's own
-    depthwise kernels need contiguous channels.
-    """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
-@torch.no_grad()
-def embed(
-    model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    chunk: int = CHUNK,
-    device: torch.device | None = None,
-) -> Tensor:
-    """(n 3 112 112) uint8 -> (n d), on the images' device. The model runs on `device`."""
-    parts = [model(as_input(some.to(device or images.device))) for some in images.split(chunk)]
-    return torch.cat(parts).to(images.device)

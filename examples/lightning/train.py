@@ -21,7 +21,7 @@ from kdhooks.evaluation.pair_sets import PairSet
 from kdhooks.factories import factory_named, made_by
 from kdhooks.recipe import Recipe
 from kdhooks.verification import pair_scores, verify
-from kdhooks_demo.training import ArcFaceHead
+from kdhooks_demo.network import ArcFaceHead
 from kdhooks_integrations.lightning import Distill
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from kdhooks import class_means
 from kdhooks.recipe import Recipe, build_teacher
-from kdhooks_demo.training import as_input
+from kdhooks_demo.embedding import as_input
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

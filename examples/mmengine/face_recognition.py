@@ -18,10 +18,9 @@ from kdhooks.onnx.to_torch import to_torch
 from kdhooks.verification import flip_summed, pair_scores, verify
 from kdhooks_demo.faces import read_faces, read_orl
 from kdhooks_demo.material import views
-from kdhooks_demo.network import SmallFaceNet
+from kdhooks_demo.network import ArcFaceHead, SmallFaceNet
 from kdhooks_demo.packages import sface_file
 from kdhooks_demo.pairs import read_pairs, split_by_pairs, split_by_people
-from kdhooks_demo.training import ArcFaceHead
 
 MODELS.register_module(module=SmallFaceNet)
 
