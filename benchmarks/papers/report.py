@@ -33,18 +33,20 @@ MAIN = "tar2"
 
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
 
-LEGEND = (
-    "Shares are in per cent, as the mean of the seeds and its standard error. *Added* is the "
-    "paired difference to labels alone: of the same seed, so of the same initial weights and the "
-    "same order of the images. **Bold**: the mean is more than two standard errors above 0. *Gap* "
-    "is the share of the distance in TAR at FAR 0.01 between labels alone and the teacher that the "
-    "row closes. *Cross* compares the teacher's embedding of the first image with the student's of "
-    "the second. *Strength* is the length of the gradient of the row's methods in the student's "
-    "parameters, divided by that of the labels' loss, and *agreement* the cosine of the two "
-    "gradients: at the first point of the curve, and at the end. *Sharp gallery* compares the "
-    "student's embedding of the first image as it is with that of the second one's probe. "
-    "*Adapted* compares probes with probes, by batch norms that know the test's images."
-)
+LEGEND = """\
+Shares are in per cent, as the mean of the seeds and its standard error. **Bold**: the mean is more
+than two standard errors above 0.
+
+- *Added*: the paired difference to labels alone, that is, to the student of the same seed, with the
+  same initial weights and the same order of the images.
+- *Gap*: the share of the distance in TAR at FAR 0.01 between labels alone and the teacher that the
+  row closes.
+- *Cross*: the accuracy if the teacher embeds the first image of a pair and the student the second.
+- *Strength*: the length of the gradient of the row's methods in the student's parameters, divided
+  by that of the labels' loss. *Agreement*: the cosine of the two gradients. Both are shown for the
+  first point of the curve and for the end.
+- *Sharp gallery*: the student embeds the first image as it is, and the probe of the second.
+- *Adapted*: the student embeds two probes, with batch norms that know the test's images."""
 
 
 def write(records: Sequence[Record], results: Path) -> None:

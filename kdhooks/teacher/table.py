@@ -95,7 +95,8 @@ class TeacherTable(Options, subject="recipe: teacher"):
         None, "The output of the ONNX file that is the embedding, if the file has several outputs."
     )
     root: Path | None = option(
-        None, "The folder of insightface's packs; by default ~/.insightface."
+        None,
+        "The folder that holds models, with insightface's packs; by default ~/.insightface.",
     )
     convert: bool = option(
         False, "Turn the ONNX file into a torch module, whose features can be tapped."

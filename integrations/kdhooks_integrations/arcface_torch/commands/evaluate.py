@@ -9,8 +9,8 @@ MODEL is one of: an ONNX file; a checkpoint (with --network); the name of an ins
 pack; "teacher", the recipe's teacher (several are joined); or "teacher.0", the first of several.
 NAME=MODEL gives it another name.
 
-The table has a row for each model, and for any two models across, where one embeds the first image
-of each pair and the other the second. It shows the accuracy with its standard deviation over the
+The table has a row for each model, and one for any two models, where one embeds the first image of
+each pair and the other the second. It shows the accuracy with its standard deviation over the
 folds, the EER, and the TAR at each FAR.
 """
 
