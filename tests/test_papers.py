@@ -60,6 +60,13 @@ def test_people_with_one_image_are_left_out_and_others_are_limited() -> None:
 
 
 def record(accuracy: float) -> dict[str, Any]:
+def test_too_few_people_to_train_on_are_refused() -> None:
+    faces = Faces(torch.zeros(3, 3, 112, 112, dtype=torch.uint8), ("one/0", "two/0", "two/1"))
+    assert Images(("plain",)).views(faces).names
+    with pytest.raises(KDHooksError, match="two people with several images must be in none of the"):
+        Images(("plain",), single=False).views(faces)
+
+
     return {"accuracy": accuracy, "tar2": 0.5, "tar3": 0.1, "eer": 0.2, "cross": 0.5, "seconds": 3}
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.papers.locks import locked
 from benchmarks.papers.views import drawn
 from kdhooks.classes.joined import joined
+from kdhooks.errors import KDHooksError
 from kdhooks.evaluation.pairs import Pairs
 from kdhooks.teacher.fingerprints import weights_of
 from kdhooks.teacher.session import TeacherSession
@@ -40,7 +41,14 @@ class Images:
 
     def views(self, faces: Faces) -> Faces:
         """(n) -> (m): the first images of each person, at most MOST, in all views."""
-        return drawn(chosen(faces, self.single), self.kinds)
+        kept = chosen(faces, self.single)
+        people = len(set(kept.people))
+        if people < 2:
+            raise KDHooksError(
+                "faces: at least two people with several images must be in none of the pairs, to "
+                f"train on; found {people}; add images, or name fewer people in the pairs"
+            )
+        return drawn(kept, self.kinds)
 
     def parts(self, views: Faces) -> dict[str, Tensor]:
         """The parts of a lesson that a row may be taught by."""
