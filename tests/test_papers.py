@@ -523,19 +523,20 @@ def test_an_incomplete_last_line_is_dropped(
 ) -> None:
     results = tmp_path / "lfw.jsonl"
     mend(results)  # the file does not exist yet
-    results.write_text('{"row": "kd"}\n')
+    results.write_text('{"row": "kd", "seed": 0}\n')
     mend(results)
     assert capsys.readouterr().out == ""
-    results.write_text('{"row": "kd"}\n{"row": "fc')
-    assert read(results) == [{"row": "kd"}]
+    results.write_text('{"row": "kd", "seed": 0}\n{"row": "fc')
+    assert read(results) == [{"row": "kd", "seed": 0}]
     mend(results)
     assert "lfw.jsonl: cut off an incomplete last line" in capsys.readouterr().out
-    assert results.read_text() == '{"row": "kd"}\n'
+    assert results.read_text() == '{"row": "kd", "seed": 0}\n'
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ['{"row": "fc', "[1]", '{"row": "fcd"}'])
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     results = tmp_path / "lfw.jsonl"
-    results.write_text('{"row": "kd"}\n{"row": "fc\n{"row": "at"}\n')
+    results.write_text(f'{{"row": "kd", "seed": 0}}\n{line}\n{{"row": "at", "seed": 0}}\n')
     with pytest.raises(KDHooksError, match=r"lfw\.jsonl:2 must be a result.*delete the line"):
         read(results)
 

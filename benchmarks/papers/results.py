@@ -18,12 +18,14 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def _record(line: bytes, place: str) -> dict[str, object]:
     try:
-        found: dict[str, object] = json.loads(line)
-    except ValueError as error:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and {"row", "seed"} <= found.keys()):
         raise KDHooksError(
-            f"{place} must be a result, as one JSON object; found {line[:40]!r}; delete the line, "
-            "and its student is trained again"
-        ) from error
+            f"{place} must be a result, as one JSON object with a row and a seed; found "
+            f"{line[:40]!r}; delete the line, and its student is trained again"
+        )
     return found
 
 
