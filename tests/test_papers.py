@@ -590,6 +590,20 @@ def test_a_wrong_option_is_refused_before_anything_runs(
     assert not out.exists()
 
 
+def test_the_tables_are_written_although_a_student_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_material(tmp_path)
+
+    def failing(course: Course, row: Row, seed: int) -> dict[str, object]:
+        raise ValueError("no")
+
+    monkeypatch.setattr(Course, "record", failing)
+    with pytest.raises(SystemExit, match="1 of 1 students failed: fcd 0: ValueError"):
+        students(tmp_path, tmp_path / "out", 1, rows=["fcd"])
+    assert "| teacher | " in (tmp_path / "out" / "lfw.md").read_text()
+
+
 class Failing:
     """A course in which the row fcd fails."""
 

@@ -82,7 +82,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         course = _course(school, split, common, options)
         if (TEACHER, 0) not in done:
             append(results, course.entry(TEACHER, 0, course.exam.teachers_score))
-        _train(left, course, options, results)
+        try:
+            _train(left, course, options, results)
+        except SystemExit:  # some students failed
+            write(read(results), results)
+            raise
     write(read(results), results)
 
 
