@@ -1,5 +1,6 @@
 """benchmarks.papers: its material, its runs and its tables."""
 
+import re
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -38,7 +39,7 @@ from benchmarks.papers.report import (
 )
 from benchmarks.papers.results import differences, mend, read
 from benchmarks.papers.rows import LABELS, TEACHER, swept
-from benchmarks.papers.running import Course, in_processes, records
+from benchmarks.papers.running import Course, in_processes, records, taught_by
 from benchmarks.papers.settings import SETTINGS, SHORT
 from benchmarks.papers.views import KINDS, drawn
 from kdhooks.errors import KDHooksError
@@ -59,7 +60,6 @@ def test_people_with_one_image_are_left_out_and_others_are_limited() -> None:
     assert chosen(faces, single=True).names == (names[0], *kept)
 
 
-def record(accuracy: float) -> dict[str, Any]:
 def test_too_few_people_to_train_on_are_refused() -> None:
     faces = Faces(torch.zeros(3, 3, 112, 112, dtype=torch.uint8), ("one/0", "two/0", "two/1"))
     assert Images(("plain",)).views(faces).names
@@ -67,6 +67,7 @@ def test_too_few_people_to_train_on_are_refused() -> None:
         Images(("plain",), single=False).views(faces)
 
 
+def record(accuracy: float) -> dict[str, Any]:
     return {"accuracy": accuracy, "tar2": 0.5, "tar3": 0.1, "eer": 0.2, "cross": 0.5, "seconds": 3}
 
 
@@ -602,6 +603,31 @@ def test_the_tables_are_written_although_a_student_failed(
     with pytest.raises(SystemExit, match="1 of 1 students failed: fcd 0: ValueError"):
         students(tmp_path, tmp_path / "out", 1, rows=["fcd"])
     assert "| teacher | " in (tmp_path / "out" / "lfw.md").read_text()
+
+
+def test_a_sweep_refuses_results_on_other_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pairs that `digests` knows, those of the last folds, stay equal here."""
+    write_material(tmp_path)
+    file = tmp_path / "pairs.txt"
+    _, *tested = file.read_text().splitlines(keepends=True)
+    earlier = {"p6": "p2", "p7": "p3", "p8": "p4", "p9": "p5"}
+    pairs = ["4\t6\n", *(re.sub(r"p\d", lambda p: earlier[p[0]], one) for one in tested), *tested]
+    file.write_text("".join(pairs))
+
+    def untrained(course: Course, row: Row, seed: int) -> dict[str, object]:
+        return course.common | taught_by(row) | record(0.5) | {"row": row.name, "seed": seed}
+
+    monkeypatch.setattr(Course, "record", untrained)
+    monkeypatch.setattr("benchmarks.papers.__main__.write", lambda found, results: None)
+    sweep = ["fcd", "--sweep", "--factors", "1"]
+    students(tmp_path, tmp_path, 1, rows=sweep)
+    assert len(read(tmp_path / "sweep.jsonl")) == 2
+    file.write_text("".join([pairs[0], pairs[2], pairs[1], *pairs[3:]]))
+    with pytest.raises(SystemExit):
+        students(tmp_path, tmp_path, 1, rows=sweep)
+    assert "sweep.jsonl' holds results of other settings: swept_on (" in capsys.readouterr().err
 
 
 class Failing:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import add_device
-from benchmarks.papers.material import PLAIN, PLAIN_KINDS, digests
+from benchmarks.papers.material import PLAIN, PLAIN_KINDS, digest_of_pairs, digests
 from benchmarks.papers.probes import ProbeExam
 from benchmarks.papers.report import write
 from benchmarks.papers.results import append, differences, mend, read
@@ -66,6 +66,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         **_teachers_images(setting),
         **_stages(setting),
     }
+    if options.sweep:
+        common["swept_on"] = digest_of_pairs(read_pairs(options.pairs, fifth=4))
     found = [record for record in read(results) if record.get("setting", SHORT) == setting.name]
     different = differences(found, common)
     for row in setting.rows:

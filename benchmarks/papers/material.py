@@ -178,5 +178,10 @@ def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:
     return {"data": hashlib.sha256(text.encode()).hexdigest()[:12], "teacher": weights[:12]}
 
 
+def digest_of_pairs(pairs: Pairs) -> str:
+    text = repr((pairs.names, pairs.folds.tolist()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def digest(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().data).hexdigest()
