@@ -19,7 +19,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.papers import school
-from benchmarks.papers.__main__ import _teachers_images, main
+from benchmarks.papers.__main__ import _jobs, _parser, _setting, _teachers_images, main
 from benchmarks.papers.locks import locked
 from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
 from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, Outputs, chosen
@@ -419,6 +419,26 @@ def test_a_teacher_sees_at_least_one_batch(
     assert "--teacher-images must be at least a batch; found 20 and 60" in capsys.readouterr().err
 
 
+def jobs(options: str) -> list[tuple[str, int]]:
+    """Return the row and seed of each student that these options of setting A train."""
+    parsed = _parser().parse_args(f"--setting A --data none --pairs none {options}".split())
+    return [(row.name, seed) for row, seed in _jobs(_setting(_parser(), parsed), parsed)]
+
+
+def test_a_sweep_trains_one_seed_unless_more_are_specified() -> None:
+    sweep = "--rows fcd --sweep --factors 1 1 2 --seed 4"
+    assert jobs(sweep) == [("fcd x 512", 4), ("fcd x 1024", 4)]
+    assert jobs(f"{sweep} --seeds 2") == [
+        *((f"fcd x {weight}", 4) for weight in (512, 1024)),
+        *((f"fcd x {weight}", 5) for weight in (512, 1024)),
+    ]
+    assert jobs("--rows fcd eckd") == [
+        *((row, seed) for seed in range(3) for row in ("fcd", "eckd")),
+        ("eckd", 3),
+        ("eckd", 4),
+    ]
+
+
 def test_results_name_the_images_of_the_teachers_that_are_trained() -> None:
     assert _teachers_images(SETTINGS["A"]) == {}
     assert _teachers_images(SETTINGS["D"]) == {"teacher_images": "150000"}
@@ -548,6 +568,8 @@ def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
         ("--rows labels nosuch", "--rows: there is no row 'labels'; did you mean 'labels alone'?"),
         ("--rows nosuch", "the rows are teacher, labels alone, fcd"),
         ("--sweep --rows proxylesskd", "there is no row 'proxylesskd'"),
+        ("--rows", "--rows: expected at least one argument"),
+        ("--factors 1 2.5", "--factors needs --sweep; found 1, 2.5; remove --factors"),
         ("--processes 0", "--processes: must be a whole number, at least 1; found 0"),
         ("--processes -1", "--processes: must be a whole number, at least 1; found -1"),
         ("--images-seen 0", "--images-seen: must be"),

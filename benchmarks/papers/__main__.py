@@ -118,8 +118,14 @@ def _setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Se
     counts = [("images-seen", students), ("teacher-images", taught)]
     counts += [("teacher-images", one.taught) for one in teachers]
     rows = setting.rows
+    if options.factors and not options.sweep:
+        parser.error(
+            f"--factors needs --sweep; found {listed(f'{one:g}' for one in options.factors)}; "
+            "remove --factors, or add --sweep"
+        )
     if options.sweep:
-        rows = (*swept(setting.rows, options.factors), *setting.study)
+        factors = dict.fromkeys(options.factors or SWEPT)
+        rows = (*swept(setting.rows, tuple(factors)), *setting.study)
     wanted = [row for row in rows if not options.rows or _method(row) in options.rows]
     counts += [("images-seen", replace(students, **row.changes)) for row in wanted if row.changes]
     for option, found in counts:
@@ -191,17 +197,20 @@ def _check_rows(
 
 def _jobs(setting: Setting, options: argparse.Namespace) -> list[Job]:
     """Return the jobs, seed by seed, with rows in the order of the command line or the table."""
+
+    def seeds(row: Row) -> int:
+        usual = MORE_SEEDS if row.name in setting.more_seeds else SEEDS
+        return options.seeds or (1 if options.sweep else usual)
+
     rows = list(setting.rows)
     if options.rows:
         rows = [row for row in rows if _method(row) in options.rows]
         rows.sort(key=lambda row: options.rows.index(_method(row)))
-    if options.sweep:
-        return [(row, options.seed) for row in rows]
     return [
         (row, options.seed + number)
-        for number in range(options.seeds or MORE_SEEDS)
+        for number in range(max(map(seeds, rows), default=0))
         for row in rows
-        if number < (options.seeds or (MORE_SEEDS if row.name in setting.more_seeds else SEEDS))
+        if number < seeds(row)
     ]
 
 
@@ -211,9 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--setting", required=True, choices=SETTINGS, help="the table to run; see settings.py")
     add("--data", required=True, help="LFW, aligned and 112x112: a folder or a zip")
     add("--pairs", required=True, help="LFW's pairs.txt")
-    add("--rows", nargs="*", help="run only these rows of the table, in this order")
+    add("--rows", nargs="+", help="run only these rows of the table, in this order")
     add("--sweep", action="store_true", help="vary the weights, on the pairs of folds 7 and 8")
-    add("--factors", type=factor, nargs="+", default=SWEPT, help="weight factors, with --sweep")
+    add("--factors", type=factor, nargs="+", help="weight factors, with --sweep; default: 1 4 16")
     add(
         "--seed",
         type=at_least(0),
@@ -223,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--seeds",
         type=at_least(1),
-        help="students of each row; default: 3, and 5 for the setting's own papers",
+        help="students of each row; default: 3, 5 for the setting's own papers, 1 with --sweep",
     )
     add("--images-seen", type=at_least(1), help="images for each student; default: the setting's")
     add("--batch", type=at_least(2), help="batch size of the students; default: the setting's")
