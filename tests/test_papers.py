@@ -176,6 +176,14 @@ def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path: Path) -
     assert page.read_text().startswith(f"# By hand\n\n{START}")
 
 
+def test_the_tables_name_the_file_that_replaces_sface(tmp_path: Path) -> None:
+    one = {**record(0.5), "row": TEACHER, "seed": 0, "images_seen": 50, "versions": "torch 2"}
+    write([{**one, "setting": "A"}], tmp_path / "papers.jsonl")
+    assert "replaces SFace" not in (tmp_path / "papers.md").read_text()
+    write([{**one, "setting": "A", "teacher_file": "own.onnx"}], tmp_path / "papers.jsonl")
+    assert "torch 2. `own.onnx` replaces SFace.\n" in (tmp_path / "papers.md").read_text()
+
+
 def test_every_row_has_a_valid_recipe() -> None:
     for setting in SETTINGS.values():
         rows = [*setting.rows, *swept(setting.rows), *setting.study]
@@ -624,7 +632,9 @@ def test_the_tables_are_written_although_a_student_failed(
     monkeypatch.setattr(Course, "record", failing)
     with pytest.raises(SystemExit, match="1 of 1 students failed: fcd 0: ValueError"):
         students(tmp_path, tmp_path / "out", 1, rows=["fcd"])
-    assert "| teacher | " in (tmp_path / "out" / "lfw.md").read_text()
+    page = (tmp_path / "out" / "lfw.md").read_text()
+    assert "| teacher | " in page
+    assert "`teacher.onnx` replaces SFace." in page
 
 
 def test_a_sweep_refuses_results_on_other_pairs(

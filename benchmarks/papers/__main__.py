@@ -78,6 +78,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             f"'{results}' holds results of other settings: {'; '.join(different)}; use the "
             "settings of that file, or specify another folder with --out"
         )
+    if options.teacher is not None:
+        common["teacher_file"] = Path(options.teacher).name  # it may be renamed, so it comes last
     done = {(record["row"], record["seed"]) for record in found}
     left = [job for job in _jobs(setting, options) if (job[0].name, job[1]) not in done]
     if left or (TEACHER, 0) not in done:

@@ -75,6 +75,8 @@ def _section(name: str, records: Sequence[Record], results: Path) -> str:
     draw(rows).savefig(image, dpi=110)
     seen = f"Each student sees {last['images_seen']:,} images. {last['versions']}."
     parts = [f"## {name}: {SETTINGS[name].title}", table(rows), seen, flatness(rows)]
+    if "teacher_file" in last:
+        seen += f" `{last['teacher_file']}` replaces SFace."
     if curve(rows.get(LABELS, {}))[1]:
         parts.append(course_table(rows))
     return "\n\n".join([part for part in parts if part] + [f"![Setting {name}]({image.name})"])
