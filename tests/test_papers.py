@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("tqdm")
 
+import numpy as np
 import torch
 from torch.testing import assert_close
 
@@ -25,8 +26,10 @@ from benchmarks.papers.made_up import write_faces, write_pairs, write_teacher
 from benchmarks.papers.material import MOST, PLAIN, SEVERAL, Images, Outputs, chosen
 from benchmarks.papers.report import (
     END,
+    MAIN,
     START,
     added,
+    by_row,
     cells,
     course_table,
     error,
@@ -103,6 +106,20 @@ def test_the_gap_is_the_share_of_the_difference_between_labels_alone_and_teacher
     assert gap({LABELS: rows[LABELS], "fcd": rows["fcd"]}, "fcd") is None
     assert cells(rows)[3][8] == "50"
     assert gap({**rows, TEACHER: tars([0.5])}, "fcd") is None, "there is no gap"
+
+
+def test_gains_in_tar_are_larger_compared_with_their_errors_than_those_in_accuracy() -> None:
+    """As docs/results/papers.md says; of all rows that teach, with five seeds."""
+    found = read(Path(__file__).parents[1] / "docs" / "results" / "papers.jsonl")
+    steady = []
+    for setting in {str(one["setting"]) for one in found}:
+        rows = by_row(one for one in found if one["setting"] == setting)
+        for name in rows:
+            accuracy, tar = (added(rows, name, key) for key in ("accuracy", MAIN))
+            if len(tar) == 5 and teaches(tar):
+                steady.append(np.mean(tar) / error(tar) > np.mean(accuracy) / error(accuracy))
+    assert len(steady) >= 5
+    assert all(steady)
 
 
 def drawn_by(*curves: list[float]) -> dict[int, dict[str, Any]]:

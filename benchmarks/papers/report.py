@@ -29,7 +29,8 @@ MORE = {
 }
 """Of settings whose probes are poorer than the images; see `probes`."""
 MAIN = "tar2"
-"""The measure by which a row is judged: it varies less between seeds than the accuracy does."""
+"""The measure by which a row is judged: its gains are larger, compared with their standard errors,
+than those of the accuracy."""
 
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
 
@@ -74,9 +75,9 @@ def _section(name: str, records: Sequence[Record], results: Path) -> str:
     image = results.with_name(f"{results.stem}-{name}.png")
     draw(rows).savefig(image, dpi=110)
     seen = f"Each student sees {last['images_seen']:,} images. {last['versions']}."
-    parts = [f"## {name}: {SETTINGS[name].title}", table(rows), seen, flatness(rows)]
     if "teacher_file" in last:
         seen += f" `{last['teacher_file']}` replaces SFace."
+    parts = [f"## {name}: {SETTINGS[name].title}", table(rows), seen, flatness(rows)]
     if curve(rows.get(LABELS, {}))[1]:
         parts.append(course_table(rows))
     return "\n\n".join([part for part in parts if part] + [f"![Setting {name}]({image.name})"])
