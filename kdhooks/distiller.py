@@ -49,6 +49,7 @@ from kdhooks.schedules import Scheduled
 from kdhooks.student_taps import StudentTaps
 from kdhooks.task_weight import TaskWeight
 from kdhooks.teacher.fingerprints import weights_of
+from kdhooks.teacher.input_transform import check_input
 from kdhooks.teacher.session import TeacherOutput
 from kdhooks.teacher.sessions import open_session
 from kdhooks.teacher.several import Teachers, listed_teachers, one_or_several
@@ -333,6 +334,7 @@ class Distiller(nn.Module):
         replicas = self._replicas
         with nullcontext() if replicas is None else replicas.same_sizes(len(images)):
             for who, teacher, part in self._session.of_each(output):
+                check_input(teacher.transform, images, who)
                 check_teacher(part, images, who)
                 rows = teacher.classifier
                 if ordered is not None and rows is not None:

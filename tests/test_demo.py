@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("onnxruntime")
 
+from kdhooks.errors import KDHooksError
 from kdhooks.onnx.session import OnnxModel
 from kdhooks.verification import ROC, Floats, Verification
 from kdhooks_demo import embedding, training
@@ -196,6 +197,9 @@ def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
     assert {int(image) for batch in seen for image in batch} == {3, 5, 8, 9}
     losses = train(taught, row, settings, 0).losses
     assert losses != train(taught, Row("labels"), settings, 0).losses
+    nobody = replace(taught, parts={"few": torch.tensor([], dtype=torch.long)})
+    with pytest.raises(KDHooksError, match="row 'labels' needs few; found none among the faces"):
+        train(nobody, row, settings, 0)
 
 
 def test_a_row_may_be_taught_by_some_of_several_teachers() -> None:

@@ -298,7 +298,7 @@ def test_p_is_the_share_of_changed_images(name: str) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("options", [{"mask": {"p": 0.5}}, {"low_resolution": {"sizes": [14]}}])
 def test_a_view_keeps_the_memory_format(layout: torch.memory_format, options: Any) -> None:
-    images = torch.rand(2, 3, 32, 32).contiguous(memory_format=layout)
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).contiguous(memory_format=layout)
     seen = viewed(StudentView(**options), images)
     assert seen.is_contiguous(memory_format=layout)
     assert_close(seen, viewed(StudentView(**options), images.contiguous()), rtol=0, atol=1e-6)

@@ -35,8 +35,8 @@ than those of the accuracy."""
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
 
 LEGEND = """\
-Shares are in per cent, as the mean of the seeds and its standard error. **Bold**: the mean is more
-than two standard errors above 0.
+Shares are in per cent, as the mean of the seeds and its standard error. **Bold**: the mean of at
+least three seeds is more than two standard errors above 0.
 
 - *Added*: the paired difference to labels alone, that is, to the student of the same seed, with the
   same initial weights and the same order of the images.
@@ -138,8 +138,8 @@ def gap(rows: Rows, name: str) -> float | None:
 
 
 def teaches(differences: Sequence[float]) -> bool:
-    """Whether the mean is more than two standard errors above 0."""
-    return len(differences) > 1 and float(np.mean(differences)) > 2 * error(differences)
+    """Whether the mean of at least three seeds is more than two standard errors above 0."""
+    return len(differences) > 2 and float(np.mean(differences)) > 2 * error(differences)
 
 
 def error(values: Sequence[float]) -> float:
@@ -173,9 +173,13 @@ def curve(seeds: Mapping[int, Record]) -> tuple[list[int], list[float]]:
 
 
 def needed(rows: Rows, name: str) -> int | None:
-    """Return the images after which a row's mean TAR stays above the final TAR of labels alone."""
-    images, found = curve(rows[name])
-    _, labels = curve(rows.get(LABELS, {}))
+    """Return the images after which a row's mean TAR stays above the final TAR of labels alone.
+
+    Both means are those of the seeds that they share.
+    """
+    seeds = rows[name].keys() & rows.get(LABELS, {}).keys()
+    images, found = curve({seed: rows[name][seed] for seed in seeds})
+    _, labels = curve({seed: rows[LABELS][seed] for seed in seeds})
     if not found or not labels:
         return None
     above = np.array(found) >= labels[-1]

@@ -35,12 +35,25 @@ def append(path: Path, record: Mapping[str, object]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off an incomplete last line, which a command leaves if it is killed while it writes."""
+    """Cut off an incomplete last line, which a command leaves if it is killed while it writes.
+
+    A complete one that lacks its newline, as some editors leave it, gets that newline.
+    """
     content = path.read_bytes() if path.is_file() else b""
     complete = content.rfind(b"\n") + 1
-    if complete < len(content):
+    if _is_json(content[complete:]):
+        path.write_bytes(content + b"\n")
+    elif complete < len(content):
         print(f"{path}: cut off an incomplete last line; its student is trained again", flush=True)
         os.truncate(path, complete)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def differences(found: Sequence[Mapping[str, object]], settings: Mapping[str, object]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdhooks.classes.shards import ClassShard
 from kdhooks.distiller import Distiller
+from kdhooks.errors import KDHooksError
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.tensor_files import read_tensors, write_tensors
 from kdhooks.views.viewing import viewed
@@ -100,6 +101,8 @@ def train(
     reported = 0
     started = time.perf_counter() - training.seconds
     part = torch.arange(len(lesson.labels)) if row.part is None else lesson.parts[row.part]
+    if not len(part):
+        raise KDHooksError(f"row '{row.name}' needs {row.part}; found none among the faces")
     batches = _batches(part, settings.batch, settings.steps, seed, training.device)
     for rows in batches[len(training.losses) :]:
         done = len(training.losses) + 1

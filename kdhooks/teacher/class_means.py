@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.teacher.embedding_table import EmbeddingTable
+from kdhooks.teacher.input_transform import check_input
 from kdhooks.teacher.session import TeacherSession
 from kdhooks.teacher.several import Teachers
 from kdhooks.teacher.teacher import Teacher
@@ -87,6 +88,7 @@ def class_means(
             images, labels = _checked(batch, number, classes)
             digest.update(labels.numpy().tobytes())
             if so_far is None:
+                check_input(teacher.transform, images, _SUBJECT)
                 so_far = _fresh_or_saved(session, images, classes, flip, path)
             shape = shape or images.shape[1:]
             if images.shape[1:] != shape:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdhooks.errors import KDHooksError
+from kdhooks.pixel_range import check_pixels
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ class InputTransform:
         of_each = zip(images.unbind(dim=1), _three(self.mean), _three(self.std), strict=True)
         return torch.stack(
             [x * (127.5 / std) + (127.5 - mean) / std for x, mean, std in of_each], 1
+        )
+
+
+def check_input(transform: object, images: Tensor, who: str) -> None:
+    """Check the range of the images (b 3 h w) if an `InputTransform` converts them.
+
+    The default one changes nothing, so student and teacher may then share any other scale.
+    """
+    if isinstance(transform, InputTransform) and transform != InputTransform():
+        check_pixels(
+            images,
+            f"{who}: images that its input transform converts",
+            "scale the images, pass such images as teacher_images, or give Teacher a function of "
+            "your own as transform",
         )
 
 

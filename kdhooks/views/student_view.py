@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kdhooks.errors import KDHooksError
 from kdhooks.kinds import OptionError
 from kdhooks.options import Options, option
+from kdhooks.pixel_range import check_pixels
 from kdhooks.views.blocks import Blocks
 from kdhooks.views.blur import Blur
 from kdhooks.views.draws import Draws
@@ -43,6 +44,7 @@ class ViewTable(Options, subject="student_view"):
         return {name: part for name, part in found.items() if part is not None}
 
 
+_ABSOLUTE = (Mask, Blocks)  # these know what black and white are, the others work on any scale
 Part = Mask | Grey | Blur | LowResolution | Blocks
 KINDS: dict[str, type[Part]] = {
     "mask": Mask,
@@ -69,6 +71,7 @@ class StudentView(nn.Module):
         self.parts = nn.ModuleDict(
             {name: part.module() for name, part in self.table.parts().items()}
         )
+        self._checked = not any(isinstance(part, _ABSOLUTE) for part in self.table.parts().values())
 
     @classmethod
     def of(cls, table: ViewTable) -> Self:
@@ -81,6 +84,13 @@ class StudentView(nn.Module):
                 "student_view needs RGB images (b 3 h w) for the built-in views; found the shape "
                 f"{tuple(images.shape)}; use a view of your own as student_view"
             )
+        if not self._checked:  # in the first batch only, since this waits for the device
+            check_pixels(
+                images,
+                "student_view: images for the views mask and blocks",
+                "scale the images before the student, or use a view of your own",
+            )
+            self._checked = True
         parts = self.table.parts()
         numbers = draws.uniform(sum(kind.numbers for kind in KINDS.values()))
         seen = images.to(torch.promote_types(images.dtype, torch.float32))
