@@ -71,7 +71,7 @@ def test_the_part_faces_fails_if_a_row_is_missing(
 
     def benchmark(command: list[str], stdout: IO[str], **_: Any) -> argparse.Namespace:
         with (tmp_path / "faces" / "A" / "papers.jsonl").open("a") as file:
-            file.writelines(json.dumps({"row": row}) + "\n" for row in rows)
+            file.writelines(json.dumps({"row": row, "seed": 0}) + "\n" for row in rows)
         stdout.write("1 of 2 students failed")
         return argparse.Namespace(returncode=code)
 
@@ -91,7 +91,12 @@ def test_the_part_faces_fails_if_a_row_is_missing(
 
 
 def test_the_part_faces_asks_whether_the_papers_of_a_setting_teach() -> None:
-    rows = {TEACHER: [1.0], LABELS: [0.6, 0.6], "proxylesskd": [0.7, 0.71], "eckd": [0.5, 0.8]}
+    rows = {
+        TEACHER: [1.0],
+        LABELS: [0.6, 0.6, 0.6],
+        "proxylesskd": [0.7, 0.71, 0.69],
+        "eckd": [0.5, 0.8, 0.65],
+    }
     records = [
         {"row": row, "seed": seed, "tar2": tar}
         for row, found in rows.items()
@@ -99,8 +104,8 @@ def test_the_part_faces_asks_whether_the_papers_of_a_setting_teach() -> None:
     ]
     goals = faces_part.goals({"A": {"records": records}})
     assert [(goal.text.split()[2], goal.found, goal.met) for goal in goals] == [
-        ("proxylesskd", "+10.5 ± 0.5", True),
-        ("eckd", "+5.0 ± 15.0", False),
+        ("proxylesskd", "+10.0 ± 0.6", True),
+        ("eckd", "+5.0 ± 8.7", False),
     ]
     assert faces_part.picture({"B": {"records": records}}) is None
 
