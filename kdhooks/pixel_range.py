@@ -4,9 +4,8 @@ from torch import Tensor
 
 from kdhooks.errors import KDHooksError
 
-_BEYOND = (
-    0.2  # of all numbers may be outside, as noise is; about a third is if scaled as for ImageNet
-)
+_BEYOND = 0.2
+"""The largest share of numbers outside, as noise is; about a third is if scaled as for ImageNet."""
 
 
 def check_pixels(images: Tensor, subject: str, way_out: str) -> None:

@@ -500,7 +500,6 @@ def test_orl_is_read_whole_and_aligned() -> None:
 def test_the_real_teacher_tells_the_real_faces_apart() -> None:
     from kdhooks import InputTransform
     from kdhooks.verification import pair_scores, unit, verify
-    from kdhooks_demo.embedding import as_input
 
     faces = read_orl()
     faces = faces.where(np.isin(faces.people, ["s1", "s2", "s3", "s4"]))

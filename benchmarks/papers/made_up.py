@@ -11,6 +11,7 @@ from benchmarks.papers.settings import SETTINGS
 PEOPLE = 10
 IMAGES = 6  # of each person
 DIM = 128  # of the teacher's embedding, as SFace's
+SFACE_STAGES = tuple(SETTINGS["B"].recorded.values())
 
 
 def write_faces(folder: Path) -> None:
@@ -32,9 +33,6 @@ def write_pairs(path: Path) -> None:
         lines += [f"p{p}\t{i}\t{i + 1}" for p in (one, other) for i in range(1, IMAGES, 2)]
         lines += [f"p{one}\t{i}\tp{other}\t{i}" for i in range(1, IMAGES + 1)]
     path.write_text("\n".join(lines) + "\n")
-
-
-SFACE_STAGES = tuple(SETTINGS["B"].recorded.values())
 
 
 def write_teacher(path: Path, stages: Sequence[str] = SFACE_STAGES) -> None:

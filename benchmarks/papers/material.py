@@ -93,8 +93,7 @@ class Outputs:
             "teacher": weights_of(module),
             "stages": dict(stages),
         }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = folder / name
+        self.folder = folder / short_digest(json.dumps(key, sort_keys=True))
         self.stages = tuple(stages)
         complete = self.folder / "key.json"
         with locked(self.folder):
@@ -175,11 +174,14 @@ def digests(faces: Faces, pairs: Pairs, teacher: Teacher) -> dict[str, str]:
     text = repr((digest(faces.images), faces.names, pairs.names, pairs.folds.tolist()))
     weights = weights_of(teacher.module)
     assert weights is not None
-    return {"data": hashlib.sha256(text.encode()).hexdigest()[:12], "teacher": weights[:12]}
+    return {"data": short_digest(text), "teacher": weights[:12]}
 
 
 def digest_of_pairs(pairs: Pairs) -> str:
-    text = repr((pairs.names, pairs.folds.tolist()))
+    return short_digest(repr((pairs.names, pairs.folds.tolist())))
+
+
+def short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,6 +1,5 @@
 """Trains and tests the students of a table, one after another or several at the same time."""
 
-import hashlib
 import os
 import platform
 import threading
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.papers.locks import locked, remove_abandoned
-from benchmarks.papers.material import digest
+from benchmarks.papers.material import digest, short_digest
 from benchmarks.papers.probes import ProbeExam
 from kdhooks_demo.exam import Exam
 from kdhooks_demo.lesson import Lesson
@@ -72,8 +71,7 @@ class Course:
     def unfinished(self, row: Row, seed: int) -> Path:
         """Return the file for the student's state; its name depends on all that the state does."""
         inputs = (row, seed, self.settings, self.common, self.looks, self._digests)
-        name = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
-        return self.folder / f"student-{name}.pt"
+        return self.folder / f"student-{short_digest(repr(inputs))}.pt"
 
     @cached_property
     def _digests(self) -> list[str]:
