@@ -1,5 +1,6 @@
 """Knowledge distillation hooks and losses for existing face recognition trainers."""
 
+from kdhooks.balance import Balance
 from kdhooks.classes.chunked_sums import Wanted
 from kdhooks.classes.per_class import PerClass
 from kdhooks.classes.shards import ClassShard
@@ -31,6 +32,7 @@ from kdhooks.views.viewing import viewed
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balance",
     "ClassShard",
     "ClassSplit",
     "ClassifierShare",

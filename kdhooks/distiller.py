@@ -8,12 +8,14 @@ tap's loss on both.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations
+from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at
 from kdhooks.classes.per_class import is_split, whole_tables
 from kdhooks.classes.ranks import answers, failing_together, world
 from kdhooks.classes.shards import ClassShard
@@ -57,6 +59,8 @@ from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, check_classes, left_to_host, rows_for
 from kdhooks.terms import (
     described,
+    follows_schedule,
+    full_weight,
     named_in_epochs,
     shown_number,
     tapped_parameters,
@@ -417,12 +421,42 @@ class Distiller(nn.Module):
         self.metrics.clear()
         return zeros(self.taps, inputs.student_features)
 
-    def weight(self, tap: Tap) -> float:
-        """Return a term's factor in the current step."""
+    def weight(self, tap: Tap, step: int | None = None) -> float:
+        """Return a term's factor in a step, by default the current one."""
         factor = tap.weight
         if callable(factor):
-            factor = weight_at(tap.name, factor, self.step, self.steps_per_epoch)
+            now = self.step if step is None else step
+            factor = weight_at(tap.name, factor, now, self.steps_per_epoch)
         return factor / self.accumulation if tap.per_optimizer_step else factor
+
+    def compare_gradients(self, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Balance:
+        """Compare the gradients of a step's losses at the student's parameters.
+
+            terms = kd(images, labels)
+            print(kd.compare_gradients(task_loss, terms))
+
+        Losses of different papers differ in scale. The result shows which of them the student
+        learns from, and the weight that would make a term's gradient as long as that of the
+        trainer's own loss. It takes one or two more backward passes for each loss, and leaves every
+        gradient of the training as it is. Terms of weight 0 are left out.
+
+        On several ranks, all must call it. Each of them gets the figures of its own batch.
+
+        task_loss: the trainer's own loss (), before its backward pass.
+        terms: what `kd` returned in this step.
+        """
+        check_losses(task_loss, terms, [tap.name for tap in self.taps])
+        last = max(self.step - 1, 0)  # `kd` has counted its step
+        weighted = {
+            tap.name: Weighted(terms[tap.name], full_weight(tap, last), follows_schedule(tap))
+            for tap in self.taps
+            if self.weight(tap, last) != 0
+        }
+        with self._guard.measuring() as parameters:
+            task = Weighted(task_loss, self.task_weight)
+            found = compare(task, weighted, partial(gradient_at, parameters))
+            gradient_at(parameters, task_loss)  # can the training still run its backward pass?
+        return found
 
     # --- between the steps -------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Checks of the student's optimizer steps, in any training loop."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize, ref
@@ -51,6 +52,16 @@ class OptimizerGuard(NotCopied):
     def _reach(self, name: str, gradient: Tensor) -> None:
         self._reached[name] = True
         self.noting = not all(self._reached.values())
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[nn.Parameter]]:
+        """Give the student's trained parameters; backward passes in this block train nothing."""
+        student = self._student()
+        reached, noting = dict(self._reached), self.noting
+        try:
+            yield [] if student is None else [p for p in student.parameters() if p.requires_grad]
+        finally:
+            self._reached, self.noting = reached, noting
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         taps, student = self._taps(), self._student()

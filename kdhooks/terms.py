@@ -38,6 +38,17 @@ def weight_at(
     return float(found)
 
 
+def follows_schedule(tap: Tap) -> bool:
+    return isinstance(tap.weight, Schedule)
+
+
+def full_weight(tap: Tap, step: int) -> float:
+    """Return the weight; for a schedule, its value after the warm-up, at any step."""
+    if isinstance(tap.weight, Schedule):
+        return tap.weight.value
+    return float(tap.weight(step) if callable(tap.weight) else tap.weight)
+
+
 def zeros(taps: Sequence[Tap], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a zero with zero gradients for each term of a step that is skipped."""
     # `tensor * 0` would be nan if the tensor is infinite.

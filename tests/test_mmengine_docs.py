@@ -155,6 +155,14 @@ def test_block_schedule(folder: None) -> None:
     assert [bool(value) for value in history] == [False, True, True, False]
 
 
+def test_block_gradients(folder: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("distill.py").write_text(BLOCKS["distill"])
+    exec(compile(BLOCKS["gradients"], "gradients", "exec"), {})
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("task "))
+    assert ", fcd " in said
+    assert ", rkd " in said
+
+
 def test_block_resume(folder: None, safe_globals: None) -> None:
     Path("work_dirs/distilled").mkdir(parents=True)
     Path("teacher.pth").rename("work_dirs/distilled/iter_40.pth")

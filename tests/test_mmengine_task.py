@@ -1,6 +1,7 @@
 """MMEngine, by both entry points: runs without labels, and a factor of the student's own losses."""
 
 import copy
+import itertools
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -137,6 +138,17 @@ def test_the_task_losses_are_those_that_mmengine_adds_up() -> None:
     found = _times(given, 0.5)
     assert found == {"loss_cls": x / 2, "aux_loss": [x / 2, x], "acc": x, "lossless": 3}
     assert given["loss_cls"] is x
+
+
+def test_the_gradients_of_all_task_losses_are_compared_with_the_terms(tmp_path: Path) -> None:
+    runner = made(tmp_path, **both("model"))
+    model = runner.model.train()
+    (batch,) = itertools.islice(runner.build_dataloader(runner.cfg.train_dataloader), 1)
+    losses = model(**model.data_preprocessor(batch, training=True), mode="loss")
+    found = model.kdhooks.compare_gradients(losses)
+    assert list(found.terms) == ["fcd"]
+    twice = model.kdhooks.compare_gradients({**losses, "aux_loss": [losses["loss_cls"]]})
+    assert twice.task.gradient == pytest.approx(2 * found.task.gradient)
 
 
 @each_door

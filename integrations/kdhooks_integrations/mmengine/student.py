@@ -1,7 +1,7 @@
 """Adds the terms to the losses that an MMEngine model returns."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from kdhooks.balance import Balance
 from kdhooks.copies import IdleCopy
 from kdhooks.errors import KDHooksError, in_one_line, listed
 from kdhooks.generators import undisturbed_generators
@@ -149,6 +150,21 @@ class Distillation(nn.Module):
                     "uses; rename it"
                 )
         return {**task, **ours}
+
+    def compare_gradients(self, losses: Mapping[str, Any]) -> Balance:
+        """Compare the gradients of the terms with that of the model's own losses.
+
+        See `Distiller.compare_gradients`. losses: what the model returned in mode 'loss'.
+        """
+        terms = {name: losses[f"{TERM}{name}"] for name in self.distiller.losses}
+        own = (
+            part.mean()
+            for key, value in losses.items()
+            if "loss" in key and not key.startswith(TERM)
+            for part in (value if isinstance(value, list) else [value])
+        )
+        task = sum(own, start=torch.zeros(()))  # as BaseModel.parse_losses adds them up
+        return self.distiller.compare_gradients(task, terms)
 
     def _set_first_step(self) -> None:
         """Reset the step if a runner has loaded a checkpoint without resuming it."""

@@ -242,7 +242,7 @@ class Examination:
                 "--data is needed if several teachers have class rows, since they would assign "
                 "different classes to random images; specify the folder of the training data"
             )
-        self.trial = Trial(self.student, head, attachment, self.images, self.labels, given.fp16)
+        self.trial = Trial(self.student, head, attachment, self.images, self.labels)
         taps = [tap.described() for tap in attachment.distiller.taps]
         if not head.weight.requires_grad:
             taps.append("the head holds the teacher's rows, frozen")

@@ -1,23 +1,19 @@
 """Runs a training step as arcface_torch does, but with our own head and on one device."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdhooks.declarations import Tap
-from kdhooks.errors import KDHooksError
-from kdhooks.schedules import Schedule
+from kdhooks.balance import Balance, Parts, Weighted, compare
+from kdhooks.terms import follows_schedule, full_weight
 from kdhooks_integrations.arcface_torch import Attachment
-from kdhooks_integrations.arcface_torch.commands.balance import Balance, Pull
 from kdhooks_integrations.arcface_torch.commands.settings import Settings
 
+CLIP = 5.0
+"""The trainer clips the gradient of the backbone to this norm before each optimizer step."""
 _SCALE = 64.0  # the scale of the trainer's CombinedMarginLoss
-_TASK = ""  # a name that no term can have
-_LOSS_SCALE = 65536.0  # the initial scale of torch's GradScaler
 
 
 class Head(nn.Module):
@@ -67,7 +63,6 @@ class Trial:
     attachment: Attachment
     images: Tensor
     labels: Tensor
-    fp16: bool = False
 
     def step(self) -> Tensor:
         """Run the trainer's step, forward, head and backward, and return the total loss ()."""
@@ -84,68 +79,35 @@ class Trial:
 
         The task is the head's own loss. If a weight follows a schedule, its highest value is used.
         """
-        distiller = self.attachment.distiller
-        taps = {tap.name: tap for tap in distiller.taps}
-        weights = {name: _full_weight(tap, distiller.step) for name, tap in taps.items()}
+        distiller, task_weight = self.attachment.distiller, self.attachment.task_weight
+        taps = distiller.taps
+        full = {tap.name: full_weight(tap, distiller.step) for tap in taps}
         embedding = self.backbone(self.images)
-        losses = {_TASK: self.head.forward(embedding, self.labels) * self.attachment.task_weight}
-        distiller.taps = tuple(replace(tap, weight=weights[name]) for name, tap in taps.items())
+        task = self.head.forward(embedding, self.labels) * task_weight
+        distiller.taps = tuple(replace(tap, weight=full[tap.name]) for tap in taps)
         try:
             terms = distiller(self.images, self.labels)
         finally:
-            distiller.taps = tuple(taps.values())
-        losses |= {name: term for name, term in terms.items() if weights[name] != 0}
-        whole = [torch.zeros_like(p) for p in self.backbone.parameters()]
-        pulls: dict[str, Pull] = {}
-        for name, loss in losses.items():
-            parts = self._gradient(loss)
-            value, length = float(loss.detach()), _length(parts)
-            _check_gradient(name or "task", value, length)
-            weight = weights.get(name, self.attachment.task_weight)
-            pulls[name] = Pull(value, length, weight, name in taps and callable(taps[name].weight))
-            for total, part in zip(whole, parts, strict=True):
-                total += 0 if part is None else part
-        task = pulls.pop(_TASK)
-        return Balance(task, pulls, _length(whole), distiller.accumulation)
+            distiller.taps = taps
+        return compare(
+            Weighted(task, task_weight),
+            {
+                tap.name: Weighted(terms[tap.name], full[tap.name], follows_schedule(tap))
+                for tap in taps
+                if full[tap.name] != 0
+            },
+            self._gradient,
+            CLIP,
+            distiller.accumulation,
+        )
 
-    def _gradient(self, loss: Tensor) -> list[Tensor | None]:
+    def _gradient(self, loss: Tensor) -> Parts:
         """Return the gradient at each parameter of the backbone, None if the loss has none there.
 
-        It uses backward(), since checkpointed blocks do not support grad(). In float16, the loss is
-        scaled as in GradScaler, which halves the scale until nothing overflows.
+        It uses backward(), since checkpointed blocks do not support grad().
         """
-        scale = _LOSS_SCALE if self.fp16 else 1.0
-        while True:
-            self.forget()
-            (loss * scale).backward(retain_graph=True)
-            found = [p.grad for p in self.backbone.parameters()]
-            parts = [None if grad is None else grad / scale for grad in found]
-            if scale <= 1 or math.isfinite(_length(parts)):
-                self.forget()
-                return parts
-            scale /= 2
-
-
-def _full_weight(tap: Tap, step: int) -> float:
-    """Return the weight; for a schedule, its value after the warm-up, at any step."""
-    if isinstance(tap.weight, Schedule):
-        return tap.weight.value
-    return float(tap.weight(step) if callable(tap.weight) else tap.weight)
-
-
-def _length(parts: Sequence[Tensor | None]) -> float:
-    squares = [part.double().square().sum() for part in parts if part is not None]
-    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
-
-
-def _check_gradient(name: str, value: float, length: float) -> None:
-    if not math.isfinite(length):
-        raise KDHooksError(
-            f"{name}: the gradient of its loss must be finite; found {length}, with a loss of "
-            f"{value:.4g}; lower its weight, or use other taps"
-        )
-    if value != 0 and length == 0:
-        raise KDHooksError(
-            f"{name}: its loss is {value:.4g}, but no gradient reaches the student; use taps whose "
-            "parameters the student trains"
-        )
+        self.forget()
+        loss.backward(retain_graph=True)
+        found = [parameter.grad for parameter in self.backbone.parameters()]
+        self.forget()
+        return found
