@@ -40,7 +40,7 @@ from kdhooks_demo.packages import sface_file
 from kdhooks_demo.pairs import make_pairs, splits_by_people
 from kdhooks_demo.report import Score, gains
 from kdhooks_demo.students import Material
-from kdhooks_demo.training import Row, Settings, _batches, train
+from kdhooks_demo.training import Row, Settings, _batches, _grouped, train
 from tests.demo_faces import made_faces, written
 from tests.second_device import NAME, device_at
 from tests.test_recipe import export
@@ -200,6 +200,30 @@ def test_a_row_may_be_taught_by_a_part_of_the_images() -> None:
     nobody = replace(taught, parts={"few": torch.tensor([], dtype=torch.long)})
     with pytest.raises(KDHooksError, match="row 'labels' needs few; found none among the faces"):
         train(nobody, row, settings, 0)
+
+
+def test_half_of_each_batch_may_hold_people_with_several_images() -> None:
+    labels = torch.arange(40) % 20 // 2  # ten people with four images each
+    labels[:3] = 10  # three of them are of another person
+    rows = torch.arange(40)
+    batches = _batches(rows, 20, 6, 0, torch.device("cpu"))
+    grouped = _grouped(batches, rows, labels, 4, 0)
+    for before, after in zip(batches, grouped, strict=True):
+        assert len(after) == 20
+        assert torch.equal(after[:12], before[:12])
+        for person in after[12:].split(4):
+            assert len(person.unique()) == 4
+            assert len(labels[person].unique()) == 1
+        assert len(labels[after[12:]].unique()) == 2
+    assert {int(labels[one[-1]]) for one in grouped} > {int(labels[grouped[0][-1]])}, "they vary"
+    with pytest.raises(KDHooksError, match="room for 2, and 0 such people"):
+        _grouped(batches, rows, labels, 5, 0)
+    with pytest.raises(KDHooksError, match="found room for 0"):
+        _grouped(batches, rows, labels, 11, 0)
+    grouping = replace(lesson(), labels=torch.arange(len(lesson().labels)) // 4)
+    settings = Settings(images_seen=32, batch=8)
+    losses = train(grouping, Row("labels", together=4), settings, 0).losses
+    assert losses != train(grouping, Row("labels"), settings, 0).losses
 
 
 def test_a_row_may_be_taught_by_some_of_several_teachers() -> None:

@@ -147,6 +147,11 @@ STUDY = (
         for change, more in _CHANGES.items()
         for row in (_BASE, Row("fcd", [FCD]))
     ),
+    # ekd compares images of one person, of which a random batch has almost none.
+    *(
+        replace(row, name=f"{row.name}, four images of a person", together=4)
+        for row in (_BASE, Row("ekd", [EKD]))
+    ),
     Row("fcd, a tenth of the labels' loss", [FCD], labels=0.1),
     Row("fcd, no labels", [FCD], labels=0.0),
     Row("fcd + coupleface", [FCD, COUPLEFACE]),

@@ -57,6 +57,7 @@ class Row:
     methods: Sequence[object] = ()
     labels: float = 1.0  # the weight of the labels' loss
     part: str | None = None  # the name of a part of the lesson's images; all of them if None
+    together: int = 1  # images of one person that come together, in one half of each batch
     live: bool = False  # the methods change the teacher, so it runs in every step
     teachers: Sequence[int] = ()  # numbers of the lesson's teachers; all of them if empty
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the table's settings, by name
@@ -104,6 +105,8 @@ def train(
     if not len(part):
         raise KDHooksError(f"row '{row.name}' needs {row.part}; found none among the faces")
     batches = _batches(part, settings.batch, settings.steps, seed, training.device)
+    if row.together > 1:
+        batches = _grouped(batches, part, lesson.labels, row.together, seed)
     for rows in batches[len(training.losses) :]:
         done = len(training.losses) + 1
         due = look is not None and _due(done, looks, settings.steps)
@@ -336,3 +339,32 @@ def _batches(rows: Tensor, batch: int, steps: int, seed: int, device: torch.devi
     rounds = math.ceil(steps * batch / len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
     return list(rows[order[: steps * batch]].to(device).split(batch))
+
+
+def _grouped(
+    batches: list[Tensor], rows: Tensor, labels: Tensor, together: int, seed: int
+) -> list[Tensor]:
+    """Replace one half of each batch by random people, each with `together` of their images.
+
+    rows: the images to draw from; labels: the people of all images.
+    """
+    order = labels.cpu()[rows].argsort(stable=True)
+    counts = labels.cpu()[rows][order].unique_consecutive(return_counts=True)[1]
+    people = [own for own in rows[order].split(counts.tolist()) if len(own) >= together]
+    number = len(batches[0]) // 2 // together
+    if not 0 < number <= len(people):
+        raise KDHooksError(
+            f"half of a batch of {len(batches[0])} must hold one or more people with {together} "
+            f"images each; found room for {number}, and {len(people)} such people; use another "
+            "batch size, or more faces"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Tensor:
+        chosen = torch.randperm(len(people), generator=generator)[:number].tolist()
+        few = [people[one] for one in chosen]
+        return torch.cat(
+            [own[torch.randperm(len(own), generator=generator)[:together]] for own in few]
+        )
+
+    return [torch.cat([batch[: -number * together], draw().to(batch.device)]) for batch in batches]
