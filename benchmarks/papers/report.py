@@ -23,8 +23,8 @@ MEASURES = {
     "cross": "cross",
 }
 MORE = {
-    "mixed": "sharp gallery",
-    "mixed2": "sharp gallery, TAR at FAR 0.01",
+    "mixed": "clean gallery",
+    "mixed2": "clean gallery, TAR at FAR 0.01",
     "adapted2": "adapted, TAR at FAR 0.01",
 }
 """Of settings whose probes are poorer than the images; see `probes`."""
@@ -46,7 +46,7 @@ least three seeds is more than two standard errors above 0.
 - *Strength*: the length of the gradient of the row's methods in the student's parameters, divided
   by that of the labels' loss. *Agreement*: the cosine of the two gradients. Both are shown for the
   first point of the curve and for the end.
-- *Sharp gallery*: the student embeds the first image as it is, and the probe of the second.
+- *Clean gallery*: the student embeds the first image as it is, and the probe of the second.
 - *Adapted*: the student embeds two probes, with batch norms that know the test's images."""
 
 
