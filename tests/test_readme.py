@@ -344,11 +344,13 @@ GAINS = re.findall(
 )
 
 
-def test_there_are_three_gains() -> None:
+def test_the_gains_are_of_five_settings() -> None:
     assert [(setting, method) for setting, method, *_ in GAINS] == [
         ("A", "proxylesskd"),
         ("C", "acsr"),
         ("D", "cakd"),
+        ("E", "proxylesskd"),
+        ("M", "coupleface"),
     ]
 
 
