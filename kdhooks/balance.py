@@ -170,12 +170,6 @@ def compare(
 
 def gradient_at(parameters: Sequence[nn.Parameter], loss: Tensor) -> Parts:
     """Return the gradient of a loss () at these parameters, and leave their `grad` as it is."""
-    if _is_reentrant(loss):
-        raise KDHooksError(
-            "compare_gradients: the student's checkpointed blocks must not be reentrant, since a "
-            "gradient at single parameters then lacks those of the blocks; create them with "
-            "torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
-        )
     try:
         return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -215,6 +209,12 @@ def check_losses(task: object, terms: object, known: Sequence[str]) -> None:
         raise KDHooksError(
             "compare_gradients: terms must be what kd returned in this step, with "
             f"{listed(known)}; found {found}; pass kd(images, labels) unchanged"
+        )
+    if any(map(_is_reentrant, (task, *terms.values()))):
+        raise KDHooksError(
+            "compare_gradients: the student's checkpointed blocks must not be reentrant, since a "
+            "gradient at single parameters then lacks those of the blocks; create them with "
+            "torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
         )
 
 

@@ -58,9 +58,8 @@ from kdhooks.teacher.several import Teachers, listed_teachers, one_or_several
 from kdhooks.teacher.teacher import Teacher
 from kdhooks.teacher_rows import Inherited, check_classes, left_to_host, rows_for
 from kdhooks.terms import (
+    comparable,
     described,
-    follows_schedule,
-    full_weight,
     named_in_epochs,
     shown_number,
     tapped_parameters,
@@ -447,14 +446,14 @@ class Distiller(nn.Module):
         """
         check_losses(task_loss, terms, [tap.name for tap in self.taps])
         last = max(self.step - 1, 0)  # `kd` has counted its step
-        weighted = {
-            tap.name: Weighted(terms[tap.name], full_weight(tap, last), follows_schedule(tap))
+        compared = {
+            tap.name: comparable(tap, terms[tap.name], last)
             for tap in self.taps
             if self.weight(tap, last) != 0
         }
         with self._guard.measuring() as parameters:
             task = Weighted(task_loss, self.task_weight)
-            found = compare(task, weighted, partial(gradient_at, parameters))
+            found = compare(task, compared, partial(gradient_at, parameters))
             gradient_at(parameters, task_loss)  # can the training still run its backward pass?
         return found
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kdhooks.balance import Weighted
 from kdhooks.declarations import Model, ParameterTap, Step, Tap, check_weight
 from kdhooks.errors import KDHooksError
 from kdhooks.names import full_name
@@ -38,15 +39,16 @@ def weight_at(
     return float(found)
 
 
-def follows_schedule(tap: Tap) -> bool:
-    return isinstance(tap.weight, Schedule)
-
-
 def full_weight(tap: Tap, step: int) -> float:
     """Return the weight; for a schedule, its value after the warm-up, at any step."""
     if isinstance(tap.weight, Schedule):
         return tap.weight.value
     return float(tap.weight(step) if callable(tap.weight) else tap.weight)
+
+
+def comparable(tap: Tap, term: Tensor, step: int) -> Weighted:
+    """Return a term with its full weight, to compare its gradient."""
+    return Weighted(term, full_weight(tap, step), isinstance(tap.weight, Schedule))
 
 
 def zeros(taps: Sequence[Tap], features: Mapping[str, Tensor]) -> dict[str, Tensor]:

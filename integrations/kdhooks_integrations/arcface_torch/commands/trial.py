@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdhooks.balance import Balance, Parts, Weighted, compare
-from kdhooks.terms import follows_schedule, full_weight
+from kdhooks.terms import comparable, full_weight
 from kdhooks_integrations.arcface_torch import Attachment
 from kdhooks_integrations.arcface_torch.commands.settings import Settings
 
@@ -80,8 +80,8 @@ class Trial:
         The task is the head's own loss. If a weight follows a schedule, its highest value is used.
         """
         distiller, task_weight = self.attachment.distiller, self.attachment.task_weight
-        taps = distiller.taps
-        full = {tap.name: full_weight(tap, distiller.step) for tap in taps}
+        taps, step = distiller.taps, distiller.step
+        full = {tap.name: full_weight(tap, step) for tap in taps}
         embedding = self.backbone(self.images)
         task = self.head.forward(embedding, self.labels) * task_weight
         distiller.taps = tuple(replace(tap, weight=full[tap.name]) for tap in taps)
@@ -92,7 +92,7 @@ class Trial:
         return compare(
             Weighted(task, task_weight),
             {
-                tap.name: Weighted(terms[tap.name], full[tap.name], follows_schedule(tap))
+                tap.name: comparable(tap, terms[tap.name], step)
                 for tap in taps
                 if full[tap.name] != 0
             },
