@@ -18,6 +18,8 @@ Floats: TypeAlias = NDArray[np.float64]
 Counts: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
 
+PAIRS = 1024  # that are compared at once: their embeddings fit into the processor's cache
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -175,7 +177,11 @@ def pair_scores(embeddings: ArrayLike, pairs: ArrayLike, other: ArrayLike | None
             f"pairs must name rows 0 to {len(first) - 1}, got {rows.min()} to {rows.max()}; "
             f"count images from zero"
         )
-    scores: Floats = np.einsum("pd,pd->p", first[rows[:, 0]], second[rows[:, 1]])
+    scores = np.empty(len(rows))
+    for start in range(0, len(rows), PAIRS):
+        some = slice(start, start + PAIRS)
+        one, two = rows[some].T
+        scores[some] = np.einsum("pd,pd->p", first[one], second[two])
     return scores
 
 

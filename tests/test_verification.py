@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,18 @@ def test_pair_scores_are_cosines() -> None:
         product = sum(a * b for a, b in zip(left, right, strict=True))
         expected.append(product / math.hypot(*left) / math.hypot(*right))
     np.testing.assert_allclose(pair_scores(rows, pairs), expected, rtol=1e-6)
+
+
+def test_many_pairs_need_little_memory_and_have_the_scores_of_few() -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 128))
+    pairs = np.stack(np.triu_indices(200, 1), axis=1)  # 19,900; their embeddings fill 41 MB
+    tracemalloc.start()
+    scores = pair_scores(rows, pairs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    few = [pair_scores(rows, some) for some in np.array_split(pairs, 7)]
+    np.testing.assert_array_equal(scores, np.concatenate(few))
 
 
 def test_cross_model_scores_take_the_second_image_from_the_other_model() -> None:
