@@ -109,11 +109,11 @@ def prepare(device: torch.device, threads: int) -> None:
     """
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # Filling new memory takes time in every step, and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.allow_tf32 = False
-        # Filling new memory costs a kernel launch for each tensor, and changes no result.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def records(jobs: Sequence[Job], course: Course, processes: int, threads: int) -> Iterator[Record]:
