@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdhooks import (
     InputTransform,
@@ -15,6 +15,7 @@ from kdhooks import (
     viewed,
 )
 from kdhooks.testing import tiny_batch
+from kdhooks.views.draws import Draws
 from tests.small_distiller import distil, student, teacher_network
 
 _MEAN, _STD = (
@@ -82,6 +83,34 @@ def test_views_that_know_black_and_white_refuse_them(
     with pytest.raises(KDHooksError, match="images for the views mask and blocks must be RGB"):
         viewed(StudentView(**{name: {"p": 1.0}}), scale(images))
     viewed(StudentView(grey={"p": 1.0}, low_resolution={"sizes": [4]}), scale(images))
+
+
+class Inside(nn.Module):
+    """A view of one's own, which contains the built-in ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = StudentView(mask={"p": 1.0})
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        seen: Tensor = self.inner(images, draws)
+        return seen
+
+
+@pytest.mark.parametrize("scale", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_view_of_a_distiller_refuses_them_in_the_first_batch(
+    inside: bool, scale: Callable[[Tensor], Tensor]
+) -> None:
+    """The Distiller has tried the view on random images in [-1, 1] before."""
+    images, labels = faces()
+    net = student()
+    view = Inside() if inside else StudentView(mask={"p": 1.0})
+    with distil("fcd", net=net, student_view=view) as kd:
+        with pytest.raises(KDHooksError, match="images for the views mask and blocks must be RGB"):
+            net(scale(images))
+        net(images)
+        kd(images, labels)
 
 
 def test_noise_in_a_part_of_the_image_is_not_another_range() -> None:
