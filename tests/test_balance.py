@@ -1,6 +1,7 @@
 """`Distiller.compare_gradients`: how much the student learns from each loss, in any loop."""
 
 import copy
+import itertools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -170,6 +171,17 @@ def test_checkpointed_blocks_are_measured_unless_they_are_reentrant() -> None:
         Loop(make=partial(Checkpointed, reentrant=True)).compared()
 
 
+def test_recomputed_blocks_leave_the_statistics_of_batch_norm() -> None:
+    loop = Loop(make=partial(Checkpointed, reentrant=False))
+    task, terms = loop.losses()
+    before = {name: buffer.clone() for name, buffer in loop.student.named_buffers()}
+    loop.kd.compare_gradients(task, terms)
+    for name, buffer in loop.student.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    torch.stack([task, *terms.values()]).sum().backward()
+    assert int(loop.student.get_buffer("layer1.1.num_batches_tracked")) == 2, "recomputed once"
+
+
 def test_wrong_losses_are_refused() -> None:
     loop = Loop()
     task, terms = loop.losses()
@@ -211,15 +223,15 @@ def test_a_loss_whose_backward_pass_runs_only_once_is_named() -> None:
 
 
 def both_ranks() -> dict[str, Results]:
-    """The student after three steps, with and without measuring, and what was measured."""
+    """The student after three steps, with and without measuring."""
     found: dict[str, Results] = {}
     methods = ["fcd", {"name": "coupleface", "k": 3}]
-    for compare in (False, True):
+    for static, compare in itertools.product((False, True), (False, True)):
         loop = Loop(methods, teacher=tiny_teacher())
         loop.images, loop.labels = mine(loop.images), mine(loop.labels)
-        loop.forward = DistributedDataParallel(loop.student)
+        loop.forward = DistributedDataParallel(loop.student, static_graph=static)
         loop.train(3, compare)
-        found[str(compare)] = {
+        found[f"{static} {compare}"] = {
             name: p.detach().clone() for name, p in loop.student.named_parameters()
         }
     return found
@@ -227,8 +239,9 @@ def both_ranks() -> dict[str, Results]:
 
 def test_on_two_ranks_it_changes_nothing_in_the_training(tmp_path: Path) -> None:
     for found in on_two_ranks(both_ranks, tmp_path):
-        for name, weight in found["False"].items():
-            assert torch.equal(weight, found["True"][name]), name
+        for static in ("False", "True"):
+            for name, weight in found[f"{static} False"].items():
+                assert torch.equal(weight, found[f"{static} True"][name]), (static, name)
 
 
 DOCS = Path(__file__).parents[1] / "docs"
