@@ -442,7 +442,7 @@ class Distiller(nn.Module):
 
         On several ranks, all must call it. Each of them gets the figures of its own batch.
 
-        task_loss: the trainer's own loss (), before its backward pass.
+        task_loss: the trainer's own loss (), times `task_weight`, before its backward pass.
         terms: what `kd` returned in this step.
         """
         check_losses(task_loss, terms, [tap.name for tap in self.taps])
@@ -453,7 +453,8 @@ class Distiller(nn.Module):
             if self.weight(tap, last) != 0
         }
         with self._guard.measuring() as parameters:
-            task = Weighted(task_loss, self.task_weight)
+            factor = self._task_weight.value_at(last, self.steps_per_epoch)
+            task = Weighted(task_loss, factor)
             found = compare(task, compared, partial(gradient_at, parameters))
             gradient_at(parameters, task_loss)  # can the training still run its backward pass?
         return found

@@ -32,6 +32,7 @@ class Loop:
         methods: list[Any] | None = None,
         make: Callable[[], nn.Module] = TinyFaceNet,
         teacher: object = None,
+        task_weight: float = 1.0,
     ) -> None:
         torch.manual_seed(0)
         self.student: nn.Module = make().train()
@@ -41,6 +42,7 @@ class Loop:
             teacher or tiny_teacher().module,  # type: ignore[arg-type]
             METHODS if methods is None else methods,
             input_shape=(3, 32, 32),
+            task_weight=task_weight,
         )
         self.forward = self.student
         self.images, self.labels = tiny_batch()
@@ -180,6 +182,16 @@ def test_recomputed_blocks_leave_the_statistics_of_batch_norm() -> None:
         assert torch.equal(buffer, before[name]), name
     torch.stack([task, *terms.values()]).sum().backward()
     assert int(loop.student.get_buffer("layer1.1.num_batches_tracked")) == 2, "recomputed once"
+
+
+def test_a_factor_that_is_only_compared_still_counts_as_not_read() -> None:
+    loop = Loop(task_weight=0.5)
+    task, terms = loop.losses()
+    assert loop.kd.compare_gradients(0.5 * task, terms).task.weight == 0.5
+    torch.stack([task, *terms.values()]).sum().backward()
+    loop.optimizer.step()
+    with pytest.raises(KDHooksError, match="the loop has never read it"):
+        loop.train(1, compare=True)
 
 
 def test_wrong_losses_are_refused() -> None:
