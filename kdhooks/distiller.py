@@ -452,7 +452,11 @@ class Distiller(nn.Module):
             for tap in self.taps
             if self.weight(tap, last) != 0
         }
-        with self._guard.measuring() as parameters:
+        with (
+            torch.inference_mode(False),  # a loop may print the result without gradients
+            torch.enable_grad(),
+            self._guard.measuring() as parameters,
+        ):
             factor = self._task_weight.value_at(last, self.steps_per_epoch)
             task = Weighted(task_loss, factor)
             found = compare(task, compared, partial(gradient_at, parameters))

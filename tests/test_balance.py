@@ -140,7 +140,27 @@ def test_a_schedule_is_named_by_its_value_and_measured_in_its_step() -> None:
 
 
 def test_a_term_of_weight_zero_is_left_out() -> None:
-    assert Loop([{"name": "fcd", "weight": 0.0}]).compared().terms == {}
+    found = Loop([{"name": "fcd", "weight": 0.0}]).compared()
+    assert found.terms == {}
+    for figure in (found.ratio, found.balancing_weight):
+        with pytest.raises(KDHooksError, match="found 'fcd' with none; terms of weight 0 are left"):
+            figure("fcd")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_may_be_called_where_gradients_are_off(mode: Callable[[], Any]) -> None:
+    loop = Loop()
+    task, terms = loop.losses()
+    expected = loop.kd.compare_gradients(task, terms)
+    with mode():
+        assert loop.kd.compare_gradients(task, terms) == expected
+    torch.stack([task, *terms.values()]).sum().backward()
+
+
+def test_a_term_can_take_the_place_of_the_task() -> None:
+    loop = Loop()
+    _, terms = loop.losses()
+    assert loop.kd.compare_gradients(terms["fcd"], terms).ratio("fcd") == 1.0
 
 
 def test_the_text_names_a_weight_that_does_almost_nothing() -> None:
@@ -201,6 +221,12 @@ def test_wrong_losses_are_refused() -> None:
     for given in (task.detach(), float(task.detach()), task[None]):
         with pytest.raises(KDHooksError, match="task_loss must be a scalar tensor with a grad"):
             loop.kd.compare_gradients(given, terms)
+    with pytest.raises(KDHooksError, match="without the terms; found rkd in it; pass it before"):
+        loop.kd.compare_gradients(task + terms["rkd"], terms)
+    values = {name: loop.kd.metrics[name] for name in terms}
+    for given in (values, {name: float(value) for name, value in values.items()}):
+        with pytest.raises(KDHooksError, match="the term fcd must be the tensor that kd returned"):
+            loop.kd.compare_gradients(task, given)
     for given in ({"fcd": terms["fcd"]}, list(terms.values())):
         with pytest.raises(KDHooksError, match="terms must be what kd returned in this step"):
             loop.kd.compare_gradients(task, given)
