@@ -1,7 +1,7 @@
 """Compares the gradients of a step's losses, which decide how much the student learns from each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -203,6 +203,17 @@ def _nodes(loss: Tensor) -> set[Any]:
             seen.add(node)
             left += [following for following, _ in node.next_functions]
     return seen
+
+
+def reached(parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Return the parameters that at least one term reaches; all of them if there are no terms.
+
+    A head inside the student is left out: the terms leave it as it is, and its gradient would make
+    that of the trainer's own loss look longer.
+    """
+    nodes = set[Any]().union(*map(_nodes, terms))
+    found = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return [p for p in parameters if id(p) in found] if found else list(parameters)
 
 
 def check_losses(task: object, terms: object, known: Sequence[str]) -> None:

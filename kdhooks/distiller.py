@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations
-from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at
+from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at, reached
 from kdhooks.classes.per_class import is_split, whole_tables
 from kdhooks.classes.ranks import answers, failing_together, world
 from kdhooks.classes.shards import ClassShard
@@ -430,7 +430,7 @@ class Distiller(nn.Module):
         return factor / self.accumulation if tap.per_optimizer_step else factor
 
     def compare_gradients(self, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Balance:
-        """Compare the gradients of a step's losses at the student's parameters.
+        """Compare the gradients of a step's losses at the student's parameters, without its head.
 
             terms = kd(images, labels)
             print(kd.compare_gradients(task_loss, terms))
@@ -455,8 +455,11 @@ class Distiller(nn.Module):
         with (
             torch.inference_mode(False),  # a loop may print the result without gradients
             torch.enable_grad(),
-            self._guard.measuring() as parameters,
+            self._guard.measuring() as trained,
         ):
+            head = None if self._head is None else self._head.weight
+            measured = [term.loss for term in compared.values()]
+            parameters = reached([p for p in trained if p is not head], measured)
             factor = self._task_weight.value_at(last, self.steps_per_epoch)
             task = Weighted(task_loss, factor)
             found = compare(task, compared, partial(gradient_at, parameters))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from kdhooks import Distiller, KDHooksError
+from kdhooks import ClassShard, Distiller, KDHooksError
 from kdhooks.balance import DWARFS, NEGLIGIBLE, Balance
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, mine, on_two_ranks
@@ -169,6 +169,41 @@ def test_the_text_names_a_weight_that_does_almost_nothing() -> None:
     assert "fcd: its gradient is 1/" in found
     assert "so it changes almost nothing; weight = " in found
     assert "clip" not in found, "kdhooks does not know whether a loop of one's own clips"
+
+
+CLASSES = int(tiny_batch()[1].max()) + 1
+
+
+class WithHead(nn.Module):
+    """A student that holds its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TinyFaceNet()
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.head(self.backbone(images))
+        return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_inside_the_student_is_not_counted(shared: bool) -> None:
+    """shared: whether a term trains the head too."""
+    torch.manual_seed(0)
+    net = WithHead().train()
+    images, labels = tiny_batch()
+    kd = Distiller(
+        net,
+        tiny_teacher(),
+        ["fcd", "kd"] if shared else ["fcd"],
+        student_embedding="backbone",
+        head=ClassShard(net.head.weight, 0, CLASSES) if shared else None,
+        input_shape=(3, 32, 32),
+    )
+    task = F.cross_entropy(net(images), labels)
+    found = kd.compare_gradients(task, kd(images, labels))
+    assert found.task.gradient == pytest.approx(norm(net.backbone, task), rel=1e-5)
 
 
 class Checkpointed(TinyFaceNet):
