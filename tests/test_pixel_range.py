@@ -14,6 +14,7 @@ from kdhooks import (
     class_means,
     viewed,
 )
+from kdhooks.pixel_range import check_pixels
 from kdhooks.testing import tiny_batch
 from kdhooks.views.draws import Draws
 from tests.small_distiller import distil, student, teacher_network
@@ -118,6 +119,11 @@ def test_noise_in_a_part_of_the_image_is_not_another_range() -> None:
     images, _ = faces()
     images[:, :, :2, :2] = 3.0
     viewed(StudentView(mask={"p": 1.0}), images)
+
+
+def test_images_with_a_gradient_are_checked_without_a_warning() -> None:
+    images, _ = faces()
+    check_pixels(images.requires_grad_(), "images", "scale them")
 
 
 def test_only_the_first_batch_is_checked() -> None:
