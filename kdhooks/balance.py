@@ -1,7 +1,7 @@
 """Compares the gradients of a step's losses, which decide how much the student learns from each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -68,12 +68,20 @@ class Balance:
 
     def ratio(self, name: str) -> float | None:
         """Return the norm of a term's gradient divided by the task's; None if the task has none."""
-        return self.terms[name].gradient / self.task.gradient if self.task.gradient else None
+        return self._term(name).gradient / self.task.gradient if self.task.gradient else None
 
     def balancing_weight(self, name: str) -> float | None:
         """Return the weight that would make a term's gradient as long as the task's."""
-        term = self.terms[name]
+        term = self._term(name)
         return term.weight * self.task.gradient / term.gradient if term.gradient else None
+
+    def _term(self, name: str) -> Pull:
+        if name not in self.terms:
+            raise KDHooksError(
+                "compare_gradients: the name must be that of a term that was compared; found "
+                f"'{name}' with {listed(self.terms)}; terms of weight 0 are left out"
+            )
+        return self.terms[name]
 
     def described(self) -> str:
         lengths = {"task": self.task, **self.terms}
@@ -173,25 +181,39 @@ def gradient_at(parameters: Sequence[nn.Parameter], loss: Tensor) -> Parts:
     try:
         return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
+        way_out = (
+            "call it before the training's own backward pass, and with a loss that overwrites "
+            "nothing in its backward pass. arcface_torch's PartialFC does; `kdhooks doctor` "
+            "compares its gradients"
+        )
+        if "fabric.backward" in str(error):  # raised by Fabric with a mixed precision
+            way_out = "compare the gradients in a run with Fabric(precision='32-true')"
         raise KDHooksError(
             "compare_gradients: the backward pass of each loss must be able to run several times; "
-            f"found: {in_one_line(error)}; call it before the training's own backward pass, and "
-            "with a loss that overwrites nothing in its backward pass. arcface_torch's PartialFC "
-            "does; `kdhooks doctor` compares its gradients"
+            f"found: {in_one_line(error)}; {way_out}"
         ) from error
 
 
-def _is_reentrant(loss: Tensor) -> bool:
-    """Whether torch's reentrant activation checkpointing is a part of the loss's graph."""
+def _nodes(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph of a loss."""
     seen, left = set[Any](), [loss.grad_fn]
     while left:
         node = left.pop()
         if node is not None and node not in seen:
-            if node.name() == "CheckpointFunctionBackward":
-                return True
             seen.add(node)
             left += [following for following, _ in node.next_functions]
-    return False
+    return seen
+
+
+def reached(parameters: Sequence[nn.Parameter], terms: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Return the parameters that at least one term reaches; all of them if there are no terms.
+
+    A head inside the student is left out: the terms leave it as it is, and its gradient would make
+    that of the trainer's own loss look longer.
+    """
+    nodes = set[Any]().union(*map(_nodes, terms))
+    found = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return [p for p in parameters if id(p) in found] if found else list(parameters)
 
 
 def check_losses(task: object, terms: object, known: Sequence[str]) -> None:
@@ -210,7 +232,26 @@ def check_losses(task: object, terms: object, known: Sequence[str]) -> None:
             "compare_gradients: terms must be what kd returned in this step, with "
             f"{listed(known)}; found {found}; pass kd(images, labels) unchanged"
         )
-    if any(map(_is_reentrant, (task, *terms.values()))):
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or not term.requires_grad:
+            found = "no gradient" if isinstance(term, Tensor) else type(term).__name__
+            raise KDHooksError(
+                f"compare_gradients: the term {name} must be the tensor that kd returned, with its "
+                f"gradient; found {found}; pass kd(images, labels) unchanged, and not kd.metrics"
+            )
+    nodes = _nodes(task)
+    if inside := [
+        name for name, term in terms.items() if term is not task and term.grad_fn in nodes
+    ]:
+        raise KDHooksError(
+            "compare_gradients: task_loss must be the trainer's own loss without the terms; found "
+            f"{listed(inside)} in it; pass it before the terms are added to it"
+        )
+    # torch's reentrant activation checkpointing
+    if any(
+        node.name() == "CheckpointFunctionBackward"
+        for node in nodes.union(*map(_nodes, terms.values()))
+    ):
         raise KDHooksError(
             "compare_gradients: the student's checkpointed blocks must not be reentrant, since a "
             "gradient at single parameters then lacks those of the blocks; create them with "

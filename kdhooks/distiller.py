@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations
-from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at
+from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at, reached
 from kdhooks.classes.per_class import is_split, whole_tables
 from kdhooks.classes.ranks import answers, failing_together, world
 from kdhooks.classes.shards import ClassShard
@@ -69,6 +69,7 @@ from kdhooks.terms import (
     zeros,
 )
 from kdhooks.views.entrance import Around, Entrance
+from kdhooks.views.student_view import StudentView
 from kdhooks.views.viewing import Viewing
 from kdhooks.zero_gradients import drop_zero_gradients
 
@@ -429,7 +430,7 @@ class Distiller(nn.Module):
         return factor / self.accumulation if tap.per_optimizer_step else factor
 
     def compare_gradients(self, task_loss: Tensor, terms: Mapping[str, Tensor]) -> Balance:
-        """Compare the gradients of a step's losses at the student's parameters.
+        """Compare the gradients of a step's losses at the student's parameters, without its head.
 
             terms = kd(images, labels)
             print(kd.compare_gradients(task_loss, terms))
@@ -441,7 +442,7 @@ class Distiller(nn.Module):
 
         On several ranks, all must call it. Each of them gets the figures of its own batch.
 
-        task_loss: the trainer's own loss (), before its backward pass.
+        task_loss: the trainer's own loss (), times `task_weight`, before its backward pass.
         terms: what `kd` returned in this step.
         """
         check_losses(task_loss, terms, [tap.name for tap in self.taps])
@@ -451,8 +452,16 @@ class Distiller(nn.Module):
             for tap in self.taps
             if self.weight(tap, last) != 0
         }
-        with self._guard.measuring() as parameters:
-            task = Weighted(task_loss, self.task_weight)
+        with (
+            torch.inference_mode(False),  # a loop may print the result without gradients
+            torch.enable_grad(),
+            self._guard.measuring() as trained,
+        ):
+            head = None if self._head is None else self._head.weight
+            measured = [term.loss for term in compared.values()]
+            parameters = reached([p for p in trained if p is not head], measured)
+            factor = self._task_weight.value_at(last, self.steps_per_epoch)
+            task = Weighted(task_loss, factor)
             found = compare(task, compared, partial(gradient_at, parameters))
             gradient_at(parameters, task_loss)  # can the training still run its backward pass?
         return found
@@ -554,6 +563,9 @@ class Distiller(nn.Module):
             return None
         viewing = Viewing(self.student_view, seed)
         viewing(images)
+        for module in self.student_view.modules():
+            if isinstance(module, StudentView):
+                module.expect_first_batch()  # the trial was not the training's first batch
         return Entrance(viewing, lambda: (self.step, self.accumulation))
 
     def _new_replicas(self) -> Replicas:

@@ -15,6 +15,9 @@ from kdhooks.copies import NotCopied
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.student_taps import StudentTaps
 
+_QUEUED = "_static_graph_delay_allreduce_enqueued"
+"""Whether a static-graph DistributedDataParallel has queued its first averaging."""
+
 
 class OptimizerGuard(NotCopied):
     """Checks each step of the optimizers that train the student.
@@ -58,10 +61,17 @@ class OptimizerGuard(NotCopied):
         """Give the student's trained parameters; backward passes in this block train nothing."""
         student = self._student()
         reached, noting = dict(self._reached), self.noting
+        # Checkpointed blocks run again in each backward pass, and change BatchNorm's statistics.
+        buffers = [] if student is None else [(b, b.clone()) for b in student.buffers()]
         try:
-            yield [] if student is None else [p for p in student.parameters() if p.requires_grad]
+            with _unqueued(self._taps()):
+                yield (
+                    [] if student is None else [p for p in student.parameters() if p.requires_grad]
+                )
         finally:
             self._reached, self.noting = reached, noting
+            for buffer, before in buffers:
+                buffer.data.copy_(before)  # `data`: autograd must not see a change in place
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         taps, student = self._taps(), self._student()
@@ -140,12 +150,27 @@ def _ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
+@contextmanager
+def _unqueued(taps: StudentTaps | None) -> Iterator[None]:
+    """Keep a static-graph DDP from averaging its gradients in the first backward pass so far."""
+    wrapper = None if taps is None or taps.wrapper is None else taps.wrapper()
+    queued = getattr(wrapper, _QUEUED, None)
+    if wrapper is None or queued is None:
+        yield
+        return
+    setattr(wrapper, _QUEUED, True)
+    try:
+        yield
+    finally:
+        setattr(wrapper, _QUEUED, queued)
+
+
 def _check_static_graph(taps: StudentTaps) -> None:
     """Refuse a static-graph DDP without a backward through its output: it averages nothing."""
     wrapper = None if taps.wrapper is None else taps.wrapper()
     if wrapper is None or not wrapper.static_graph:
         return
-    if not getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True):
+    if not getattr(wrapper, _QUEUED, True):
         raise KDHooksError(
             "DistributedDataParallel(static_graph=True) averaged no gradient of the student, since "
             "the loss does not depend on its output; train the terms together with a loss of that "

@@ -13,6 +13,7 @@ def check_pixels(images: Tensor, subject: str, way_out: str) -> None:
 
     subject, way_out: the beginning and the end of the message of the KDHooksError.
     """
+    images = images.detach()
     low, high = (float(bound) for bound in images.aminmax())
     beyond = float((images.abs() > 1.01).float().mean())
     if beyond > _BEYOND or low >= 0 < high:

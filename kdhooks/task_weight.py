@@ -25,8 +25,12 @@ class TaskWeight:
         return counts_epochs(self.value)
 
     def at(self, step: int, steps_per_epoch: int | None) -> float:
-        """Return the factor in this step, and note that it was read."""
+        """Return the factor in this step, and note that the loop has read it."""
         self.asked = True
+        return self.value_at(step, steps_per_epoch)
+
+    def value_at(self, step: int, steps_per_epoch: int | None) -> float:
+        """Return the factor in this step."""
         if not callable(self.value):
             return self.value
         return weight_at("task_weight", self.value, step, steps_per_epoch)

@@ -1,6 +1,7 @@
 """`Distiller.compare_gradients`: how much the student learns from each loss, in any loop."""
 
 import copy
+import itertools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from kdhooks import Distiller, KDHooksError
+from kdhooks import ClassShard, Distiller, KDHooksError
 from kdhooks.balance import DWARFS, NEGLIGIBLE, Balance
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, mine, on_two_ranks
@@ -31,6 +32,7 @@ class Loop:
         methods: list[Any] | None = None,
         make: Callable[[], nn.Module] = TinyFaceNet,
         teacher: object = None,
+        task_weight: float = 1.0,
     ) -> None:
         torch.manual_seed(0)
         self.student: nn.Module = make().train()
@@ -40,6 +42,7 @@ class Loop:
             teacher or tiny_teacher().module,  # type: ignore[arg-type]
             METHODS if methods is None else methods,
             input_shape=(3, 32, 32),
+            task_weight=task_weight,
         )
         self.forward = self.student
         self.images, self.labels = tiny_batch()
@@ -137,7 +140,27 @@ def test_a_schedule_is_named_by_its_value_and_measured_in_its_step() -> None:
 
 
 def test_a_term_of_weight_zero_is_left_out() -> None:
-    assert Loop([{"name": "fcd", "weight": 0.0}]).compared().terms == {}
+    found = Loop([{"name": "fcd", "weight": 0.0}]).compared()
+    assert found.terms == {}
+    for figure in (found.ratio, found.balancing_weight):
+        with pytest.raises(KDHooksError, match="found 'fcd' with none; terms of weight 0 are left"):
+            figure("fcd")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_may_be_called_where_gradients_are_off(mode: Callable[[], Any]) -> None:
+    loop = Loop()
+    task, terms = loop.losses()
+    expected = loop.kd.compare_gradients(task, terms)
+    with mode():
+        assert loop.kd.compare_gradients(task, terms) == expected
+    torch.stack([task, *terms.values()]).sum().backward()
+
+
+def test_a_term_can_take_the_place_of_the_task() -> None:
+    loop = Loop()
+    _, terms = loop.losses()
+    assert loop.kd.compare_gradients(terms["fcd"], terms).ratio("fcd") == 1.0
 
 
 def test_the_text_names_a_weight_that_does_almost_nothing() -> None:
@@ -146,6 +169,41 @@ def test_the_text_names_a_weight_that_does_almost_nothing() -> None:
     assert "fcd: its gradient is 1/" in found
     assert "so it changes almost nothing; weight = " in found
     assert "clip" not in found, "kdhooks does not know whether a loop of one's own clips"
+
+
+CLASSES = int(tiny_batch()[1].max()) + 1
+
+
+class WithHead(nn.Module):
+    """A student that holds its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TinyFaceNet()
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.head(self.backbone(images))
+        return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_inside_the_student_is_not_counted(shared: bool) -> None:
+    """shared: whether a term trains the head too."""
+    torch.manual_seed(0)
+    net = WithHead().train()
+    images, labels = tiny_batch()
+    kd = Distiller(
+        net,
+        tiny_teacher(),
+        ["fcd", "kd"] if shared else ["fcd"],
+        student_embedding="backbone",
+        head=ClassShard(net.head.weight, 0, CLASSES) if shared else None,
+        input_shape=(3, 32, 32),
+    )
+    task = F.cross_entropy(net(images), labels)
+    found = kd.compare_gradients(task, kd(images, labels))
+    assert found.task.gradient == pytest.approx(norm(net.backbone, task), rel=1e-5)
 
 
 class Checkpointed(TinyFaceNet):
@@ -170,6 +228,27 @@ def test_checkpointed_blocks_are_measured_unless_they_are_reentrant() -> None:
         Loop(make=partial(Checkpointed, reentrant=True)).compared()
 
 
+def test_recomputed_blocks_leave_the_statistics_of_batch_norm() -> None:
+    loop = Loop(make=partial(Checkpointed, reentrant=False))
+    task, terms = loop.losses()
+    before = {name: buffer.clone() for name, buffer in loop.student.named_buffers()}
+    loop.kd.compare_gradients(task, terms)
+    for name, buffer in loop.student.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    torch.stack([task, *terms.values()]).sum().backward()
+    assert int(loop.student.get_buffer("layer1.1.num_batches_tracked")) == 2, "recomputed once"
+
+
+def test_a_factor_that_is_only_compared_still_counts_as_not_read() -> None:
+    loop = Loop(task_weight=0.5)
+    task, terms = loop.losses()
+    assert loop.kd.compare_gradients(0.5 * task, terms).task.weight == 0.5
+    torch.stack([task, *terms.values()]).sum().backward()
+    loop.optimizer.step()
+    with pytest.raises(KDHooksError, match="the loop has never read it"):
+        loop.train(1, compare=True)
+
+
 def test_wrong_losses_are_refused() -> None:
     loop = Loop()
     task, terms = loop.losses()
@@ -177,6 +256,12 @@ def test_wrong_losses_are_refused() -> None:
     for given in (task.detach(), float(task.detach()), task[None]):
         with pytest.raises(KDHooksError, match="task_loss must be a scalar tensor with a grad"):
             loop.kd.compare_gradients(given, terms)
+    with pytest.raises(KDHooksError, match="without the terms; found rkd in it; pass it before"):
+        loop.kd.compare_gradients(task + terms["rkd"], terms)
+    values = {name: loop.kd.metrics[name] for name in terms}
+    for given in (values, {name: float(value) for name, value in values.items()}):
+        with pytest.raises(KDHooksError, match="the term fcd must be the tensor that kd returned"):
+            loop.kd.compare_gradients(task, given)
     for given in ({"fcd": terms["fcd"]}, list(terms.values())):
         with pytest.raises(KDHooksError, match="terms must be what kd returned in this step"):
             loop.kd.compare_gradients(task, given)
@@ -211,15 +296,15 @@ def test_a_loss_whose_backward_pass_runs_only_once_is_named() -> None:
 
 
 def both_ranks() -> dict[str, Results]:
-    """The student after three steps, with and without measuring, and what was measured."""
+    """The student after three steps, with and without measuring."""
     found: dict[str, Results] = {}
     methods = ["fcd", {"name": "coupleface", "k": 3}]
-    for compare in (False, True):
+    for static, compare in itertools.product((False, True), (False, True)):
         loop = Loop(methods, teacher=tiny_teacher())
         loop.images, loop.labels = mine(loop.images), mine(loop.labels)
-        loop.forward = DistributedDataParallel(loop.student)
+        loop.forward = DistributedDataParallel(loop.student, static_graph=static)
         loop.train(3, compare)
-        found[str(compare)] = {
+        found[f"{static} {compare}"] = {
             name: p.detach().clone() for name, p in loop.student.named_parameters()
         }
     return found
@@ -227,8 +312,9 @@ def both_ranks() -> dict[str, Results]:
 
 def test_on_two_ranks_it_changes_nothing_in_the_training(tmp_path: Path) -> None:
     for found in on_two_ranks(both_ranks, tmp_path):
-        for name, weight in found["False"].items():
-            assert torch.equal(weight, found["True"][name]), name
+        for static in ("False", "True"):
+            for name, weight in found[f"{static} False"].items():
+                assert torch.equal(weight, found[f"{static} True"][name]), (static, name)
 
 
 DOCS = Path(__file__).parents[1] / "docs"

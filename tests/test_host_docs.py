@@ -183,6 +183,14 @@ def test_one_callback_distils(names: dict[str, Any]) -> None:
     assert not torch.equal(names["module"].model.fc.weight, Student().fc.weight)
 
 
+def test_gradients_are_compared_before_the_training(
+    names: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names["module"] = module_of()
+    exec(blocks("lightning")["gradients"], names)
+    assert re.match(r"task \S+, fcd \S+, rkd \S+, all together", capsys.readouterr().out)
+
+
 def test_manual_optimization_runs(names: dict[str, Any]) -> None:
     exec(blocks("lightning")["manual"], names)
     kd = fit(names, automatic_optimization=False, training_step=names["training_step"])
@@ -276,6 +284,7 @@ def test_a_module_like_that_of_adaface_is_distilled(names: dict[str, Any]) -> No
 def test_every_block_is_one_of_these() -> None:
     assert blocks("lightning").keys() == {
         "install", "recipe", "fit", "dict", "cli", "manual", "groups", "adaface", "example",
+        "gradients",
     }  # fmt: skip
     for page in PACKAGES:
         assert blocks(page).keys() == {"train", "save"}

@@ -149,6 +149,11 @@ def test_the_gradients_of_all_task_losses_are_compared_with_the_terms(tmp_path: 
     assert list(found.terms) == ["fcd"]
     twice = model.kdhooks.compare_gradients({**losses, "aux_loss": [losses["loss_cls"]]})
     assert twice.task.gradient == pytest.approx(2 * found.task.gradient)
+    evaluated = model.eval()(**model.data_preprocessor(batch, training=True), mode="loss")
+    given: Any
+    for given in (evaluated, {}, model.parse_losses(losses)):
+        with pytest.raises(KDHooksError, match="needs a dict of losses with loss_kd_fcd; found"):
+            model.kdhooks.compare_gradients(given)
 
 
 @each_door

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.testing import assert_close
 
-from kdhooks import Distiller, Teacher
+from kdhooks import Distiller, KDHooksError, Teacher
 from kdhooks.paths import find, unwrap
 from kdhooks.testing import TinyFaceNet, tiny_batch, tiny_teacher
 from tests.ranks import Results, as_torchrun, here, mine, on_two_ranks
@@ -237,6 +237,19 @@ def test_fabrics_wrapper_is_unwrapped() -> None:
     assert find(nn.Sequential(OrderedDict(backbone=wrapped)), "backbone.layer3.0", "student") is (
         net.get_submodule("layer3.0")
     )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_gradients_are_compared_with_fabric_unless_its_precision_is_mixed(half: bool) -> None:
+    pytest.importorskip("lightning_fabric")
+    images, labels = tiny_batch()
+    wrapped = fabric(half).setup(TinyFaceNet().train())
+    kd = Distiller(wrapped, tiny_teacher(), ["fcd"], input_shape=(3, 32, 32))
+    task = wrapped(images).square().mean()
+    terms = kd(images, labels)
+    refused = pytest.raises(KDHooksError, match=r"run with Fabric\(precision='32-true'\)")
+    with refused if half else nullcontext():
+        assert kd.compare_gradients(task, terms).task.gradient > 0
 
 
 class _Wrapper(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdhooks import (
     InputTransform,
@@ -14,7 +14,9 @@ from kdhooks import (
     class_means,
     viewed,
 )
+from kdhooks.pixel_range import check_pixels
 from kdhooks.testing import tiny_batch
+from kdhooks.views.draws import Draws
 from tests.small_distiller import distil, student, teacher_network
 
 _MEAN, _STD = (
@@ -84,11 +86,44 @@ def test_views_that_know_black_and_white_refuse_them(
     viewed(StudentView(grey={"p": 1.0}, low_resolution={"sizes": [4]}), scale(images))
 
 
+class Inside(nn.Module):
+    """A view of one's own, which contains the built-in ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = StudentView(mask={"p": 1.0})
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        seen: Tensor = self.inner(images, draws)
+        return seen
+
+
+@pytest.mark.parametrize("scale", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_view_of_a_distiller_refuses_them_in_the_first_batch(
+    inside: bool, scale: Callable[[Tensor], Tensor]
+) -> None:
+    """The Distiller has tried the view on random images in [-1, 1] before."""
+    images, labels = faces()
+    net = student()
+    view = Inside() if inside else StudentView(mask={"p": 1.0})
+    with distil("fcd", net=net, student_view=view) as kd:
+        with pytest.raises(KDHooksError, match="images for the views mask and blocks must be RGB"):
+            net(scale(images))
+        net(images)
+        kd(images, labels)
+
+
 def test_noise_in_a_part_of_the_image_is_not_another_range() -> None:
     """As random erasing leaves it."""
     images, _ = faces()
     images[:, :, :2, :2] = 3.0
     viewed(StudentView(mask={"p": 1.0}), images)
+
+
+def test_images_with_a_gradient_are_checked_without_a_warning() -> None:
+    images, _ = faces()
+    check_pixels(images.requires_grad_(), "images", "scale them")
 
 
 def test_only_the_first_batch_is_checked() -> None:

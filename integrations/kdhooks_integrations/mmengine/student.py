@@ -156,6 +156,14 @@ class Distillation(nn.Module):
 
         See `Distiller.compare_gradients`. losses: what the model returned in mode 'loss'.
         """
+        expected = [f"{TERM}{name}" for name in self.distiller.losses]
+        if not isinstance(losses, Mapping) or not losses.keys() >= set(expected):
+            found = listed(losses) if isinstance(losses, Mapping) else type(losses).__name__
+            raise KDHooksError(
+                f"mmengine: compare_gradients needs a dict of losses with {listed(expected)}; "
+                f"found {found}; pass what the model returns in mode 'loss', in training mode with "
+                "gradients"
+            )
         terms = {name: losses[f"{TERM}{name}"] for name in self.distiller.losses}
         own = (
             part.mean()
