@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdhooks.asking import Declarations
-from kdhooks.balance import Balance, Weighted, check_losses, compare, gradient_at, reached
+from kdhooks.balance import Balance, Weighted, compare
 from kdhooks.classes.per_class import is_split, whole_tables
 from kdhooks.classes.ranks import answers, failing_together, world
 from kdhooks.classes.shards import ClassShard
@@ -42,6 +42,7 @@ from kdhooks.guards import (
     refuse_labelled,
 )
 from kdhooks.kinds import Bounds, Option
+from kdhooks.loss_graphs import check_losses, gradient_at, reached
 from kdhooks.optimizer_guard import OptimizerGuard
 from kdhooks.options import REQUIRED, check_arguments
 from kdhooks.parameter_groups import parameter_groups
