@@ -69,6 +69,7 @@ from kdhooks.terms import (
     zeros,
 )
 from kdhooks.views.entrance import Around, Entrance
+from kdhooks.views.student_view import StudentView
 from kdhooks.views.viewing import Viewing
 from kdhooks.zero_gradients import drop_zero_gradients
 
@@ -554,6 +555,9 @@ class Distiller(nn.Module):
             return None
         viewing = Viewing(self.student_view, seed)
         viewing(images)
+        for part in self.student_view.modules():
+            if isinstance(part, StudentView):
+                part.expect_first_batch()  # of the training; the images above are random
         return Entrance(viewing, lambda: (self.step, self.accumulation))
 
     def _new_replicas(self) -> Replicas:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdhooks import (
     InputTransform,
@@ -15,6 +15,7 @@ from kdhooks import (
     viewed,
 )
 from kdhooks.testing import tiny_batch
+from kdhooks.views.draws import Draws
 from tests.small_distiller import distil, student, teacher_network
 
 _MEAN, _STD = (
@@ -33,6 +34,19 @@ def faces() -> tuple[Tensor, Tensor]:
     images, labels = tiny_batch()
     generator = torch.Generator().manual_seed(0)
     return torch.rand(images.shape, generator=generator) * 2 - 1, labels
+
+
+class Combined(nn.Module):
+    """A view of a user that contains a built-in one."""
+
+    def __init__(self, view: StudentView) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
+        """(b 3 h w) -> (b 3 h w)."""
+        seen: Tensor = self.view(images.flip(3), draws)
+        return seen
 
 
 def converted() -> Teacher:
@@ -82,6 +96,20 @@ def test_views_that_know_black_and_white_refuse_them(
     with pytest.raises(KDHooksError, match="images for the views mask and blocks must be RGB"):
         viewed(StudentView(**{name: {"p": 1.0}}), scale(images))
     viewed(StudentView(grey={"p": 1.0}, low_resolution={"sizes": [4]}), scale(images))
+
+
+@pytest.mark.parametrize("combined", [False, True], ids=["alone", "combined"])
+@pytest.mark.parametrize("scale", WRONG.values(), ids=WRONG)
+def test_the_first_batch_of_a_training_is_checked(
+    scale: Callable[[Tensor], Tensor], combined: bool
+) -> None:
+    """The Distiller has tried the view on random images in [-1, 1] before."""
+    images, _ = faces()
+    view = StudentView(mask={"p": 1.0})
+    net = student()
+    distil("fcd", net=net, student_view=Combined(view) if combined else view)
+    with pytest.raises(KDHooksError, match="images for the views mask and blocks must be RGB"):
+        net(scale(images))
 
 
 def test_noise_in_a_part_of_the_image_is_not_another_range() -> None:

@@ -71,11 +71,15 @@ class StudentView(nn.Module):
         self.parts = nn.ModuleDict(
             {name: part.module() for name, part in self.table.parts().items()}
         )
-        self._checked = not any(isinstance(part, _ABSOLUTE) for part in self.table.parts().values())
+        self.expect_first_batch()
 
     @classmethod
     def of(cls, table: ViewTable) -> Self:
         return cls(**table.parts())
+
+    def expect_first_batch(self) -> None:
+        """Check the scale of the next images, if a view needs black and white."""
+        self._checked = not any(isinstance(part, _ABSOLUTE) for part in self.table.parts().values())
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         """(b 3 h w) in [-1, 1], RGB -> (b 3 h w) of the same dtype."""
