@@ -17,7 +17,7 @@ from kdhooks.backbones import known_stages
 from kdhooks.errors import KDHooksError, listed
 from kdhooks.paths import children_of, split_path, submodules, without_wrappers
 
-_NAME = re.compile(r"stage\d+|embedding")
+_NAME = re.compile(r"(?:(\d+)\.)?(?:stage\d+|embedding)")  # the number is that of a teacher
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,25 @@ class Points:
                     f"two dots); its children are: {listed(children_of(self.model))}"
                 )
             yield from (one + suffix for one in found)
-        elif _NAME.fullmatch(name):
-            raise KDHooksError(self._unknown(name, side))
+        elif (meant := _NAME.fullmatch(name)) and (owner := self._owner(meant[1])) is not None:
+            raise KDHooksError(self._unknown(name, side, owner))
         else:
-            yield path  # `find` refuses it later
+            yield path  # it is refused later, with the reason
 
-    def _unknown(self, name: str, side: str) -> str:
-        stages = [f"{name} ({path})" for name, path in self.names.items() if name != "embedding"]
+    def _owner(self, number: str | None) -> nn.Module | None:
+        """Return the teacher of this number; without a number, the model if it is the only one."""
+        if number is None:
+            return None if "0.embedding" in self.names else self.model
+        return submodules(self.model).get(number)
+
+    def _unknown(self, name: str, side: str, model: nn.Module) -> str:
+        stages = [f"{name} ({path})" for name, path in self.names.items() if "stage" in name]
         known = (
             f"the known stages of its backbone are: {listed(stages)}"
             if stages
-            else f"the stages of a {type(self.model).__name__} are not known"
+            else f"the stages of a {type(model).__name__} are not known"
         )
-        children = listed(children_of(self.model))
+        children = listed(children_of(model))
         return f"{side} has no submodule '{name}'; {known}; its children are: {children}"
 
 

@@ -156,6 +156,14 @@ class Taps:
         names = ", ".join(f"'{path or 'output'}'" for path in missing)
         if not self._handles:
             return f"{self._side} tap {names} recorded nothing, since remove() removed its hook"
+        for path in missing:
+            ran, wanted = self._calls[path], split_path(path, self._side).call
+            if 0 < ran < wanted:
+                return (
+                    f"{self._side} tap '{path}' must name a call that happens in each forward; its "
+                    f"submodule ran {ran} time{'s' if ran > 1 else ''} in this one; name an "
+                    "earlier call"
+                )
         if fired:
             return (
                 f"{self._side} tap {names} did not run in this forward; tap a module that does, "

@@ -135,7 +135,9 @@ def test_attach_refuses_a_head_without_rows() -> None:
 def test_attach_needs_the_trainers_factory_for_a_named_network(teacher: dict[str, str]) -> None:
     given = recipe(teacher, "fcd")
     backbone = nn.Linear(2, 2)
-    with pytest.raises(KDHooksError, match="'backbones' can't be imported; run in its folder"):
+    with pytest.raises(
+        KDHooksError, match=r"'backbones' can't be imported; run in its folder, .* as --trainer"
+    ):
         arcface_torch.attach(backbone, nn.Linear(2, 2), *scheduled(backbone), given)
 
 

@@ -379,12 +379,23 @@ def test_with_several_teachers_the_stages_must_be_named(method: str) -> None:
         trained([network(1), network(2)], {"name": method}, plugins=[Known()])
 
 
-@pytest.mark.parametrize("stages", [["layer2"], ["2.layer2"], ["0x.layer2"]])
+@pytest.mark.parametrize(
+    "stages", [["layer2"], ["2.layer2"], ["0x.layer2"], ["stage2"], ["2.stage2"]]
+)
 def test_a_stage_without_the_number_of_a_teacher_is_refused(stages: list[str]) -> None:
     with pytest.raises(
         KDHooksError, match=r"must start with the number of one of 2 teachers.*'0\.l"
     ):
         trained([network(), network(2)], "at", student_stages=["layer2"], teacher_stages=stages)
+
+
+def test_a_stage_of_an_unknown_backbone_is_refused_by_its_class() -> None:
+    with pytest.raises(
+        KDHooksError, match=r"'1\.stage2'; the stages of a TinyFaceNet are not known; .*layer1"
+    ):
+        trained(
+            [network(), network(2)], "at", student_stages=["layer2"], teacher_stages=["1.stage2"]
+        )
 
 
 def test_fitnet_reads_the_joined_embedding() -> None:

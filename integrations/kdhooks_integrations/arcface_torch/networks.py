@@ -69,8 +69,8 @@ def _trainers_get_model() -> Callable[..., nn.Module]:
         import backbones  # type: ignore[import-not-found]  # arcface_torch's own package
     except ImportError as error:
         raise KDHooksError(
-            "arcface_torch: its package 'backbones' can't be imported; run in its folder, or call "
-            "attach(…, get_model=…)"
+            "arcface_torch: its package 'backbones' can't be imported; run in its folder, "
+            "specify that folder as --trainer of a kdhooks command, or call attach(…, get_model=…)"
         ) from error
     factory: Callable[..., nn.Module] = backbones.get_model
     return factory
