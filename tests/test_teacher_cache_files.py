@@ -1,6 +1,7 @@
 """The files of the cache survive damage, a full disk and several writing processes."""
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -105,6 +106,51 @@ def test_kill_9_during_a_write_leaves_an_intact_cache(
     assert teacher.cache.hits == kept
     teacher.close()
     assert stored(folder) == 64
+
+
+# --- the end of a training ---------------------------------------------------------------------
+
+
+LAST = """
+import ctypes, os, sys
+from pathlib import Path
+from tests.cache_samples import started, views
+
+teacher = started(Path(sys.argv[1]))
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(teacher))  # Python never destroys it
+for start in (0, 8):
+    teacher(views(start, start + 8))
+if sys.argv[2] == "fork" and os.fork() == 0:
+    sys.exit()  # a copy of the process must not write the rows a second time
+if sys.argv[2] == "error":
+    raise SystemExit("an error")
+if sys.argv[2] == "fork":
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("end", ["plain", "error", "fork"])
+def test_the_last_batch_is_written_when_the_program_ends(end: str, tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", LAST, str(tmp_path), end], check=False)
+    assert ended.returncode == (end == "error")
+    assert stored(tmp_path) == 16
+
+
+def test_the_last_batch_is_written_before_the_folder_is_opened_again(tmp_path: Path) -> None:
+    teacher = started(tmp_path)
+    teacher(views(0, 8))
+    assert stored(tmp_path) == 0
+    again = started(tmp_path)
+    assert again.cache is not None
+    assert again.cache.look_up(again.cache.keys(views(0, 8)))[0].all()
+
+
+def test_the_last_batch_is_written_when_the_cache_is_no_longer_used(tmp_path: Path) -> None:
+    teacher = started(tmp_path)
+    teacher(views(0, 8))
+    del teacher
+    gc.collect()
+    assert stored(tmp_path) == 8
 
 
 # --- a full disk, and the bound --------------------------------------------------------------

@@ -1,12 +1,15 @@
 """A folder of teacher embeddings, which are looked up by the content of the images."""
 
+import atexit
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -83,8 +86,11 @@ class TeacherCache:
     The index takes 16 bytes of memory per view.
 
     `start` computes the keys and returns a `Later`, which waits for the keys and looks them up, so
-    that the device can work in the meantime. The next call writes the new embeddings.
+    that the device can work in the meantime. The next call writes the new embeddings. Those of the
+    last call are written by `flush`, when the folder is opened again, or at the program's end.
     """
+
+    _pending: tuple[Keys, Sent] | None = None
 
     def __init__(
         self, options: CacheOptions, teacher: Identity | None = None, probe: Tensor | None = None
@@ -95,6 +101,7 @@ class TeacherCache:
             view raises an error.
         """
         self.folder, self._max_gb = options.path, options.max_gb
+        self._process = os.getpid()
         self._alone = teacher is None or probe is None
         if teacher is None or probe is None:
             dim: int = read_header(self.folder)["dim"]
@@ -104,13 +111,18 @@ class TeacherCache:
         self._hash = ViewKeys()
         self._index = Index()
         self._parts = Parts(self.folder, dim)
-        self._pending: tuple[Keys, Sent] | None = None
         self.writing = not self._alone
         self._proved = self._alone
         self._read_at = 0.0
         self.asked = self.hits = 0  # views
+        _flush_all()
         self._read_on()
+        _open.add(self)
         log.info("teacher cache %s: %d views", self.folder, len(self._index))
+
+    def __del__(self) -> None:
+        if self._pending is not None:
+            self.flush()
 
     def start(
         self, images: Tensor, embed: Callable[[Tensor], Tensor]
@@ -161,7 +173,7 @@ class TeacherCache:
 
     def flush(self) -> None:
         """Write the embeddings that the last call computed."""
-        if self._pending is None:
+        if self._pending is None or self._process != os.getpid():  # a fork has a copy of them
             return
         keys, sent = self._pending
         self._pending = None
@@ -254,6 +266,16 @@ class TeacherCache:
 
     def _add(self, number: int, first: int, keys: Keys) -> None:
         self._index.add(keys, (number << _ROW_BITS) + first + np.arange(len(keys)))
+
+
+_open: "WeakSet[TeacherCache]" = WeakSet()
+
+
+@atexit.register
+def _flush_all() -> None:
+    """Write what the caches of this process still hold; many trainings end without a last call."""
+    for cache in list(_open):
+        cache.flush()
 
 
 @dataclass(frozen=True)
