@@ -108,7 +108,8 @@ def test_groups_of_many_classes_are_those_of_sorted_scores(
         chosen = reference.group(one.tolist(), int(label), loss.tau, loss.largest)
         row[list(chosen)] = True
     assert (taken != expected).sum(dim=1).max() <= alike
-    assert_close(size, taken.sum(dim=1).to(dtype))
+    # In float32, another order of summation may move a score over the bound.
+    assert (size - taken.sum(dim=1)).abs().max() <= alike
     assert size[0] > 10
 
 
@@ -187,7 +188,9 @@ def test_without_a_margin_a_group_soon_has_only_the_own_class() -> None:
     labels = torch.arange(4)
     apart = nn.functional.normalize(normal(2, 4, 512))
     student = 0.4 * rows[labels] + 0.84**0.5 * apart
-    sizes = [made(margin=m).group(student, labels, whole(rows))[1].mean() for m in (0.0, 0.4)]
+    sizes = [
+        made(tau=0.93, margin=m).group(student, labels, whole(rows))[1].mean() for m in (0.0, 0.4)
+    ]
     assert sizes[0] < 10
     assert sizes[1] > 100
 
@@ -207,7 +210,8 @@ def test_zero_at_equality_and_never_negative(seed: int, b: int, c: int, tau: flo
 
 
 @pytest.mark.parametrize(
-    "options", [{"margin": 0.0}, {"tau": 1.0, "largest": 2, "binary": 0.0}, {"standardize": False}]
+    "options",
+    [{"margin": 0.0}, {"tau": 0.93}, {"largest": 2, "binary": 0.0}, {"standardize": False}],
 )
 def test_conforms_with_other_options(options: dict[str, Any]) -> None:
     check_method(lambda weight=1.0: GKD(weight=weight, **options))

@@ -45,6 +45,7 @@ MARGINDISTILLATION: Method = {
 }
 KD: Method = {"name": "kd", "weight": 1.0, "scale": 32.0}
 GKD: Method = {"name": "gkd", "weight": 1.0, "scale": 32.0}
+_WARMED_UP = {"value": 1.0, "warmup": 200}
 
 _BASE = Row(LABELS)
 _ON_EMBEDDINGS = (
@@ -86,6 +87,9 @@ SHORT = (
 SHORT_STUDY = (
     Row("kd, plain scores", [{**KD, "standardize": False}]),
     Row("gkd, plain scores", [{**GKD, "standardize": False}]),
+    Row("gkd, no margin", [{**GKD, "margin": 0.0, "weight": 4.0}]),
+    Row("gkd, groups by probability", [{**GKD, "tau": 0.93}]),
+    Row("gkd, groups by probability, warmed up", [{**GKD, "tau": 0.93, "weight": _WARMED_UP}]),
     Row("acsr, not centred", [{**ACSR, "center": False}]),
     Row("acsr, channels alone", [{**ACSR, "attention": "channel"}]),
     Row("acsr, pixels alone", [{**ACSR, "attention": "spatial"}]),

@@ -3,8 +3,8 @@
 From the paper and its code: each sample's classes are divided into a primary group, which the
 student finds likely, and the rest. The student follows the teacher inside of the group, and in the
 probability of the whole group. The order among the rest is noise, and is ignored.
-Differs from the code: the size of the group is specific to each sample, as in the paper, whereas
-the code uses a fixed size or one for each batch; scores are scale · cos, with the code's margin.
+By default a group has a fixed size, as in the code. With `tau` its size is specific to each sample,
+as in the paper. Scores are scale · cos, with the code's margin.
 By default scores are divided by their standard deviation over the classes before they are softened
 (Sun et al., CVPR 2024, arXiv:2403.01731). Without that, the term's gradient is 30 times that of the
 labels' loss at scale 64; `standardize = false` is the paper's form.
@@ -182,9 +182,9 @@ class GKD(Options):
         1.0, "λ2, the factor of the KL divergence of the group's total probability.", least=0
     )
     tau: float = option(
-        0.93,
-        "The total probability of a group's classes, for the student at temperature 1. "
-        "With 1 a group always has `largest` classes.",
+        1.0,
+        "The total probability of a group's classes, for the student at temperature 1; the paper "
+        "has 0.93. With 1 a group always has `largest` classes.",
         above=0,
         most=1,
     )
@@ -196,7 +196,8 @@ class GKD(Options):
     margin: Scheduled = option(
         0.4,
         "m, subtracted from the cosine of the sample's own class on both sides, as in CosFace. "
-        "Without it a group soon holds only the own class, and `primary` trains nothing.",
+        "With `tau` and without a margin a group soon holds only the own class, and `primary` "
+        "trains nothing.",
         least=0,
         most=2,
     )
