@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,6 +11,16 @@ import torch
 from tests.arcface_runs import described, trained
 from tests.second_device import CUDA, FAR, in_a_process
 from tests.standin import Trainer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import yapf, as MMEngine does, before the processes of the tests start.
+
+    The first import writes a file, and fails if another process has written half of that file.
+    """
+    if not hasattr(config, "workerinput"):
+        with suppress(ImportError):
+            import_module("yapf")
 
 
 @pytest.fixture(autouse=True)
