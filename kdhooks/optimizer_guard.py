@@ -155,7 +155,7 @@ def _unqueued(taps: StudentTaps | None) -> Iterator[None]:
     """Keep a static-graph DDP from averaging its gradients in the first backward pass so far."""
     wrapper = None if taps is None or taps.wrapper is None else taps.wrapper()
     queued = getattr(wrapper, _QUEUED, None)
-    if wrapper is None or queued is None:
+    if queued is None:
         yield
         return
     setattr(wrapper, _QUEUED, True)

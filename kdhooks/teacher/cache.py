@@ -121,8 +121,7 @@ class TeacherCache:
         log.info("teacher cache %s: %d views", self.folder, len(self._index))
 
     def __del__(self) -> None:
-        if self._pending is not None:
-            self.flush()
+        self.flush()
 
     def start(
         self, images: Tensor, embed: Callable[[Tensor], Tensor]
